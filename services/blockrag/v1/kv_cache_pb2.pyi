@@ -1,0 +1,122 @@
+from blockrag.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetKvCacheStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TenantUsage(_message.Message):
+    __slots__ = ("tenant", "blocks", "bytes")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    blocks: int
+    bytes: int
+    def __init__(self, tenant: _Optional[str] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class GetKvCacheStatusResponse(_message.Message):
+    __slots__ = ("blocks", "bytes", "budget_bytes", "pinned_blocks", "hits", "misses", "joined", "evictions", "expirations", "lost", "shards", "tenants")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRATIONS_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    bytes: int
+    budget_bytes: int
+    pinned_blocks: int
+    hits: int
+    misses: int
+    joined: int
+    evictions: int
+    expirations: int
+    lost: int
+    shards: int
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantUsage]
+    def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., evictions: _Optional[int] = ..., expirations: _Optional[int] = ..., lost: _Optional[int] = ..., shards: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ...) -> None: ...
+
+class LookupBlocksRequest(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, keys: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class LookupBlocksResponse(_message.Message):
+    __slots__ = ("held",)
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    held: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, held: _Optional[_Iterable[bool]] = ...) -> None: ...
+
+class DocumentRef(_message.Message):
+    __slots__ = ("collection", "document_id")
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    collection: str
+    document_id: str
+    def __init__(self, collection: _Optional[str] = ..., document_id: _Optional[str] = ...) -> None: ...
+
+class SetPinsRequest(_message.Message):
+    __slots__ = ("context", "documents", "pinned")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    context: _common_pb2.RequestContext
+    documents: _containers.RepeatedCompositeFieldContainer[DocumentRef]
+    pinned: bool
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., documents: _Optional[_Iterable[_Union[DocumentRef, _Mapping]]] = ..., pinned: _Optional[bool] = ...) -> None: ...
+
+class SetPinsResponse(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    def __init__(self, blocks: _Optional[int] = ...) -> None: ...
+
+class PurgeDocumentsRequest(_message.Message):
+    __slots__ = ("context", "documents")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    context: _common_pb2.RequestContext
+    documents: _containers.RepeatedCompositeFieldContainer[DocumentRef]
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., documents: _Optional[_Iterable[_Union[DocumentRef, _Mapping]]] = ...) -> None: ...
+
+class PurgeDocumentsResponse(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    def __init__(self, blocks: _Optional[int] = ...) -> None: ...
+
+class WarmBlocksRequest(_message.Message):
+    __slots__ = ("context", "blocks", "pin")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    context: _common_pb2.RequestContext
+    blocks: _containers.RepeatedCompositeFieldContainer[_common_pb2.PromptBlock]
+    pin: bool
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[_common_pb2.PromptBlock, _Mapping]]] = ..., pin: _Optional[bool] = ...) -> None: ...
+
+class WarmBlocksResponse(_message.Message):
+    __slots__ = ("hits", "encoded", "encoded_bytes", "over_budget")
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    ENCODED_FIELD_NUMBER: _ClassVar[int]
+    ENCODED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OVER_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    hits: int
+    encoded: int
+    encoded_bytes: int
+    over_budget: bool
+    def __init__(self, hits: _Optional[int] = ..., encoded: _Optional[int] = ..., encoded_bytes: _Optional[int] = ..., over_budget: _Optional[bool] = ...) -> None: ...
