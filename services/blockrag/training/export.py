@@ -54,6 +54,8 @@ def export_bundle(model: LlamaForCausalLM, tokenizer_dir: Path, out: Path, facts
                 shutil.copyfile(tokenizer_dir / name, decoder / name)
         if facts.model_card:
             (staging / "MODEL_CARD.md").write_text(facts.model_card, encoding="utf-8")
+        for path in decoder.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
         manifest = _manifest(staging, model, facts)
         (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         staging.chmod(0o755)
