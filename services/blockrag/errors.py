@@ -1,4 +1,4 @@
-"""Every error that blockrag raises on purpose, and the one table that turns them into gRPC status.
+"""Every error that blockrag raises on purpose. ``blockrag.status`` turns them into gRPC status.
 
 ::
 
@@ -21,8 +21,6 @@ Foreign errors are translated where they enter.
 """
 
 from __future__ import annotations
-
-import grpc
 
 
 class BlockragError(Exception):
@@ -95,24 +93,3 @@ class UnsupportedModelError(SetupError):
 
 class EnvironmentSetupError(SetupError):
     """The machine is not ready: a port in use, too little shared memory, Ray running already."""
-
-
-_STATUS: tuple[tuple[type[BlockragError], grpc.StatusCode], ...] = (
-    (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
-    (PromptTooLongError, grpc.StatusCode.INVALID_ARGUMENT),
-    (NotFoundError, grpc.StatusCode.NOT_FOUND),
-    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
-    (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (UnavailableError, grpc.StatusCode.UNAVAILABLE),
-    (DataError, grpc.StatusCode.DATA_LOSS),
-    (SetupError, grpc.StatusCode.FAILED_PRECONDITION),
-)
-
-
-def status_code(error: BlockragError) -> grpc.StatusCode:
-    """The gRPC status of an error; INTERNAL for a kind the table does not know."""
-    for kind, code in _STATUS:
-        if isinstance(error, kind):
-            return code
-    return grpc.StatusCode.INTERNAL

