@@ -1,0 +1,38 @@
+"""Passages to token ids, remembered: the same passage is asked for again and again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from blockrag.modeling.template import BundleTokenizer, PromptTemplate
+
+
+class PassageTokenizer:
+    """Tokenises passages with a bundle's template and keeps the most recent results.
+
+    Not thread-safe; made for one replica's event loop.
+    """
+
+    def __init__(self, tokenizer: BundleTokenizer, template: PromptTemplate, remembered: int = 65_536) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._remembered = remembered
+        self._cache: OrderedDict[tuple[str, str], tuple[int, ...]] = OrderedDict()
+        self.instruction_ids: tuple[int, ...] = tuple(template.instruction_ids(tokenizer))
+
+    def passage_ids(self, title: str, text: str) -> tuple[int, ...]:
+        """Token ids of a passage's block."""
+        key = (title, text)
+        ids = self._cache.get(key)
+        if ids is None:
+            ids = tuple(self._template.passage_ids(self._tokenizer, title, text))
+            self._cache[key] = ids
+            if len(self._cache) > self._remembered:
+                self._cache.popitem(last=False)
+        else:
+            self._cache.move_to_end(key)
+        return ids
+
+    def final_ids(self, question: str) -> list[int]:
+        """Token ids of the final block."""
+        return self._template.final_ids(self._tokenizer, question)

@@ -1,0 +1,84 @@
+"""What must hold on this machine before anything is started."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from blockrag.errors import EnvironmentSetupError
+from blockrag.local.state import read_state
+from blockrag.settings import Settings
+
+_SHARED_MEMORY = Path("/dev/shm")
+_LEAST_STORE_RATIO = 1.5
+
+
+def check_machine(settings: Settings, shared_memory: Path = _SHARED_MEMORY) -> None:
+    """Raises ``EnvironmentSetupError``, naming the setting to change, when the system cannot run here."""
+    _check_not_running(settings)
+    _check_exposure(settings)
+    _check_memory(settings, shared_memory)
+    cluster = settings.cluster
+    check_port(cluster.host, cluster.grpc_port, "cluster.grpc_port")
+    check_port(cluster.host, cluster.http_port, "cluster.http_port")
+
+
+def check_port(host: str, port: int, setting: str) -> None:
+    """Raises ``EnvironmentSetupError`` when the port cannot be bound."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As servers do: a port whose last connections are only closing down is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EnvironmentSetupError(
+                f"port {port} on {host} cannot be used ({error.strerror}): free it or change {setting}"
+            ) from error
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that was free a moment ago."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_not_running(settings: Settings) -> None:
+    state = read_state(settings.state_path)
+    if state is not None and state.alive:
+        raise EnvironmentSetupError(
+            f"blockrag is already {'starting' if state.phase == 'starting' else 'running'} at {state.target} "
+            f"(process {state.pid}): use it, stop it with 'blockrag down', or set another cluster.state_dir"
+        )
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        raise EnvironmentSetupError(
+            f"RAY_ADDRESS={address} points to a Ray that is already running; 'blockrag up' starts one of its own. "
+            "Unset RAY_ADDRESS, or deploy to that cluster with 'serve deploy cluster/cluster.yaml'"
+        )
+
+
+def _check_exposure(settings: Settings) -> None:
+    loopback = settings.cluster.host in ("127.0.0.1", "::1", "localhost")
+    if not loopback and not settings.gateway.tenants:
+        raise EnvironmentSetupError(
+            f"cluster.host is {settings.cluster.host}, which others can reach, and gateway.tenants is empty: "
+            "keep cluster.host on loopback or give tenants keys"
+        )
+
+
+def _check_memory(settings: Settings, shared_memory: Path) -> None:
+    store_mb, budget_mb = settings.cluster.object_store_mb, settings.kv_cache.budget_mb
+    if store_mb < budget_mb * _LEAST_STORE_RATIO:
+        raise EnvironmentSetupError(
+            f"cluster.object_store_mb is {store_mb}, less than {_LEAST_STORE_RATIO} times kv_cache.budget_mb "
+            f"({budget_mb}): blocks would be spilled to disk; raise the one or lower the other"
+        )
+    stats = os.statvfs(shared_memory)
+    free_mb = stats.f_bavail * stats.f_frsize // 2**20
+    if free_mb < store_mb:
+        raise EnvironmentSetupError(
+            f"{shared_memory} has {free_mb} MiB free and cluster.object_store_mb asks for {store_mb}: enlarge it "
+            f"(docker run --shm-size {store_mb + 256}m) or lower cluster.object_store_mb and kv_cache.budget_mb"
+        )

@@ -1,0 +1,155 @@
+"""Start, find and stop the local system."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import yaml
+
+from blockrag.errors import EnvironmentSetupError, NotFoundError, UnavailableError
+from blockrag.local.preflight import check_machine
+from blockrag.local.state import SystemState, read_state
+from blockrag.settings import Settings
+
+_START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 60.0
+_POLL_S = 0.1
+
+
+class LocalSystem:
+    """A running system on this machine.
+
+    As a context manager it stops on leaving. The work is done by a supervisor process of its own, which owns Ray: it
+    goes on when the starting process ends, and stopping it ends just the processes that it started.
+    """
+
+    def __init__(self, settings: Settings, state: SystemState) -> None:
+        self.settings = settings
+        self._state = state
+
+    @property
+    def target(self) -> str:
+        """gRPC address, host:port."""
+        return self._state.target
+
+    @property
+    def ray_address(self) -> str:
+        """Address for other Ray drivers on this machine."""
+        return self._state.ray_address
+
+    @classmethod
+    def start(cls, settings: Settings, on_progress: Callable[[str], None] | None = None) -> LocalSystem:
+        """Starts the system and waits until every application answers.
+
+        Raises ``EnvironmentSetupError`` when the machine is not ready and ``UnavailableError`` when an application
+        does not come up; then nothing is left running.
+        """
+        check_machine(settings)
+        state_path = settings.state_path
+        (state_path / "logs").mkdir(parents=True, exist_ok=True)
+        settings_file = state_path / "settings.yaml"
+        # The file holds API keys and the cache's secret.
+        settings_file.touch(mode=0o600)
+        settings_file.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
+        log_file = state_path / "logs" / "supervisor.log"
+        with log_file.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "blockrag.local.supervisor", "--settings", str(settings_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_supervisor_environment(settings),
+                start_new_session=True,
+            )
+        try:
+            state = _wait_until_ready(process, state_path, log_file, on_progress)
+        except BaseException:
+            _terminate(process.pid, process.poll)
+            raise
+        return cls(settings, state)
+
+    @classmethod
+    def attach(cls, settings: Settings) -> LocalSystem:
+        """The system that runs already. Raises ``NotFoundError`` when none does."""
+        state = read_state(settings.state_path)
+        if state is None or not state.alive:
+            raise NotFoundError("nothing is running: start it with 'blockrag up'")
+        return cls(settings, state)
+
+    def stop(self) -> None:
+        """Stops the system; returns when its processes are gone."""
+        _terminate(self._state.pid, lambda: None if self._state.alive else 0)
+
+    def __enter__(self) -> LocalSystem:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _supervisor_environment(settings: Settings) -> dict[str, str]:
+    scratch = settings.state_path / "haproxy"
+    scratch.mkdir(parents=True, exist_ok=True)
+    environment = {
+        **os.environ,
+        # Everything is bound to loopback (see the supervisor), so Ray's own token adds nothing here.
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1" if settings.cluster.ha_proxy else "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        # A leaked reference would keep its object for the life of the process: make it an exception.
+        "RAY_allow_out_of_band_object_ref_serialization": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    return environment
+
+
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], state_path: Path, log_file: Path, on_progress: Callable[[str], None] | None
+) -> SystemState:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    reported = ""
+    while time.monotonic() < deadline:
+        state = read_state(state_path)
+        if state is not None and state.pid == process.pid:
+            if state.phase == "ready":
+                return state
+            if state.phase == "failed":
+                raise UnavailableError(f"{state.detail} (log: {log_file})")
+            if on_progress is not None and state.detail != reported:
+                reported = state.detail
+                on_progress(reported)
+        if process.poll() is not None:
+            raise UnavailableError(f"the supervisor ended with status {process.returncode} (log: {log_file})")
+        time.sleep(_POLL_S)
+    raise UnavailableError(f"the system was not ready after {_START_TIMEOUT_S:.0f} s (log: {log_file})")
+
+
+def _terminate(pid: int, poll: Callable[[], int | None]) -> None:
+    """Asks a process to end and waits for it; poll returns None while it runs."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if poll() is not None:
+            return
+        time.sleep(_POLL_S)
+    raise EnvironmentSetupError(f"process {pid} did not stop within {_STOP_TIMEOUT_S:.0f} s")
