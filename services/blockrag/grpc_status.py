@@ -1,0 +1,174 @@
+"""Turns what a method raises into the status that a gRPC client sees.
+
+Serve returns a status of our choice when the method sets it on its gRPC context and then raises; anything else would
+reach the client as INTERNAL with a traceback in it. Trailing metadata of a failed call is dropped by Serve, so what
+the client needs to know (when to retry) is in the status message.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import secrets
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol, TypeVar, overload
+
+import grpc
+
+from blockrag.errors import BlockragError, DeadlineError, OverloadedError, UnavailableError
+from blockrag.status import status_code
+
+_logger = logging.getLogger(__name__)
+
+RETRY_AFTER_MS = 250
+"""Retry hint for refusals that carry none."""
+_LONGEST_MESSAGE = 2000
+_REPLICA_GONE = "a replica that worked on this request went away; send it again"
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class StatusContext(Protocol):
+    """The part of Serve's gRPC context that is used here."""
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+
+    def set_details(self, details: str) -> None: ...
+
+
+class InternalError(Exception):
+    """Something unforeseen; the message holds an id that is in the log beside the traceback."""
+
+
+@overload
+def translate_errors(target: Method) -> Method: ...
+
+
+@overload
+def translate_errors(target: StatusContext | None) -> _Translation: ...
+
+
+def translate_errors(target: Any) -> Any:
+    """Gives clients the right status: a decorator of an RPC method, or ``async with translate_errors(grpc_context)``.
+
+    The method is a coroutine function or an async generator function of ``(self, request)`` or ``(self, request,
+    grpc_context)``. Serve passes the context for calls from outside; through a handle there is none, and errors pass
+    unchanged.
+    """
+    if inspect.isasyncgenfunction(target):
+        return _translated_stream(target)
+    if inspect.iscoroutinefunction(target):
+        return _translated_call(target)
+    return _Translation(target)
+
+
+def as_known_error(error: BaseException) -> BlockragError | None:
+    """The error of ours that an exception is or stands for; None when it is unforeseen.
+
+    Unwraps what crossed a deployment handle and translates Ray's own errors: refused by backpressure, replica gone.
+    """
+    cause = original_error(error)
+    if isinstance(cause, BlockragError):
+        return cause
+    if isinstance(cause, TimeoutError):
+        return DeadlineError("the request ran out of time")
+    return _from_ray(cause)
+
+
+def original_error(error: BaseException) -> BaseException:
+    """The exception that a remote method raised, without Ray's wrapping."""
+    cause = error
+    while type(cause).__module__.startswith("ray.") or type(cause).__name__.startswith("RayTaskError"):
+        inner = getattr(cause, "cause", None) or getattr(cause, "original_exception", None)
+        if not isinstance(inner, BaseException) or inner is cause:
+            break
+        cause = inner
+    return cause
+
+
+class _Translation:
+    """Sets the status of a context when the body raises."""
+
+    def __init__(self, context: StatusContext | None) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._context is None or not isinstance(error, Exception):
+            return
+        known = as_known_error(error)
+        if known is not None:
+            self._context.set_code(status_code(known))
+            self._context.set_details(str(known)[:_LONGEST_MESSAGE])
+            raise known from None
+        if _is_cancellation(error):
+            self._context.set_code(grpc.StatusCode.CANCELLED)
+            self._context.set_details("cancelled")
+            raise error
+        error_id = secrets.token_hex(8)
+        _logger.error("internal error %s", error_id, exc_info=error)
+        message = f"internal error; the server's log has more under id {error_id}"
+        self._context.set_code(grpc.StatusCode.INTERNAL)
+        self._context.set_details(message)
+        raise InternalError(message) from None
+
+
+def _translated_call(method: Callable[..., Any]) -> Callable[..., Any]:
+    pass_context = "grpc_context" in inspect.signature(method).parameters
+
+    async def call(self: Any, request: Any, grpc_context: StatusContext | None = None) -> Any:
+        async with _Translation(grpc_context):
+            return await (method(self, request, grpc_context) if pass_context else method(self, request))
+
+    return _dressed(call, method)
+
+
+def _translated_stream(method: Callable[..., Any]) -> Callable[..., Any]:
+    pass_context = "grpc_context" in inspect.signature(method).parameters
+
+    async def stream(self: Any, request: Any, grpc_context: StatusContext | None = None) -> Any:
+        async with _Translation(grpc_context):
+            events = method(self, request, grpc_context) if pass_context else method(self, request)
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                await events.aclose()
+
+    return _dressed(stream, method)
+
+
+def _dressed(wrapper: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    functools.update_wrapper(wrapper, method)
+    # Serve reads the signature to see whether a method wants the context: it must see the wrapper's.
+    del wrapper.__wrapped__  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _from_ray(error: BaseException) -> BlockragError | None:
+    # Looked up, not imported: an exception of Ray's can only exist where Ray is imported already.
+    if (serve_errors := sys.modules.get("ray.serve.exceptions")) is not None:
+        if isinstance(error, serve_errors.BackPressureError):
+            return OverloadedError("too many requests are waiting", RETRY_AFTER_MS)
+        if isinstance(error, serve_errors.DeploymentUnavailableError):
+            return UnavailableError(str(error.message))
+        if isinstance(error, serve_errors.ReplicaUnavailableError):
+            return UnavailableError(_REPLICA_GONE)
+    if (ray_errors := sys.modules.get("ray.exceptions")) is not None:
+        if isinstance(error, ray_errors.RayActorError | ray_errors.WorkerCrashedError | ray_errors.NodeDiedError):
+            return UnavailableError(_REPLICA_GONE)
+        if isinstance(error, ray_errors.GetTimeoutError):
+            return DeadlineError("the request ran out of time")
+    return None
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    ray_errors = sys.modules.get("ray.exceptions")
+    return ray_errors is not None and isinstance(original_error(error), ray_errors.TaskCancelledError)

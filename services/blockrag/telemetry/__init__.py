@@ -1,0 +1,20 @@
+"""Traces, logs and metrics. Nothing here imports Ray until a metric is recorded inside of it."""
+
+from blockrag.telemetry import metrics
+from blockrag.telemetry.logs import request_logger
+from blockrag.telemetry.setup import setup_telemetry, shutdown_telemetry
+from blockrag.telemetry.trace_files import read_trace, trace_directory
+from blockrag.telemetry.tracing import Span, new_traceparent, span, trace_id_of
+
+__all__ = [
+    "Span",
+    "metrics",
+    "new_traceparent",
+    "read_trace",
+    "request_logger",
+    "setup_telemetry",
+    "shutdown_telemetry",
+    "span",
+    "trace_directory",
+    "trace_id_of",
+]

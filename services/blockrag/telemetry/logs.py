@@ -1,0 +1,74 @@
+"""Structured logs: one JSON object per line, with the request's id and its trace's where there is a request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import MutableMapping
+from datetime import UTC, datetime
+from typing import Any
+
+from blockrag.telemetry.tracing import trace_id_of
+from blockrag.v1.common_pb2 import RequestContext
+
+_FIELDS = ("request_id", "trace_id", "tenant")
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "service": self._service,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for field in _FIELDS:
+            value = getattr(record, field, "")
+            if value:
+                line[field] = value
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+class RequestLogger(logging.LoggerAdapter[logging.Logger]):
+    """A logger that knows which request it speaks of."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Adds the ids to the record."""
+        kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
+        return msg, kwargs
+
+
+def request_logger(name: str, context: RequestContext | None) -> RequestLogger:
+    """The logger ``name`` for one request."""
+    extra: dict[str, object] = {}
+    if context is not None:
+        extra = {
+            "request_id": context.request_id,
+            "trace_id": trace_id_of(context.traceparent),
+            "tenant": context.tenant,
+        }
+    return RequestLogger(logging.getLogger(name), extra)
+
+
+def setup_logs(service: str, level: str) -> None:
+    """Sends this package's records to standard error as JSON; replaces what an earlier call set up."""
+    logger = logging.getLogger("blockrag")
+    for handler in list(logger.handlers):
+        if isinstance(handler.formatter, JsonFormatter):
+            logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(service))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False

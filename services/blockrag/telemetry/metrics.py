@@ -1,0 +1,101 @@
+"""Prometheus metrics through Ray's metrics agent, which prefixes their names with ``ray_``.
+
+Outside Ray nothing is recorded. A metric is made when it is first used, because making one needs a running worker.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+LATENCY_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+"""Buckets of OpenTelemetry's ``gen_ai.server.time_to_first_token``, in seconds."""
+
+
+class _Metric:
+    """A metric by name; tags are given by keyword at each record, all of those declared."""
+
+    kind: str
+
+    def __init__(self, name: str, description: str, tags: Sequence[str] = ()) -> None:
+        self.name = name
+        self.description = description
+        self.tags = tuple(tags)
+        self._inner: Any = None
+
+    def _live(self) -> Any:
+        """Ray's metric; None outside Ray."""
+        if self._inner is None:
+            if "ray" not in sys.modules:
+                return None
+            import ray
+
+            if not ray.is_initialized():
+                return None
+            from ray.util import metrics
+
+            self._inner = self._make(metrics)
+        return self._inner
+
+    def _make(self, module: Any) -> Any:
+        raise NotImplementedError
+
+
+class Counter(_Metric):
+    """Only grows."""
+
+    def inc(self, value: float = 1.0, **tags: str) -> None:
+        """Adds ``value``; nothing at 0."""
+        live = self._live()
+        if live is not None and value > 0:
+            live.inc(value, tags=tags)
+
+    def _make(self, module: Any) -> Any:
+        return module.Counter(self.name, self.description, self.tags)
+
+
+class Gauge(_Metric):
+    """The latest value."""
+
+    def set(self, value: float, **tags: str) -> None:
+        """Replaces the value."""
+        live = self._live()
+        if live is not None:
+            live.set(value, tags=tags)
+
+    def _make(self, module: Any) -> Any:
+        return module.Gauge(self.name, self.description, self.tags)
+
+
+class Histogram(_Metric):
+    """A distribution over ``LATENCY_BUCKETS_S``."""
+
+    def observe(self, value: float, **tags: str) -> None:
+        """Counts one value, in seconds."""
+        live = self._live()
+        if live is not None:
+            live.observe(value, tags=tags)
+
+    def _make(self, module: Any) -> Any:
+        return module.Histogram(self.name, self.description, list(LATENCY_BUCKETS_S), self.tags)
+
+
+TIME_TO_FIRST_TOKEN_SECONDS = Histogram(
+    "blockrag_time_to_first_token_seconds", "From the request's arrival to its first text.", ("attention_mode",)
+)
+INTER_TOKEN_LATENCY_SECONDS = Histogram(
+    "blockrag_inter_token_latency_seconds", "Between an answer's tokens.", ("attention_mode",)
+)
+E2E_REQUEST_LATENCY_SECONDS = Histogram(
+    "blockrag_e2e_request_latency_seconds", "From the request's arrival to its end.", ("method",)
+)
+STAGE_SECONDS = Histogram("blockrag_stage_seconds", "Time of each stage of an answer.", ("stage",))
+REQUESTS = Counter("blockrag_requests", "Finished requests by gRPC status.", ("method", "status"))
+NUM_REQUESTS_RUNNING = Gauge("blockrag_num_requests_running", "Requests being worked on.", ("service",))
+NUM_REQUESTS_WAITING = Gauge("blockrag_num_requests_waiting", "Requests waiting to be worked on.", ("service",))
+KV_CACHE_USAGE_PERC = Gauge("blockrag_kv_cache_usage_perc", "Used share of a tier's bytes, 0 to 1.", ("tier",))
+KV_CACHE_QUERY_TOKENS = Counter("blockrag_kv_cache_query_tokens", "Tokens looked up in a tier.", ("tier",))
+KV_CACHE_HIT_TOKENS = Counter("blockrag_kv_cache_hit_tokens", "Tokens found in a tier (l1, store).", ("tier",))
+ENCODED_TOKENS = Counter("blockrag_encoded_tokens", "Tokens encoded as blocks.")
+GENERATED_TOKENS = Counter("blockrag_generated_tokens", "Tokens generated.", ("attention_mode",))

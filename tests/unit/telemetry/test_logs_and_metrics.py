@@ -1,0 +1,56 @@
+"""Logs carry the request's ids; metrics are silent outside Ray."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from blockrag.telemetry import metrics, new_traceparent, request_logger, trace_id_of
+from blockrag.telemetry.logs import JsonFormatter
+from blockrag.v1.common_pb2 import RequestContext
+
+
+class Collecting(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[dict[str, str]] = []
+        self.setFormatter(JsonFormatter("gateway"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(json.loads(self.format(record)))
+
+
+def test_a_line_is_json_with_the_requests_ids() -> None:
+    traceparent = new_traceparent()
+    handler = Collecting()
+    logger = logging.getLogger("blockrag.test.logs")
+    logger.addHandler(handler)
+    log = request_logger(logger.name, RequestContext(request_id="r1", tenant="acme", traceparent=traceparent))
+    try:
+        1 / 0  # noqa: B018
+    except ZeroDivisionError:
+        log.exception("broken: %s", "ä\n")
+    logger.removeHandler(handler)
+    (line,) = handler.lines
+    assert line["message"] == "broken: ä\n"
+    assert line["level"] == "ERROR"
+    assert line["service"] == "gateway"
+    assert line["request_id"] == "r1"
+    assert line["tenant"] == "acme"
+    assert line["trace_id"] == trace_id_of(traceparent)
+    assert "ZeroDivisionError" in line["exception"]
+
+
+def test_without_a_request_there_are_no_ids() -> None:
+    handler = Collecting()
+    logger = logging.getLogger("blockrag.test.other")
+    logger.addHandler(handler)
+    request_logger(logger.name, None).warning("hello")
+    logger.removeHandler(handler)
+    assert "request_id" not in handler.lines[0]
+
+
+def test_metrics_do_nothing_outside_ray() -> None:
+    metrics.TIME_TO_FIRST_TOKEN_SECONDS.observe(0.02, attention_mode="block")
+    metrics.KV_CACHE_HIT_TOKENS.inc(5, tier="l1")
+    metrics.NUM_REQUESTS_RUNNING.set(1, service="decoder")

@@ -1,0 +1,116 @@
+"""What clients are told about errors."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from blockrag.errors import InvalidRequestError, NotFoundError, OverloadedError
+from blockrag.grpc_status import InternalError, as_known_error, translate_errors
+
+
+class FakeContext:
+    def __init__(self) -> None:
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+
+class Service:
+    @translate_errors
+    async def Call(self, request: Exception | None, grpc_context: FakeContext | None = None) -> str:
+        if request is not None:
+            raise request
+        return "fine"
+
+    @translate_errors
+    async def Stream(self, request: Exception | None) -> AsyncIterator[int]:
+        yield 1
+        if request is not None:
+            raise request
+        yield 2
+
+
+def crossed_a_handle(error: Exception) -> Exception:
+    wrapped = RayTaskError("Call", "Traceback: /home/somebody/secret.py", error, proctitle="p", pid=1, ip="127.0.0.1")
+    return wrapped.as_instanceof_cause()
+
+
+async def test_our_errors_get_their_status_and_message() -> None:
+    context = FakeContext()
+    with pytest.raises(InvalidRequestError):
+        await Service().Call(InvalidRequestError("top_k", "must be at least 1"), grpc_context=context)
+    assert context.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert context.details == "top_k: must be at least 1"
+
+
+async def test_a_remote_error_is_unwrapped() -> None:
+    context = FakeContext()
+    with pytest.raises(NotFoundError):
+        await Service().Call(crossed_a_handle(crossed_a_handle(NotFoundError("no collection x"))), grpc_context=context)
+    assert context.code is grpc.StatusCode.NOT_FOUND
+    assert context.details == "no collection x"
+
+
+async def test_the_unforeseen_becomes_internal_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    context = FakeContext()
+    with caplog.at_level(logging.ERROR), pytest.raises(InternalError):
+        await Service().Call(ValueError("secret.py broke"), grpc_context=context)
+    assert context.code is grpc.StatusCode.INTERNAL
+    assert "secret" not in context.details
+    error_id = context.details.rsplit(" ", 1)[1]
+    assert error_id in caplog.text
+    assert "secret.py broke" in caplog.text
+
+
+async def test_a_stream_keeps_what_came_before_the_error() -> None:
+    context = FakeContext()
+    seen = []
+    with pytest.raises(OverloadedError):
+        async for item in Service().Stream(OverloadedError("64 answers are in progress", 250), grpc_context=context):  # type: ignore[call-arg]
+            seen.append(item)
+    assert seen == [1]
+    assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert context.details == "64 answers are in progress; retry in 250 ms"
+
+
+async def test_without_a_grpc_context_errors_pass_unchanged() -> None:
+    with pytest.raises(ValueError, match="as it was"):
+        await Service().Call(ValueError("as it was"))
+    assert await Service().Call(None) == "fine"
+    assert [item async for item in Service().Stream(None)] == [1, 2]
+
+
+async def test_context_manager_form() -> None:
+    context = FakeContext()
+    with pytest.raises(NotFoundError):
+        async with translate_errors(context):
+            raise NotFoundError("nothing")
+    assert context.code is grpc.StatusCode.NOT_FOUND
+
+
+def test_serve_sees_the_kind_of_method_and_the_context() -> None:
+    assert inspect.iscoroutinefunction(Service.Call)
+    assert inspect.isasyncgenfunction(Service.Stream)
+    assert "grpc_context" in inspect.signature(Service.Stream).parameters
+
+
+def test_backpressure_is_overload() -> None:
+    known = as_known_error(crossed_a_handle(BackPressureError(num_queued_requests=5, max_queued_requests=5)))
+    assert isinstance(known, OverloadedError)
+
+
+def test_timeouts_are_deadlines() -> None:
+    assert type(as_known_error(TimeoutError())).__name__ == "DeadlineError"
+    assert as_known_error(KeyError("x")) is None
