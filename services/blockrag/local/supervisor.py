@@ -96,7 +96,6 @@ class _Supervisor:
             object_store_memory=self._settings.cluster.object_store_mb * 2**20,
             include_dashboard=False,
             log_to_driver=False,
-            _node_ip_address="127.0.0.1",
         )
         return str(context.address_info["address"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -96,13 +97,24 @@ class LocalSystem:
         self.stop()
 
 
+def ray_token_environment(settings: Settings) -> dict[str, str]:
+    """What a Ray driver needs in its environment to talk to the local system's Ray.
+
+    Ray's own ports are bound to all addresses whatever it is told, so they ask for a token.
+    """
+    token_file = settings.state_path / "ray-token"
+    if not token_file.exists():
+        token_file.touch(mode=0o600)
+        token_file.write_text(secrets.token_hex(32), encoding="ascii")
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+
+
 def _supervisor_environment(settings: Settings) -> dict[str, str]:
     scratch = settings.state_path / "haproxy"
     scratch.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
-        # Everything is bound to loopback (see the supervisor), so Ray's own token adds nothing here.
-        "RAY_AUTH_MODE": "disabled",
+        **ray_token_environment(settings),
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if settings.cluster.ha_proxy else "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),

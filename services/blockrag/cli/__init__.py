@@ -1,0 +1,5 @@
+"""What a person types: ``blockrag``."""
+
+from blockrag.cli.main import main
+
+__all__ = ["main"]

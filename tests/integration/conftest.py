@@ -1,0 +1,77 @@
+"""One real system for all integration tests: Ray, Serve with six applications, gRPC, the bundled reader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+
+from blockrag.client import BlockragClient
+from blockrag.local import LocalSystem
+from blockrag.local.preflight import free_port
+from blockrag.local.system import ray_token_environment
+from blockrag.settings import (
+    ClusterSettings,
+    DecoderSettings,
+    EncoderSettings,
+    GatewaySettings,
+    KvCacheSettings,
+    Settings,
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The running system, as tests see it. This process is a driver of its Ray."""
+
+    system: LocalSystem
+    settings: Settings
+
+    @property
+    def target(self) -> str:
+        """gRPC address, host:port."""
+        return self.system.target
+
+
+def cluster_settings(state_dir: Path) -> Settings:
+    """Small budgets, free ports, two cache shards."""
+    return Settings(
+        cluster=ClusterSettings(
+            grpc_port=free_port(), http_port=free_port(), object_store_mb=256, state_dir=str(state_dir)
+        ),
+        gateway=GatewaySettings(max_inflight=32, max_top_k=50),
+        kv_cache=KvCacheSettings(shards=2, budget_mb=96),
+        encoder=EncoderSettings(min_replicas=1, max_replicas=1, threads=1),
+        decoder=DecoderSettings(threads=1, l1_mb=64),
+    )
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The system, started once and stopped at the end."""
+    settings = cluster_settings(tmp_path_factory.mktemp("state"))
+    with LocalSystem.start(settings) as system:
+        os.environ.update(ray_token_environment(settings))
+        ray.init(address=system.ray_address, namespace="tests", log_to_driver=False)
+        yield Cluster(system, settings)
+        ray.shutdown()
+
+
+@pytest.fixture
+async def client(cluster: Cluster) -> AsyncIterator[BlockragClient]:
+    """A client of the running system."""
+    async with BlockragClient(cluster.target) as connected:
+        yield connected
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks this folder's tests; starting the cluster counts against the first test that uses it."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.integration)
+            item.add_marker(pytest.mark.timeout(300))

@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+
+from blockrag.errors import SettingsError
+from blockrag.settings import Settings, load_settings
+
+
+def test_defaults_need_no_file() -> None:
+    assert load_settings(environment={}) == Settings()
+
+
+def test_file_and_environment_are_merged(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("gateway:\n  max_inflight: 3\n  default_top_k: 7\n")
+    settings = load_settings(path, {"BLOCKRAG_GATEWAY__MAX_INFLIGHT": "16", "HOME": "/nowhere"})
+    assert settings.gateway.max_inflight == 16
+    assert settings.gateway.default_top_k == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("gatway: {}", "gatway"),
+        ("gateway: {max_inflihgt: 3}", "gateway.max_inflihgt"),
+        ("gateway: {max_inflight: 0}", "gateway.max_inflight"),
+        ("decoder: {num_gpus: -1}", "decoder.num_gpus"),
+        ("gateway: {tenants: [{name: A B, api_key: short}]}", "gateway.tenants.0.name"),
+        ("- a list", "mapping"),
+        ("gateway: [", "settings file"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, named: str) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=named.replace(".", r"\.")):
+        load_settings(path, {})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"BLOCKRAG_GATEWAY__NO_SUCH_KEY": "1"},
+        {"BLOCKRAG_NO_SUCH_SECTION__KEY": "1"},
+        {"BLOCKRAG_GATEWAY": "1"},
+        {"BLOCKRAG_GATEWAY__MAX_INFLIGHT": "many"},
+        {"BLOCKRAG_GATEWAY__MAX_INFLIGHT": "["},
+    ],
+)
+def test_bad_environment_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(SettingsError):
+        load_settings(environment=environment)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="absent"):
+        load_settings(tmp_path / "absent.yaml", {})
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        Settings().gateway.max_inflight = 5  # type: ignore[misc]
