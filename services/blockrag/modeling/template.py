@@ -19,9 +19,7 @@ _FIELD = re.compile(r"\{(title|text|question)\}")
 class BundleTokenizer(Protocol):
     """The part of a transformers fast tokenizer that the template uses."""
 
-    def __call__(self, text: str, **options: Any) -> Any: ...
-
-    def decode(self, token_ids: list[int], **options: Any) -> str: ...
+    def __call__(self, text: str, *, add_special_tokens: bool = ..., split_special_tokens: bool = ...) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,251 @@
+"""Bundles: a directory with everything that reads and answers, checked before it is used.
+
+::
+
+    manifest.json      format, name, version, template, sizes, SHA-256 of every file, quality, training
+    decoder/           a Hugging Face checkpoint with its tokenizer
+    MODEL_CARD.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from blockrag.errors import BundleError
+from blockrag.modeling.template import PromptTemplate
+
+FORMAT = 1
+DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "reader"
+"""The reader that ships with blockrag."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_SPECIAL = re.compile(r"<\|[^<>|]+\|>")
+_KEYS: dict[str, type] = {
+    "format": int,
+    "name": str,
+    "version": str,
+    "template": dict,
+    "chunk_tokens": int,
+    "passage_tokens": int,
+    "max_context_tokens": int,
+    "files": dict,
+    "quality": dict,
+    "training": dict,
+}
+_REQUIRED_FILES = ("decoder/config.json", "decoder/tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked directory. Nothing heavy is loaded yet."""
+
+    path: Path
+    name: str
+    version: str
+    template: PromptTemplate
+    chunk_tokens: int
+    """Tokens of a chunk."""
+    passage_tokens: int
+    """Most tokens of a passage's block."""
+    max_context_tokens: int
+    """Longest prompt and answer that the decoder was made for."""
+    vocab_size: int
+    """Rows of the decoder's embedding."""
+    files: Mapping[str, str]
+    """Relative path to SHA-256, hex."""
+    compute_dtype: str = "float32"
+    kv_dtype: str = "float32"
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def decoder_dir(self) -> Path:
+        """Directory of the Hugging Face checkpoint."""
+        return self.path / "decoder"
+
+    @property
+    def fingerprint(self) -> str:
+        """40 hex digits over everything that K and V depend on: checkpoint files, template, dtypes.
+
+        Not over the bundle's place, name, quality or model card.
+        """
+        content = {
+            "format": FORMAT,
+            "files": {name: self.files[name] for name in sorted(self.files) if name.startswith("decoder/")},
+            "template": self.template.to_dict(),
+            "compute_dtype": self.compute_dtype,
+            "kv_dtype": self.kv_dtype,
+        }
+        encoded = json.dumps(content, sort_keys=True, ensure_ascii=True).encode()
+        return hashlib.blake2b(encoded, digest_size=20, person=b"blockrag-bundle").hexdigest()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The bundle's tokenizer. Raises BundleError when it does not fit the decoder or the template."""
+        try:
+            # tokenizer.json as it stands; a class chosen by the model's type may add tokens of its own
+            tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+                self.decoder_dir, local_files_only=True
+            )
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise BundleError(f"{self.decoder_dir}: the tokenizer does not load: {error}") from error
+        _check_tokenizer(tokenizer, self.template, self.vocab_size, self.decoder_dir)
+        return tokenizer
+
+
+def load_bundle(
+    path: str | Path,
+    *,
+    verify_files: bool = True,
+    compute_dtype: str = "float32",
+    kv_dtype: str = "float32",
+) -> Bundle:
+    """Check the directory ``path``.
+
+    ``verify_files`` reads every file to compare its SHA-256; without it only presence and the lengths that
+    safetensors headers promise are checked. The dtypes are what the model will be loaded with: the fingerprint counts
+    them. Raises BundleError naming the file and the problem.
+    """
+    root = Path(path).expanduser()
+    for dtype in (compute_dtype, kv_dtype):
+        if dtype not in DTYPES:
+            raise BundleError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    manifest = _read_manifest(root)
+    template = _read_template(root, manifest["template"])
+    files = _check_files(root, manifest["files"], verify_files=verify_files)
+    config = _read_json(root / "decoder" / "config.json")
+    vocab_size = config.get("vocab_size")
+    if not isinstance(vocab_size, int) or vocab_size <= 0:
+        raise BundleError(f"{root / 'decoder' / 'config.json'}: no vocab_size")
+    return Bundle(
+        path=root.resolve(),
+        name=manifest["name"],
+        version=manifest["version"],
+        template=template,
+        chunk_tokens=manifest["chunk_tokens"],
+        passage_tokens=manifest["passage_tokens"],
+        max_context_tokens=manifest["max_context_tokens"],
+        vocab_size=vocab_size,
+        files=files,
+        compute_dtype=compute_dtype,
+        kv_dtype=kv_dtype,
+        quality=manifest["quality"],
+        training=manifest["training"],
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: missing") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise BundleError(f"{path}: must hold a JSON object")
+    return loaded
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    if not root.is_dir():
+        raise BundleError(f"{root}: no such directory")
+    path = root / "manifest.json"
+    manifest = _read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise BundleError(f"{path}: format {manifest.get('format')!r} is unknown; this version reads {FORMAT}")
+    unknown = sorted(set(manifest) - set(_KEYS))
+    missing = sorted(set(_KEYS) - set(manifest))
+    if unknown:
+        raise BundleError(f"{path}: unknown keys: {', '.join(unknown)}")
+    if missing:
+        raise BundleError(f"{path}: missing keys: {', '.join(missing)}")
+    for key, kind in _KEYS.items():
+        value = manifest[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise BundleError(f"{path}: {key} must be of type {kind.__name__}")
+        if isinstance(value, int) and value <= 0:
+            raise BundleError(f"{path}: {key} must be positive")
+    return manifest
+
+
+def _read_template(root: Path, values: dict[str, Any]) -> PromptTemplate:
+    path = root / "manifest.json"
+    names = {item.name for item in fields(PromptTemplate)}
+    if set(values) != names:
+        wrong = ", ".join(sorted(set(values) ^ names))
+        raise BundleError(f"{path}: template must have the keys {', '.join(sorted(names))}; wrong: {wrong}")
+    if not all(isinstance(value, str) for value in values.values()):
+        raise BundleError(f"{path}: template texts must be strings")
+    for name, needed in (("passage", "{text}"), ("final", "{question}")):
+        if needed not in values[name]:
+            raise BundleError(f"{path}: template.{name} lacks {needed}")
+    if not values["end"]:
+        raise BundleError(f"{path}: template.end is empty")
+    return PromptTemplate(**values)
+
+
+def _check_files(root: Path, listed: dict[str, Any], *, verify_files: bool) -> dict[str, str]:
+    for name in _REQUIRED_FILES:
+        if name not in listed:
+            raise BundleError(f"{root / 'manifest.json'}: files lacks {name}")
+    if not any(name.endswith(".safetensors") for name in listed):
+        raise BundleError(f"{root / 'manifest.json'}: files lacks weights (*.safetensors)")
+    for name, digest in listed.items():
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts:
+            raise BundleError(f"{root / 'manifest.json'}: file {name!r} is outside the bundle")
+        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise BundleError(f"{root / 'manifest.json'}: file {name!r} has no SHA-256")
+        path = root / place
+        if not path.is_file():
+            raise BundleError(f"{path}: missing")
+        if name.endswith(".safetensors"):
+            _check_safetensors(path)
+        if verify_files and file_sha256(path) != digest:
+            raise BundleError(f"{path}: content differs from the manifest (SHA-256)")
+    return dict(listed)
+
+
+def _check_safetensors(path: Path) -> None:
+    """The header says how long the file must be; see the safetensors format."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as source:
+            (length,) = struct.unpack("<Q", source.read(8))
+            if length > size:
+                raise BundleError(f"{path}: truncated: {size} bytes, header of {length}")
+            header = json.loads(source.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BundleError(f"{path}: no safetensors header: {error}") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise BundleError(f"{path}: truncated: {size} bytes where its header promises {expected}")
+
+
+def _check_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, template: PromptTemplate, vocab_size: int, where: Path
+) -> None:
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= vocab_size:
+        raise BundleError(f"{where}: wrong vocabulary: token id {highest}, {vocab_size} embeddings")
+    literal = " ".join((template.instruction, template.passage, template.final))
+    for text in sorted({*_SPECIAL.findall(literal), template.end}):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise BundleError(f"{where}: wrong vocabulary: the template's {text!r} is no single token")

@@ -1,0 +1,274 @@
+"""A causal language model driven over slots: encode blocks, compose prompts, prefill and decode in ragged batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from blockrag.errors import BundleError, DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
+from blockrag.modeling.attention import ATTENTION_NAME, Capture, RaggedBatch, Segment
+from blockrag.modeling.bundle import DTYPES, Bundle
+from blockrag.modeling.rotary import IdentityRotary, RotaryTable
+from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena
+from blockrag.modeling.support import ModelFacts, inspect_model
+from blockrag.types import BlockKV
+
+_PROBE_TOKENS = 8
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+_ARENA_SLOTS = 65_536
+
+
+class SlotModel:
+    """A decoder over slot lists. Not thread-safe: one thread computes.
+
+    One set of weights serves every attention mode: ``full`` is a sequence without blocks and all prompt tokens in
+    ``forward``; ``block`` a sequence composed of blocks and the final block in ``forward``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, facts: ModelFacts, *, kv_dtype: torch.dtype, end_token_ids: Iterable[int]
+    ) -> None:
+        """``model`` already goes through slot attention; use ``load`` or ``from_pretrained_model``."""
+        self._model = model
+        self._shape = facts.shape
+        self.num_layers = facts.shape.num_layers
+        self.num_kv_heads = facts.shape.num_kv_heads
+        self.head_dim = facts.shape.head_dim
+        self.vocab_size = facts.vocab_size
+        self.max_positions = facts.max_positions
+        """Longest slot list, prompt and answer together."""
+        self.end_token_ids = frozenset(end_token_ids)
+        """Tokens that end an answer."""
+        self.device: torch.device = model.device
+        self.compute_dtype: torch.dtype = model.dtype
+        self.kv_dtype = kv_dtype
+        self.slot_bytes = facts.shape.numbers * kv_dtype.itemsize
+        """Bytes of K and V of one slot of a block, over all layers."""
+        self._rotary = RotaryTable(facts.frequencies, facts.attention_scaling, facts.max_positions, self.device)
+        self._arena = SlotArena(facts.shape, self.compute_dtype, self.device, _ARENA_SLOTS)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Bundle,
+        *,
+        device: str | torch.device = "cpu",
+        compute_dtype: str | None = None,
+        kv_dtype: str | None = None,
+    ) -> SlotModel:
+        """Load a bundle's decoder.
+
+        ``compute_dtype`` and ``kv_dtype`` are "float32" or "bfloat16"; None takes the bundle's, which its fingerprint
+        counts. Raises BundleError for damaged weights and UnsupportedModelError for a model that cannot be driven.
+        """
+        stock = load_stock_model(bundle, device=device, compute_dtype=compute_dtype)
+        tokenizer = bundle.load_tokenizer()
+        ends = {*tokenizer(bundle.template.end, add_special_tokens=False)["input_ids"], *_configured_ends(stock)}
+        return cls.from_pretrained_model(stock, kv_dtype=kv_dtype or bundle.kv_dtype, end_token_ids=ends)
+
+    @classmethod
+    def from_pretrained_model(
+        cls, model: PreTrainedModel, *, kv_dtype: str = "float32", end_token_ids: Iterable[int] | None = None
+    ) -> SlotModel:
+        """Take ``model`` over: its rotary module and attention are replaced, so keep a copy to compare with.
+
+        Raises UnsupportedModelError when the model's structure does not allow it, or when eight tokens computed over
+        slots differ from the model's own logits.
+        """
+        model.train(False)
+        model.requires_grad_(False)
+        facts = inspect_model(model)
+        if kv_dtype not in DTYPES:
+            raise ValueError(f"kv_dtype {kv_dtype!r}: must be one of {', '.join(DTYPES)}")
+        ends = _configured_ends(model) if end_token_ids is None else end_token_ids
+        probe = [(7 * i + 3) % facts.vocab_size for i in range(min(_PROBE_TOKENS, facts.max_positions))]
+        with torch.inference_mode():
+            expected = model(torch.tensor([probe], device=model.device), use_cache=False).logits[0, -1].float()
+        model.set_attn_implementation(ATTENTION_NAME)
+        model.model.rotary_emb = IdentityRotary()
+        slot_model = cls(model, facts, kv_dtype=DTYPES[kv_dtype], end_token_ids=ends)
+        slot_model._check_probe(probe, expected)
+        return slot_model
+
+    @torch.inference_mode()
+    def encode(self, blocks: Sequence[Sequence[int]], keys: Sequence[str]) -> list[BlockKV]:
+        """Encode blocks in one ragged forward pass; each attends causally inside itself only.
+
+        ``keys[i]`` names block i. Raises InvalidRequestError for an empty block or a token outside the vocabulary,
+        PromptTooLongError for a block longer than the model's positions.
+        """
+        if len(blocks) != len(keys):
+            raise ValueError(f"{len(blocks)} blocks and {len(keys)} keys")
+        if not blocks:
+            return []
+        token_ids = [self._checked(block) for block in blocks]
+        for ids in token_ids:
+            self._check_length(len(ids))
+        total = sum(map(len, token_ids))
+        shape = (self.num_layers, self.num_kv_heads, total, self.head_dim)
+        options: dict[str, Any] = {"dtype": self.kv_dtype, "device": self.device}
+        capture = Capture(keys=torch.empty(shape, **options), values=torch.empty(shape, **options))
+        segments = _segments([(None, ids) for ids in token_ids])
+        self._run(token_ids, segments, capture)
+        captured_keys, captured_values = capture.keys.cpu(), capture.values.cpu()
+        encoded = []
+        for segment, ids, key in zip(segments, token_ids, keys, strict=True):
+            span = slice(segment.start, segment.start + segment.length)
+            encoded.append(
+                BlockKV(
+                    key=key,
+                    token_ids=ids.astype(np.int32),
+                    keys=_to_numpy(captured_keys[:, :, span]),
+                    values=_to_numpy(captured_values[:, :, span]),
+                )
+            )
+        return encoded
+
+    @torch.inference_mode()
+    def to_resident(self, block: BlockKV) -> ResidentBlock:
+        """Copy a block to the device. Raises DataError when its shape or type is not this model's."""
+        expected = (self.num_layers, self.num_kv_heads, block.num_slots, self.head_dim)
+        for array in (block.keys, block.values):
+            if array.shape != expected or array.dtype != _NUMPY_DTYPES[self.kv_dtype]:
+                raise DataError(
+                    f"block {block.key}: {array.dtype} {list(array.shape)} where this model needs "
+                    f"{np.dtype(_NUMPY_DTYPES[self.kv_dtype])} {list(expected)}"
+                )
+        return ResidentBlock(key=block.key, keys=self._from_numpy(block.keys), values=self._from_numpy(block.values))
+
+    @torch.inference_mode()
+    def new_sequence(self, blocks: Sequence[ResidentBlock], capacity: int) -> SequenceState:
+        """Compose a slot list: slot i of all blocks' slots stands at position i.
+
+        ``capacity`` further slots are reserved for what ``forward`` appends. Raises PromptTooLongError when the whole
+        does not fit the model's positions.
+        """
+        if capacity < 0:
+            raise ValueError(f"capacity {capacity}: must not be negative")
+        self._check_length(sum(block.num_slots for block in blocks) + capacity)
+        return SequenceState(self._arena, blocks, capacity, self._rotary)
+
+    @torch.inference_mode()
+    def forward(self, work: Sequence[tuple[SequenceState, Sequence[int]]]) -> Tensor:
+        """Append each item's tokens to its sequence; logits of each item's last token, float32 [len(work), vocab].
+
+        Pieces of prefills and single decode steps mix in one ragged batch: linear layers run over all tokens
+        together, attention per sequence. Nothing is changed when an item is refused: InvalidRequestError for no
+        token or one outside the vocabulary, ValueError for a sequence that is full, released or named twice.
+        """
+        token_ids = [self._checked(tokens) for _, tokens in work]
+        if len({id(state) for state, _ in work}) != len(work):
+            raise ValueError("a sequence stands twice in one forward pass")
+        for (state, _), ids in zip(work, token_ids, strict=True):
+            if state.released:
+                raise ValueError("the sequence was released")
+            if len(ids) > state.free_slots:
+                raise ValueError(
+                    f"{len(ids)} tokens do not fit: {state.num_slots} of the sequence's {state.capacity} slots are used"
+                )
+        if not work:
+            return torch.empty(0, self.vocab_size)
+        segments = _segments([(state, ids) for (state, _), ids in zip(work, token_ids, strict=True)])
+        logits = self._run(token_ids, segments, None)
+        for (state, _), ids in zip(work, token_ids, strict=True):
+            state.advance(len(ids))
+        return logits
+
+    def _run(
+        self, token_ids: Sequence[NDArray[np.int64]], segments: tuple[Segment, ...], capture: Capture | None
+    ) -> Tensor:
+        longest = max(segment.first_position + segment.length for segment in segments)
+        table = self._rotary.phases(longest)
+        phases = [table[segment.first_position : segment.first_position + segment.length] for segment in segments]
+        batch = RaggedBatch(
+            segments=segments, phases=phases[0] if len(phases) == 1 else torch.cat(phases), capture=capture
+        )
+        inputs = torch.from_numpy(np.concatenate(token_ids)).to(self.device).unsqueeze(0)
+        last = torch.tensor([segment.start + segment.length - 1 for segment in segments], device=self.device)
+        if capture is not None:
+            self._model.model(input_ids=inputs, use_cache=False, slot_batch=batch)
+            return torch.empty(0)
+        output = self._model(input_ids=inputs, use_cache=False, slot_batch=batch, logits_to_keep=last)
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+    def _checked(self, tokens: Sequence[int]) -> NDArray[np.int64]:
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.ndim != 1 or ids.size == 0:
+            raise InvalidRequestError("token_ids", "a block needs at least one token")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            raise InvalidRequestError("token_ids", f"outside the vocabulary of {self.vocab_size} tokens")
+        return ids
+
+    def _check_length(self, slots: int) -> None:
+        if slots > self.max_positions:
+            raise PromptTooLongError(f"{slots} positions, where the model has {self.max_positions}")
+
+    def _check_probe(self, probe: list[int], expected: Tensor) -> None:
+        state = self.new_sequence([], len(probe))
+        got = self.forward([(state, probe)])[0]
+        state.release()
+        difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        if not difference <= _PROBE_TOLERANCE.get(self.compute_dtype, 6e-2):
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__}: logits over slots differ from the model's own by {difference:.1e} of "
+                "their scale; its attention or its rotary embedding is of a kind that is not supported"
+            )
+
+    def _from_numpy(self, array: NDArray[Any]) -> Tensor:
+        # what comes from the object store is read-only; torch would warn about a tensor over it, and it is copied here
+        copy = torch.from_numpy(np.array(array, copy=True, order="C"))
+        if self.kv_dtype == torch.bfloat16:
+            copy = copy.view(torch.bfloat16)
+        return copy.to(self.device)
+
+
+_NUMPY_DTYPES = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+
+
+def load_stock_model(
+    bundle: Bundle, *, device: str | torch.device = "cpu", compute_dtype: str | None = None
+) -> PreTrainedModel:
+    """The bundle's decoder as transformers loads it, checked for NaN and infinity. Raises BundleError."""
+    dtype = DTYPES.get(compute_dtype or bundle.compute_dtype)
+    if dtype is None:
+        raise ValueError(f"compute_dtype {compute_dtype!r}: must be one of {', '.join(DTYPES)}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(bundle.decoder_dir, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BundleError(f"{bundle.decoder_dir}: the decoder does not load: {error}") from error
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise BundleError(f"{bundle.decoder_dir}: NaN or infinity in {name}")
+    loaded: PreTrainedModel = model.train(False).to(device)
+    return loaded
+
+
+def _segments(items: Sequence[tuple[SequenceState | None, NDArray[np.int64]]]) -> tuple[Segment, ...]:
+    segments, start = [], 0
+    for state, ids in items:
+        segments.append(Segment(start=start, length=len(ids), state=state))
+        start += len(ids)
+    return tuple(segments)
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[Any]:
+    own = tensor.contiguous()
+    if own.dtype == torch.bfloat16:
+        own = own.view(torch.uint16)
+    return own.numpy()
+
+
+def _configured_ends(model: PreTrainedModel) -> set[int]:
+    ends: set[int] = set()
+    for config in (model.config, model.generation_config):
+        value = getattr(config, "eos_token_id", None)
+        if value is not None:
+            ends.update(value if isinstance(value, list) else [value])
+    return ends

@@ -1,0 +1,144 @@
+"""Slots: a block's slots on the device, and the slot list of a running sequence.
+
+A slot holds one position's K before rotation and V, for all layers. A prompt is a slot list: slot i stands at
+position i, and its key is rotated by i when it is placed, once; nothing is ever un-rotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockrag.modeling.rotary import RotaryTable, rotate_into
+
+_BUFFER_STEP = 256
+"""Buffers are cut to a multiple of this many slots, so that a released one fits the next sequence more often."""
+
+
+@dataclass(frozen=True)
+class SlotShape:
+    """Sizes of one slot."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in K and V of one slot over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class ResidentBlock:
+    """A block's slots on the device: the form an L1 keeps. A private copy; immutable."""
+
+    key: str
+    keys: Tensor
+    """Unrotated K in pair order, [layers, kv_heads, n, head_dim]."""
+    values: Tensor
+    """V, same shape."""
+
+    @property
+    def num_slots(self) -> int:
+        """Positions that the block takes in a prompt."""
+        return int(self.keys.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V."""
+        return int(self.keys.nbytes + self.values.nbytes)
+
+
+class SlotArena:
+    """Buffers of released sequences, kept for the next ones: fresh memory costs a page fault every 4 KiB."""
+
+    def __init__(self, shape: SlotShape, dtype: torch.dtype, device: torch.device, keep_slots: int) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._device = device
+        self._keep_slots = keep_slots
+        self._free: list[Tensor] = []
+
+    def take(self, slots: int) -> Tensor:
+        """A buffer of at least ``slots`` slots, [2, layers, kv_heads, ≥ slots, head_dim], contents undefined."""
+        fitting = [index for index, buffer in enumerate(self._free) if slots <= buffer.shape[3] <= 4 * slots + 1024]
+        if fitting:
+            return self._free.pop(min(fitting, key=lambda index: self._free[index].shape[3]))
+        rounded = max(1, -(-slots // _BUFFER_STEP)) * _BUFFER_STEP
+        shape = self._shape
+        size = (2, shape.num_layers, shape.num_kv_heads, rounded, shape.head_dim)
+        return torch.empty(size, dtype=self._dtype, device=self._device)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Keep ``buffer`` for later, dropping the oldest ones beyond the limit."""
+        self._free.append(buffer)
+        while len(self._free) > 1 and sum(kept.shape[3] for kept in self._free) > self._keep_slots:
+            self._free.pop(0)
+
+
+class SequenceState:
+    """The slot list of one running sequence: rotated keys and values, ready to be attended to.
+
+    Made by ``SlotModel.new_sequence``, extended by ``SlotModel.forward``. Not thread-safe.
+    """
+
+    def __init__(self, arena: SlotArena, blocks: Sequence[ResidentBlock], capacity: int, rotary: RotaryTable) -> None:
+        self._arena = arena
+        self._num_slots = sum(block.num_slots for block in blocks)
+        self._capacity = self._num_slots + capacity
+        self._buffer: Tensor | None = arena.take(self._capacity)
+        self._place(blocks, rotary)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in use: the position that the next token gets."""
+        return self._num_slots
+
+    @property
+    def capacity(self) -> int:
+        """Slots that the sequence can hold in all: composed ones and those reserved."""
+        return self._capacity
+
+    @property
+    def free_slots(self) -> int:
+        """Tokens that may still be appended."""
+        return self._capacity - self._num_slots
+
+    @property
+    def released(self) -> bool:
+        """Whether ``release`` was called."""
+        return self._buffer is None
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Rotated keys (pair order) and values of a layer, both [kv_heads, ≥ capacity, head_dim], writable views."""
+        if self._buffer is None:
+            raise ValueError("the sequence was released")
+        return self._buffer[0, layer], self._buffer[1, layer]
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` slots, already written, as used."""
+        self._num_slots += tokens
+
+    def release(self) -> None:
+        """Give the memory back. Calling it again does nothing; using the sequence afterwards is an error."""
+        if self._buffer is not None:
+            self._arena.give_back(self._buffer)
+            self._buffer = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_buffer", None) is not None:
+            self.release()
+
+    def _place(self, blocks: Sequence[ResidentBlock], rotary: RotaryTable) -> None:
+        assert self._buffer is not None
+        phases = rotary.phases(self._num_slots)
+        start = 0
+        for block in blocks:
+            end = start + block.num_slots
+            rotate_into(self._buffer[0, :, :, start:end], block.keys, phases[start:end])
+            self._buffer[1, :, :, start:end].copy_(block.values)
+            start = end

@@ -1,0 +1,109 @@
+"""Tiny random models, tokenizers and bundles for tests; real parts, made in a fraction of a second.
+
+>>> bundle = load_bundle(make_tiny_bundle(tmp_path / "bundle"))
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from blockrag.modeling.bundle_writing import create_bundle
+from blockrag.modeling.template import READER_TEMPLATE
+
+TINY_VOCAB = 300
+SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|passage|>", "<|text|>", "<|question|>", "<|answer|>")
+"""Special tokens; the place in the list is the id. The end token's id is 2."""
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": TINY_VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+    "attention_dropout": 0.0,
+}
+_FAMILIES: dict[str, tuple[type[Any], type[PreTrainedModel]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+FAMILIES = tuple(_FAMILIES)
+
+
+def make_tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random model of a family ("llama", "mistral", "qwen2", "qwen3"), float32, equal for equal arguments.
+
+    Weights are large enough that logits depend on position and order. ``overrides`` go to the configuration.
+    """
+    config_type, model_type = _FAMILIES[family]
+    config = config_type(**{**_SIZES, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_type(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ``SPECIAL_TOKENS`` and ``TINY_VOCAB`` tokens: every text can be written with it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCAB,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = ["the capital of the country is the largest city of the land", "it was founded in the year when there was"]
+    tokenizer.train_from_iterator(texts * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_tiny_checkpoint(path: Path, *, family: str = "llama", seed: int = 0, **overrides: Any) -> Path:
+    """A Hugging Face checkpoint directory with a tokenizer."""
+    make_tiny_model(family, seed=seed, **overrides).save_pretrained(path)
+    make_tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def make_tiny_bundle(path: Path, *, family: str = "llama", seed: int = 0, **overrides: Any) -> Path:
+    """A whole bundle with ``READER_TEMPLATE`` at ``path``, which must not exist; returns ``path``."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = make_tiny_checkpoint(Path(folder) / "checkpoint", family=family, seed=seed, **overrides)
+        create_bundle(checkpoint, path, READER_TEMPLATE, name="tiny", passage_tokens=64)
+    return path
