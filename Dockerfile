@@ -1,0 +1,52 @@
+# syntax=docker/dockerfile:1
+# One image for every node of the cluster: Ray's head, its workers, the six applications.
+#   docker build -t blockrag:0.1.0 .                                                              CPU
+#   docker build -t blockrag:0.1.0-cuda --build-arg TORCH_INDEX=https://pypi.org/simple .         NVIDIA GPU
+
+FROM python:3.11-slim-bookworm AS build
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/blockrag
+ENV PATH=/opt/blockrag/bin:$PATH
+WORKDIR /src
+
+# Dependencies first: they change less often than the source, and this layer is the large one.
+COPY pyproject.toml constraints.txt ./
+RUN pip install --constraint constraints.txt --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple torch
+RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
+        > requirements.txt \
+    && pip install --constraint constraints.txt --requirement requirements.txt
+
+COPY README.md ./
+COPY services services
+RUN pip install --no-deps . && python -m compileall -q /opt/blockrag/lib
+
+FROM python:3.11-slim-bookworm
+# KubeRay starts Ray through bash and asks for its health with wget.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends bash ca-certificates procps wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 1000 blockrag \
+    && useradd --uid 1000 --gid 1000 --create-home --shell /bin/bash blockrag \
+    && install --directory --owner=1000 --group=1000 /var/lib/blockrag /etc/blockrag
+COPY --from=build /opt/blockrag /opt/blockrag
+# A login shell forgets the image's PATH.
+RUN ln -s /opt/blockrag/bin/ray /opt/blockrag/bin/serve /opt/blockrag/bin/blockrag /usr/local/bin/
+COPY cluster /usr/share/blockrag/cluster
+
+# The same on every node, so it is part of the image: HAProxy in front of gRPC; an object reference that leaves by
+# another way than Ray's own raises instead of pinning its object for ever; no calls home.
+ENV PATH=/opt/blockrag/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    RAY_SERVE_ENABLE_HA_PROXY=1 \
+    RAY_allow_out_of_band_object_ref_serialization=0 \
+    RAY_USAGE_STATS_ENABLED=0 \
+    TOKENIZERS_PARALLELISM=false \
+    HF_HUB_OFFLINE=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 1000:1000
+WORKDIR /home/blockrag
+EXPOSE 9000 8000
+CMD ["blockrag", "--help"]
