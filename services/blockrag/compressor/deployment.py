@@ -8,20 +8,19 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.tokenizing import PassageTokenizer
+from blockrag.configured import configured_bundle
 from blockrag.grpc_status import translate_errors
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
 from blockrag.settings import AppArgs, Settings, load_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.v1 import compressor_pb2
 
 
-@serve.deployment
 class Compressor:
     """Serves ``blockrag.v1.CompressorService``."""
 
     def __init__(self, settings: Settings) -> None:
         setup_telemetry("compressor", settings)
-        bundle = load_bundle(settings.bundle.path or DEFAULT_BUNDLE, verify_files=False)
+        bundle = configured_bundle(settings)
         tokenizer = PassageTokenizer(bundle.load_tokenizer(), bundle.template)
         self._planner = Planner(tokenizer, bundle.max_context_tokens, settings.compressor.chunk_tokens)
 
@@ -46,8 +45,8 @@ class Compressor:
 def build(args: AppArgs) -> Application:
     """The application, as named in a Serve configuration file."""
     settings = load_settings(args.settings_file or None)
-    return Compressor.options(  # type: ignore[no-any-return]
+    return serve.deployment(
         num_replicas=settings.compressor.replicas,
         max_ongoing_requests=256,
         ray_actor_options={"num_cpus": 0.1},
-    ).bind(settings)
+    )(Compressor).bind(settings)

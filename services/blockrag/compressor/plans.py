@@ -31,9 +31,8 @@ class Planner:
             max_context_tokens=request.max_context_tokens,
         )
         left = budget.passage_tokens()
-        passages = request.passages
-        if request.attention_mode == common_pb2.ATTENTION_MODE_NONE:
-            passages = passages[:0]
+        none = request.attention_mode == common_pb2.ATTENTION_MODE_NONE
+        passages = [] if none else list(request.passages)
         blocks = [self._block(passage) for passage in passages]
         decisions = expand_what_fits([len(ids) for ids in blocks], left)
         response = compressor_pb2.PlanResponse(

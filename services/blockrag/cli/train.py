@@ -1,0 +1,62 @@
+"""``blockrag train``: models of the project's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from blockrag.cli import console
+from blockrag.cli.console import JsonOption
+from blockrag.errors import SetupError
+
+app = typer.Typer(no_args_is_help=True, help="Train models.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``reader`` a command of its own while it is the only one."""
+
+
+@app.command(epilog="Example: blockrag train reader --data data/ --out runs/reader --minutes 80")
+def reader(
+    data: Annotated[Path, typer.Option(help="Directory with train/ and dev/ as the model card names them.")],
+    out: Annotated[Path, typer.Option(help="Where the tokenizer, the checkpoint and the bundle go.")],
+    minutes: Annotated[float | None, typer.Option(help="Training time; the learning rate ends with it.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps instead, for reproducible runs.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small reader with its own tokenizer from scratch; run again to go on after a stop."""
+    from blockrag.training.reader import ReaderTrainingConfig, TrainingProgress, train_reader
+
+    with console.errors_to_exit():
+        if (minutes is None) == (steps is None):
+            raise SetupError("give exactly one of --minutes and --steps")
+        config = ReaderTrainingConfig(
+            data_dir=data, out_dir=out, minutes=minutes, steps=steps, seed=seed, device=device
+        )
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console.err, disable=as_json) as bar:
+            task = bar.add_task("loading", total=1.0)
+
+            def show(progress: TrainingProgress) -> None:
+                speed = progress.tokens / max(progress.seconds, 1e-9)
+                text = f"step {progress.step}  loss {progress.answer_loss:.3f}  {speed:,.0f} tokens/s"
+                bar.update(task, completed=progress.fraction, description=text)
+                if as_json:
+                    console.print_json_line(progress)
+                elif progress.probe_exact is not None:
+                    bar.console.print(f"step {progress.step}: {progress.probe_exact:.1%} of held-out questions exact")
+
+            try:
+                bundle = train_reader(config, show)
+            except OSError as error:
+                raise SetupError(f"data: {error}") from error
+        if as_json:
+            console.print_json_line({"bundle": bundle})
+        else:
+            console.out.print(f"bundle: {bundle}")

@@ -1,0 +1,67 @@
+"""The sample corpus that ships with the package: the almanac's articles and questions."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+ARTICLES = "almanac.jsonl.gz"
+QUESTIONS = "almanac_questions.jsonl"
+
+
+@dataclass(frozen=True)
+class Article:
+    """A document of the sample corpus."""
+
+    id: str
+    title: str
+    text: str
+    """Markdown with a heading for each section."""
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one article; each answer stands literally in its text."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    article: str
+    relation: str
+
+
+def load_articles() -> list[Article]:
+    """Articles of the almanac, by id."""
+    lines = gzip.decompress(_data(ARTICLES).read_bytes()).decode().splitlines()
+    return [Article(**json.loads(line)) for line in lines]
+
+
+def load_questions(path: Path | None = None) -> list[Question]:
+    """Questions about the almanac, from the package or from a file of the same form.
+
+    Raises:
+        ValueError: a line is not a question; the message names the line.
+    """
+    source = _data(QUESTIONS) if path is None else path
+    questions = []
+    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            questions.append(Question(**{**fields, "answers": tuple(fields["answers"])}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{source}, line {number}: not a question ({error})") from error
+    return questions
+
+
+def articles_path() -> Traversable:
+    """The file of the articles: JSONL, one ``{"id", "title", "text", "metadata"}`` a line, packed with gzip."""
+    return _data(ARTICLES)
+
+
+def _data(name: str) -> Traversable:
+    return resources.files("blockrag.corpus").joinpath("data", name)
