@@ -46,3 +46,5 @@ class BlockRequest:
     collection: str = ""
     """Empty with ``document_id`` for blocks that belong to no document."""
     document_id: str = ""
+    traceparent: str = ""
+    """W3C trace context of whoever asks; no part of the block's identity."""

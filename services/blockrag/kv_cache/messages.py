@@ -1,0 +1,103 @@
+"""What cache shards and their callers say to each other inside the cluster. KV bytes never travel in a message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from blockrag.types import BlockKV
+
+Tier = Literal["store", "encoded"]
+"""``store``: the block was held already. ``encoded``: a forward pass ran for it, started by this request or joined."""
+
+
+class DocumentId(NamedTuple):
+    """A tenant's document; an empty ``document_id`` stands for the collection, or for blocks of no document."""
+
+    tenant: str
+    collection: str
+    document_id: str
+
+    @property
+    def named(self) -> bool:
+        """False for what belongs to no document: the instruction block, passages given in a request."""
+        return bool(self.collection or self.document_id)
+
+
+@dataclass(frozen=True)
+class AcquiredBlock:
+    """A block that a shard holds or has just had encoded."""
+
+    key: str
+    ref: list[Any]
+    """One ``ObjectRef`` to a ``BlockKV``; in a list, so that Ray hands over the reference and not the object."""
+    tier: Tier
+    nbytes: int
+    """Bytes of the object in the store."""
+    generation: int = 0
+    """Which of the objects that the key ever stood for this is: given back in ``report_lost``."""
+
+
+@dataclass(frozen=True)
+class FetchedBlock:
+    """A block whose KV can be read in this process."""
+
+    block: BlockKV
+    """Arrays are read-only views of the object store."""
+    tier: Tier
+
+
+@dataclass(frozen=True)
+class PurgeLog:
+    """Keys purged since a reader's cursor."""
+
+    cursor: int
+    """Give it to the next call."""
+    keys: list[str]
+    reset: bool
+    """The reader fell behind, or the shard is a new one: forget every block."""
+
+
+@dataclass(frozen=True)
+class WarmOutcome:
+    """What warming did."""
+
+    hits: int = 0
+    encoded: int = 0
+    encoded_bytes: int = 0
+    over_budget: bool = False
+    """True when a block was evicted or refused for want of room."""
+
+    def __add__(self, other: WarmOutcome) -> WarmOutcome:
+        return WarmOutcome(
+            self.hits + other.hits,
+            self.encoded + other.encoded,
+            self.encoded_bytes + other.encoded_bytes,
+            self.over_budget or other.over_budget,
+        )
+
+
+@dataclass(frozen=True)
+class TenantUsage:
+    """What one tenant holds."""
+
+    blocks: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """Counters since the shard's start, and what it holds now."""
+
+    blocks: int
+    nbytes: int
+    budget_bytes: int
+    pinned_blocks: int
+    hits: int
+    misses: int
+    joined: int
+    """Requests that waited for an encode that another request had started."""
+    evictions: int
+    expirations: int
+    lost: int
+    tenants: dict[str, TenantUsage] = field(default_factory=dict)

@@ -1,0 +1,57 @@
+"""From protobuf messages to block requests and documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from blockrag.errors import InvalidRequestError
+from blockrag.keys import KeyMaker
+from blockrag.kv_cache.messages import DocumentId
+from blockrag.types import BlockRequest
+from blockrag.v1 import common_pb2, kv_cache_pb2
+
+_LARGEST_TOKEN_ID = 2**31 - 1
+
+
+def block_requests(
+    keys: KeyMaker, context: common_pb2.RequestContext, blocks: Iterable[common_pb2.PromptBlock]
+) -> list[BlockRequest]:
+    """Requests for a tenant's blocks, with their keys. Raises ``InvalidRequestError`` naming the block."""
+    tenant = tenant_of(context)
+    requests = []
+    for place, block in enumerate(blocks):
+        if not block.token_ids:
+            raise InvalidRequestError(f"blocks[{place}].token_ids", "a block needs at least one token")
+        if max(block.token_ids) > _LARGEST_TOKEN_ID:
+            raise InvalidRequestError(f"blocks[{place}].token_ids", "a token id is out of range")
+        requests.append(
+            BlockRequest(
+                key=keys.block_key(tenant, block.token_ids),
+                token_ids=np.array(block.token_ids, dtype=np.int32),
+                tenant=tenant,
+                collection=block.collection,
+                document_id=block.document_id,
+                traceparent=context.traceparent,
+            )
+        )
+    return requests
+
+
+def document_ids(context: common_pb2.RequestContext, documents: Iterable[kv_cache_pb2.DocumentRef]) -> list[DocumentId]:
+    """A tenant's documents; an empty ``document_id`` stands for a whole collection."""
+    tenant = tenant_of(context)
+    found = []
+    for place, document in enumerate(documents):
+        if not document.collection:
+            raise InvalidRequestError(f"documents[{place}].collection", "must not be empty")
+        found.append(DocumentId(tenant, document.collection, document.document_id))
+    return found
+
+
+def tenant_of(context: common_pb2.RequestContext) -> str:
+    """The tenant of a call; InvalidRequestError when it names none."""
+    if not context.tenant:
+        raise InvalidRequestError("context.tenant", "must not be empty")
+    return context.tenant

@@ -1,0 +1,208 @@
+"""A cache shard without Ray: what is held is handed out, what is missing is encoded once.
+
+``encode`` is the seam: it has one block encoded and returns a reference to the object with its size. It raises
+``UnavailableError`` when the encoder went away (tried again, elsewhere), anything else when the block cannot be
+encoded (given to all who wait).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from blockrag.errors import UnavailableError
+from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, Tier, WarmOutcome
+from blockrag.kv_cache.single_flight import SingleFlight
+from blockrag.kv_cache.store import BlockStore
+from blockrag.kv_cache.tasks import gather_or_cancel
+from blockrag.types import BlockRequest
+
+ENCODE_ATTEMPTS = 4
+"""How often a block is sent to the encoder when its replicas die."""
+WARM_CONCURRENCY = 64
+"""Blocks that warming has in the encoder at a time, over all callers of a shard: two forward passes' worth."""
+_FIRST_BACKOFF_S = 0.05
+
+
+class EncodedObject(NamedTuple):
+    """An object that the encoder made for this shard."""
+
+    ref: Any
+    nbytes: int
+
+
+Encode = Callable[[BlockRequest], Awaitable[EncodedObject]]
+
+
+@dataclass
+class _Encoding:
+    """What to do with a block once it is encoded; changes while it is."""
+
+    documents: set[DocumentId] = field(default_factory=set)
+    pins: set[DocumentId] = field(default_factory=set)
+
+
+class _Acquired(NamedTuple):
+    block: AcquiredBlock
+    over_budget: bool
+
+
+class CacheShard:
+    """Serves blocks of one shard; all calls on one event loop."""
+
+    def __init__(self, store: BlockStore, encode: Encode, *, warm_concurrency: int = WARM_CONCURRENCY) -> None:
+        self.store = store
+        self.hits = 0
+        self.misses = 0
+        self.joined = 0
+        self._encode = encode
+        self._flights: SingleFlight[_Acquired] = SingleFlight()
+        self._encodings: dict[str, _Encoding] = {}
+        self._warming = asyncio.Semaphore(warm_concurrency)
+
+    async def acquire(self, blocks: Sequence[BlockRequest]) -> list[AcquiredBlock]:
+        """The blocks, in order; what is missing is encoded, all at once. Equal keys are one block."""
+        distinct = {request.key: request for request in blocks}
+        found: dict[str, AcquiredBlock] = {}
+        missing: list[BlockRequest] = []
+        for key, request in distinct.items():
+            held = self._held(request, pin=False)
+            if held is None:
+                missing.append(request)
+            else:
+                found[key] = held
+        encoded = await gather_or_cancel([self._encoded(request, False) for request in missing])
+        found.update((acquired.block.key, acquired.block) for acquired in encoded)
+        return [found[request.key] for request in blocks]
+
+    async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
+        """Has blocks held ahead of time, a bounded number of them encoded at a time."""
+        distinct = {(request.key, document_of(request)): request for request in blocks}
+        outcomes = await gather_or_cancel([self._warm(request, pin) for request in distinct.values()])
+        return sum(outcomes, WarmOutcome())
+
+    async def _warm(self, request: BlockRequest, pin: bool) -> WarmOutcome:
+        async with self._warming:
+            if self._held(request, pin=pin) is not None:
+                return WarmOutcome(hits=1)
+            joined = request.key in self._flights
+            block, over_budget = await self._encoded(request, pin)
+        if joined:
+            return WarmOutcome(hits=1, over_budget=over_budget)
+        return WarmOutcome(encoded=1, encoded_bytes=block.nbytes, over_budget=over_budget)
+
+    def report_lost(self, keys: Sequence[str], generations: Sequence[int] | None = None) -> int:
+        """Forgets blocks whose objects could not be read; how many. A newer object of the same key stays."""
+        stale = [0] * len(keys) if generations is None else generations
+        return sum(self.store.lose(key, generation) for key, generation in zip(keys, stale, strict=True))
+
+    def purged_since(self, cursor: int) -> PurgeLog:
+        """Keys purged since a reader's cursor; 0 for a new reader."""
+        self.store.expire()
+        return self.store.journal.since(cursor)
+
+    def lookup(self, keys: Sequence[str]) -> list[bool]:
+        """Which keys are held; changes nothing."""
+        return [key in self.store for key in keys]
+
+    def set_pins(self, documents: Sequence[DocumentId], pinned: bool) -> int:
+        """Pins or unpins documents' blocks; how many changed."""
+        for encoding in self._encodings.values():
+            for document in documents:
+                chosen = {each for each in encoding.documents if _covers(document, each)}
+                encoding.pins = encoding.pins | chosen if pinned else encoding.pins - chosen
+        return sum(self.store.set_pins(document, pinned) for document in documents)
+
+    def purge(self, documents: Sequence[DocumentId]) -> int:
+        """Forgets documents' blocks, also those being encoded; how many were held."""
+        return sum(self._purge(document) for document in documents)
+
+    def stats(self) -> ShardStats:
+        """What is held, and what happened since the start."""
+        store = self.store
+        store.expire()
+        return ShardStats(
+            blocks=len(store),
+            nbytes=store.nbytes,
+            budget_bytes=store.budget_bytes,
+            pinned_blocks=store.pinned_blocks,
+            hits=self.hits,
+            misses=self.misses,
+            joined=self.joined,
+            evictions=store.evictions,
+            expirations=store.expirations,
+            lost=store.lost,
+            tenants=store.tenants(),
+        )
+
+    def _held(self, request: BlockRequest, *, pin: bool) -> AcquiredBlock | None:
+        entry = self.store.get(request.key, document_of(request), pin=pin)
+        if entry is None:
+            return None
+        self.hits += 1
+        return AcquiredBlock(request.key, [entry.ref], "store", entry.nbytes, entry.generation)
+
+    async def _encoded(self, request: BlockRequest, pin: bool) -> _Acquired:
+        key = request.key
+        if key in self._flights:
+            self.joined += 1
+        else:
+            self.misses += 1
+            self._encodings[key] = _Encoding()
+        encoding = self._encodings[key]
+        document = document_of(request)
+        encoding.documents.add(document)
+        if pin:
+            encoding.pins.add(document)
+        try:
+            return await self._flights.run(key, lambda: self._encode_and_store(request, encoding))
+        finally:
+            if key not in self._flights and self._encodings.get(key) is encoding:
+                del self._encodings[key]
+
+    async def _encode_and_store(self, request: BlockRequest, encoding: _Encoding) -> _Acquired:
+        key = request.key
+        ref, nbytes = await self._encode_somewhere(request)
+        tier: Tier = "encoded"
+        if not encoding.documents:  # purged meanwhile: whoever waits may use it, nobody keeps it
+            return _Acquired(AcquiredBlock(key, [ref], tier, nbytes), over_budget=False)
+        outcome = self.store.put(key, ref, nbytes, request.tenant, encoding.documents, encoding.pins)
+        generation = outcome.entry.generation if outcome.entry else 0
+        over_budget = outcome.entry is None or outcome.evicted > 0
+        return _Acquired(AcquiredBlock(key, [ref], tier, nbytes, generation), over_budget)
+
+    async def _encode_somewhere(self, request: BlockRequest) -> EncodedObject:
+        for attempt in range(1, ENCODE_ATTEMPTS + 1):
+            try:
+                return await self._encode(request)
+            except UnavailableError:
+                if attempt == ENCODE_ATTEMPTS:
+                    raise
+                await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (attempt - 1))
+        raise AssertionError("unreachable")
+
+    def _purge(self, document: DocumentId) -> int:
+        told = []
+        for key, encoding in self._encodings.items():
+            purged = {each for each in encoding.documents if _covers(document, each)}
+            if purged:
+                encoding.documents -= purged
+                encoding.pins -= purged
+                if not any(each.named for each in encoding.documents):
+                    encoding.documents.clear()
+                    encoding.pins.clear()
+                    told.append(key)
+        return self.store.purge(document, told)
+
+
+def document_of(request: BlockRequest) -> DocumentId:
+    """The document that a block is asked for."""
+    return DocumentId(request.tenant, request.collection, request.document_id)
+
+
+def _covers(purged: DocumentId, document: DocumentId) -> bool:
+    if purged.document_id:
+        return purged == document
+    return (purged.tenant, purged.collection) == (document.tenant, document.collection)
