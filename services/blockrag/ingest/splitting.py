@@ -1,0 +1,116 @@
+"""Text → passages that fit a block, split by semantic-text-splitter.
+
+Passages end with paragraphs where they can, else with sentences, else with words; only a word that is longer than a
+passage is cut. Every character of the text but surrounding white space is in exactly one passage, in order.
+
+The text is split in windows: all passages of a window but the last are final, the last one is split again with what
+follows. So memory is bounded, and where a window ends leaves no mark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from semantic_text_splitter import MarkdownSplitter, TextSplitter
+
+from blockrag.errors import InvalidRequestError
+from blockrag.ingest.counting import BlockCounter
+from blockrag.modeling.template import BundleTokenizer, PromptTemplate
+
+WINDOW_CHARS = 1 << 16
+"""Characters split at a time, at least."""
+_VERSION = "1"
+_LONGEST_WORD = 2000
+_CUT_MARK = "…"
+
+
+@dataclass(frozen=True)
+class FittedTitle:
+    """A title as every passage's block repeats it."""
+
+    text: str
+    cut: bool
+    """It was longer than half of a passage and lost its end."""
+    text_tokens: int
+    """Tokens that it leaves for a passage's text."""
+
+
+class PassageSplitter:
+    """Splits for one bundle's template and tokenizer. Threads may share it."""
+
+    def __init__(self, template: PromptTemplate, tokenizer: BundleTokenizer, passage_tokens: int) -> None:
+        """``passage_tokens``: most tokens of a passage's block, title included."""
+        self._counter = BlockCounter(template, tokenizer)
+        self._passage_tokens = passage_tokens
+        parts = (_VERSION, str(passage_tokens), self._counter.fingerprint())
+        self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        """Changes when a document may be split another way."""
+
+    def fit_title(self, title: str) -> FittedTitle:
+        """A title of more than half of a block's tokens is cut at a word, so that room for text is left."""
+        budget = self._passage_tokens // 2
+        overhead = self._counter.overhead(title)
+        if overhead <= budget:
+            return FittedTitle(title, False, self._passage_tokens - overhead)
+        # Most characters that fit; counts grow with length but for a token or so, which the loop below settles.
+        low, high = 0, len(title)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._counter.overhead(_cut(title, middle)) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        while low and self._counter.overhead(_cut(title, low)) > budget:
+            low -= 1
+        fitted = _cut(title, low) if low else ""
+        text_tokens = self._passage_tokens - self._counter.overhead(fitted)
+        if text_tokens < 1:
+            raise InvalidRequestError("title", "leaves no room for text in a passage")
+        return FittedTitle(fitted, True, text_tokens)
+
+    def split(self, title: FittedTitle, pieces: Iterable[str], *, markdown: bool = False) -> Iterator[str]:
+        """Passages' texts, lazily; ``pieces`` concatenated are the text."""
+        splitter = self._splitter(title.text_tokens, markdown)
+        text = ""
+        for piece in pieces:
+            text += piece
+            if len(text) < WINDOW_CHARS:
+                continue
+            spans = splitter.chunk_indices(text)
+            if not spans:
+                text = ""
+                continue
+            start = spans[-1][0]
+            if start:
+                yield from self._checked([chunk for _, chunk in spans[:-1]], title.text_tokens)
+                text = text[start:]
+        yield from self._checked(splitter.chunks(text), title.text_tokens)
+
+    def _splitter(self, tokens: int, markdown: bool) -> TextSplitter | MarkdownSplitter:
+        kind = MarkdownSplitter if markdown else TextSplitter
+        return kind.from_callback(lambda text: self._size(text, tokens), tokens)
+
+    def _size(self, text: str, tokens: int) -> int:
+        # The splitter asks for long stretches only to learn that they do not fit.
+        if len(text) > _LONGEST_WORD and len(text) > 64 * tokens:
+            return tokens + len(text)
+        return self._counter.estimate(text)
+
+    def _checked(self, chunks: list[str], tokens: int) -> Iterator[str]:
+        # The estimate is off by a token at times: what does not fit is split again, counting truly.
+        for chunk, count in zip(chunks, self._counter.text_counts(chunks), strict=True):
+            if count <= tokens:
+                yield chunk
+            else:
+                yield from TextSplitter.from_callback(self._counter.text_count, tokens).chunks(chunk)
+
+
+def _cut(title: str, length: int) -> str:
+    if length >= len(title):
+        return title
+    kept = title[:length]
+    if not title[length].isspace() and " " in kept:
+        kept = kept[: kept.rindex(" ")]
+    return kept.rstrip() + _CUT_MARK

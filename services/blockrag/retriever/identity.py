@@ -1,0 +1,58 @@
+"""Names and ids: which collection, which document, which passage."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+import uuid
+from dataclasses import dataclass
+
+from blockrag.errors import InvalidRequestError
+
+DEFAULT_COLLECTION = "default"
+"""The collection of requests that name none."""
+MAX_DOCUMENT_ID_CHARS = 512
+
+_COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_PASSAGE_NAMESPACE = uuid.UUID("6f1d3a52-7e0b-5c53-9a54-0e2f7b8c1d90")
+
+
+@dataclass(frozen=True, order=True)
+class CollectionId:
+    """A tenant's collection. Equal names of two tenants are two collections."""
+
+    tenant: str
+    name: str
+
+    def __post_init__(self) -> None:
+        if not _TENANT_NAME.fullmatch(self.tenant):
+            raise InvalidRequestError(
+                "tenant", "must be lower-case letters, digits, _ and -, at most 63, and start with a letter or digit"
+            )
+        check_collection_name(self.name)
+
+
+def check_collection_name(name: str) -> None:
+    """Raises ``InvalidRequestError`` unless ``name`` can name a collection."""
+    if not _COLLECTION_NAME.fullmatch(name):
+        raise InvalidRequestError(
+            "collection", "must be letters, digits, _, . and -, at most 64, and start with a letter or digit"
+        )
+
+
+def check_document_id(document_id: str) -> None:
+    """Raises ``InvalidRequestError`` unless ``document_id`` can name a document."""
+    if not document_id.strip():
+        raise InvalidRequestError("document_id", "must not be empty")
+    if len(document_id) > MAX_DOCUMENT_ID_CHARS:
+        raise InvalidRequestError("document_id", f"must have at most {MAX_DOCUMENT_ID_CHARS} characters")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in document_id):
+        raise InvalidRequestError("document_id", "must not hold control characters")
+
+
+def passage_id(collection: CollectionId, document_id: str, version: str, ordinal: int) -> str:
+    """A passage's id, a UUID. Staging the same passage again gives the same id, so nothing is stored twice."""
+    name = json.dumps([collection.tenant, collection.name, document_id, version, ordinal])
+    return str(uuid.uuid5(_PASSAGE_NAMESPACE, name))
