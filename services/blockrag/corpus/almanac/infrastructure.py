@@ -102,6 +102,7 @@ def communications(writer: Writer) -> None:
     if code:
         writer.say(
             "domain",
+            ("The internet country code of {c} is {v}.",),
             relation="internet_code",
             answers=(code[0],),
             v=code[0],
