@@ -80,7 +80,6 @@ class Country:
             "has": "has" if one else "have",
             "was": "was" if one else "were",
             "s": "s" if one else "",
-            "es": "es" if one else "",
         }
 
 

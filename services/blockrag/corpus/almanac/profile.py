@@ -61,8 +61,19 @@ def read_profiles(archive: Path) -> Iterator[Profile]:
     """Profiles of all countries and territories of a fact book archive (``REGION/CODE.json`` in a tar file), by title.
 
     Raises:
-        ValueError: the archive holds no profile.
+        OSError: the file cannot be read.
+        ValueError: it is no tar archive, or holds no profile.
     """
+    try:
+        profiles = _read(archive)
+    except (tarfile.TarError, json.JSONDecodeError) as error:
+        raise ValueError(f"{archive} is not a fact book archive: {error}") from error
+    if not profiles:
+        raise ValueError(f"{archive} holds no country profiles (REGION/CODE.json)")
+    yield from sorted(profiles, key=lambda profile: profile.country.slug)
+
+
+def _read(archive: Path) -> list[Profile]:
     profiles = []
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -76,9 +87,7 @@ def read_profiles(archive: Path) -> Iterator[Profile]:
             profile = make_profile(code, parts[0], json.load(stream))
             if profile is not None:
                 profiles.append(profile)
-    if not profiles:
-        raise ValueError(f"{archive} holds no country profiles (REGION/CODE.json)")
-    yield from sorted(profiles, key=lambda profile: profile.country.slug)
+    return profiles
 
 
 def make_profile(code: str, folder: str, facts: dict[str, Any]) -> Profile | None:

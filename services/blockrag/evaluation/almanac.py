@@ -1,0 +1,216 @@
+"""The almanac evaluation: questions asked through retrieval, scored per attention mode.
+
+Pure logic: whoever calls it says how a question is asked (`Ask`), so that it runs the same over gRPC and over a fake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from blockrag.corpus.sample import Question
+from blockrag.evaluation.metrics import contains, exact_match, f1
+
+Mode = Literal["block", "full", "none"]
+MODES: tuple[Mode, ...] = ("block", "full", "none")
+RECALL_AT = 5
+
+
+@dataclass(frozen=True)
+class RetrievedPassage:
+    """A passage that was retrieved for a question."""
+
+    document_id: str
+    rank: int
+    """Place in the result, from 1."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for a question."""
+
+    text: str
+    passages: tuple[RetrievedPassage, ...] = ()
+    """Empty in mode ``none``."""
+
+
+class Ask(Protocol):
+    """Asks one question; retrieval and generation are the callable's."""
+
+    async def __call__(self, question: str, mode: Mode) -> Answer: ...
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over questions with its bootstrap interval."""
+
+    mean: float
+    low: float
+    """2.5 % quantile of the bootstrap means."""
+    high: float
+    """97.5 % quantile of the bootstrap means."""
+
+
+@dataclass(frozen=True)
+class ModeScores:
+    """Scores of one attention mode."""
+
+    mode: Mode
+    questions: int
+    """How many were answered; the scores are over all questions, an unanswered one scores 0."""
+    failed: int
+    recall: Interval | None
+    """Share of questions with a passage of the right article holding an answer among the first `RECALL_AT`; None
+    in mode ``none``, which retrieves nothing."""
+    exact_match: Interval
+    f1: Interval
+    by_relation: Mapping[str, float]
+    """Exact match of each relation."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A question that was not answered, and why."""
+
+    question: str
+    mode: Mode
+    error: str
+
+
+@dataclass(frozen=True)
+class AlmanacScores:
+    """The evaluation's result."""
+
+    questions: int
+    recall_at: int
+    seed: int
+    resamples: int
+    modes: tuple[ModeScores, ...]
+    failures: tuple[Failure, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    relation: str
+    recalled: bool
+    exact: bool
+    f1: float
+    error: str | None = None
+
+
+async def evaluate_almanac(
+    questions: Sequence[Question],
+    ask: Ask,
+    *,
+    modes: Sequence[Mode] = MODES,
+    concurrency: int = 4,
+    seed: int = 0,
+    resamples: int = 2000,
+    progress: Callable[[Mode, int], None] | None = None,
+) -> AlmanacScores:
+    """Ask all `questions` in each of `modes` and score the answers.
+
+    An exception of `ask` counts as a wrong answer and is listed under `AlmanacScores.failures`; one bad answer out of
+    hundreds must not lose the others.
+
+    Args:
+        concurrency: questions in flight at once; more than the decoder's slots only measures its queue.
+        resamples: bootstrap samples of each interval.
+        progress: called after each question with the mode and how many of it are done.
+
+    Raises:
+        ValueError: no questions, no modes, or a concurrency below 1.
+    """
+    if not questions or not modes or concurrency < 1:
+        raise ValueError("the almanac evaluation needs questions, modes and a concurrency of at least 1")
+    scores: list[ModeScores] = []
+    failures: list[Failure] = []
+    for mode in modes:
+        outcomes = await _ask_all(questions, ask, mode, concurrency, progress)
+        failures += [
+            Failure(question.id, mode, outcome.error)
+            for question, outcome in zip(questions, outcomes, strict=True)
+            if outcome.error is not None
+        ]
+        scores.append(_score(mode, outcomes, seed, resamples))
+    return AlmanacScores(len(questions), RECALL_AT, seed, resamples, tuple(scores), tuple(failures))
+
+
+def recalled(question: Question, passages: Sequence[RetrievedPassage], at: int = RECALL_AT) -> bool:
+    """Whether one of the first `at` passages is of the question's article and holds an answer."""
+    return any(
+        passage.rank <= at and passage.document_id == question.article and contains(passage.text, question.answers)
+        for passage in passages
+    )
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> Interval:
+    """Mean of `values` and the 95 % percentile interval of the means of seeded resamples.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("the mean of no values is undefined")
+    sample = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = sample[generator.integers(0, len(sample), (resamples, len(sample)))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(sample.mean()), float(low), float(high))
+
+
+async def _ask_all(
+    questions: Sequence[Question],
+    ask: Ask,
+    mode: Mode,
+    concurrency: int,
+    progress: Callable[[Mode, int], None] | None,
+) -> list[_Outcome]:
+    slots = asyncio.Semaphore(concurrency)
+    done = 0
+
+    async def one(question: Question) -> _Outcome:
+        nonlocal done
+        async with slots:
+            try:
+                answer = await ask(question.question, mode)
+            except Exception as error:
+                outcome = _Outcome(question.relation, False, False, 0.0, f"{type(error).__name__}: {error}")
+            else:
+                outcome = _Outcome(
+                    question.relation,
+                    recalled(question, answer.passages),
+                    exact_match(answer.text, question.answers),
+                    f1(answer.text, question.answers),
+                )
+        done += 1
+        if progress is not None:
+            progress(mode, done)
+        return outcome
+
+    return list(await asyncio.gather(*(one(question) for question in questions)))
+
+
+def _score(mode: Mode, outcomes: Sequence[_Outcome], seed: int, resamples: int) -> ModeScores:
+    by_relation: dict[str, list[bool]] = {}
+    for outcome in outcomes:
+        by_relation.setdefault(outcome.relation, []).append(outcome.exact)
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    return ModeScores(
+        mode=mode,
+        questions=len(outcomes) - failed,
+        failed=failed,
+        recall=None if mode == "none" else bootstrap([float(one.recalled) for one in outcomes], seed, resamples),
+        exact_match=bootstrap([float(one.exact) for one in outcomes], seed, resamples),
+        f1=bootstrap([one.f1 for one in outcomes], seed, resamples),
+        by_relation={name: sum(exact) / len(exact) for name, exact in sorted(by_relation.items())},
+    )
