@@ -1,0 +1,198 @@
+"""From block requests to blocks in memory: the L1 first, then one fetch for each block that is missing.
+
+However many prompts of this replica want a missing block, it is fetched once; each of them waits for that fetch, and
+a fetch that nobody waits for any more is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from blockrag.decoder.l1 import L1Cache, L1Entry
+from blockrag.errors import DataError, UnavailableError
+from blockrag.kv_cache.messages import FetchedBlock, Tier
+from blockrag.types import BlockKV, BlockRequest
+
+if TYPE_CHECKING:
+    from blockrag.modeling.model import SlotModel
+    from blockrag.modeling.slots import ResidentBlock
+
+
+class BlockSource(Protocol):
+    """Where missing blocks come from: the cluster's cache, or an encoder in this process."""
+
+    async def fetch(self, requests: list[BlockRequest]) -> list[FetchedBlock]:
+        """The blocks, in the order asked. Raises ``BlockragError`` kinds."""
+        ...
+
+
+class EncodingBlockSource:
+    """Encodes blocks in this process: for a decoder without a cluster, in tests and benchmarks.
+
+    ``SlotModel.encode`` shares nothing that changes with ``SlotModel.forward``, so the engine's model can be used.
+    """
+
+    def __init__(self, model: SlotModel) -> None:
+        self._model = model
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="decoder-encode")
+
+    async def fetch(self, requests: list[BlockRequest]) -> list[FetchedBlock]:
+        loop = asyncio.get_running_loop()
+        blocks = await loop.run_in_executor(self._executor, self._encode, requests)
+        return [FetchedBlock(block, "encoded") for block in blocks]
+
+    def _encode(self, requests: list[BlockRequest]) -> list[BlockKV]:
+        token_ids = [request.token_ids.tolist() for request in requests]
+        return self._model.encode(token_ids, [request.key for request in requests])
+
+
+@dataclass(frozen=True)
+class LoadedBlocks:
+    """A prompt's blocks, pinned in the L1 until ``BlockLoader.release``."""
+
+    entries: tuple[L1Entry, ...]
+    l1_tokens: int
+    """Slots of blocks that were in the L1."""
+    store_tokens: int
+    """Slots of blocks that came from the object store."""
+    encoded_tokens: int
+    """Slots of blocks that were encoded for this request."""
+
+    @property
+    def blocks(self) -> tuple[ResidentBlock, ...]:
+        """In the order of the prompt."""
+        return tuple(entry.block for entry in self.entries)
+
+
+@dataclass
+class _Fetch:
+    """One call to the source, and who waits for it."""
+
+    keys: tuple[str, ...]
+    waiters: int = 0
+    purged: set[str] = field(default_factory=set)
+    task: asyncio.Task[dict[str, tuple[ResidentBlock, Tier]]] | None = None
+
+
+class BlockLoader:
+    """Brings blocks into the L1. All calls from one event loop."""
+
+    def __init__(self, l1: L1Cache, source: BlockSource, to_resident: Callable[[BlockKV], ResidentBlock]) -> None:
+        self._l1 = l1
+        self._source = source
+        self._to_resident = to_resident
+        self._executor = ThreadPoolExecutor(2, thread_name_prefix="decoder-blocks")
+        self._fetches: dict[str, _Fetch] = {}
+
+    async def load(self, requests: Sequence[BlockRequest]) -> LoadedBlocks:
+        """The blocks of a prompt. When all are in the L1, this returns without giving up the event loop.
+
+        Raises what the source raises, and ``DataError`` for a block that is not what was asked for.
+        """
+        entries = self._l1.acquire([request.key for request in requests])
+        missing = {request.key: request for request, entry in zip(requests, entries, strict=True) if entry is None}
+        slots: dict[Tier, int] = {"store": 0, "encoded": 0}
+        if missing:
+            try:
+                fetched = await self._fetch(missing)
+            except BaseException:
+                self._l1.release(entry for entry in entries if entry is not None)
+                raise
+            for place, request in enumerate(requests):
+                if entries[place] is None:
+                    block, tier, listed = fetched[request.key]
+                    entries[place] = self._l1.insert(block, listed=listed)
+                    slots[tier] += block.num_slots
+        pinned = tuple(entry for entry in entries if entry is not None)
+        total = sum(entry.block.num_slots for entry in pinned)
+        return LoadedBlocks(pinned, total - sum(slots.values()), slots["store"], slots["encoded"])
+
+    def release(self, loaded: LoadedBlocks) -> None:
+        """Unpin a prompt's blocks; from any thread."""
+        self._l1.release(loaded.entries)
+
+    def purge(self, keys: Iterable[str]) -> None:
+        """Forget blocks, those on their way included."""
+        wanted = set(keys)
+        self._l1.purge(wanted)
+        for key in wanted & self._fetches.keys():
+            self._forget(key)
+
+    def clear(self) -> None:
+        """Forget all blocks, those on their way included."""
+        self._l1.clear()
+        for key in list(self._fetches):
+            self._forget(key)
+
+    def _forget(self, key: str) -> None:
+        # Those that wait already get the block for their own prompt; it is not kept, and later prompts fetch anew.
+        self._fetches.pop(key).purged.add(key)
+
+    async def _fetch(self, missing: dict[str, BlockRequest]) -> dict[str, tuple[ResidentBlock, Tier, bool]]:
+        fetches = {key: self._fetches[key] for key in missing if key in self._fetches}
+        new = [request for key, request in missing.items() if key not in fetches]
+        if new:
+            fetch = self._start(new)
+            fetches.update((request.key, fetch) for request in new)
+        involved = list({id(fetch): fetch for fetch in fetches.values()}.values())
+        for fetch in involved:
+            fetch.waiters += 1
+        try:
+            results = {}
+            for fetch in involved:
+                assert fetch.task is not None
+                results[id(fetch)] = await asyncio.shield(fetch.task)
+        finally:
+            for fetch in involved:
+                self._leave(fetch)
+        return {key: (*results[id(fetch)][key], key not in fetch.purged) for key, fetch in fetches.items()}
+
+    def _start(self, requests: list[BlockRequest]) -> _Fetch:
+        fetch = _Fetch(tuple(request.key for request in requests))
+        fetch.task = asyncio.get_running_loop().create_task(self._run(fetch, requests))
+        fetch.task.add_done_callback(_retrieve)
+        self._fetches.update((key, fetch) for key in fetch.keys)
+        return fetch
+
+    async def _run(self, fetch: _Fetch, requests: list[BlockRequest]) -> dict[str, tuple[ResidentBlock, Tier]]:
+        try:
+            fetched = await self._source.fetch(requests)
+            for request, item in zip(requests, fetched, strict=True):
+                if item.block.key != request.key or item.block.num_slots != len(request.token_ids):
+                    raise DataError(f"the cache answered block {request.key} with another one")
+            loop = asyncio.get_running_loop()
+            residents = await loop.run_in_executor(self._executor, self._convert, fetched)
+            return {block.key: (block, item.tier) for block, item in zip(residents, fetched, strict=True)}
+        except asyncio.CancelledError as error:
+            self._unlist(fetch)
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise UnavailableError("the cache gave up on a block; send the request again") from error
+        except BaseException:
+            self._unlist(fetch)
+            raise
+
+    def _convert(self, fetched: list[FetchedBlock]) -> list[ResidentBlock]:
+        return [self._to_resident(item.block) for item in fetched]
+
+    def _leave(self, fetch: _Fetch) -> None:
+        fetch.waiters -= 1
+        if fetch.waiters == 0 and fetch.task is not None:
+            # Listed until now, and not only until the task is done, so that a purge in between is not missed.
+            self._unlist(fetch)
+            fetch.task.cancel()
+
+    def _unlist(self, fetch: _Fetch) -> None:
+        for key in fetch.keys:
+            if self._fetches.get(key) is fetch:
+                del self._fetches[key]
+
+
+def _retrieve(task: asyncio.Task[dict[str, tuple[ResidentBlock, Tier]]]) -> None:
+    if not task.cancelled():
+        task.exception()  # the last waiter may have left in the moment it failed

@@ -1,0 +1,150 @@
+"""A sequence: one prompt and the text that grows from it. The nouns of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from blockrag.decoder.detokenizer import Detokenizer
+from blockrag.decoder.sampling import Sampler, SamplingParams
+from blockrag.decoder.stopping import StopScanner
+from blockrag.errors import BlockragError
+
+if TYPE_CHECKING:
+    from blockrag.modeling.slots import ResidentBlock, SequenceState
+
+Reason = Literal["end", "stop", "length"]
+"""``end``: the model ended its answer; ``stop``: a stop string; ``length``: max_tokens."""
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What the engine needs to generate."""
+
+    request_id: str
+    """For logs."""
+    blocks: tuple[ResidentBlock, ...]
+    """Cached part of the prompt, in order; empty when the whole prompt is prefilled."""
+    token_ids: tuple[int, ...]
+    """Tokens to prefill behind the blocks; at least one."""
+    sampling: SamplingParams
+    deadline: float | None = None
+    """On the engine's clock (``time.monotonic``), in seconds."""
+    released: Callable[[], None] = field(default=_nothing, repr=False)
+    """Called once, from the engine's thread, when the engine no longer uses ``blocks``. Not when submit refuses."""
+
+    @property
+    def prompt_slots(self) -> int:
+        """Positions that the prompt takes."""
+        return sum(block.num_slots for block in self.blocks) + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """Wall time of a sequence's stages."""
+
+    queue: float
+    """Until a place was free."""
+    compose: float
+    """Bringing the blocks into the prompt's slot list."""
+    prefill: float
+    """Until the first token."""
+    decode: float
+    """From the first token to the last."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How a sequence ended."""
+
+    reason: Reason
+    completion_tokens: int
+    """Tokens generated, the one that ends the answer not counted."""
+    stages: StageSeconds
+
+
+@dataclass(frozen=True)
+class Event:
+    """New text of a sequence, its finish, or its error."""
+
+    text: str = ""
+    tokens: int = 0
+    """Tokens that were generated since the event before."""
+    finish: Finish | None = None
+    error: BlockragError | None = None
+
+
+class EventSink(Protocol):
+    """Where a sequence's events go; called from the engine's thread, must not block."""
+
+    def push(self, event: Event) -> None: ...
+
+
+class Sequence:
+    """A request on its way through the engine. Only the engine's thread changes it, but for ``cancelled``."""
+
+    def __init__(self, request: GenerationRequest, detokenizer: Detokenizer, sink: EventSink, now: float) -> None:
+        self.request = request
+        self.sink = sink
+        self.sampler = Sampler(request.sampling)
+        self.state: SequenceState | None = None
+        self.slots = request.prompt_slots + request.sampling.max_tokens
+        self.cancelled = False
+        self.tokens = list(request.token_ids)
+        self.computed = 0
+        self.generated = 0
+        self._detokenizer = detokenizer
+        self._stops = StopScanner(request.sampling.stop)
+        self._unreported = 0
+        self._submitted_at = self._admitted_at = self._composed_at = self._first_token_at = now
+
+    @property
+    def remaining(self) -> int:
+        """Tokens known but not yet computed: 1 in a decode step, the rest of the prompt before."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the prompt is computed."""
+        return self.generated > 0
+
+    def compose_started(self, now: float) -> None:
+        self._admitted_at = now
+
+    def composed(self, state: SequenceState, now: float) -> None:
+        self.state = state
+        self._composed_at = now
+
+    def accept(self, token: int, end_token_ids: frozenset[int], now: float) -> Event | None:
+        """Take the next token; returns what there is to tell, if anything."""
+        if not self.decoding:
+            self._first_token_at = now
+        if token in end_token_ids:
+            return self._event(self._stops.flush(), "end", now)
+        self.generated += 1
+        self._unreported += 1
+        self.tokens.append(token)
+        text = self._stops.feed(self._detokenizer.feed(token))
+        if self._stops.stopped:
+            return self._event(text, "stop", now)
+        if self.generated == self.request.sampling.max_tokens:
+            return self._event(text + self._stops.flush(), "length", now)
+        return self._event(text, None, now) if text else None
+
+    def _event(self, text: str, reason: Reason | None, now: float) -> Event:
+        finish = None
+        if reason is not None:
+            stages = StageSeconds(
+                queue=self._admitted_at - self._submitted_at,
+                compose=self._composed_at - self._admitted_at,
+                prefill=self._first_token_at - self._composed_at,
+                decode=now - self._first_token_at,
+            )
+            finish = Finish(reason, self.generated, stages)
+        tokens, self._unreported = self._unreported, 0
+        return Event(text, tokens, finish)

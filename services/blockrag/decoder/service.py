@@ -1,0 +1,214 @@
+"""The decoder's service without its shell: a planned prompt in, a stream of text out. No Ray in here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from blockrag.decoder.blocks import BlockLoader, LoadedBlocks
+from blockrag.decoder.engine import Engine
+from blockrag.decoder.l1 import L1Cache
+from blockrag.decoder.prompt import Prompt, read_prompt
+from blockrag.decoder.sequence import Event, Finish, GenerationRequest
+from blockrag.decoder.stream import TokenStream
+from blockrag.errors import DeadlineError, OverloadedError
+from blockrag.keys import KeyMaker
+from blockrag.telemetry import metrics, span
+from blockrag.v1 import common_pb2, decoder_pb2
+
+_RETRY_AFTER_MS = 250
+_NOTHING_LOADED = LoadedBlocks((), 0, 0, 0)
+_REASONS = {
+    "end": common_pb2.FINISH_REASON_END,
+    "stop": common_pb2.FINISH_REASON_STOP,
+    "length": common_pb2.FINISH_REASON_LENGTH,
+}
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What the status says of the model."""
+
+    bundle_name: str
+    fingerprint: str
+    vocab_size: int
+    max_positions: int
+    device: str
+
+
+class DecodeService:
+    """Loads a prompt's blocks, hands it to the engine and passes the text on."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loader: BlockLoader,
+        l1: L1Cache,
+        keys: KeyMaker,
+        model: ModelDescription,
+        *,
+        max_loading: int,
+    ) -> None:
+        self._engine = engine
+        self._loader = loader
+        self._l1 = l1
+        self._keys = keys
+        self._model = model
+        self._max_loading = max_loading
+        self._loading = 0
+
+    async def decode(self, request: decoder_pb2.DecodeRequest) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
+        """The answer, piece by piece; the last message has the finish.
+
+        Closing the generator stops the work. Raises ``InvalidRequestError``, ``PromptTooLongError``,
+        ``OverloadedError``, ``DeadlineError``, ``UnavailableError`` and what fetching blocks raises.
+        """
+        deadline = _deadline(request.context.deadline_unix_ms)
+        prompt = read_prompt(request, self._keys, self._model.vocab_size)
+        self._engine.check(prompt.slots, prompt.sampling.max_tokens)
+        started = time.monotonic()
+        loaded = await self._load(request, prompt, deadline)
+        fetch_seconds = time.monotonic() - started
+        stream = TokenStream()
+        generation = GenerationRequest(
+            request_id=request.context.request_id,
+            blocks=loaded.blocks,
+            token_ids=prompt.token_ids,
+            sampling=prompt.sampling,
+            deadline=deadline,
+            released=partial(self._loader.release, loaded),
+        )
+        try:
+            sequence = self._engine.submit(generation, stream)
+        except BaseException:
+            self._loader.release(loaded)
+            raise
+        try:
+            with span("prefill", request.context, attention_mode=prompt.mode, prefill_tokens=len(prompt.token_ids)):
+                event = await stream.read()
+            last = time.monotonic()
+            with span("decode", request.context, attention_mode=prompt.mode) as decoding:
+                while event.finish is None:
+                    yield decoder_pb2.DecodeResponse(text=event.text, tokens=event.tokens)
+                    event = await stream.read()
+                    last = _observe_pace(event, last, prompt.mode)
+                response = _finished(event, event.finish, prompt, loaded, fetch_seconds)
+                decoding.set(completion_tokens=event.finish.completion_tokens, finish_reason=event.finish.reason)
+            yield response
+            _observe_finish(response, prompt.mode)
+        finally:
+            self._engine.cancel(sequence)
+
+    def status(self) -> decoder_pb2.GetDecoderStatusResponse:
+        """What this replica holds and does."""
+        engine, l1 = self._engine.stats(), self._l1.stats()
+        return decoder_pb2.GetDecoderStatusResponse(
+            bundle_fingerprint=self._model.fingerprint,
+            bundle_name=self._model.bundle_name,
+            max_positions=self._model.max_positions,
+            device=self._model.device,
+            running=engine.running,
+            waiting=engine.waiting,
+            used_slots=engine.used_slots,
+            total_slots=engine.total_slots,
+            generated_tokens=engine.generated_tokens,
+            l1_blocks=l1.blocks,
+            l1_bytes=l1.bytes,
+            l1_budget_bytes=l1.budget_bytes,
+            l1_hits=l1.hits,
+            l1_misses=l1.misses,
+        )
+
+    def record_gauges(self) -> None:
+        """Bring the gauges up to date; called once a second."""
+        engine, l1 = self._engine.stats(), self._l1.stats()
+        metrics.NUM_REQUESTS_RUNNING.set(engine.running, service="decoder")
+        metrics.NUM_REQUESTS_WAITING.set(engine.waiting + self._loading, service="decoder")
+        metrics.KV_CACHE_USAGE_PERC.set(l1.bytes / l1.budget_bytes, tier="l1")
+        metrics.KV_CACHE_USAGE_PERC.set(engine.used_slots / engine.total_slots, tier="slots")
+
+    async def _load(self, request: decoder_pb2.DecodeRequest, prompt: Prompt, deadline: float | None) -> LoadedBlocks:
+        if not prompt.blocks:
+            return _NOTHING_LOADED
+        if self._loading >= self._max_loading:
+            raise OverloadedError(f"{self._loading} requests are waiting for their blocks", _RETRY_AFTER_MS)
+        self._loading += 1
+        try:
+            with span("kv_fetch", request.context, blocks=len(prompt.blocks)) as fetching:
+                async with _time_limit(deadline):
+                    loaded = await self._loader.load(prompt.blocks)
+                fetching.set(
+                    l1_tokens=loaded.l1_tokens,
+                    store_tokens=loaded.store_tokens,
+                    encoded_tokens=loaded.encoded_tokens,
+                )
+        except TimeoutError as error:
+            raise DeadlineError("the deadline passed while the passages' blocks were fetched") from error
+        finally:
+            self._loading -= 1
+        metrics.KV_CACHE_QUERY_TOKENS.inc(prompt.slots - len(prompt.token_ids), tier="l1")
+        metrics.KV_CACHE_HIT_TOKENS.inc(loaded.l1_tokens, tier="l1")
+        return loaded
+
+
+def _time_limit(deadline: float | None) -> asyncio.Timeout | AsyncExitStack:
+    if deadline is None:
+        return AsyncExitStack()
+    return asyncio.timeout(max(0.0, deadline - time.monotonic()))
+
+
+def _deadline(unix_ms: int) -> float | None:
+    """A deadline in milliseconds since 1970 (0: none) on the monotonic clock. Raises ``DeadlineError`` when past."""
+    if unix_ms == 0:
+        return None
+    left = unix_ms / 1000 - time.time()
+    if left <= 0:
+        raise DeadlineError("the deadline had passed when the request reached the decoder")
+    return time.monotonic() + left
+
+
+def _finished(
+    event: Event, finish: Finish, prompt: Prompt, loaded: LoadedBlocks, fetch_seconds: float
+) -> decoder_pb2.DecodeResponse:
+    stages = finish.stages
+    times = {
+        "queue": stages.queue,
+        "kv_fetch": fetch_seconds,
+        "compose": stages.compose,
+        "prefill": stages.prefill,
+        "decode": stages.decode,
+    }
+    return decoder_pb2.DecodeResponse(
+        text=event.text,
+        tokens=event.tokens,
+        finish=decoder_pb2.DecodeFinish(
+            reason=_REASONS[finish.reason],
+            usage=common_pb2.Usage(
+                prompt_tokens=prompt.slots,
+                cached_tokens=loaded.l1_tokens + loaded.store_tokens,
+                l1_tokens=loaded.l1_tokens,
+                store_tokens=loaded.store_tokens,
+                encoded_tokens=loaded.encoded_tokens,
+                prefill_tokens=len(prompt.token_ids),
+                completion_tokens=finish.completion_tokens,
+            ),
+            stages=[common_pb2.StageTime(stage=stage, milliseconds=1000 * seconds) for stage, seconds in times.items()],
+        ),
+    )
+
+
+def _observe_pace(event: Event, last: float, mode: str) -> float:
+    now = time.monotonic()
+    if event.tokens > 0:
+        metrics.INTER_TOKEN_LATENCY_SECONDS.observe((now - last) / event.tokens, attention_mode=mode)
+    return now
+
+
+def _observe_finish(response: decoder_pb2.DecodeResponse, mode: str) -> None:
+    metrics.GENERATED_TOKENS.inc(response.finish.usage.completion_tokens, attention_mode=mode)
+    for stage in response.finish.stages:
+        metrics.STAGE_SECONDS.observe(stage.milliseconds / 1000, stage=stage.stage)
