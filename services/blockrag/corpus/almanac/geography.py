@@ -89,16 +89,12 @@ def _borders(writer: Writer) -> None:
         return
     names = [name for name, _ in found]
     if len(names) == 1:
-        writer.say("borders", ("{c} border{s} only one country, {v}.",), relation="borders", answers=names, v=names[0])
-    else:
-        writer.say("borders", ("{c} border{s} {v}.", "{c} share{s} borders with {v}."), v=join(names))
-    for name, km in sorted(found, key=lambda border: -float(border[1].replace(",", "")))[:1]:
-        writer.say(
-            "longest border",
-            ("The longest border of {c} is with {v}, at {km} kilometres.",),
-            v=name,
-            km=km,
-        )
+        templates = ("{c} border{s} only one country, {v}, along {km} kilometres.",)
+        writer.say("borders", templates, relation="borders", answers=names, v=names[0], km=found[0][1])
+        return
+    writer.say("borders", ("{c} border{s} {v}.", "{c} share{s} borders with {v}."), v=join(names))
+    name, km = max(found, key=lambda border: float(border[1].replace(",", "")))
+    writer.say("longest border", ("The longest border of {c} is with {v}, at {km} kilometres.",), v=name, km=km)
 
 
 def _point(writer: Writer) -> None:

@@ -130,7 +130,7 @@ def shares(text: str, most: int = 4) -> list[Share]:
         if match is None:
             continue
         name = re.sub(r"(?<=[a-z])/(?=[a-z])", " or ", match[1].strip(" .*-~"))
-        if not name or name.lower().startswith(_SKIPPED_SHARES) or len(name.split()) > 5 or re.search(r"[:.\"]", name):
+        if not name or name.lower().startswith(_SKIPPED_SHARES) or len(name.split()) > 7 or re.search(r"[:.\"]", name):
             continue
         if all(share.name != name for share in found):
             found.append(Share(name, amount(match[2]) if match[2] else None))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from blockrag.corpus.almanac.lists import join, ordinary_name, shares
 from blockrag.corpus.almanac.names import expand
-from blockrag.corpus.almanac.values import amount, percent, year_phrase
+from blockrag.corpus.almanac.values import amount, magnitude, percent, year_phrase
 from blockrag.corpus.almanac.writing import Figure, Writer
 
 _P = "People and Society"
@@ -112,6 +113,8 @@ def _cities(writer: Writer) -> None:
             found.append((city, people))
     if not found:
         return
+    # The source may put the capital first, whatever its size.
+    found.sort(key=lambda city: magnitude(city[1]) or Decimal(0), reverse=True)
     largest, count = found[0]
     year = year_phrase(source)
     writer.say(
