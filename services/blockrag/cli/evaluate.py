@@ -1,0 +1,123 @@
+"""``blockrag eval``: how good the answers are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from blockrag.cli import console
+from blockrag.cli.connection import connect
+from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
+from blockrag.errors import SetupError
+
+app = typer.Typer(no_args_is_help=True, help="Evaluate the reader and the whole path.")
+
+
+@app.command(epilog="Example: blockrag eval reader --data data/ --questions 1000 --json")
+def reader(
+    data: Annotated[Path, typer.Option(help="Directory with train/ and dev/ as the model card names them.")],
+    bundle: Annotated[Path | None, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many questions to draw.")] = 1000,
+    distractors: Annotated[int, typer.Option(min=0, max=19, help="Passages beside the right one.")] = 3,
+    mode: Annotated[Literal["block", "full", "none"], typer.Option(help="How to attend.")] = "block",
+    same_kind: Annotated[bool, typer.Option(help="Distractors from the same table, or from anywhere.")] = True,
+    absent: Annotated[bool, typer.Option(help="Also ask with the right passage left out.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask questions about entities never seen in training, without retrieval: the reader alone."""
+    from blockrag.evaluation.environment import describe_environment
+    from blockrag.evaluation.reader import evaluate_reader
+    from blockrag.modeling.bundle import DEFAULT_BUNDLE
+
+    with console.errors_to_exit():
+        try:
+            with console.err.status("answering"):
+                scores = evaluate_reader(
+                    bundle or DEFAULT_BUNDLE,
+                    data,
+                    questions=questions,
+                    distractors=distractors,
+                    mode=mode,
+                    seed=seed,
+                    same_kind=same_kind,
+                    absent=absent,
+                )
+        except OSError as error:
+            raise SetupError(f"data: {error}") from error
+        if as_json:
+            console.print_json({"scores": scores, "environment": describe_environment()})
+            return
+        table = Table("relation", "questions", "exact match")
+        for relation, row in sorted(scores.by_relation.items(), key=lambda item: -item[1]["questions"]):
+            table.add_row(relation, f"{row['questions']:.0f}", f"{row['exact_match']:.1%}")
+        table.add_section()
+        table.add_row("all", str(scores.questions), f"{scores.exact_match:.1%}")
+        console.out.print(table)
+
+
+@app.command(epilog="Example: blockrag up && blockrag ingest --almanac && blockrag eval almanac --json")
+def almanac(
+    settings: SettingsOption = None,
+    target: TargetOption = "",
+    api_key: ApiKeyOption = "",
+    collection: Annotated[str, typer.Option(help="Collection that holds the almanac.")] = "almanac",
+    top_k: Annotated[int, typer.Option(min=1, help="Passages per question.")] = 5,
+    limit: Annotated[int, typer.Option(min=0, help="Ask only the first so many questions; 0: all.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Questions in flight.")] = 4,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the almanac's questions over gRPC, through retrieval, in every attention mode."""
+    from blockrag.corpus.sample import load_questions
+    from blockrag.evaluation.environment import describe_environment
+
+    with console.errors_to_exit():
+        questions = load_questions()
+        questions = questions[:limit] if limit else questions
+        with console.progress_bar() as bar:
+            tasks = {mode: bar.add_task(mode, total=len(questions)) for mode in ("block", "full", "none")}
+            scores = asyncio.run(
+                _ask_almanac(
+                    connect(settings, target, api_key),
+                    questions,
+                    collection,
+                    top_k,
+                    concurrency,
+                    lambda mode, done: bar.update(tasks[mode], completed=done),
+                )
+            )
+        if as_json:
+            console.print_json({"scores": scores.to_dict(), "top_k": top_k, "environment": describe_environment()})
+            return
+        table = Table("mode", f"recall@{scores.recall_at}", "exact match", "F1", "failed")
+        for row in scores.modes:
+            recall = "–" if row.recall is None else _interval(row.recall)
+            table.add_row(row.mode, recall, _interval(row.exact_match), _interval(row.f1), str(row.failed))
+        console.out.print(table)
+
+
+async def _ask_almanac(
+    client: Any, questions: Any, collection: str, top_k: int, concurrency: int, progress: Callable[[str, int], None]
+) -> Any:
+    from blockrag.evaluation.almanac import Answer, RetrievedPassage, evaluate_almanac
+
+    async with client:
+
+        async def ask(question: str, mode: Any) -> Answer:
+            answer = await client.ask(question, collection=collection, top_k=top_k, attention_mode=mode)
+            found = tuple(
+                RetrievedPassage(document_id=passage.document_id, rank=rank, text=passage.text)
+                for rank, passage in enumerate(answer.passages, 1)
+            )
+            return Answer(answer.text, found)
+
+        return await evaluate_almanac(questions, ask, concurrency=concurrency, progress=progress)
+
+
+def _interval(value: Any) -> str:
+    return f"{value.mean:.1%} ({value.low:.1%} to {value.high:.1%})"

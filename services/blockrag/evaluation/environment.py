@@ -1,0 +1,66 @@
+"""Where and with what a number was measured: part of every result that is written down."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Commit, versions and hardware of a measurement."""
+
+    commit: str
+    """Git commit of the source tree, with "+" when it had changes; empty outside of a tree."""
+    date: str
+    """ISO 8601, UTC."""
+    cpu: str
+    cores: int
+    memory_gib: float
+    python: str
+    torch: str
+    transformers: str
+    device: str
+
+
+def describe_environment(device: str = "cpu") -> Environment:
+    """The environment of the calling process."""
+    import torch
+    import transformers
+
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+    return Environment(
+        commit=_commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(pages / 2**30, 1),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        device=name,
+    )
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    # --dirty marks changes of tracked files; outside of a tree, or without git, there is no commit to name.
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
