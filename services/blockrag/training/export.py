@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -103,6 +102,6 @@ def _swap(staging: Path, out: Path) -> None:
         staging.rename(out)
         return
     previous = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-    os.replace(out, previous / "bundle")
+    out.rename(previous / "bundle")
     staging.rename(out)
     shutil.rmtree(previous)

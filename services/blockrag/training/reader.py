@@ -1,0 +1,300 @@
+"""Training the reader from scratch: ``train_reader`` and a small command line for machines that have only torch.
+
+The recipe: contexts of a few titled passages with up to six questions each (``packing``), the block mask and the
+full mask in turn, so that one set of weights serves both modes (arXiv 2409.15355, section 2.3), loss on answers plus
+a smaller loss on passages and questions, and a learning rate that falls with a cosine over a number of steps or over
+a time budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blockrag.modeling.template import READER_TEMPLATE, PromptTemplate
+from blockrag.training.allocator import keep_freed_memory
+from blockrag.training.attention import additive_mask
+from blockrag.training.attention import register as register_attention
+from blockrag.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from blockrag.training.contexts import BatchShape, Context, ContextSampler, Mixture, batch_shape
+from blockrag.training.data import ReaderData, load_reader_data
+from blockrag.training.export import BundleFacts, export_bundle
+from blockrag.training.loss import linear_cross_entropy
+from blockrag.training.optimizer import build_optimizers, learning_rate_factor
+from blockrag.training.packing import IGNORED, PackedBatch, Weights, pack
+from blockrag.training.tokenizer import (
+    BEGIN_ID,
+    END_ID,
+    PAD_ID,
+    TemplateTokenizer,
+    load_template_tokenizer,
+    save_tokenizer,
+    tokenizer_texts,
+    train_tokenizer,
+)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Size of the Llama-architecture decoder; the default has 6.5 million parameters."""
+
+    vocab_size: int = 8192
+    width: int = 256
+    layers: int = 6
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 32
+    intermediate: int = 704
+    max_tokens: int = 16384
+
+    def config(self) -> LlamaConfig:
+        """The transformers configuration; input and output embeddings are tied."""
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate,
+            max_position_embeddings=self.max_tokens,
+            tie_word_embeddings=True,
+            pad_token_id=PAD_ID,
+            bos_token_id=BEGIN_ID,
+            eos_token_id=END_ID,
+        )
+
+
+@dataclass(frozen=True)
+class ReaderTrainingConfig:
+    """Everything that decides what a training run computes."""
+
+    data_dir: Path
+    out_dir: Path
+    """Holds the tokenizer, the checkpoint and, at the end, the bundle. A run continues from the checkpoint there."""
+    minutes: float | None = None
+    """Time budget of the training itself; the learning rate reaches its end with it. Pauses do not count."""
+    steps: int | None = None
+    """Budget in steps, for runs that must be reproducible. Exactly one of ``minutes`` and ``steps`` is given."""
+    shape: ModelShape = field(default_factory=ModelShape)
+    mixture: Mixture = field(default_factory=Mixture)
+    weights: Weights = field(default_factory=Weights)
+    template: PromptTemplate = READER_TEMPLATE
+    tokens_per_step: int = 5000
+    """Larger is smoother, smaller learns more per minute on a slow machine. Rows are added up to about this many."""
+    learning_rate: float = 2e-3
+    """Peak. Falls with the width: try half of it for a reader twice as wide."""
+    warmup_steps: int = 100
+    optimizer: str = "adamw"
+    """``adamw``, or ``muon`` for the matrices inside the layers with ``adamw`` for the rest."""
+    passage_share: float = 1.0
+    """Share of the passage tokens, drawn anew each step, that the loss looks at; their weight rises to make up."""
+    checkpoint_steps: int = 200
+    probe_contexts: int = 128
+    """Held-out questions that a checkpoint is measured on."""
+    tokenizer_articles: int = 60_000
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """State of a run after a step."""
+
+    step: int
+    fraction: float
+    """Part of the budget that is used up, 0 to 1."""
+    answer_loss: float
+    """Nats per answer token, this step."""
+    passage_loss: float
+    """Nats per passage or question token, this step."""
+    learning_rate: float
+    tokens: int
+    """Tokens trained on since the start, without padding."""
+    seconds: float
+    """Time spent in steps since the start."""
+    probe_exact: float | None = None
+    """Share of held-out questions whose greedy answer is exactly right (block mask), where it was measured."""
+
+
+def train_reader(config: ReaderTrainingConfig, on_progress: Callable[[TrainingProgress], None] | None = None) -> Path:
+    """Train until the budget is used up, or continue a run that was stopped; returns the bundle's directory.
+
+    Raises ``FileNotFoundError`` where a data file is absent and ``ValueError`` for a contradictory configuration.
+    """
+    if (config.minutes is None) == (config.steps is None):
+        raise ValueError("exactly one of minutes and steps must be given")
+    config.out_dir.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    data = load_reader_data(config.data_dir)
+    tokenizer = _tokenizer(config, data)
+    sampler = ContextSampler(data, tokenizer, config.template, config.mixture)
+    probe = sampler.held_out(BatchShape(4, 128), config.probe_contexts, Random(config.seed))
+    torch.manual_seed(config.seed)
+    model = LlamaForCausalLM(config.shape.config()).to(config.device)
+    model.set_attn_implementation(register_attention())
+    optimizers = build_optimizers(model, config.optimizer, config.learning_rate)
+    state = load_checkpoint(config.out_dir, model, optimizers) or Checkpoint()
+    fraction = _fraction(config, state)
+    while fraction < 1:
+        started = time.perf_counter()
+        factor = learning_rate_factor(state.step, fraction, config.warmup_steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * factor
+        batch = _batch(config, sampler, state.step, fraction)
+        losses = _step(config, model, optimizers, batch, state.step)
+        state = replace(
+            state,
+            step=state.step + 1,
+            tokens=state.tokens + batch.tokens,
+            seconds=state.seconds + time.perf_counter() - started,
+        )
+        fraction = _fraction(config, state)
+        exact = None
+        if state.step % config.checkpoint_steps == 0 or fraction >= 1:
+            save_checkpoint(config.out_dir, model, optimizers, state)
+            exact = probe_exact(model, probe, config) if probe else None
+        if on_progress is not None:
+            on_progress(
+                TrainingProgress(
+                    step=state.step,
+                    fraction=min(1.0, fraction),
+                    answer_loss=losses[0],
+                    passage_loss=losses[1],
+                    learning_rate=config.learning_rate * factor,
+                    tokens=state.tokens,
+                    seconds=state.seconds,
+                    probe_exact=exact,
+                )
+            )
+    facts = BundleFacts(
+        template=config.template,
+        training={"steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds)},
+    )
+    return export_bundle(model, config.out_dir / "tokenizer", config.out_dir / "bundle", facts)
+
+
+@torch.no_grad()
+def probe_exact(model: LlamaForCausalLM, contexts: list[Context], config: ReaderTrainingConfig) -> float:
+    """Share of questions answered exactly under the block mask.
+
+    Greedy decoding gives the target exactly when every target token is the most likely one after the tokens before
+    it, so one pass over the targets measures what decoding would.
+    """
+    right = asked = 0
+    for start in range(0, len(contexts), 16):
+        batch = pack(contexts[start : start + 16], block=True, weights=config.weights)
+        places = batch.branches.to(config.device) >= 0
+        with torch.autocast(config.device, dtype=torch.bfloat16):
+            logits = model.lm_head(_hidden(config, model, batch)[places])
+        correct = (logits.argmax(-1) == batch.targets.to(config.device)[places]).float()
+        branches = batch.branches.to(config.device)[places]
+        count = int(branches.max()) + 1
+        wrong = torch.zeros(count, device=config.device).index_add_(0, branches, 1 - correct)
+        right, asked = right + int((wrong == 0).sum()), asked + count
+    return right / asked
+
+
+def _step(
+    config: ReaderTrainingConfig,
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    batch: PackedBatch,
+    step: int,
+) -> tuple[float, float]:
+    """One update; gives the losses per answer token and per other token."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    kept = torch.rand(batch.weights.shape, generator=generator) < config.passage_share
+    is_answer = batch.branches >= 0
+    places = (batch.targets != IGNORED) & (is_answer | kept)
+    answers = is_answer[places]
+    # A mean over the answers plus a weighted mean over the rest: neither grows where the other has fewer tokens.
+    weights = batch.weights[places] / torch.where(answers, answers.sum(), (~answers).sum()).clamp(min=1)
+    with torch.autocast(config.device, dtype=torch.bfloat16):
+        hidden = _hidden(config, model, batch)[places.to(config.device)].to(torch.bfloat16)
+        total, losses = linear_cross_entropy(
+            hidden, model.lm_head.weight, batch.targets[places].to(config.device), weights.to(config.device)
+        )
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    losses = losses.cpu()
+    return float(losses[answers].mean()), float(losses[~answers].mean())
+
+
+def _hidden(config: ReaderTrainingConfig, model: LlamaForCausalLM, batch: PackedBatch) -> torch.Tensor:
+    output = model.model(
+        input_ids=batch.input_ids.to(config.device),
+        attention_mask=additive_mask(batch.mask.to(config.device), torch.bfloat16),
+        position_ids=batch.position_ids.to(config.device),
+        use_cache=False,
+    )
+    hidden: torch.Tensor = output.last_hidden_state
+    return hidden
+
+
+def _batch(config: ReaderTrainingConfig, sampler: ContextSampler, step: int, fraction: float) -> PackedBatch:
+    random = Random(f"{config.seed}/{step}")
+    shape = batch_shape(random, fraction, config.mixture)
+    rows = max(2, round(config.tokens_per_step / (0.8 * shape.passages * shape.passage_tokens + 110)))
+    contexts = [sampler.sample(shape, random) for _ in range(rows)]
+    return pack(contexts, block=step % 2 == 0, weights=config.weights)
+
+
+def _fraction(config: ReaderTrainingConfig, state: Checkpoint) -> float:
+    if config.minutes is not None:
+        return state.seconds / (60 * config.minutes)
+    return state.step / (config.steps or 1)
+
+
+def _tokenizer(config: ReaderTrainingConfig, data: ReaderData) -> TemplateTokenizer:
+    folder = config.out_dir / "tokenizer"
+    if not (folder / "tokenizer_config.json").exists():
+        learnt = train_tokenizer(tokenizer_texts(data, config.tokenizer_articles), config.shape.vocab_size)
+        save_tokenizer(learnt, folder, config.shape.max_tokens)
+    return load_template_tokenizer(folder)
+
+
+def main() -> None:
+    """``python -m blockrag.training.reader``: the same training without the command line's dependencies."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="directory with train/ and dev/")
+    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoint and bundle")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--minutes", type=float, help="time budget of the training")
+    budget.add_argument("--steps", type=int, help="budget in steps")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default=ReaderTrainingConfig.optimizer)
+    parser.add_argument("--learning-rate", type=float, default=ReaderTrainingConfig.learning_rate)
+    parser.add_argument("--passage-share", type=float, default=ReaderTrainingConfig.passage_share)
+    parser.add_argument("--tokens-per-step", type=int, default=ReaderTrainingConfig.tokens_per_step)
+    parser.add_argument("--checkpoint-steps", type=int, default=ReaderTrainingConfig.checkpoint_steps)
+    parser.add_argument("--device", default=ReaderTrainingConfig.device)
+    parser.add_argument("--seed", type=int, default=ReaderTrainingConfig.seed)
+    given = vars(parser.parse_args())
+    config = ReaderTrainingConfig(data_dir=given.pop("data"), out_dir=given.pop("out"), **given)
+    print(f"bundle written to {train_reader(config, _print_progress)}")
+
+
+def _print_progress(progress: TrainingProgress) -> None:
+    if progress.step % 20 == 0 or progress.probe_exact is not None:
+        probe = "" if progress.probe_exact is None else f"  probe exact {progress.probe_exact:.3f}"
+        print(
+            f"step {progress.step}  {100 * progress.fraction:.1f} %  answer {progress.answer_loss:.3f}"
+            f"  passage {progress.passage_loss:.3f}  lr {progress.learning_rate:.2e}"
+            f"  {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s  {progress.seconds:.0f} s{probe}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
