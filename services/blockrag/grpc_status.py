@@ -26,7 +26,6 @@ _logger = logging.getLogger(__name__)
 RETRY_AFTER_MS = 250
 """Retry hint for refusals that carry none."""
 _LONGEST_MESSAGE = 2000
-_REPLICA_GONE = "a replica that worked on this request went away; send it again"
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -65,17 +64,18 @@ def translate_errors(target: Any) -> Any:
     return _Translation(target)
 
 
-def as_known_error(error: BaseException) -> BlockragError | None:
+def as_known_error(error: BaseException, service: str = "") -> BlockragError | None:
     """The error of ours that an exception is or stands for; None when it is unforeseen.
 
     Unwraps what crossed a deployment handle and translates Ray's own errors: refused by backpressure, replica gone.
+    ``service`` is who was called, to name it.
     """
     cause = original_error(error)
     if isinstance(cause, BlockragError):
         return cause
     if isinstance(cause, TimeoutError):
         return DeadlineError("the request ran out of time")
-    return _from_ray(cause)
+    return _from_ray(cause, service or "a service")
 
 
 def original_error(error: BaseException) -> BaseException:
@@ -152,18 +152,19 @@ def _dressed(wrapper: Callable[..., Any], method: Callable[..., Any]) -> Callabl
     return wrapper
 
 
-def _from_ray(error: BaseException) -> BlockragError | None:
+def _from_ray(error: BaseException, service: str) -> BlockragError | None:
+    gone = UnavailableError(f"{service}: a replica that worked on this request went away; send it again")
     # Looked up, not imported: an exception of Ray's can only exist where Ray is imported already.
     if (serve_errors := sys.modules.get("ray.serve.exceptions")) is not None:
         if isinstance(error, serve_errors.BackPressureError):
-            return OverloadedError("too many requests are waiting", RETRY_AFTER_MS)
+            return OverloadedError(f"{service}: too many requests are waiting", RETRY_AFTER_MS)
         if isinstance(error, serve_errors.DeploymentUnavailableError):
-            return UnavailableError(str(error.message))
+            return UnavailableError(f"{service}: {error.message}")
         if isinstance(error, serve_errors.ReplicaUnavailableError):
-            return UnavailableError(_REPLICA_GONE)
+            return gone
     if (ray_errors := sys.modules.get("ray.exceptions")) is not None:
         if isinstance(error, ray_errors.RayActorError | ray_errors.WorkerCrashedError | ray_errors.NodeDiedError):
-            return UnavailableError(_REPLICA_GONE)
+            return gone
         if isinstance(error, ray_errors.GetTimeoutError):
             return DeadlineError("the request ran out of time")
     return None

@@ -1,0 +1,290 @@
+"""The way of one question: retrieve, plan, decode, and the events that its client sees.
+
+Pure: the services it calls are small protocols, so the whole flow runs in a test without a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from blockrag.errors import DeadlineError, UnavailableError
+from blockrag.gateway.validation import Question, Search
+from blockrag.grpc_status import as_known_error
+from blockrag.telemetry import Span, request_logger, span, trace_id_of
+from blockrag.v1.common_pb2 import (
+    ATTENTION_MODE_NONE,
+    Passage,
+    PromptBlock,
+    RequestContext,
+    StageTime,
+    Usage,
+)
+from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
+from blockrag.v1.decoder_pb2 import DecodeFinish, DecodeRequest, DecodeResponse
+from blockrag.v1.rag_pb2 import Citation, Completion, GenerateResponse, Retrieved, RetrieveResponse, TextChunk
+from blockrag.v1.retriever_pb2 import SearchRequest, SearchResponse
+
+STAGES = ("retrieve", "plan", "queue", "kv_fetch", "compose", "prefill", "decode", "total")
+"""Every answer reports all of them, in this order; one that did not happen took 0 ms."""
+
+_DECODE_ATTEMPTS = 2
+
+Result = TypeVar("Result")
+
+
+class Searcher(Protocol):
+    """The part of the retriever that answering needs."""
+
+    async def search(self, request: SearchRequest) -> SearchResponse: ...
+
+
+class PlanMaker(Protocol):
+    """The part of the compressor that answering needs."""
+
+    async def plan(self, request: PlanRequest) -> PlanResponse: ...
+
+
+class TextDecoder(Protocol):
+    """The part of the decoder that answering needs; closing the stream stops the work."""
+
+    def decode(self, request: DecodeRequest) -> AsyncGenerator[DecodeResponse, None]: ...
+
+
+@dataclass
+class Timings:
+    """What one answer took so far; clock readings are ``time.perf_counter`` seconds."""
+
+    received: float
+    first_text: float = 0.0
+    stage_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def time_to_first_token_ms(self) -> float:
+        """From receiving the request to its first text; 0 when there was none."""
+        return (self.first_text - self.received) * 1000 if self.first_text else 0.0
+
+    def stages(self) -> list[StageTime]:
+        """All stages, the total up to now."""
+        self.stage_ms["total"] = (time.perf_counter() - self.received) * 1000
+        return [StageTime(stage=name, milliseconds=self.stage_ms.get(name, 0.0)) for name in STAGES]
+
+
+class Deadline:
+    """The moment at which a request's client stops waiting, on the event loop's clock."""
+
+    def __init__(self, timeout_ms: int) -> None:
+        self._timeout_ms = timeout_ms
+        self._when = asyncio.get_running_loop().time() + timeout_ms / 1000
+        self.unix_ms = int(time.time() * 1000) + timeout_ms
+
+    async def wait(self, work: Awaitable[Result]) -> Result:
+        """The result of ``work``, which is cancelled with a ``DeadlineError`` when the time is up."""
+        limit = asyncio.timeout_at(self._when)
+        try:
+            async with limit:
+                return await work
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineError(f"the request took longer than its {self._timeout_ms} ms") from error
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Answers questions with the services it is given."""
+
+    searcher: Searcher
+    planner: PlanMaker
+    decoder: TextDecoder
+    bundle_fingerprint: str
+    record_text: bool = False
+    """Write questions into spans."""
+
+    async def retrieve(self, search: Search, current: Span, deadline: Deadline) -> RetrieveResponse:
+        """Searches without answering; ``current`` is the request's span."""
+        context = current.child_context()
+        timings = Timings(received=time.perf_counter())
+        passages = await self._search(search, context, timings, deadline)
+        stages = [stage for stage in timings.stages() if stage.stage in ("retrieve", "total")]
+        return RetrieveResponse(request_id=context.request_id, passages=passages, stages=stages)
+
+    async def answer(
+        self, question: Question, current: Span, timings: Timings, deadline: Deadline
+    ) -> AsyncGenerator[GenerateResponse, None]:
+        """Streams Retrieved, TextChunk…, Completion; ``current`` is the request's span.
+
+        Raises what the services raise; ``DeadlineError`` at the deadline; ``UnavailableError`` when the decoder went
+        away after its first text (before it, the same plan is sent to another decoder once).
+        """
+        if self.record_text:
+            current.set(question=question.text)
+        context = current.child_context()
+        request_id = context.request_id
+        passages = await self._passages(question, context, timings, deadline)
+        yield GenerateResponse(request_id=request_id, retrieved=Retrieved(passages=passages))
+        plan = await self._plan(question, passages, context, timings, deadline)
+        request = _decode_request(question, plan)
+        pieces: list[str] = []
+        finish: DecodeFinish | None = None
+        async with aclosing(self._decode(request, context, deadline)) as events:
+            async for event in events:
+                if event.text:
+                    if not pieces:
+                        timings.first_text = time.perf_counter()
+                    pieces.append(event.text)
+                    yield GenerateResponse(request_id=request_id, text=TextChunk(text=event.text, tokens=event.tokens))
+                if event.HasField("finish"):
+                    finish = event.finish
+                    break
+        if finish is None:
+            raise UnavailableError("the decoder ended its answer without saying why; ask again")
+        timings.stage_ms.update((stage.stage, stage.milliseconds) for stage in finish.stages)
+        _describe(current, finish.usage, timings)
+        completion = Completion(
+            answer="".join(pieces),
+            citations=_citations(passages, plan),
+            usage=finish.usage,
+            stages=timings.stages(),
+            finish_reason=finish.reason,
+            time_to_first_token_ms=timings.time_to_first_token_ms,
+            seed=question.sampling.seed,
+            bundle_fingerprint=self.bundle_fingerprint,
+            attention_mode=question.attention_mode,
+            trace_id=trace_id_of(current.traceparent),
+        )
+        yield GenerateResponse(request_id=request_id, completion=completion)
+
+    async def _passages(
+        self, question: Question, context: RequestContext, timings: Timings, deadline: Deadline
+    ) -> Sequence[Passage]:
+        if question.attention_mode == ATTENTION_MODE_NONE:
+            return []
+        if question.given:
+            return [
+                Passage(passage_id=f"given-{index}", ordinal=index, title=given.title, text=given.text)
+                for index, given in enumerate(question.given)
+            ]
+        search = Search(question.text, question.collection, question.top_k, question.filter)
+        return await self._search(search, context, timings, deadline)
+
+    async def _search(
+        self, search: Search, context: RequestContext, timings: Timings, deadline: Deadline
+    ) -> Sequence[Passage]:
+        attributes: dict[str, Any] = {
+            "gen_ai.operation.name": "retrieval",
+            "gen_ai.data_source.id": search.collection,
+            "gen_ai.request.top_k": search.top_k,
+        }
+        started = time.perf_counter()
+        with span("gateway.retrieve", context, **attributes) as current:
+            request = SearchRequest(
+                context=current.child_context(),
+                collection=search.collection,
+                query=search.query,
+                top_k=search.top_k,
+                filter=search.filter,
+            )
+            found = await deadline.wait(self.searcher.search(request))
+        timings.stage_ms["retrieve"] = (time.perf_counter() - started) * 1000
+        return found.passages
+
+    async def _plan(
+        self,
+        question: Question,
+        passages: Sequence[Passage],
+        context: RequestContext,
+        timings: Timings,
+        deadline: Deadline,
+    ) -> PlanResponse:
+        started = time.perf_counter()
+        with span("gateway.plan", context) as current:
+            request = PlanRequest(
+                context=current.child_context(),
+                question=question.text,
+                passages=passages,
+                attention_mode=question.attention_mode,
+                max_context_tokens=question.max_context_tokens,
+                max_tokens=question.sampling.max_tokens,
+            )
+            plan = await deadline.wait(self.planner.plan(request))
+        timings.stage_ms["plan"] = (time.perf_counter() - started) * 1000
+        return plan
+
+    async def _decode(
+        self, request: DecodeRequest, context: RequestContext, deadline: Deadline
+    ) -> AsyncGenerator[DecodeResponse, None]:
+        tokens = 0
+        for attempt in range(1, _DECODE_ATTEMPTS + 1):
+            with span("gateway.decode", context, attempt=attempt) as current:
+                request.context.CopyFrom(current.child_context())
+                try:
+                    async with aclosing(self.decoder.decode(request)) as events:
+                        while (event := await deadline.wait(anext(events, None))) is not None:
+                            tokens += event.tokens
+                            yield event
+                    return
+                except Exception as error:
+                    known = as_known_error(error)
+                    if not isinstance(known, UnavailableError):
+                        raise
+                    if tokens:
+                        raise UnavailableError(
+                            f"the decoder went away after {tokens} tokens of the answer; ask again with "
+                            f"seed={request.sampling.seed} for the same choices"
+                        ) from error
+                    if attempt == _DECODE_ATTEMPTS:
+                        raise known from error
+                    current.fail(str(known))
+                    request_logger(__name__, context).warning(
+                        "decoder lost before the first token, retrying: %s", known
+                    )
+
+
+def _decode_request(question: Question, plan: PlanResponse) -> DecodeRequest:
+    blocks = [PromptBlock(token_ids=plan.instruction_token_ids)]
+    for planned in plan.passages:
+        if planned.in_prompt:
+            # Given passages have no document, and so belong to no collection.
+            collection = question.collection if planned.document_id else ""
+            blocks.append(
+                PromptBlock(token_ids=planned.token_ids, document_id=planned.document_id, collection=collection)
+            )
+    return DecodeRequest(
+        blocks=blocks,
+        final_token_ids=plan.final_token_ids,
+        attention_mode=question.attention_mode,
+        sampling=question.sampling,
+    )
+
+
+def _citations(passages: Sequence[Passage], plan: PlanResponse) -> list[Citation]:
+    return [
+        Citation(
+            index=index,
+            passage_id=passage.passage_id,
+            document_id=passage.document_id,
+            title=passage.title,
+            chunks=planned.chunks,
+            tokens=len(planned.token_ids),
+            in_prompt=planned.in_prompt,
+            dropped_reason=planned.dropped_reason,
+        )
+        for index, (passage, planned) in enumerate(zip(passages, plan.passages, strict=True))
+    ]
+
+
+def _describe(current: Span, usage: Usage, timings: Timings) -> None:
+    current.set(
+        **{
+            "gen_ai.operation.name": "text_completion",
+            "gen_ai.usage.input_tokens": usage.prompt_tokens,
+            "gen_ai.usage.output_tokens": usage.completion_tokens,
+            "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
+            "gen_ai.server.time_to_first_token": timings.time_to_first_token_ms / 1000,
+        }
+    )

@@ -1,0 +1,237 @@
+"""The gateway as a Serve application: the public API."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, closing
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
+
+from blockrag.errors import InvalidRequestError, NotFoundError
+from blockrag.gateway import remote, validation
+from blockrag.gateway.admission import Admission
+from blockrag.gateway.answering import Answering, Deadline, Timings
+from blockrag.gateway.corpus import Corpus
+from blockrag.gateway.describing import Describing
+from blockrag.gateway.observing import call_metadata, count_answer, observed, request_context
+from blockrag.gateway.spool import receive_content, receive_header
+from blockrag.gateway.tenants import Tenants
+from blockrag.gateway.warming import Warming
+from blockrag.grpc_status import translate_errors
+from blockrag.ingest import PassageSplitter, prepare_documents
+from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.retriever.identity import check_document_id
+from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.telemetry import metrics, read_trace, setup_telemetry, trace_directory
+from blockrag.v1 import corpus_pb2, rag_pb2, system_pb2
+
+MAX_INGESTS = 8
+"""Documents received at a time, per replica: bounds memory and temporary files."""
+
+GrpcContext = RayServegRPCContext | None
+
+
+@serve.deployment
+class Gateway:
+    """Serves ``RagService``, ``CorpusService`` and ``SystemService`` of ``blockrag.v1``."""
+
+    def __init__(self, settings: Settings) -> None:
+        setup_telemetry("gateway", settings)
+        limits = settings.gateway
+        bundle = load_bundle(
+            settings.bundle.path or DEFAULT_BUNDLE,
+            verify_files=False,
+            compute_dtype=settings.bundle.compute_dtype,
+            kv_dtype=settings.bundle.kv_dtype,
+        )
+        splitter = PassageSplitter(bundle.template, bundle.load_tokenizer(), settings.ingest.passage_tokens)
+        retriever = remote.RetrieverClient(serve.get_app_handle)
+        compressor = remote.CompressorClient(serve.get_app_handle)
+        kv_cache = remote.KvCacheClient(serve.get_app_handle)
+        decoder = remote.DecoderClient(serve.get_app_handle)
+        self._limits = limits
+        self._trace_directory = trace_directory(settings)
+        self._tenants = Tenants(limits.tenants)
+        self._answers = Admission("answers are in progress", limits.max_inflight)
+        self._ingests = Admission("documents are being received", MAX_INGESTS)
+        self._answering = Answering(
+            retriever, compressor, decoder, bundle.fingerprint, record_text=settings.telemetry.record_text
+        )
+        self._corpus = Corpus(
+            retriever,
+            kv_cache,
+            functools.partial(prepare_documents, splitter=splitter),
+            settings.ingest.batch_passages,
+        )
+        self._warming = Warming(retriever, compressor, kv_cache)
+        self._describing = Describing(
+            retriever=retriever,
+            encoder=remote.EncoderClient(serve.get_app_handle),
+            kv_cache=kv_cache,
+            compressor=compressor,
+            decoder=decoder,
+            limits=limits,
+            bundle_name=bundle.name,
+            bundle_fingerprint=bundle.fingerprint,
+            max_positions=bundle.max_context_tokens,
+        )
+
+    @translate_errors
+    async def Generate(
+        self, request: rag_pb2.GenerateRequest, grpc_context: GrpcContext = None
+    ) -> AsyncIterator[rag_pb2.GenerateResponse]:
+        """Answers a question."""
+        timings = Timings(received=time.perf_counter())
+        context = request_context(grpc_context, self._tenant(grpc_context))
+        with observed("RagService", "Generate", context) as current:
+            question = validation.check_generate(request, self._limits)
+            deadline = Deadline(question.timeout_ms)
+            context.deadline_unix_ms = deadline.unix_ms
+            with self._answers.slot():
+                metrics.NUM_REQUESTS_RUNNING.set(self._answers.running, service="gateway")
+                try:
+                    async with aclosing(self._answering.answer(question, current, timings, deadline)) as events:
+                        async for event in events:
+                            if event.HasField("completion"):
+                                count_answer(event.completion)
+                            yield event
+                finally:
+                    metrics.NUM_REQUESTS_RUNNING.set(self._answers.running - 1, service="gateway")
+
+    @translate_errors
+    async def Retrieve(
+        self, request: rag_pb2.RetrieveRequest, grpc_context: GrpcContext = None
+    ) -> rag_pb2.RetrieveResponse:
+        """Searches without answering."""
+        context = request_context(grpc_context, self._tenant(grpc_context))
+        with observed("RagService", "Retrieve", context) as current, self._answers.slot():
+            search = validation.check_retrieve(request, self._limits)
+            deadline = Deadline(self._limits.max_timeout_ms)
+            context.deadline_unix_ms = deadline.unix_ms
+            return await self._answering.retrieve(search, current, deadline)
+
+    @translate_errors
+    async def IngestDocument(
+        self, request: gRPCInputStream[corpus_pb2.IngestDocumentRequest], grpc_context: GrpcContext = None
+    ) -> corpus_pb2.IngestDocumentResponse:
+        """Stores a document, or those of a jsonl file."""
+        context = request_context(grpc_context, self._tenant(grpc_context))
+        with observed("CorpusService", "IngestDocument", context) as current, self._ingests.slot():
+            header = validation.check_header(await receive_header(request))
+            with closing(await receive_content(request, self._limits.max_document_mb * 2**20)) as spool:
+                if request.is_cancelled():
+                    # Serve ends the stream of a client that went away as if it were complete.
+                    raise asyncio.CancelledError
+                return await self._corpus.ingest(header, spool, current.child_context())
+
+    @translate_errors
+    async def DeleteDocument(
+        self, request: corpus_pb2.DeleteDocumentRequest, grpc_context: GrpcContext = None
+    ) -> corpus_pb2.DeleteDocumentResponse:
+        """Removes a document, its passages and their KV."""
+        context = request_context(grpc_context, self._tenant(grpc_context))
+        with observed("CorpusService", "DeleteDocument", context) as current:
+            collection = validation.check_collection(request.collection)
+            check_document_id(request.document_id)
+            return await self._corpus.delete_document(collection, request.document_id, current.child_context())
+
+    @translate_errors
+    async def ListDocuments(
+        self, request: corpus_pb2.ListDocumentsRequest, grpc_context: GrpcContext = None
+    ) -> corpus_pb2.ListDocumentsResponse:
+        """Pages through a collection."""
+        context = request_context(grpc_context, self._tenant(grpc_context))
+        with observed("CorpusService", "ListDocuments", context) as current:
+            collection = validation.check_collection(request.collection)
+            page_size = validation.check_page_size(request.page_size)
+            return await self._corpus.list_documents(collection, page_size, request.page_token, current.child_context())
+
+    @translate_errors
+    async def ListCollections(
+        self, request: corpus_pb2.ListCollectionsRequest, grpc_context: GrpcContext = None
+    ) -> corpus_pb2.ListCollectionsResponse:
+        """Names the tenant's collections."""
+        context = request_context(grpc_context, self._tenant(grpc_context))
+        with observed("CorpusService", "ListCollections", context) as current:
+            return await self._corpus.list_collections(current.child_context())
+
+    @translate_errors
+    async def DeleteCollection(
+        self, request: corpus_pb2.DeleteCollectionRequest, grpc_context: GrpcContext = None
+    ) -> corpus_pb2.DeleteCollectionResponse:
+        """Removes a collection with everything in it."""
+        context = request_context(grpc_context, self._tenant(grpc_context))
+        with observed("CorpusService", "DeleteCollection", context) as current:
+            if not request.collection:
+                raise InvalidRequestError("collection", "must be named to be deleted")
+            collection = validation.check_collection(request.collection)
+            return await self._corpus.delete_collection(collection, current.child_context())
+
+    @translate_errors
+    async def Warm(
+        self, request: corpus_pb2.WarmRequest, grpc_context: GrpcContext = None
+    ) -> AsyncIterator[corpus_pb2.WarmResponse]:
+        """Encodes passages ahead of time and reports progress."""
+        context = request_context(grpc_context, self._tenant(grpc_context))
+        with observed("CorpusService", "Warm", context) as current:
+            collection = validation.check_collection(request.collection)
+            document_ids = validation.check_document_ids(request.document_ids)
+            progress = self._warming.warm(collection, document_ids, request.pin, current.child_context())
+            async with aclosing(progress) as steps:
+                async for step in steps:
+                    yield step
+
+    @translate_errors
+    async def Describe(
+        self, request: system_pb2.DescribeRequest, grpc_context: GrpcContext = None
+    ) -> system_pb2.DescribeResponse:
+        """Reports the bundle, the limits and every service's state."""
+        self._tenant(grpc_context)
+        return await self._describing.describe()
+
+    @translate_errors
+    async def GetTrace(
+        self, request: system_pb2.GetTraceRequest, grpc_context: GrpcContext = None
+    ) -> system_pb2.GetTraceResponse:
+        """The spans of one of the tenant's requests, as far as this node keeps them."""
+        tenant = self._tenant(grpc_context)
+        trace_id = validation.check_trace_id(request.trace_id)
+        spans = await asyncio.to_thread(read_trace, self._trace_directory, trace_id)
+        if not spans or any(stored.attributes.get("blockrag.tenant", tenant) != tenant for stored in spans):
+            raise NotFoundError(f"no spans of trace {trace_id}: not kept here, not sampled, or not written yet")
+        return system_pb2.GetTraceResponse(
+            spans=[
+                system_pb2.TraceSpan(
+                    span_id=stored.span_id,
+                    parent_span_id=stored.parent_span_id,
+                    name=stored.name,
+                    service=stored.service,
+                    start_unix_ns=stored.start_unix_ns,
+                    end_unix_ns=stored.end_unix_ns,
+                    attributes=stored.attributes,
+                    error=stored.error,
+                )
+                for stored in spans
+            ]
+        )
+
+    def _tenant(self, grpc_context: GrpcContext) -> str:
+        return self._tenants.identify(call_metadata(grpc_context))
+
+
+def build(args: AppArgs) -> Application:
+    """The application, as named in a Serve configuration file."""
+    settings = load_settings(args.settings_file or None)
+    # Above what is admitted: one request too many must reach the admission to be refused, not wait in a queue.
+    ongoing = settings.gateway.max_inflight * 2 + 64
+    return Gateway.options(  # type: ignore[no-any-return]
+        num_replicas=settings.gateway.replicas,
+        max_ongoing_requests=ongoing,
+        max_queued_requests=ongoing,
+        ray_actor_options={"num_cpus": 0.1},
+    ).bind(settings)

@@ -1,0 +1,56 @@
+"""A streamed document on its way to a temporary file: memory stays small whatever its size."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from typing import BinaryIO, Protocol, cast
+
+from blockrag.errors import InvalidRequestError
+from blockrag.v1.corpus_pb2 import DocumentHeader, IngestDocumentRequest
+
+MAX_PIECE_BYTES = 2**20
+_MEMORY_BYTES = 2**20
+
+
+class IngestStream(Protocol):
+    """Serve's stream of requests, or any other async iterator of them."""
+
+    def __aiter__(self) -> AsyncIterator[IngestDocumentRequest]: ...
+
+
+async def receive_header(stream: AsyncIterator[IngestDocumentRequest]) -> DocumentHeader:
+    """The first message, which must be the header."""
+    first = await anext(stream, None)
+    if first is None or first.WhichOneof("part") != "header":
+        raise InvalidRequestError("header", "must be the first message")
+    return first.header
+
+
+async def receive_content(stream: AsyncIterator[IngestDocumentRequest], max_bytes: int) -> BinaryIO:
+    """The content, in a file that is gone when it is closed; small content stays in memory.
+
+    Raises ``InvalidRequestError`` for anything but content, an oversized piece, or more than ``max_bytes`` in all;
+    then the file is closed.
+    """
+    file = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES))  # noqa: SIM115  (the caller closes it)
+    try:
+        received = 0
+        async for message in stream:
+            if message.WhichOneof("part") != "content":
+                raise InvalidRequestError("content", "only the first message may be a header; then comes content")
+            piece = message.content
+            if len(piece) > MAX_PIECE_BYTES:
+                raise InvalidRequestError(
+                    "content", f"a piece has {len(piece)} bytes; at most {MAX_PIECE_BYTES} are allowed"
+                )
+            received += len(piece)
+            if received > max_bytes:
+                raise InvalidRequestError(
+                    "content", f"the document is larger than the {max_bytes // 2**20} MiB that are allowed"
+                )
+            file.write(piece)
+        return file
+    except BaseException:
+        file.close()
+        raise

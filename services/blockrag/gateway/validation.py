@@ -1,0 +1,271 @@
+"""Checks of what clients send. Every refusal names the field; nothing has been stored or computed by then."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.protobuf.struct_pb2 import Value
+
+from blockrag.errors import InvalidRequestError
+from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
+from blockrag.settings import GatewaySettings
+from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2
+from blockrag.v1.common_pb2 import AttentionMode, ConditionOperator, MetadataCondition, Sampling
+
+MAX_TOKENS = 100_000
+"""Beyond any model; the decoder refuses what its own model cannot hold."""
+MAX_STOP_STRINGS = 8
+MAX_STOP_CHARS = 64
+MAX_CONDITIONS = 32
+MAX_CONDITION_VALUES = 256
+MAX_KEY_CHARS = 128
+MAX_GIVEN_CHARS = 65_536
+"""Longest text of a given passage, in characters."""
+MAX_TITLE_CHARS = 1024
+MAX_PAGE = 500
+MAX_WARM_DOCUMENTS = 10_000
+MAX_TEMPERATURE = 10.0
+
+# Control characters but tab, line feed and carriage return; lone surrogates; U+FFFE and U+FFFF.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_LINE_BREAKS = re.compile(r"[\t\n\r]")
+_TRACE_ID = re.compile(r"[0-9a-f]{32}")
+_KINDS = ("string_value", "number_value", "bool_value")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A valid GenerateRequest with every default filled in."""
+
+    text: str
+    collection: str
+    top_k: int
+    filter: tuple[MetadataCondition, ...]
+    attention_mode: AttentionMode
+    sampling: Sampling
+    timeout_ms: int
+    max_context_tokens: int
+    """0: only the model's own limit counts."""
+    given: tuple[rag_pb2.GivenPassage, ...]
+    """Passages that the caller brought; when there are any, nothing is retrieved."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A valid RetrieveRequest with every default filled in."""
+
+    query: str
+    collection: str
+    top_k: int
+    filter: tuple[MetadataCondition, ...]
+
+
+def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings) -> Question:
+    """Raises ``InvalidRequestError`` naming the first field that cannot be."""
+    text = check_question("question", request.question, limits.max_question_chars)
+    modes = (common_pb2.ATTENTION_MODE_BLOCK, common_pb2.ATTENTION_MODE_FULL, common_pb2.ATTENTION_MODE_NONE)
+    mode = request.attention_mode or common_pb2.ATTENTION_MODE_BLOCK
+    if mode not in modes:
+        raise InvalidRequestError("attention_mode", f"unknown value {mode}")
+    given = _check_given(request.passages, limits.max_top_k)
+    if given and mode == common_pb2.ATTENTION_MODE_NONE:
+        raise InvalidRequestError("passages", "cannot be given with attention_mode none, which uses no passages")
+    if request.HasField("max_context_tokens") and request.max_context_tokens == 0:
+        raise InvalidRequestError("max_context_tokens", "must be at least 1; leave it out for no limit")
+    return Question(
+        text=text,
+        collection=check_collection(request.collection),
+        top_k=_check_top_k(request, limits),
+        filter=check_filter(request.filter),
+        attention_mode=mode,
+        sampling=_check_sampling(request, limits),
+        timeout_ms=_check_timeout(request, limits),
+        max_context_tokens=request.max_context_tokens,
+        given=given,
+    )
+
+
+def check_retrieve(request: rag_pb2.RetrieveRequest, limits: GatewaySettings) -> Search:
+    """Raises ``InvalidRequestError`` naming the first field that cannot be."""
+    return Search(
+        query=check_question("query", request.query, limits.max_question_chars),
+        collection=check_collection(request.collection),
+        top_k=_check_top_k(request, limits),
+        filter=check_filter(request.filter),
+    )
+
+
+def check_question(field: str, text: str, max_chars: int) -> str:
+    """A question with something in it, without control characters."""
+    if len(text) > max_chars:
+        raise InvalidRequestError(field, f"has {len(text)} characters; at most {max_chars} are allowed")
+    check_text(field, text)
+    if not text.strip():
+        raise InvalidRequestError(field, "must not be empty")
+    return text.strip()
+
+
+def check_text(field: str, text: str) -> None:
+    """Refuses control characters (but tab and line breaks) and what is no Unicode text."""
+    found = _FORBIDDEN.search(text)
+    if found is not None:
+        raise InvalidRequestError(
+            field, f"holds the control or invalid character U+{ord(found[0]):04X} at {found.start()}"
+        )
+
+
+def check_collection(name: str) -> str:
+    """A collection's name; the empty one means the default."""
+    if not name:
+        return DEFAULT_COLLECTION
+    check_collection_name(name)
+    return name
+
+
+def check_header(header: corpus_pb2.DocumentHeader) -> corpus_pb2.DocumentHeader:
+    """The header with its collection filled in."""
+    checked = corpus_pb2.DocumentHeader()
+    checked.CopyFrom(header)
+    checked.collection = check_collection(header.collection)
+    check_document_id(header.document_id)
+    _check_line("title", header.title, MAX_TITLE_CHARS)
+    for key in header.metadata.fields:
+        _check_key("metadata", key)
+    return checked
+
+
+def check_filter(conditions: Sequence[MetadataCondition]) -> tuple[MetadataCondition, ...]:
+    """Conditions that can be evaluated."""
+    if len(conditions) > MAX_CONDITIONS:
+        raise InvalidRequestError("filter", f"has {len(conditions)} conditions; at most {MAX_CONDITIONS} are allowed")
+    for index, condition in enumerate(conditions):
+        field = f"filter[{index}]"
+        _check_key(f"{field}.key", condition.key)
+        _check_values(field, condition)
+    return tuple(conditions)
+
+
+def check_page_size(page_size: int, default: int = 100) -> int:
+    """Entries of a page."""
+    if page_size > MAX_PAGE:
+        raise InvalidRequestError("page_size", f"is {page_size}; at most {MAX_PAGE} are allowed")
+    return page_size or default
+
+
+def check_document_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
+    """Ids without repetition, in order."""
+    if len(document_ids) > MAX_WARM_DOCUMENTS:
+        raise InvalidRequestError("document_ids", f"at most {MAX_WARM_DOCUMENTS} are allowed")
+    for document_id in document_ids:
+        check_document_id(document_id)
+    return tuple(dict.fromkeys(document_ids))
+
+
+def check_trace_id(trace_id: str) -> str:
+    """A trace's id in lower case."""
+    if not _TRACE_ID.fullmatch(trace_id.lower()):
+        raise InvalidRequestError("trace_id", "must be 32 hex digits")
+    return trace_id.lower()
+
+
+def _check_top_k(request: rag_pb2.GenerateRequest | rag_pb2.RetrieveRequest, limits: GatewaySettings) -> int:
+    if not request.HasField("top_k"):
+        return limits.default_top_k
+    if request.top_k == 0:
+        raise InvalidRequestError("top_k", "must be at least 1")
+    if request.top_k > limits.max_top_k:
+        raise InvalidRequestError("top_k", f"is {request.top_k}; at most {limits.max_top_k} are allowed")
+    return request.top_k
+
+
+def _check_timeout(request: rag_pb2.GenerateRequest, limits: GatewaySettings) -> int:
+    if not request.HasField("timeout_ms"):
+        return limits.max_timeout_ms
+    if request.timeout_ms == 0:
+        raise InvalidRequestError("timeout_ms", "must be at least 1")
+    return min(request.timeout_ms, limits.max_timeout_ms)
+
+
+def _check_sampling(request: rag_pb2.GenerateRequest, limits: GatewaySettings) -> Sampling:
+    max_tokens = request.max_tokens if request.HasField("max_tokens") else limits.default_max_tokens
+    if max_tokens == 0:
+        raise InvalidRequestError("max_tokens", "must be at least 1")
+    if max_tokens > MAX_TOKENS:
+        raise InvalidRequestError("max_tokens", f"is {max_tokens}; at most {MAX_TOKENS} are allowed")
+    temperature = request.temperature if request.HasField("temperature") else 0.0
+    if not 0.0 <= temperature <= MAX_TEMPERATURE:  # refuses NaN as well
+        raise InvalidRequestError("temperature", f"must be between 0 and {MAX_TEMPERATURE:g}")
+    top_p = request.top_p if request.HasField("top_p") else 1.0
+    if not 0.0 < top_p <= 1.0:
+        raise InvalidRequestError("top_p", "must be above 0 and at most 1")
+    if len(request.stop) > MAX_STOP_STRINGS:
+        raise InvalidRequestError("stop", f"has {len(request.stop)} strings; at most {MAX_STOP_STRINGS} are allowed")
+    for index, stop in enumerate(request.stop):
+        if not 1 <= len(stop) <= MAX_STOP_CHARS:
+            raise InvalidRequestError(f"stop[{index}]", f"must have 1 to {MAX_STOP_CHARS} characters")
+        check_text(f"stop[{index}]", stop)
+    # 53 bits: a drawn seed survives a client whose numbers are doubles.
+    seed = request.seed if request.HasField("seed") else secrets.randbits(53)
+    return Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=request.stop)
+
+
+def _check_given(passages: Sequence[rag_pb2.GivenPassage], most: int) -> tuple[rag_pb2.GivenPassage, ...]:
+    if len(passages) > most:
+        raise InvalidRequestError("passages", f"has {len(passages)} passages; at most {most} are allowed")
+    for index, passage in enumerate(passages):
+        field = f"passages[{index}]"
+        if len(passage.text) > MAX_GIVEN_CHARS:
+            raise InvalidRequestError(f"{field}.text", f"has more than {MAX_GIVEN_CHARS} characters")
+        check_text(f"{field}.text", passage.text)
+        if not passage.text.strip():
+            raise InvalidRequestError(f"{field}.text", "must not be empty")
+        _check_line(f"{field}.title", passage.title, MAX_TITLE_CHARS)
+    return tuple(passages)
+
+
+def _check_key(field: str, key: str) -> None:
+    if not key:
+        raise InvalidRequestError(field, "must not be empty")
+    _check_line(field, key, MAX_KEY_CHARS)
+
+
+def _check_line(field: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise InvalidRequestError(field, f"has {len(text)} characters; at most {most} are allowed")
+    check_text(field, text)
+    if _LINE_BREAKS.search(text):
+        raise InvalidRequestError(field, "must be one line without tabs")
+
+
+def _check_values(field: str, condition: MetadataCondition) -> None:
+    values = condition.values
+    kinds = {value.WhichOneof("kind") for value in values}
+    if condition.operator in (ConditionOperator.CONDITION_OPERATOR_IN, ConditionOperator.CONDITION_OPERATOR_NOT_IN):
+        if not 1 <= len(values) <= MAX_CONDITION_VALUES:
+            raise InvalidRequestError(f"{field}.values", f"must hold 1 to {MAX_CONDITION_VALUES} values")
+        if len(kinds) != 1 or not kinds <= set(_KINDS):
+            raise InvalidRequestError(f"{field}.values", "must be strings, numbers or booleans, all of one kind")
+        for index, value in enumerate(values):
+            _check_value(f"{field}.values[{index}]", value)
+    elif condition.operator in (
+        ConditionOperator.CONDITION_OPERATOR_AT_LEAST,
+        ConditionOperator.CONDITION_OPERATOR_AT_MOST,
+    ):
+        if len(values) != 1 or kinds != {"number_value"}:
+            raise InvalidRequestError(f"{field}.values", "must be one number")
+        _check_value(f"{field}.values[0]", values[0])
+    else:
+        raise InvalidRequestError(f"{field}.operator", "must be IN, NOT_IN, AT_LEAST or AT_MOST")
+
+
+def _check_value(field: str, value: Value) -> None:
+    if value.WhichOneof("kind") == "number_value" and not math.isfinite(value.number_value):
+        raise InvalidRequestError(field, "must be a finite number")
+    if value.WhichOneof("kind") == "string_value":
+        if len(value.string_value) > MAX_TITLE_CHARS:
+            raise InvalidRequestError(field, f"has more than {MAX_TITLE_CHARS} characters")
+        check_text(field, value.string_value)

@@ -1,0 +1,152 @@
+"""Encodes a collection's passages ahead of time, in bounded batches, and says how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from blockrag.errors import NotFoundError
+from blockrag.v1 import compressor_pb2, corpus_pb2, kv_cache_pb2, retriever_pb2
+from blockrag.v1.common_pb2 import Passage, PromptBlock, RequestContext
+
+_SCAN_DOCUMENTS = 200
+_GROUP_DOCUMENTS = 64
+_GROUP_PASSAGES = 512
+_BATCH_BLOCKS = 64
+
+
+class PassageSource(Protocol):
+    """The part of the retriever that lists passages."""
+
+    async def scan_documents(
+        self, request: retriever_pb2.ScanDocumentsRequest
+    ) -> retriever_pb2.ScanDocumentsResponse: ...
+
+    async def scan_passages(self, request: retriever_pb2.ScanPassagesRequest) -> retriever_pb2.ScanPassagesResponse: ...
+
+
+class BlockTokenizer(Protocol):
+    """The part of the compressor that makes blocks."""
+
+    async def tokenize_passages(
+        self, request: compressor_pb2.TokenizePassagesRequest
+    ) -> compressor_pb2.TokenizePassagesResponse: ...
+
+
+class BlockWarmer(Protocol):
+    """The part of the KV cache that encodes ahead."""
+
+    async def warm_blocks(self, request: kv_cache_pb2.WarmBlocksRequest) -> kv_cache_pb2.WarmBlocksResponse: ...
+
+
+@dataclass(frozen=True)
+class Warming:
+    """Warms collections by means of the services it is given."""
+
+    source: PassageSource
+    tokenizer: BlockTokenizer
+    cache: BlockWarmer
+
+    async def warm(
+        self, collection: str, document_ids: Sequence[str], pin: bool, context: RequestContext
+    ) -> AsyncGenerator[corpus_pb2.WarmResponse, None]:
+        """Progress after each batch; the last one has done == total.
+
+        ``document_ids`` empty: the whole collection. ``NotFoundError`` for an unknown collection or document. The
+        block that all prompts share is warmed with the first batch and not counted.
+        """
+        documents = await self._documents(collection, document_ids, context)
+        progress = corpus_pb2.WarmResponse(total=sum(document.passages for document in documents))
+        async for passages in self._passages(collection, documents, context):
+            await self._warm_batch(collection, passages, pin, context, progress)
+            # Documents may be replaced meanwhile: the sum grows rather than ends below what was done.
+            progress.total = max(progress.total, progress.done)
+            if progress.done < progress.total:
+                yield _copy(progress)
+        progress.total = progress.done
+        yield _copy(progress)
+
+    async def _documents(
+        self, collection: str, document_ids: Sequence[str], context: RequestContext
+    ) -> list[retriever_pb2.StoredDocument]:
+        found: list[retriever_pb2.StoredDocument] = []
+        if document_ids:
+            for start in range(0, len(document_ids), _SCAN_DOCUMENTS):
+                wanted = document_ids[start : start + _SCAN_DOCUMENTS]
+                page = await self.source.scan_documents(
+                    retriever_pb2.ScanDocumentsRequest(
+                        context=context, collection=collection, document_ids=wanted, limit=len(wanted)
+                    )
+                )
+                missing = set(wanted) - {document.document_id for document in page.documents}
+                if missing:
+                    raise NotFoundError(f"no document {min(missing)!r} in collection {collection!r}")
+                found.extend(page.documents)
+            return found
+        after = ""
+        while True:
+            page = await self.source.scan_documents(
+                retriever_pb2.ScanDocumentsRequest(
+                    context=context, collection=collection, after_document_id=after, limit=_SCAN_DOCUMENTS
+                )
+            )
+            found.extend(page.documents)
+            if len(page.documents) < _SCAN_DOCUMENTS:
+                return found
+            after = page.documents[-1].document_id
+
+    async def _passages(
+        self, collection: str, documents: Sequence[retriever_pb2.StoredDocument], context: RequestContext
+    ) -> AsyncIterator[Sequence[Passage]]:
+        """Batches of at most ``_BATCH_BLOCKS`` passages."""
+        for group in _groups(documents):
+            found = await self.source.scan_passages(
+                retriever_pb2.ScanPassagesRequest(context=context, collection=collection, document_ids=group)
+            )
+            for start in range(0, len(found.passages), _BATCH_BLOCKS):
+                yield found.passages[start : start + _BATCH_BLOCKS]
+
+    async def _warm_batch(
+        self,
+        collection: str,
+        passages: Sequence[Passage],
+        pin: bool,
+        context: RequestContext,
+        progress: corpus_pb2.WarmResponse,
+    ) -> None:
+        tokenized = await self.tokenizer.tokenize_passages(
+            compressor_pb2.TokenizePassagesRequest(context=context, passages=passages)
+        )
+        blocks = [
+            PromptBlock(token_ids=block.token_ids, document_id=block.document_id, collection=collection)
+            for block in tokenized.passages
+        ]
+        if progress.done == 0:
+            shared = [PromptBlock(token_ids=tokenized.instruction_token_ids)]
+            await self.cache.warm_blocks(kv_cache_pb2.WarmBlocksRequest(context=context, blocks=shared, pin=pin))
+        warmed = await self.cache.warm_blocks(kv_cache_pb2.WarmBlocksRequest(context=context, blocks=blocks, pin=pin))
+        progress.done += len(passages)
+        progress.hits += warmed.hits
+        progress.encoded_bytes += warmed.encoded_bytes
+        progress.over_budget = progress.over_budget or warmed.over_budget
+
+
+def _groups(documents: Sequence[retriever_pb2.StoredDocument]) -> list[list[str]]:
+    """Ids of documents to scan together: few enough that their passages fit into a message."""
+    groups: list[list[str]] = []
+    passages = 0
+    for document in documents:
+        full = groups and (len(groups[-1]) >= _GROUP_DOCUMENTS or passages + document.passages > _GROUP_PASSAGES)
+        if not groups or full:
+            groups.append([])
+            passages = 0
+        groups[-1].append(document.document_id)
+        passages += document.passages
+    return groups
+
+
+def _copy(progress: corpus_pb2.WarmResponse) -> corpus_pb2.WarmResponse:
+    copy = corpus_pb2.WarmResponse()
+    copy.CopyFrom(progress)
+    return copy
