@@ -119,7 +119,7 @@ class Engine:
         if prompt_slots + max_tokens > self._limits.slots:
             raise InvalidRequestError(
                 "sampling.max_tokens",
-                f"{max_tokens} with a prompt of {prompt_slots} tokens is beyond the {self._limits.slots} slots there are",
+                f"{max_tokens} with a prompt of {prompt_slots} tokens exceeds the {self._limits.slots} slots there are",
             )
         with self._changed:
             self._check_open()
@@ -256,7 +256,7 @@ class Engine:
             except Exception as error:
                 self._fail(sequence, error)
                 continue
-            self._generated += 1
+            self._generated += token not in self._model.end_token_ids
             if event is None:
                 continue
             if event.finish is not None:
