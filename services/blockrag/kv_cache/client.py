@@ -9,33 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from blockrag.errors import BlockragError, DataError, UnavailableError
+from blockrag.errors import DataError, UnavailableError
 from blockrag.kv_cache.messages import AcquiredBlock, FetchedBlock, PurgeLog
-from blockrag.kv_cache.ring import HashRing
+from blockrag.kv_cache.shards import ShardGroup, patiently
 from blockrag.kv_cache.tasks import gather_or_cancel
 from blockrag.types import BlockKV, BlockRequest
 
-PATIENCE_S = 30.0
-"""How long a fetch waits for a shard that is being restarted; a caller's deadline usually ends it sooner."""
 LOST_RETRIES = 2
 """How often an object that cannot be read is asked for again."""
-_FIRST_BACKOFF_S = 0.05
-_LONGEST_BACKOFF_S = 1.0
-
-
-class Shard(Protocol):
-    """A cache shard as its callers see it. Every method raises ``UnavailableError`` when the shard is gone."""
-
-    async def acquire(self, blocks: list[BlockRequest]) -> list[AcquiredBlock]: ...
-
-    async def report_lost(self, keys: list[str], generations: list[int]) -> int: ...
-
-    async def purged_since(self, cursor: int) -> PurgeLog: ...
-
 
 ReadObjects = Callable[[list[Any], float], Awaitable[list[BlockKV | None]]]
 """Reads the objects of references within so many seconds, in order; None for one that is lost or late."""
@@ -44,16 +29,10 @@ ReadObjects = Callable[[list[Any], float], Awaitable[list[BlockKV | None]]]
 class KvCacheClient:
     """The decoder's way to the cache: a ``BlockSource``."""
 
-    def __init__(
-        self, shards: Sequence[Shard], ring: HashRing, read_objects: ReadObjects, *, patience_s: float = PATIENCE_S
-    ) -> None:
-        if len(shards) != len(ring.nodes):
-            raise ValueError(f"{len(shards)} shards for a ring of {len(ring.nodes)}")
-        self._shards = list(shards)
-        self._ring = ring
+    def __init__(self, shards: ShardGroup, read_objects: ReadObjects) -> None:
+        self._shards = shards
         self._read_objects = read_objects
-        self._patience_s = patience_s
-        self._cursors = [0] * len(self._shards)
+        self._cursors = [0] * len(shards.shards)
 
     async def fetch(self, requests: Sequence[BlockRequest]) -> list[FetchedBlock]:
         """The blocks, in the order asked; what no shard holds is encoded. Equal keys are fetched once.
@@ -62,7 +41,7 @@ class KvCacheClient:
         not come back in time, or the block that was lost again and again; ``InvalidRequestError`` for tokens that the
         encoder refuses; ``DataError`` for an object that is not the block asked for.
         """
-        give_up = time.monotonic() + self._patience_s
+        give_up = time.monotonic() + self._shards.patience_s
         wanted = {request.key: request for request in requests}
         blocks: dict[str, FetchedBlock] = {}
         for _ in range(1 + LOST_RETRIES):
@@ -86,53 +65,37 @@ class KvCacheClient:
 
         A shard that does not answer is left for the next call: when it was restarted, it will ask for a reset.
         """
-        answers = await asyncio.gather(*map(self._purged_since, range(len(self._shards))))
+        answers = await asyncio.gather(*map(self._purged_since, range(len(self._cursors))))
         heard = [answer for answer in answers if answer is not None]
         keys = [key for answer in heard for key in answer.keys]
         return PurgeLog(sum(self._cursors), keys, reset=any(answer.reset for answer in heard))
 
     async def _purged_since(self, index: int) -> PurgeLog | None:
         try:
-            answer = await self._shards[index].purged_since(self._cursors[index])
+            answer = await self._shards.shards[index].purged_since(self._cursors[index])
         except UnavailableError:
             return None
         self._cursors[index] = answer.cursor
         return answer
 
     async def _acquire(self, requests: Sequence[BlockRequest], give_up: float) -> list[AcquiredBlock]:
-        by_shard: dict[int, list[BlockRequest]] = {}
-        for request in requests:
-            by_shard.setdefault(self._ring.index(request.key), []).append(request)
-        answers = await gather_or_cancel(
-            [self._acquire_from(index, group, give_up) for index, group in by_shard.items()]
-        )
+        group = self._shards
+
+        async def acquire(index: int, places: list[int]) -> list[AcquiredBlock]:
+            mine = [requests[place] for place in places]
+            return await patiently(group.ring.nodes[index], lambda: group.shards[index].acquire(mine), _left(give_up))
+
+        by_shard = group.places([request.key for request in requests])
+        answers = await gather_or_cancel([acquire(index, places) for index, places in by_shard.items()])
         return [block for answer in answers for block in answer]
 
-    async def _acquire_from(self, index: int, requests: list[BlockRequest], give_up: float) -> list[AcquiredBlock]:
-        backoff_s = _FIRST_BACKOFF_S
-        name = self._ring.nodes[index]
-        try:
-            async with asyncio.timeout(_left(give_up)):
-                while True:
-                    try:
-                        return await self._shards[index].acquire(requests)
-                    except UnavailableError as error:
-                        reason: BlockragError = error
-                        if _left(give_up) <= backoff_s:
-                            break
-                    await asyncio.sleep(backoff_s)
-                    backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
-        except TimeoutError:
-            reason = UnavailableError(f"no answer within {self._patience_s:g} s")
-        raise UnavailableError(f"{name}: {reason}")
-
     async def _report_lost(self, lost: Sequence[AcquiredBlock]) -> None:
-        by_shard: dict[int, list[AcquiredBlock]] = {}
-        for block in lost:
-            by_shard.setdefault(self._ring.index(block.key), []).append(block)
+        keys = [block.key for block in lost]
         reports = [
-            self._shards[index].report_lost([block.key for block in group], [block.generation for block in group])
-            for index, group in by_shard.items()
+            self._shards.shards[index].report_lost(
+                [keys[place] for place in places], [lost[place].generation for place in places]
+            )
+            for index, places in self._shards.places(keys).items()
         ]
         for outcome in await asyncio.gather(*reports, return_exceptions=True):
             # A shard that is gone has lost the block anyway.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.messages import DocumentId
+from blockrag.kv_cache.messages import DocumentId, ShardStats
 from blockrag.types import BlockRequest
 from blockrag.v1 import common_pb2, kv_cache_pb2
 
@@ -55,3 +55,27 @@ def tenant_of(context: common_pb2.RequestContext) -> str:
     if not context.tenant:
         raise InvalidRequestError("context.tenant", "must not be empty")
     return context.tenant
+
+
+def status_response(stats: Sequence[ShardStats], budget_bytes: int) -> kv_cache_pb2.GetKvCacheStatusResponse:
+    """The shards' numbers as one; ``budget_bytes`` is that of all shards, whether they answered or not."""
+    tenants: dict[str, kv_cache_pb2.TenantUsage] = {}
+    for shard in stats:
+        for name, usage in shard.tenants.items():
+            tenant = tenants.setdefault(name, kv_cache_pb2.TenantUsage(tenant=name))
+            tenant.blocks += usage.blocks
+            tenant.bytes += usage.nbytes
+    return kv_cache_pb2.GetKvCacheStatusResponse(
+        blocks=sum(shard.blocks for shard in stats),
+        bytes=sum(shard.nbytes for shard in stats),
+        budget_bytes=budget_bytes,
+        pinned_blocks=sum(shard.pinned_blocks for shard in stats),
+        hits=sum(shard.hits for shard in stats),
+        misses=sum(shard.misses for shard in stats),
+        joined=sum(shard.joined for shard in stats),
+        evictions=sum(shard.evictions for shard in stats),
+        expirations=sum(shard.expirations for shard in stats),
+        lost=sum(shard.lost for shard in stats),
+        shards=len(stats),
+        tenants=[tenants[name] for name in sorted(tenants)],
+    )

@@ -1,0 +1,107 @@
+"""The encoder pool as a Serve application."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.grpc_util import RayServegRPCContext
+
+from blockrag.encoder.blocks import BlockEncoder, choose_device
+from blockrag.errors import InvalidRequestError
+from blockrag.grpc_status import translate_errors
+from blockrag.kv_cache.tasks import gather_or_cancel
+from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.modeling.model import SlotModel
+from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.telemetry import setup_telemetry, span
+from blockrag.types import BlockKV, BlockRequest
+from blockrag.v1 import common_pb2, encoder_pb2
+
+MOST_BLOCKS = 64
+"""Blocks of one ``EncodeBlocks`` call."""
+_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
+
+class Encoder:
+    """Serves ``blockrag.v1.EncoderService``; the cache's shards call ``encode_block``."""
+
+    def __init__(self, settings: Settings) -> None:
+        setup_telemetry("encoder", settings)
+        bundle = load_bundle(
+            settings.bundle.path or DEFAULT_BUNDLE,
+            compute_dtype=settings.bundle.compute_dtype,
+            kv_dtype=settings.bundle.kv_dtype,
+        )
+        self._fingerprint = bundle.fingerprint
+        self._encoder = BlockEncoder(
+            SlotModel.load(bundle, device=choose_device(settings.bundle.device, has_gpu=bool(ray.get_gpu_ids()))),
+            max_batch_tokens=settings.encoder.max_batch_tokens,
+            batch_wait_ms=settings.encoder.batch_wait_ms,
+            threads=settings.encoder.threads,
+        )
+
+    async def encode_block(self, request: BlockRequest) -> BlockKV:
+        """The block's KV. The caller owns the object that this becomes, and it outlives this replica."""
+        if not request.traceparent:
+            return await self._encoder.encode(request)
+        context = common_pb2.RequestContext(tenant=request.tenant, traceparent=request.traceparent)
+        with span("encode", context, tokens=int(request.token_ids.size)):
+            return await self._encoder.encode(request)
+
+    @translate_errors
+    async def EncodeBlocks(
+        self, request: encoder_pb2.EncodeBlocksRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> encoder_pb2.EncodeBlocksResponse:
+        """Encodes blocks and describes them: to check or measure an encoder by itself."""
+        if len(request.blocks) > MOST_BLOCKS:
+            raise InvalidRequestError("blocks", f"{len(request.blocks)}, where at most {MOST_BLOCKS} are allowed")
+        blocks = []
+        for place, block in enumerate(request.blocks):
+            wide = np.array(block.token_ids, dtype=np.int64)  # takes every uint32
+            self._encoder.check(wide, field=f"blocks[{place}].token_ids")
+            blocks.append(BlockRequest(block.key, wide.astype(np.int32), request.context.tenant))
+        start = time.perf_counter()
+        with span("encode_blocks", request.context, blocks=len(blocks)):
+            encoded = await gather_or_cancel([self._encoder.encode(block) for block in blocks])
+        return encoder_pb2.EncodeBlocksResponse(
+            blocks=[
+                encoder_pb2.EncodedBlock(key=block.key, slots=block.num_slots, bytes=block.nbytes) for block in encoded
+            ],
+            milliseconds=1000 * (time.perf_counter() - start),
+        )
+
+    @translate_errors
+    async def GetEncoderStatus(
+        self, request: encoder_pb2.GetEncoderStatusRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> encoder_pb2.GetEncoderStatusResponse:
+        """Describes this replica."""
+        stats = self._encoder.stats
+        return encoder_pb2.GetEncoderStatusResponse(
+            bundle_fingerprint=self._fingerprint,
+            encoded_blocks=stats.items,
+            encoded_tokens=stats.size,
+            batches=stats.batches,
+            device=str(self._encoder.model.device),
+        )
+
+
+def build(args: AppArgs) -> Application:
+    """The application, as named in a Serve configuration file."""
+    settings = load_settings(args.settings_file or None)
+    encoder = settings.encoder
+    return serve.deployment(
+        # Twice a full forward pass of short blocks may wait in a replica; the rest waits with its callers.
+        max_ongoing_requests=max(64, 4 * encoder.target_ongoing_requests),
+        autoscaling_config={
+            "min_replicas": encoder.min_replicas,
+            "max_replicas": max(encoder.min_replicas, encoder.max_replicas),
+            "target_ongoing_requests": encoder.target_ongoing_requests,
+        },
+        request_router_config={"request_router_class": _ROUTER},
+        health_check_period_s=2,
+        ray_actor_options={"num_cpus": encoder.num_cpus, "num_gpus": encoder.num_gpus},
+    )(Encoder).bind(settings)

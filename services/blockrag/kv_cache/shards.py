@@ -1,0 +1,154 @@
+"""All shards of a cache together: which one a key belongs to, patience with one that is being restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
+
+from blockrag.errors import BlockragError, UnavailableError
+from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
+from blockrag.kv_cache.ring import HashRing
+from blockrag.kv_cache.tasks import gather_or_cancel
+from blockrag.types import BlockRequest
+
+PATIENCE_S = 30.0
+"""How long a call waits for a shard that is being restarted; a caller's deadline usually ends it sooner."""
+_FIRST_BACKOFF_S = 0.05
+_LONGEST_BACKOFF_S = 1.0
+_STATS_TIMEOUT_S = 2.0
+
+T = TypeVar("T")
+
+
+class Shard(Protocol):
+    """A cache shard as its callers see it. Every method raises ``UnavailableError`` when the shard is gone."""
+
+    async def acquire(self, blocks: list[BlockRequest]) -> list[AcquiredBlock]:
+        """References to blocks, in order; what is missing is encoded."""
+        ...
+
+    async def warm(self, blocks: list[BlockRequest], pin: bool) -> WarmOutcome:
+        """Has blocks held ahead of time."""
+        ...
+
+    async def report_lost(self, keys: list[str], generations: list[int] | None = None) -> int:
+        """Forgets blocks whose objects could not be read."""
+        ...
+
+    async def purged_since(self, cursor: int) -> PurgeLog:
+        """Keys purged since a reader's cursor."""
+        ...
+
+    async def lookup(self, keys: list[str]) -> list[bool]:
+        """Which keys are held."""
+        ...
+
+    async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
+        """Pins or unpins documents' blocks."""
+        ...
+
+    async def purge(self, documents: list[DocumentId]) -> int:
+        """Forgets documents' blocks."""
+        ...
+
+    async def stats(self) -> ShardStats:
+        """What is held, and what happened since the start."""
+        ...
+
+
+async def patiently(name: str, call: Callable[[], Awaitable[T]], patience_s: float) -> T:
+    """The call's result; while it raises ``UnavailableError`` it is made again, with growing pauses.
+
+    Raises ``UnavailableError`` naming the shard when ``patience_s`` is over, also in the middle of a call.
+    """
+    give_up = time.monotonic() + patience_s
+    backoff_s = _FIRST_BACKOFF_S
+    reason = f"no answer within {patience_s:g} s"
+    try:
+        async with asyncio.timeout(patience_s):
+            while True:
+                try:
+                    return await call()
+                except UnavailableError as error:
+                    reason = str(error)
+                    if time.monotonic() + backoff_s >= give_up:
+                        break
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+    except TimeoutError:
+        pass
+    raise UnavailableError(reason if reason.startswith(name) else f"{name}: {reason}")
+
+
+class ShardGroup:
+    """Calls that concern several shards. What one shard cannot do in time is an ``UnavailableError`` naming it."""
+
+    def __init__(self, shards: Sequence[Shard], ring: HashRing, *, patience_s: float = PATIENCE_S) -> None:
+        if len(shards) != len(ring.nodes):
+            raise ValueError(f"{len(shards)} shards for a ring of {len(ring.nodes)}")
+        self.shards = tuple(shards)
+        self.ring = ring
+        self.patience_s = patience_s
+
+    def places(self, keys: Sequence[str]) -> dict[int, list[int]]:
+        """By shard, the places of its keys in ``keys``."""
+        groups: dict[int, list[int]] = {}
+        for place, key in enumerate(keys):
+            groups.setdefault(self.ring.index(key), []).append(place)
+        return groups
+
+    async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
+        """Has blocks held ahead of time; takes as long as encoding them takes."""
+        groups = self.places([block.key for block in blocks])
+        outcomes = await gather_or_cancel(
+            [self.shards[index].warm([blocks[place] for place in places], pin) for index, places in groups.items()]
+        )
+        return sum(outcomes, WarmOutcome())
+
+    async def lookup(self, keys: Sequence[str]) -> list[bool]:
+        """Which keys are held, in order."""
+        groups = self.places(keys)
+
+        async def look_up(index: int, places: list[int]) -> list[bool]:
+            mine = [keys[place] for place in places]
+            return await self._call(index, lambda shard: shard.lookup(mine))
+
+        answers = await gather_or_cancel([look_up(index, places) for index, places in groups.items()])
+        held = [False] * len(keys)
+        for places, answer in zip(groups.values(), answers, strict=True):
+            for place, found in zip(places, answer, strict=True):
+                held[place] = found
+        return held
+
+    async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
+        """Pins or unpins documents' blocks; how many changed."""
+        return sum(await self._call_all(lambda shard: shard.set_pins(documents, pinned)))
+
+    async def purge(self, documents: list[DocumentId]) -> int:
+        """Forgets documents' blocks in every shard; how many.
+
+        A shard that died meanwhile is asked again once it is back: it holds nothing then, and the decoders have been
+        told to forget everything they had from it.
+        """
+        return sum(await self._call_all(lambda shard: shard.purge(documents)))
+
+    async def stats(self) -> list[ShardStats]:
+        """Of the shards that answer within two seconds."""
+
+        async def ask(shard: Shard) -> ShardStats | None:
+            try:
+                async with asyncio.timeout(_STATS_TIMEOUT_S):
+                    return await shard.stats()
+            except (TimeoutError, BlockragError):
+                return None
+
+        answers = await gather_or_cancel([ask(shard) for shard in self.shards])
+        return [answer for answer in answers if answer is not None]
+
+    async def _call(self, index: int, call: Callable[[Shard], Awaitable[T]]) -> T:
+        return await patiently(self.ring.nodes[index], lambda: call(self.shards[index]), self.patience_s)
+
+    async def _call_all(self, call: Callable[[Shard], Awaitable[T]]) -> list[T]:
+        return await gather_or_cancel([self._call(index, call) for index in range(len(self.shards))])
