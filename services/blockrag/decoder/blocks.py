@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from blockrag.decoder.l1 import L1Cache, L1Entry
@@ -88,9 +88,10 @@ class BlockLoader:
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="decoder-blocks")
         self._fetches: dict[str, _Fetch] = {}
 
-    async def load(self, requests: Sequence[BlockRequest]) -> LoadedBlocks:
+    async def load(self, requests: Sequence[BlockRequest], traceparent: str = "") -> LoadedBlocks:
         """The blocks of a prompt. When all are in the L1, this returns without giving up the event loop.
 
+        ``traceparent`` goes with what is fetched, so that the work done elsewhere is seen in this request's trace.
         Raises what the source raises, and ``DataError`` for a block that is not what was asked for.
         """
         entries = self._l1.acquire([request.key for request in requests])
@@ -98,7 +99,7 @@ class BlockLoader:
         slots: dict[Tier, int] = {"store": 0, "encoded": 0}
         if missing:
             try:
-                fetched = await self._fetch(missing)
+                fetched = await self._fetch(missing, traceparent)
             except BaseException:
                 self._l1.release(entry for entry in entries if entry is not None)
                 raise
@@ -132,9 +133,11 @@ class BlockLoader:
         # Those that wait already get the block for their own prompt; it is not kept, and later prompts fetch anew.
         self._fetches.pop(key).purged.add(key)
 
-    async def _fetch(self, missing: dict[str, BlockRequest]) -> dict[str, tuple[ResidentBlock, Tier, bool]]:
+    async def _fetch(
+        self, missing: dict[str, BlockRequest], traceparent: str
+    ) -> dict[str, tuple[ResidentBlock, Tier, bool]]:
         fetches = {key: self._fetches[key] for key in missing if key in self._fetches}
-        new = [request for key, request in missing.items() if key not in fetches]
+        new = [replace(request, traceparent=traceparent) for key, request in missing.items() if key not in fetches]
         if new:
             fetch = self._start(new)
             fetches.update((request.key, fetch) for request in new)

@@ -63,9 +63,12 @@ class Engine:
         limits: EngineLimits,
         new_detokenizer: Callable[[], Detokenizer],
         *,
+        threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``threads``: CPU threads of a forward pass; None leaves torch's own choice."""
         self._model = model
+        self._threads = threads
         self._limits = limits
         self._new_detokenizer = new_detokenizer
         self._clock = clock
@@ -179,6 +182,8 @@ class Engine:
         return True
 
     def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)  # holds for the calling thread
         try:
             while self._wait_for_work():
                 self.step()

@@ -99,7 +99,7 @@ class DecodeService:
                 response = _finished(event, event.finish, prompt, loaded, fetch_seconds)
                 decoding.set(completion_tokens=event.finish.completion_tokens, finish_reason=event.finish.reason)
             yield response
-            _observe_finish(response, prompt.mode)
+            metrics.GENERATED_TOKENS.inc(response.finish.usage.completion_tokens, attention_mode=prompt.mode)
         finally:
             self._engine.cancel(sequence)
 
@@ -140,7 +140,7 @@ class DecodeService:
         try:
             with span("kv_fetch", request.context, blocks=len(prompt.blocks)) as fetching:
                 async with _time_limit(deadline):
-                    loaded = await self._loader.load(prompt.blocks)
+                    loaded = await self._loader.load(prompt.blocks, fetching.traceparent)
                 fetching.set(
                     l1_tokens=loaded.l1_tokens,
                     store_tokens=loaded.store_tokens,
@@ -206,9 +206,3 @@ def _observe_pace(event: Event, last: float, mode: str) -> float:
     if event.tokens > 0:
         metrics.INTER_TOKEN_LATENCY_SECONDS.observe((now - last) / event.tokens, attention_mode=mode)
     return now
-
-
-def _observe_finish(response: decoder_pb2.DecodeResponse, mode: str) -> None:
-    metrics.GENERATED_TOKENS.inc(response.finish.usage.completion_tokens, attention_mode=mode)
-    for stage in response.finish.stages:
-        metrics.STAGE_SECONDS.observe(stage.milliseconds / 1000, stage=stage.stage)

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from blockrag.decoder.blocks import BlockLoader, BlockSource, EncodingBlockSource
-from blockrag.decoder.detokenizer import detokenizer_factory
+from blockrag.decoder.blocks import BlockSource, EncodingBlockSource
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
-from blockrag.decoder.scheduler import EngineLimits
-from blockrag.decoder.service import DecodeService, ModelDescription
+from blockrag.decoder.runtime import assemble, warm_up
+from blockrag.decoder.service import DecodeService
 from blockrag.errors import DeadlineError, InvalidRequestError, OverloadedError, PromptTooLongError
-from blockrag.keys import KeyMaker
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel
+from blockrag.settings import DecoderSettings, Settings
 from blockrag.v1 import common_pb2, decoder_pb2
 from tests.models import make_tiny_bundle, make_tiny_model
 from tests.unit.decoder.fakes import FakeSource, until
@@ -29,7 +28,6 @@ class Decoder:
     service: DecodeService
     engine: Engine
     l1: L1Cache
-    loader: BlockLoader
 
     async def ask(self, request: decoder_pb2.DecodeRequest) -> tuple[str, decoder_pb2.DecodeFinish]:
         messages = [message async for message in self.service.decode(request)]
@@ -49,15 +47,9 @@ def model(bundle: Bundle) -> SlotModel:
 
 
 def _decoder(bundle: Bundle, model: SlotModel, source: BlockSource, **limits: int) -> Decoder:
-    engine_limits = EngineLimits(**limits)
-    engine = Engine(model, engine_limits, detokenizer_factory(bundle.load_tokenizer(), bundle.template.answer_prefix))
-    l1 = L1Cache(2**20, 60)
-    loader = BlockLoader(l1, source, model.to_resident)
-    keys = KeyMaker(bundle.fingerprint, b"a secret of the tests")
-    description = ModelDescription(bundle.name, bundle.fingerprint, model.vocab_size, model.max_positions, "cpu")
-    service = DecodeService(engine, loader, l1, keys, description, max_loading=engine_limits.max_waiting)
-    engine.start()
-    return Decoder(service, engine, l1, loader)
+    runtime = assemble(bundle, model, source, Settings(decoder=DecoderSettings(l1_mb=1, threads=1, **limits)))
+    runtime.engine.start()
+    return Decoder(runtime.service, runtime.engine, runtime.l1)
 
 
 @pytest.fixture
@@ -81,7 +73,7 @@ async def held(bundle: Bundle, model: SlotModel) -> AsyncIterator[tuple[Decoder,
     """A decoder whose blocks do not come."""
     source = FakeSource()
     source.gate.clear()
-    made = _decoder(bundle, model, source, max_waiting=2)
+    made = _decoder(bundle, model, source, max_sequences=1, max_waiting=1)
     yield made, source
     made.engine.stop()
 
@@ -247,3 +239,9 @@ async def test_status_describes_the_replica(decoder: Decoder, bundle: Bundle) ->
     assert (status.running, status.waiting, status.used_slots) == (0, 0, 0)
     assert status.generated_tokens > 0
     decoder.service.record_gauges()
+
+
+def test_warming_up_fits_models_of_any_size() -> None:
+    for positions in (2, 5, 64, 300):
+        model = SlotModel.from_pretrained_model(make_tiny_model(max_position_embeddings=positions))
+        warm_up(model)

@@ -1,0 +1,109 @@
+"""The decoder as a Serve application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+
+import ray
+import torch
+from ray import serve
+from ray.serve import Application
+from ray.serve.grpc_util import RayServegRPCContext
+
+from blockrag.decoder.runtime import assemble, warm_up
+from blockrag.encoder.blocks import choose_device
+from blockrag.grpc_status import translate_errors
+from blockrag.kv_cache.deployment import connect
+from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.modeling.model import SlotModel
+from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.telemetry import setup_telemetry
+from blockrag.v1 import decoder_pb2
+
+_logger = logging.getLogger(__name__)
+
+_UPKEEP_PERIOD_S = 1.0
+"""How often purges are asked for, old blocks dropped and gauges set."""
+
+
+class Decoder:
+    """Serves ``blockrag.v1.DecoderService``."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        setup_telemetry("decoder", settings)
+        torch.set_num_threads(settings.decoder.threads)
+        bundle = load_bundle(
+            settings.bundle.path or DEFAULT_BUNDLE,
+            compute_dtype=settings.bundle.compute_dtype,
+            kv_dtype=settings.bundle.kv_dtype,
+        )
+        device = choose_device(settings.bundle.device, has_gpu=bool(ray.get_gpu_ids()))
+        model = SlotModel.load(bundle, device=device)
+        warm_up(model)
+        self._cache = connect(settings)
+        self._runtime = assemble(bundle, model, self._cache, settings)
+        self._runtime.engine.start()
+        self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
+
+    @translate_errors
+    async def Decode(
+        self, request: decoder_pb2.DecodeRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
+        """Streams the answer to a planned prompt; closing the stream stops the work."""
+        messages = self._runtime.service.decode(request)
+        try:
+            async for message in messages:
+                yield message
+        finally:
+            await messages.aclose()
+
+    @translate_errors
+    async def GetDecoderStatus(
+        self, request: decoder_pb2.GetDecoderStatusRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> decoder_pb2.GetDecoderStatusResponse:
+        """Describes this replica."""
+        return self._runtime.service.status()
+
+    async def check_health(self) -> None:
+        """Has Serve replace a replica whose engine or upkeep ended."""
+        if self._runtime.engine.failure is not None:
+            raise RuntimeError("the engine's thread failed") from self._runtime.engine.failure
+        if self._upkeep.done():
+            raise RuntimeError("the upkeep task ended")
+
+    def __del__(self) -> None:
+        runtime = getattr(self, "_runtime", None)
+        if runtime is not None:
+            runtime.engine.stop()
+
+    async def _keep_up(self) -> None:
+        while True:
+            await asyncio.sleep(_UPKEEP_PERIOD_S)
+            try:
+                await self._follow_purges()
+                self._runtime.l1.expire()
+                self._runtime.service.record_gauges()
+            except Exception:
+                _logger.exception("the decoder's upkeep failed; it is tried again")
+
+    async def _follow_purges(self) -> None:
+        purged = await self._cache.poll_purges()
+        if purged.reset:
+            self._runtime.loader.clear()
+        elif purged.keys:
+            self._runtime.loader.purge(purged.keys)
+
+
+def build(args: AppArgs) -> Application:
+    """The application, as named in a Serve configuration file."""
+    settings = load_settings(args.settings_file or None)
+    decoder = settings.decoder
+    return serve.deployment(
+        num_replicas=decoder.replicas,
+        # Above what is admitted: one request too many must reach the engine to be refused, not wait in a queue.
+        max_ongoing_requests=2 * (decoder.max_sequences + decoder.max_waiting) + 64,
+        health_check_period_s=2,
+        ray_actor_options={"num_cpus": decoder.num_cpus, "num_gpus": decoder.num_gpus},
+    )(Decoder).bind(settings)

@@ -1,0 +1,72 @@
+"""All parts of a decoder put together: in a Serve replica, in tests, in a program without a cluster.
+
+>>> runtime = assemble(bundle, model, EncodingBlockSource(model), Settings())
+>>> runtime.engine.start()
+>>> async for message in runtime.service.decode(request): ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blockrag.decoder.blocks import BlockLoader, BlockSource
+from blockrag.decoder.detokenizer import detokenizer_factory
+from blockrag.decoder.engine import Engine
+from blockrag.decoder.l1 import L1Cache
+from blockrag.decoder.scheduler import EngineLimits
+from blockrag.decoder.service import DecodeService, ModelDescription
+from blockrag.keys import KeyMaker
+from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.model import SlotModel
+from blockrag.settings import Settings
+
+_MIB = 2**20
+_WARM_UP_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A decoder's parts. ``engine.start()`` sets it going, ``engine.stop()`` ends it."""
+
+    service: DecodeService
+    engine: Engine
+    loader: BlockLoader
+    l1: L1Cache
+
+
+def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Settings) -> Runtime:
+    """A decoder of ``bundle``, whose weights are ``model``, with blocks from ``source``."""
+    decoder = settings.decoder
+    limits = EngineLimits(
+        max_sequences=decoder.max_sequences,
+        max_waiting=decoder.max_waiting,
+        max_batch_tokens=decoder.max_batch_tokens,
+        slots=decoder.slots,
+    )
+    detokenizers = detokenizer_factory(bundle.load_tokenizer(), bundle.template.answer_prefix)
+    engine = Engine(model, limits, detokenizers, threads=decoder.threads)
+    l1 = L1Cache(decoder.l1_mb * _MIB, decoder.l1_ttl_s)
+    loader = BlockLoader(l1, source, model.to_resident)
+    description = ModelDescription(
+        bundle_name=bundle.name,
+        fingerprint=bundle.fingerprint,
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        device=str(model.device),
+    )
+    keys = KeyMaker(bundle.fingerprint, settings.kv_cache.secret.encode())
+    # As many may wait for their blocks as may wait for a place or run: no more could be served after it anyway.
+    max_loading = decoder.max_waiting + decoder.max_sequences
+    return Runtime(DecodeService(engine, loader, l1, keys, description, max_loading=max_loading), engine, loader, l1)
+
+
+def warm_up(model: SlotModel) -> None:
+    """Run a prefill and a decode step, so that no request pays for what happens once. Before the engine starts."""
+    tokens = min(_WARM_UP_TOKENS, model.max_positions // 2)
+    if tokens < 2:
+        return
+    blocks = [model.to_resident(block) for block in model.encode([[0] * tokens], ["warm-up"])]
+    state = model.new_sequence(blocks, tokens)
+    model.forward([(state, [0] * (tokens - 1))])
+    model.forward([(state, [0])])
+    state.release()
