@@ -54,7 +54,7 @@ def pack(contexts: list[Context], *, block: bool, weights: Weights, multiple: in
 
     Rows are padded to a multiple of ``multiple`` tokens.
     """
-    longest = max(_row_tokens(context) for context in contexts)
+    longest = max(row_tokens(context) for context in contexts)
     width = -(-longest // multiple) * multiple
     shape = (len(contexts), width)
     ids = np.zeros(shape, np.int64)
@@ -113,6 +113,7 @@ def attention_mask(segments: np.ndarray, in_context: np.ndarray) -> np.ndarray:
     return mask[:, None]
 
 
-def _row_tokens(context: Context) -> int:
+def row_tokens(context: Context) -> int:
+    """Tokens of a context's row without padding."""
     asked = sum(len(branch.prompt) + len(branch.answer) for branch in context.branches)
     return sum(len(block) for block in context.blocks) + asked

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -28,7 +29,7 @@ from blockrag.training.data import ReaderData, load_reader_data
 from blockrag.training.export import BundleFacts, export_bundle
 from blockrag.training.loss import linear_cross_entropy
 from blockrag.training.optimizer import build_optimizers, learning_rate_factor
-from blockrag.training.packing import IGNORED, PackedBatch, Weights, pack
+from blockrag.training.packing import IGNORED, PackedBatch, Weights, pack, row_tokens
 from blockrag.training.tokenizer import (
     BEGIN_ID,
     END_ID,
@@ -100,6 +101,11 @@ class ReaderTrainingConfig:
     probe_contexts: int = 128
     """Held-out questions that a checkpoint is measured on."""
     tokenizer_articles: int = 60_000
+    parts: int = 4
+    """Parts a step is cut into. On a CPU they are shared out to ``threads`` threads; 1 suits a GPU."""
+    threads: int = 2
+    """Threads, each working on one part with one core: threads that meet once a step do not hold each other up on a
+    busy machine as threads that share every matrix product do."""
     seed: int = 0
     device: str = "cpu"
 
@@ -142,6 +148,7 @@ def train_reader(config: ReaderTrainingConfig, on_progress: Callable[[TrainingPr
     model.set_attn_implementation(register_attention())
     optimizers = build_optimizers(model, config.optimizer, config.learning_rate)
     state = load_checkpoint(config.out_dir, model, optimizers) or Checkpoint()
+    pool = ThreadPoolExecutor(config.threads, initializer=torch.set_num_threads, initargs=(1,))
     fraction = _fraction(config, state)
     while fraction < 1:
         started = time.perf_counter()
@@ -149,12 +156,12 @@ def train_reader(config: ReaderTrainingConfig, on_progress: Callable[[TrainingPr
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * factor
-        batch = _batch(config, sampler, state.step, fraction)
-        losses = _step(config, model, optimizers, batch, state.step)
+        batches = _batches(config, sampler, state.step, fraction)
+        losses = _step(config, model, optimizers, batches, state.step, pool)
         state = replace(
             state,
             step=state.step + 1,
-            tokens=state.tokens + batch.tokens,
+            tokens=state.tokens + sum(batch.tokens for batch in batches),
             seconds=state.seconds + time.perf_counter() - started,
         )
         fraction = _fraction(config, state)
@@ -207,29 +214,58 @@ def _step(
     config: ReaderTrainingConfig,
     model: LlamaForCausalLM,
     optimizers: list[torch.optim.Optimizer],
-    batch: PackedBatch,
+    batches: list[PackedBatch],
     step: int,
+    pool: ThreadPoolExecutor,
 ) -> tuple[float, float]:
-    """One update; gives the losses per answer token and per other token."""
+    """One update from the parts of a step; gives the mean losses per answer token and per other token."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    kept = torch.rand(batch.weights.shape, generator=generator) < config.passage_share
-    is_answer = batch.branches >= 0
-    places = (batch.targets != IGNORED) & (is_answer | kept)
-    answers = is_answer[places]
-    # A mean over the answers plus a weighted mean over the rest: neither grows where the other has fewer tokens.
-    weights = batch.weights[places] / torch.where(answers, answers.sum(), (~answers).sum()).clamp(min=1)
-    with torch.autocast(config.device, dtype=torch.bfloat16):
-        hidden = _hidden(config, model, batch)[places.to(config.device)].to(torch.bfloat16)
-        total, losses = linear_cross_entropy(
-            hidden, model.lm_head.weight, batch.targets[places].to(config.device), weights.to(config.device)
-        )
-    total.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    parts = [_Part.choose(batch, config.passage_share, generator) for batch in batches]
+    answers, others = (sum(int((part.answers == kind).sum()) for part in parts) for kind in (True, False))
+    parameters = list(model.parameters())
+
+    def run(part: _Part) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        weights = part.weights / torch.where(part.answers, max(1, answers), max(1, others))
+        # Autocast's cache of half-precision weights is shared between threads, and so would the graphs be.
+        with torch.autocast(config.device, dtype=torch.bfloat16, cache_enabled=False):
+            hidden = _hidden(config, model, part.batch)[part.places.to(config.device)].to(torch.bfloat16)
+            total, losses = linear_cross_entropy(
+                hidden, model.lm_head.weight, part.targets.to(config.device), weights.to(config.device)
+            )
+        return torch.autograd.grad(total, parameters), losses.cpu()
+
+    results = list(pool.map(run, parts))
+    # Summed in the order of the parts, so that the result does not depend on which thread was faster.
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.stack([gradients[number] for gradients, _ in results]).sum(0)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    losses = losses.cpu()
-    return float(losses[answers].mean()), float(losses[~answers].mean())
+    losses, is_answer = torch.cat([found for _, found in results]), torch.cat([part.answers for part in parts])
+    return float(losses[is_answer].mean()), float(losses[~is_answer].mean())
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The places of a part of a step whose loss counts; N of them."""
+
+    batch: PackedBatch
+    places: torch.Tensor
+    """[B, T] bool."""
+    answers: torch.Tensor
+    """[N] bool: whether the place predicts an answer's token."""
+    weights: torch.Tensor
+    """[N] float32, not yet divided by how many there are of their kind in the whole step."""
+    targets: torch.Tensor
+    """[N] int64."""
+
+    @classmethod
+    def choose(cls, batch: PackedBatch, share: float, generator: torch.Generator) -> _Part:
+        is_answer = batch.branches >= 0
+        kept = torch.rand(batch.weights.shape, generator=generator) < share
+        places = (batch.targets != IGNORED) & (is_answer | kept)
+        return cls(batch, places, is_answer[places], batch.weights[places], batch.targets[places])
 
 
 def _hidden(config: ReaderTrainingConfig, model: LlamaForCausalLM, batch: PackedBatch) -> torch.Tensor:
@@ -243,12 +279,17 @@ def _hidden(config: ReaderTrainingConfig, model: LlamaForCausalLM, batch: Packed
     return hidden
 
 
-def _batch(config: ReaderTrainingConfig, sampler: ContextSampler, step: int, fraction: float) -> PackedBatch:
+def _batches(config: ReaderTrainingConfig, sampler: ContextSampler, step: int, fraction: float) -> list[PackedBatch]:
+    """The parts of a step: contexts of one shape, the longest together so that little is padding."""
     random = Random(f"{config.seed}/{step}")
     shape = batch_shape(random, fraction, config.mixture)
     rows = max(2, round(config.tokens_per_step / (0.8 * shape.passages * shape.passage_tokens + 110)))
-    contexts = [sampler.sample(shape, random) for _ in range(rows)]
-    return pack(contexts, block=step % 2 == 0, weights=config.weights)
+    contexts = sorted((sampler.sample(shape, random) for _ in range(rows)), key=row_tokens)
+    size = -(-rows // config.parts)
+    return [
+        pack(contexts[start : start + size], block=step % 2 == 0, weights=config.weights)
+        for start in range(0, rows, size)
+    ]
 
 
 def _fraction(config: ReaderTrainingConfig, state: Checkpoint) -> float:
@@ -277,6 +318,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=ReaderTrainingConfig.learning_rate)
     parser.add_argument("--passage-share", type=float, default=ReaderTrainingConfig.passage_share)
     parser.add_argument("--tokens-per-step", type=int, default=ReaderTrainingConfig.tokens_per_step)
+    parser.add_argument("--parts", type=int, default=ReaderTrainingConfig.parts)
+    parser.add_argument("--threads", type=int, default=ReaderTrainingConfig.threads)
     parser.add_argument("--checkpoint-steps", type=int, default=ReaderTrainingConfig.checkpoint_steps)
     parser.add_argument("--device", default=ReaderTrainingConfig.device)
     parser.add_argument("--seed", type=int, default=ReaderTrainingConfig.seed)
@@ -289,8 +332,8 @@ def _print_progress(progress: TrainingProgress) -> None:
     if progress.step % 20 == 0 or progress.probe_exact is not None:
         probe = "" if progress.probe_exact is None else f"  probe exact {progress.probe_exact:.3f}"
         print(
-            f"step {progress.step}  {100 * progress.fraction:.1f} %  answer {progress.answer_loss:.3f}"
-            f"  passage {progress.passage_loss:.3f}  lr {progress.learning_rate:.2e}"
+            f"{time.strftime('%H:%M:%S')}  step {progress.step}  {100 * progress.fraction:.1f} %"
+            f"  answer {progress.answer_loss:.3f}  passage {progress.passage_loss:.3f}  lr {progress.learning_rate:.2e}"
             f"  {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s  {progress.seconds:.0f} s{probe}",
             flush=True,
         )
