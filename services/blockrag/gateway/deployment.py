@@ -36,7 +36,6 @@ MAX_INGESTS = 8
 GrpcContext = RayServegRPCContext | None
 
 
-@serve.deployment
 class Gateway:
     """Serves ``RagService``, ``CorpusService`` and ``SystemService`` of ``blockrag.v1``."""
 
@@ -229,9 +228,9 @@ def build(args: AppArgs) -> Application:
     settings = load_settings(args.settings_file or None)
     # Above what is admitted: one request too many must reach the admission to be refused, not wait in a queue.
     ongoing = settings.gateway.max_inflight * 2 + 64
-    return Gateway.options(  # type: ignore[no-any-return]
+    return serve.deployment(
         num_replicas=settings.gateway.replicas,
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
         ray_actor_options={"num_cpus": 0.1},
-    ).bind(settings)
+    )(Gateway).bind(settings)

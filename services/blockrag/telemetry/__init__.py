@@ -4,7 +4,8 @@ from blockrag.telemetry import metrics
 from blockrag.telemetry.logs import request_logger
 from blockrag.telemetry.setup import setup_telemetry, shutdown_telemetry
 from blockrag.telemetry.trace_files import read_trace, trace_directory
-from blockrag.telemetry.tracing import Span, new_traceparent, span, trace_id_of
+from blockrag.telemetry.tracing import Span, span
+from blockrag.traceparent import new_traceparent, trace_id_of
 
 __all__ = [
     "Span",

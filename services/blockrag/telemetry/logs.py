@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from datetime import UTC, datetime
 from typing import Any
 
-from blockrag.telemetry.tracing import trace_id_of
+from blockrag.traceparent import trace_id_of
 from blockrag.v1.common_pb2 import RequestContext
 
 _FIELDS = ("request_id", "trace_id", "tenant")

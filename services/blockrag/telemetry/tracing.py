@@ -7,8 +7,6 @@ belong to none of them. So the context is data, like the tenant and the deadline
 from __future__ import annotations
 
 import asyncio
-import re
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +15,9 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
+from blockrag.traceparent import TRACEPARENT
 from blockrag.v1.common_pb2 import RequestContext
 
-_TRACEPARENT = re.compile(r"^([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})$")
 _OWN_PREFIX = "blockrag."
 
 _tracer: trace.Tracer = trace.NoOpTracer()
@@ -95,14 +93,9 @@ def span(
         inner.end()
 
 
-def new_traceparent(*, sampled: bool = True) -> str:
-    """A W3C trace context of a new trace, for clients without a tracer of their own."""
-    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-{'01' if sampled else '00'}"
-
-
 def parse_traceparent(text: str) -> SpanContext:
     """The span that a W3C traceparent names; an invalid context when the text is none."""
-    match = _TRACEPARENT.match(text.strip().lower()) if text else None
+    match = TRACEPARENT.match(text.strip().lower()) if text else None
     if match is None or match[1] == "ff":
         return trace.INVALID_SPAN_CONTEXT
     return SpanContext(int(match[2], 16), int(match[3], 16), is_remote=True, trace_flags=TraceFlags(int(match[4], 16)))
@@ -111,12 +104,6 @@ def parse_traceparent(text: str) -> SpanContext:
 def format_traceparent(context: SpanContext) -> str:
     """W3C form of a span's context."""
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
-
-
-def trace_id_of(traceparent: str) -> str:
-    """The trace's id in 32 hex digits; empty when the text is no traceparent."""
-    match = _TRACEPARENT.match(traceparent)
-    return match[2] if match else ""
 
 
 def _named(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,262 @@
+"""Protobuf messages to and from what the client's methods take and give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Value
+
+from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from blockrag.results import (
+    AttentionModeName,
+    ChunkFormName,
+    Citation,
+    CitedChunk,
+    Completion,
+    Condition,
+    Description,
+    Document,
+    FinishReasonName,
+    GivenPassage,
+    IngestedDocument,
+    IngestOutcomeName,
+    Passage,
+    Retrieved,
+    ServiceHealth,
+    TextChunk,
+    TraceSpan,
+    Usage,
+)
+from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2, system_pb2
+
+_OPERATORS = {
+    "in": common_pb2.CONDITION_OPERATOR_IN,
+    "not_in": common_pb2.CONDITION_OPERATOR_NOT_IN,
+    "at_least": common_pb2.CONDITION_OPERATOR_AT_LEAST,
+    "at_most": common_pb2.CONDITION_OPERATOR_AT_MOST,
+}
+_COPIED = ("top_k", "max_tokens", "temperature", "top_p", "seed", "max_context_tokens")
+
+
+def generate_request(question: str, timeout_s: float, options: Mapping[str, Any]) -> rag_pb2.GenerateRequest:
+    """The request of a question. Raises ``InvalidRequestError`` for what no message can hold."""
+    try:
+        request = rag_pb2.GenerateRequest(
+            question=question,
+            collection=options.get("collection", ""),
+            filter=conditions(options.get("filter", ())),
+            attention_mode=_mode(options.get("attention_mode")),
+            stop=options.get("stop", ()),
+            timeout_ms=max(1, round(timeout_s * 1000)),
+            passages=[_given(passage) for passage in options.get("passages", ())],
+        )
+    except (TypeError, UnicodeEncodeError) as error:
+        raise InvalidRequestError("request", str(error)) from error
+    for name in _COPIED:
+        value = options.get(name)
+        if value is not None:
+            _set(request, name, value)
+    return request
+
+
+def retrieve_request(
+    query: str, collection: str, top_k: int | None, filter: Mapping[str, Any] | Sequence[Condition]
+) -> rag_pb2.RetrieveRequest:
+    """The request of a search."""
+    request = rag_pb2.RetrieveRequest(query=query, collection=collection, filter=conditions(filter))
+    if top_k is not None:
+        _set(request, "top_k", top_k)
+    return request
+
+
+def conditions(filter: Mapping[str, Any] | Sequence[Condition]) -> list[common_pb2.MetadataCondition]:
+    """Conditions as messages; of a mapping, that each field equals its value."""
+    if isinstance(filter, Mapping):
+        filter = [Condition(key, "in", (value,)) for key, value in filter.items()]
+    return [
+        common_pb2.MetadataCondition(
+            key=condition.key,
+            operator=_OPERATORS[condition.operator],
+            values=[_value(value) for value in condition.values],
+        )
+        for condition in filter
+    ]
+
+
+def header(
+    collection: str, document_id: str, title: str, media_type: str, metadata: Mapping[str, Any] | None
+) -> corpus_pb2.DocumentHeader:
+    """The first message of an ingest."""
+    message = corpus_pb2.DocumentHeader(
+        collection=collection, document_id=document_id, title=title, media_type=media_type
+    )
+    try:
+        message.metadata.update(dict(metadata or {}))
+    except (ValueError, TypeError) as error:
+        raise InvalidRequestError("metadata", f"is not JSON: {error}") from error
+    return message
+
+
+def event(message: rag_pb2.GenerateResponse) -> Retrieved | TextChunk | Completion:
+    """One event of an answer."""
+    kind = message.WhichOneof("event")
+    if kind == "retrieved":
+        return Retrieved(tuple(passage(found) for found in message.retrieved.passages))
+    if kind == "text":
+        return TextChunk(message.text.text, message.text.tokens)
+    return _completion(message)
+
+
+def passage(message: common_pb2.Passage) -> Passage:
+    """A retrieved passage."""
+    return Passage(
+        passage_id=message.passage_id,
+        document_id=message.document_id,
+        document_version=message.document_version,
+        ordinal=message.ordinal,
+        title=message.title,
+        text=message.text,
+        metadata=MessageToDict(message.metadata),
+        score=message.score,
+    )
+
+
+def ingested(message: corpus_pb2.IngestedDocument) -> IngestedDocument:
+    """A stored document."""
+    outcome = _name(corpus_pb2.IngestOutcome, message.outcome, "INGEST_OUTCOME_")
+    return IngestedDocument(message.document_id, message.version, message.passages, cast(IngestOutcomeName, outcome))
+
+
+def document(message: corpus_pb2.DocumentSummary) -> Document:
+    """A listed document."""
+    return Document(
+        message.document_id, message.version, message.title, message.passages, MessageToDict(message.metadata)
+    )
+
+
+def description(message: system_pb2.DescribeResponse) -> Description:
+    """The running system."""
+    return Description(
+        version=message.version,
+        bundle_name=message.bundle_name,
+        bundle_fingerprint=message.bundle_fingerprint,
+        max_positions=message.max_positions,
+        max_top_k=message.max_top_k,
+        max_question_chars=message.max_question_chars,
+        max_document_bytes=message.max_document_bytes,
+        services=tuple(
+            ServiceHealth(item.name, item.healthy, item.detail, item.milliseconds) for item in message.services
+        ),
+        retriever=_fields(message.retriever),
+        encoder=_fields(message.encoder),
+        kv_cache=_fields(message.kv_cache),
+        decoder=_fields(message.decoder),
+    )
+
+
+def trace_span(message: system_pb2.TraceSpan) -> TraceSpan:
+    """A span that a service wrote."""
+    return TraceSpan(
+        span_id=message.span_id,
+        parent_span_id=message.parent_span_id,
+        name=message.name,
+        service=message.service,
+        start_unix_ns=message.start_unix_ns,
+        end_unix_ns=message.end_unix_ns,
+        attributes=dict(message.attributes),
+        error=message.error,
+    )
+
+
+def passes_by_itself(error: BlockragError) -> bool:
+    """Whether the same call may succeed a little later."""
+    return isinstance(error, UnavailableError | OverloadedError | DeadlineError)
+
+
+def _completion(message: rag_pb2.GenerateResponse) -> Completion:
+    done = message.completion
+    usage = done.usage
+    return Completion(
+        request_id=message.request_id,
+        answer=done.answer,
+        citations=tuple(
+            Citation(
+                index=item.index,
+                passage_id=item.passage_id,
+                document_id=item.document_id,
+                title=item.title,
+                tokens=item.tokens,
+                in_prompt=item.in_prompt,
+                dropped_reason=item.dropped_reason,
+                chunks=tuple(
+                    CitedChunk(
+                        chunk.start_token,
+                        chunk.end_token,
+                        cast(ChunkFormName, _name(common_pb2.ChunkForm, chunk.form, "CHUNK_FORM_")),
+                    )
+                    for chunk in item.chunks
+                ),
+            )
+            for item in done.citations
+        ),
+        usage=Usage(
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            l1_tokens=usage.l1_tokens,
+            store_tokens=usage.store_tokens,
+            encoded_tokens=usage.encoded_tokens,
+            prefill_tokens=usage.prefill_tokens,
+            completion_tokens=usage.completion_tokens,
+        ),
+        stages_ms={stage.stage: stage.milliseconds for stage in done.stages},
+        finish_reason=cast(FinishReasonName, _name(common_pb2.FinishReason, done.finish_reason, "FINISH_REASON_")),
+        time_to_first_token_ms=done.time_to_first_token_ms,
+        seed=done.seed,
+        bundle_fingerprint=done.bundle_fingerprint,
+        attention_mode=cast(AttentionModeName, _name(common_pb2.AttentionMode, done.attention_mode, "ATTENTION_MODE_")),
+        trace_id=done.trace_id,
+    )
+
+
+def _mode(name: str | None) -> common_pb2.AttentionMode:
+    if name is None:
+        return common_pb2.ATTENTION_MODE_UNSPECIFIED
+    try:
+        return common_pb2.AttentionMode.Value(f"ATTENTION_MODE_{name.upper()}")
+    except ValueError:
+        raise InvalidRequestError("attention_mode", f"{name!r} is none of block, full, none") from None
+
+
+def _given(given: GivenPassage) -> rag_pb2.GivenPassage:
+    return rag_pb2.GivenPassage(title=given.title, text=given.text)
+
+
+def _set(request: Message, name: str, value: Any) -> None:
+    try:
+        setattr(request, name, value)
+    except (ValueError, TypeError) as error:
+        raise InvalidRequestError(name, str(error)) from error
+
+
+def _value(value: str | float | bool) -> Value:
+    if isinstance(value, bool):
+        return Value(bool_value=value)
+    return Value(string_value=value) if isinstance(value, str) else Value(number_value=value)
+
+
+def _name(enum: Any, value: int, prefix: str) -> str:
+    name: str = enum.Name(value)
+    return name.removeprefix(prefix).lower()
+
+
+def _fields(message: Message) -> dict[str, Any]:
+    return {field.name: _plain(getattr(message, field.name), field.is_repeated) for field in message.DESCRIPTOR.fields}
+
+
+def _plain(value: Any, repeated: bool) -> Any:
+    if repeated:
+        return [_plain(item, False) for item in value]
+    return _fields(value) if isinstance(value, Message) else value

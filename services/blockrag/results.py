@@ -1,0 +1,248 @@
+"""What ``blockrag.client`` gives back: frozen, without a protobuf message in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+AttentionModeName = Literal["block", "full", "none"]
+FinishReasonName = Literal["end", "stop", "length"]
+IngestOutcomeName = Literal["created", "replaced", "unchanged"]
+ChunkFormName = Literal["expanded", "compressed", "dropped"]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a document, as retrieved."""
+
+    passage_id: str
+    document_id: str
+    """Empty for a passage that the caller gave."""
+    document_version: str
+    ordinal: int
+    title: str
+    text: str
+    metadata: Mapping[str, Any]
+    score: float
+    """Fused retrieval score; comparable within one answer only."""
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """First event of an answer."""
+
+    passages: tuple[Passage, ...]
+    """Best first."""
+
+
+class TextChunk(str):
+    """A piece of an answer: text, and how many tokens it stands for."""
+
+    __slots__ = ("tokens",)
+    tokens: int
+
+    def __new__(cls, text: str, tokens: int = 0) -> TextChunk:
+        chunk = super().__new__(cls, text)
+        chunk.tokens = tokens
+        return chunk
+
+
+@dataclass(frozen=True)
+class CitedChunk:
+    """What became of one chunk of a passage; tokens counted within the passage's block."""
+
+    start_token: int
+    end_token: int
+    form: ChunkFormName
+
+
+@dataclass(frozen=True)
+class Citation:
+    """What of one retrieved passage was in the prompt."""
+
+    index: int
+    """Place among the retrieved passages, from 0."""
+    passage_id: str
+    document_id: str
+    title: str
+    tokens: int
+    in_prompt: bool
+    dropped_reason: str
+    """Empty when in the prompt."""
+    chunks: tuple[CitedChunk, ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one answer."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt, found in a cache: ``l1_tokens`` plus ``store_tokens``."""
+    l1_tokens: int
+    store_tokens: int
+    encoded_tokens: int
+    prefill_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Last event of an answer."""
+
+    request_id: str
+    answer: str
+    citations: tuple[Citation, ...]
+    """One for each retrieved passage."""
+    usage: Usage
+    stages_ms: Mapping[str, float]
+    """retrieve, plan, queue, kv_fetch, compose, prefill, decode, total."""
+    finish_reason: FinishReasonName
+    time_to_first_token_ms: float
+    """In the server, from receiving the request to its first text."""
+    seed: int
+    bundle_fingerprint: str
+    attention_mode: AttentionModeName
+    trace_id: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    passages: tuple[Passage, ...]
+    completion: Completion
+    client_time_to_first_token_ms: float
+    """As the client saw it; 0 when there was no text."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition of a filter on documents' metadata."""
+
+    key: str
+    operator: Literal["in", "not_in", "at_least", "at_most"]
+    values: tuple[str | float | bool, ...]
+
+
+@dataclass(frozen=True)
+class GivenPassage:
+    """A passage that the caller found itself."""
+
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class IngestedDocument:
+    """One stored document."""
+
+    document_id: str
+    version: str
+    passages: int
+    outcome: IngestOutcomeName
+
+
+@dataclass(frozen=True)
+class DeletedDocument:
+    """What a deletion removed."""
+
+    passages: int
+    purged_blocks: int
+
+
+@dataclass(frozen=True)
+class DeletedCollection:
+    """What a deletion removed."""
+
+    documents: int
+    passages: int
+    purged_blocks: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """A stored document."""
+
+    document_id: str
+    version: str
+    title: str
+    passages: int
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A collection."""
+
+    name: str
+    documents: int
+    passages: int
+
+
+@dataclass(frozen=True)
+class WarmProgress:
+    """How far a warming is."""
+
+    done: int
+    total: int
+    hits: int
+    """Of those done, in the cache already."""
+    encoded_bytes: int
+    over_budget: bool
+
+
+@dataclass(frozen=True)
+class ServiceHealth:
+    """One service's state."""
+
+    name: str
+    healthy: bool
+    detail: str
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Description:
+    """The running system."""
+
+    version: str
+    bundle_name: str
+    bundle_fingerprint: str
+    max_positions: int
+    max_top_k: int
+    max_question_chars: int
+    max_document_bytes: int
+    services: tuple[ServiceHealth, ...]
+    retriever: Mapping[str, Any]
+    """Fields of GetRetrieverStatusResponse; so below, for each service's own."""
+    encoder: Mapping[str, Any]
+    kv_cache: Mapping[str, Any]
+    decoder: Mapping[str, Any]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every service answered."""
+        return all(service.healthy for service in self.services)
+
+
+@dataclass(frozen=True)
+class TraceSpan:
+    """One finished span."""
+
+    span_id: str
+    parent_span_id: str
+    """Empty: a root."""
+    name: str
+    service: str
+    start_unix_ns: int
+    end_unix_ns: int
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def milliseconds(self) -> float:
+        """How long it took."""
+        return (self.end_unix_ns - self.start_unix_ns) / 1e6
