@@ -95,7 +95,9 @@ class QuestionUser(User):
     def on_start(self) -> None:
         options = self.environment.parsed_options
         # A pool of its own gives each user a connection, as separate clients have.
-        self._channel = grpc.insecure_channel(self.host or "127.0.0.1:9000", options=[("grpc.use_local_subchannel_pool", 1)])
+        self._channel = grpc.insecure_channel(
+            self.host or "127.0.0.1:9000", options=[("grpc.use_local_subchannel_pool", 1)]
+        )
         self._stub = rag_pb2_grpc.RagServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = [("application", "gateway")]
         if options.api_key:
