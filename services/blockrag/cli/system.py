@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from pathlib import Path
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from blockrag.cli import console
@@ -13,6 +14,7 @@ from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
 from blockrag.errors import NotFoundError
 from blockrag.local import LocalSystem
+from blockrag.results import Description
 
 
 def register(app: typer.Typer) -> None:
@@ -54,43 +56,43 @@ def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
 def status(
     settings: SettingsOption = None, target: TargetOption = "", api_key: ApiKeyOption = "", as_json: JsonOption = False
 ) -> None:
-    """Show the services, the bundle, the index and the caches."""
+    """Show the services, the bundle, the index and the caches; exits with 1 when a service is down."""
     with console.errors_to_exit():
         description = asyncio.run(_describe(settings, target, api_key))
         if as_json:
             console.print_json(description)
         else:
             _print_status(description)
-        if not all(service["healthy"] for service in description["services"]):
+        if not description.healthy:
             raise typer.Exit(1)
 
 
-async def _describe(settings: Any, target: str, api_key: str) -> dict[str, Any]:
+async def _describe(settings: Path | None, target: str, api_key: str) -> Description:
     async with connect(settings, target, api_key) as client:
         return await client.describe()
 
 
-def _print_status(description: dict[str, Any]) -> None:
+def _print_status(description: Description) -> None:
     table = Table("service", "state", "ms", "detail")
-    for service in description["services"]:
-        state = "[green]healthy[/]" if service["healthy"] else "[red]down[/]"
-        table.add_row(service["name"], state, f"{service['milliseconds']:.1f}", service["detail"])
+    for service in description.services:
+        state = "[green]healthy[/]" if service.healthy else "[red]down[/]"
+        table.add_row(service.name, state, f"{service.milliseconds:.1f}", escape(service.detail))
     console.out.print(table)
-    cache, decoder, retriever = (description.get(name, {}) for name in ("kv_cache", "decoder", "retriever"))
+    cache, decoder, index = description.kv_cache, description.decoder, description.retriever
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("bundle", f"{description['bundle_name']} {description['bundle_fingerprint'][:12]}")
-    facts.add_row("index", f"{retriever.get('passages', 0)} passages, {retriever.get('backend', '?')}")
+    facts.add_row("bundle", f"{description.bundle_name} {description.bundle_fingerprint[:12]}")
+    facts.add_row("index", f"{index['passages']} passages, {index['backend']}, {index['embedding_model']}")
     facts.add_row(
         "object store cache",
-        f"{cache.get('blocks', 0)} blocks, {_mib(cache.get('bytes', 0))} of {_mib(cache.get('budget_bytes', 0))} MiB, "
-        f"{cache.get('hits', 0)} hits, {cache.get('misses', 0)} misses, {cache.get('evictions', 0)} evicted",
+        f"{cache['blocks']} blocks, {_mib(cache['bytes'])} of {_mib(cache['budget_bytes'])} MiB, "
+        f"{cache['hits']} hits, {cache['misses']} misses, {cache['evictions']} evicted",
     )
     facts.add_row(
         "decoder memory",
-        f"{decoder.get('l1_blocks', 0)} blocks, {_mib(decoder.get('l1_bytes', 0))} of "
-        f"{_mib(decoder.get('l1_budget_bytes', 0))} MiB, {decoder.get('l1_hits', 0)} hits",
+        f"{decoder['l1_blocks']} blocks, {_mib(decoder['l1_bytes'])} of {_mib(decoder['l1_budget_bytes'])} MiB, "
+        f"{decoder['l1_hits']} hits, {decoder['l1_misses']} misses",
     )
-    facts.add_row("sequences", f"{decoder.get('running', 0)} running, {decoder.get('waiting', 0)} waiting")
+    facts.add_row("sequences", f"{decoder['running']} running, {decoder['waiting']} waiting")
     console.out.print(facts)
 
 

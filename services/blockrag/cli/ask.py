@@ -1,0 +1,152 @@
+"""``blockrag ask | retrieve``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from blockrag.cli import console
+from blockrag.cli.connection import connect
+from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
+from blockrag.cli.filters import parse_filters
+from blockrag.client import BlockragClient, GenerateOptions
+from blockrag.errors import UnavailableError
+from blockrag.results import Completion, Retrieved, TraceSpan
+
+FilterOption = Annotated[
+    list[str] | None, typer.Option("--filter", "-f", help="Metadata: key=value, key!=a,b, key>=1, key<=2.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command(epilog="Example: blockrag ask 'What is the capital of Fiji?' -c almanac --trace")(ask)
+    app.command(epilog="Example: blockrag retrieve 'capital of Fiji' -c almanac -k 3 --json")(retrieve)
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    collection: CollectionOption = "default",
+    top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Passages to retrieve.")] = None,
+    mode: Annotated[Literal["block", "full", "none"], typer.Option(help="How to attend.")] = "block",
+    filters: FilterOption = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus mass.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds to wait.")] = None,
+    max_context_tokens: Annotated[int | None, typer.Option(help="Most passage tokens in the prompt.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Show the tree of spans.")] = False,
+    settings: SettingsOption = None,
+    target: TargetOption = "",
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a question; the answer streams in, with the passages that it was read from."""
+    given = {
+        "top_k": top_k,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop,
+        "timeout_s": timeout,
+        "max_context_tokens": max_context_tokens,
+    }
+    with console.errors_to_exit():
+        options = GenerateOptions(collection=collection, attention_mode=mode, filter=parse_filters(filters or []))
+        options.update({key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+        asyncio.run(_ask(connect(settings, target, api_key), question, options, trace, as_json))
+
+
+async def _ask(
+    client: BlockragClient, question: str, options: GenerateOptions, with_trace: bool, as_json: bool
+) -> None:
+    async with client:
+        retrieved, completion = Retrieved(()), None
+        async for event in client.generate(question, **options):
+            if isinstance(event, Retrieved):
+                retrieved = event
+            elif isinstance(event, Completion):
+                completion = event
+            elif not as_json:
+                console.out.print(event, end="", markup=False, highlight=False)
+        if completion is None:
+            raise UnavailableError("the answer ended without its completion; ask again")
+        spans = await client.trace(completion.trace_id) if with_trace else ()
+        if as_json:
+            answer = {"retrieved": retrieved, "completion": completion}
+            console.print_json({**answer, "trace": spans} if with_trace else answer)
+            return
+        console.out.print()
+        print_citations(completion)
+        if with_trace:
+            console.out.print(span_tree(spans))
+
+
+def print_citations(completion: Completion) -> None:
+    """Citations, usage and stage times, for people."""
+    for citation in completion.citations:
+        place = f"{citation.title} · {citation.document_id}" if citation.document_id else citation.title
+        note = "" if citation.in_prompt else f" — dropped: {citation.dropped_reason}"
+        console.out.print(f"  [dim][{citation.index + 1}] {escape(place)}, {citation.tokens} tokens{note}[/]")
+    usage = completion.usage
+    stages = "  ".join(f"{name} {value:.1f}" for name, value in completion.stages_ms.items())
+    console.out.print(
+        f"  [dim]first token {completion.time_to_first_token_ms:.1f} ms · {usage.prompt_tokens} prompt tokens, "
+        f"{usage.cached_tokens} cached · ms: {stages}[/]",
+        highlight=False,
+    )
+
+
+def span_tree(spans: tuple[TraceSpan, ...]) -> Tree:
+    """The spans of one trace as a tree, each with its service, its start and how long it took."""
+    known = {span.span_id for span in spans}
+    start = min((span.start_unix_ns for span in spans), default=0)
+    root = Tree("trace")
+
+    def add(parent: Tree, parent_id: str | None) -> None:
+        for span in spans:
+            is_root = span.parent_span_id not in known
+            if span.parent_span_id == parent_id or (parent_id is None and is_root):
+                failed = f" [red]{escape(span.error)}[/]" if span.error else ""
+                offset = (span.start_unix_ns - start) / 1e6
+                label = f"[bold]{escape(span.name)}[/] [dim]{span.service}[/] {span.milliseconds:.1f} ms"
+                add(parent.add(f"{label} [dim]at {offset:.1f}[/]{failed}", highlight=False), span.span_id)
+
+    add(root, None)
+    return root
+
+
+def retrieve(
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    collection: CollectionOption = "default",
+    top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Passages to retrieve.")] = None,
+    filters: FilterOption = None,
+    settings: SettingsOption = None,
+    target: TargetOption = "",
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Search without answering."""
+
+    async def run() -> None:
+        async with connect(settings, target, api_key) as client:
+            conditions = parse_filters(filters or [])
+            passages = await client.retrieve(query, collection=collection, top_k=top_k, filter=conditions)
+        if as_json:
+            console.print_json(list(passages))
+            return
+        table = Table("score", "document", "passage", show_lines=True)
+        for passage in passages:
+            table.add_row(f"{passage.score:.4f}", passage.document_id, escape(passage.text))
+        console.out.print(table)
+
+    with console.errors_to_exit():
+        asyncio.run(run())

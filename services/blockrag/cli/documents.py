@@ -1,0 +1,228 @@
+"""``blockrag ingest | list | delete | warm``."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from blockrag.cli import console
+from blockrag.cli.connection import connect
+from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
+from blockrag.client import BlockragClient
+from blockrag.errors import BlockragError, InvalidRequestError
+from blockrag.results import IngestedDocument, WarmProgress
+
+SUFFIXES = (".txt", ".md", ".markdown", ".html", ".htm", ".pdf", ".jsonl")
+"""What a directory is searched for."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or the sample corpus, on its way in."""
+
+    document_id: str
+    path: Path | None
+    """None: the sample corpus."""
+
+    async def send(self, client: BlockragClient, collection: str) -> tuple[IngestedDocument, ...]:
+        """Streams it to the server."""
+        if self.path is not None:
+            return await client.ingest_file(self.path, collection=collection, document_id=self.document_id)
+        from blockrag.corpus.sample import articles_path
+
+        content = gzip.decompress(articles_path().read_bytes())
+        return await client.ingest_bytes(
+            self.document_id, content, collection=collection, media_type="application/jsonl"
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command(epilog="Examples: blockrag ingest handbook.pdf docs/ -c work · blockrag ingest --almanac")(ingest)
+    app.command("list", epilog="Example: blockrag list -c work --json")(list_documents)
+    app.command(epilog="Examples: blockrag delete handbook.pdf -c work · blockrag delete --all -c work --yes")(delete)
+    app.command(epilog="Example: blockrag warm -c work --pin")(warm)
+
+
+def ingest(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Files, or directories to search.")] = None,
+    collection: CollectionOption = "default",
+    almanac: Annotated[bool, typer.Option("--almanac", help="Ingest the sample corpus instead.")] = False,
+    settings: SettingsOption = None,
+    target: TargetOption = "",
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Store documents (txt, md, html, pdf, jsonl). The same again changes nothing, a changed one replaces it."""
+    with console.errors_to_exit():
+        if almanac == bool(paths):
+            raise InvalidRequestError("paths", "give files or directories, or --almanac")
+        if almanac and collection == "default":
+            collection = "almanac"
+        sources = [Source("almanac.jsonl", None)] if almanac else list(find_sources(paths or []))
+        if not sources:
+            raise InvalidRequestError("paths", f"no files ending in {', '.join(SUFFIXES)} found")
+        failed = asyncio.run(_ingest(connect(settings, target, api_key), sources, collection, as_json))
+        if failed:
+            raise typer.Exit(1)
+
+
+def find_sources(paths: list[Path]) -> Iterator[Source]:
+    """Files as they are named; files of directories with their path below the directory as the id.
+
+    Raises ``InvalidRequestError`` for a path that does not exist.
+    """
+    for path in paths:
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.is_file() and file.suffix.lower() in SUFFIXES:
+                    yield Source(file.relative_to(path).as_posix(), file)
+        elif path.is_file():
+            yield Source(path.name, path)
+        else:
+            raise InvalidRequestError("paths", f"{path} does not exist")
+
+
+async def _ingest(client: BlockragClient, sources: list[Source], collection: str, as_json: bool) -> int:
+    counts = {"created": 0, "replaced": 0, "unchanged": 0, "failed": 0}
+    passages = 0
+    async with client:
+        with console.progress_bar() as bar:
+            task = bar.add_task("ingesting", total=len(sources))
+            for source in sources:
+                bar.update(task, description=source.document_id)
+                try:
+                    stored = await source.send(client, collection)
+                except (BlockragError, OSError) as error:
+                    # One bad file must not keep the others out.
+                    counts["failed"] += 1
+                    bar.console.print(f"[red]failed[/] {source.document_id}: {error}", highlight=False)
+                    if as_json:
+                        console.print_json_line({"document_id": source.document_id, "error": str(error)})
+                else:
+                    for document in stored:
+                        counts[document.outcome] += 1
+                        passages += document.passages
+                        if as_json:
+                            console.print_json_line(document)
+                bar.advance(task)
+    if not as_json:
+        text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        console.out.print(f"{text}; {passages} passages in collection '{collection}'")
+    return counts["failed"]
+
+
+def list_documents(
+    collection: CollectionOption = "",
+    settings: SettingsOption = None,
+    target: TargetOption = "",
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List a collection's documents, or the collections when none is named."""
+
+    async def collections() -> None:
+        async with connect(settings, target, api_key) as client:
+            found = await client.list_collections()
+        if as_json:
+            console.print_json(list(found))
+            return
+        table = Table("collection", "documents", "passages")
+        for item in found:
+            table.add_row(item.name, str(item.documents), str(item.passages))
+        console.out.print(table)
+
+    async def documents() -> None:
+        async with connect(settings, target, api_key) as client:
+            found = [item async for item in client.list_documents(collection=collection)]
+        if as_json:
+            console.print_json(found)
+            return
+        table = Table("document", "title", "passages", "version")
+        for item in found:
+            table.add_row(item.document_id, item.title, str(item.passages), item.version[:12])
+        console.out.print(table)
+
+    with console.errors_to_exit():
+        asyncio.run(documents() if collection else collections())
+
+
+def delete(
+    document_ids: Annotated[list[str] | None, typer.Argument(help="Documents to remove.")] = None,
+    collection: CollectionOption = "default",
+    everything: Annotated[bool, typer.Option("--all", help="Remove the whole collection.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    settings: SettingsOption = None,
+    target: TargetOption = "",
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Remove documents, or a collection, with their passages and cached attention state."""
+
+    async def run() -> list[dict[str, object]]:
+        async with connect(settings, target, api_key) as client:
+            if everything:
+                gone = await client.delete_collection(collection)
+                return [{"collection": collection, **vars(gone)}]
+            return [
+                {"document_id": name, **vars(await client.delete_document(name, collection=collection))}
+                for name in document_ids or []
+            ]
+
+    with console.errors_to_exit():
+        if everything == bool(document_ids):
+            raise InvalidRequestError("document_ids", "give documents, or --all")
+        if everything and not yes:
+            typer.confirm(f"Remove collection '{collection}' with everything in it?", abort=True)
+        removed = asyncio.run(run())
+        if as_json:
+            console.print_json(removed)
+            return
+        for item in removed:
+            name = item.get("document_id", f"collection '{collection}'")
+            console.out.print(f"removed {name}: {item['passages']} passages, {item['purged_blocks']} cached blocks")
+
+
+def warm(
+    document_ids: Annotated[list[str] | None, typer.Argument(help="Documents; default: all.")] = None,
+    collection: CollectionOption = "default",
+    pin: Annotated[bool, typer.Option("--pin", help="Keep them when the cache runs full.")] = False,
+    settings: SettingsOption = None,
+    target: TargetOption = "",
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Encode passages ahead of time, so that the first question finds them in the cache."""
+    with console.errors_to_exit():
+        last = asyncio.run(_warm(connect(settings, target, api_key), collection, document_ids or [], pin))
+        if as_json:
+            console.print_json(last)
+            return
+        console.out.print(
+            f"{last.total} passages: {last.hits} were warm, {last.total - last.hits} encoded "
+            f"({last.encoded_bytes / 2**20:.0f} MiB)"
+        )
+        if last.over_budget:
+            console.err.print("[yellow]the cache's byte budget does not hold all of it: raise kv_cache.budget_mb[/]")
+
+
+async def _warm(client: BlockragClient, collection: str, document_ids: list[str], pin: bool) -> WarmProgress:
+    async with client:
+        return await show_warming(client.warm(collection=collection, document_ids=document_ids, pin=pin))
+
+
+async def show_warming(steps: AsyncIterator[WarmProgress]) -> WarmProgress:
+    """Shows the progress of a warming; returns its last step."""
+    last = WarmProgress(0, 0, 0, 0, False)
+    with console.progress_bar() as bar:
+        task = bar.add_task("warming", total=None)
+        async for last in steps:
+            bar.update(task, completed=last.done, total=last.total)
+    return last

@@ -1,0 +1,122 @@
+"""Time to first token over gRPC, through every service, for each state that a prompt's blocks can be in.
+
+Passages are given with the request, so retrieval is left out and contexts have the sizes that are asked for. Within
+one repeat the states follow each other for the same passages; repeats are interleaved over the contexts, so that a
+change of the machine's speed meets them all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from blockrag.client import BlockragClient
+from blockrag.results import Answer, GivenPassage
+
+State = Literal["none", "full", "block_cold", "block_store", "block_l1"]
+STATES: tuple[State, ...] = ("none", "full", "block_cold", "block_store", "block_l1")
+
+
+@dataclass(frozen=True)
+class GrpcSample:
+    """One answer's first token."""
+
+    state: State
+    context_tokens: int
+    """Passage tokens asked for."""
+    prompt_tokens: int
+    cached_tokens: int
+    l1_tokens: int
+    store_tokens: int
+    client_ms: float
+    """Sending the request to receiving the first text, in the client."""
+    server_ms: float
+    """The same in the gateway."""
+    stages_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked."""
+
+    question: str
+    contexts: dict[int, tuple[GivenPassage, ...]]
+    """Context size in tokens to passages."""
+    displacing: tuple[GivenPassage, ...]
+    """Passages that together fill the decoder's own memory, so that others are read from the object store again."""
+
+
+async def measure_grpc_ttft(
+    client: BlockragClient,
+    workload: Workload,
+    *,
+    states: Sequence[State] = STATES,
+    repeats: int = 20,
+    warmup: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[GrpcSample]:
+    """Samples of every context and state; ``warmup`` repeats are run and not kept."""
+    samples: list[GrpcSample] = []
+    total = (repeats + warmup) * len(workload.contexts)
+    done = 0
+    for repeat in range(-warmup, repeats):
+        for context_tokens, passages in workload.contexts.items():
+            for state in states:
+                answer, first_ms = await _ask(client, workload, passages, state, repeat)
+                if repeat >= 0:
+                    samples.append(_sample(state, context_tokens, answer, first_ms))
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+    return samples
+
+
+async def _ask(
+    client: BlockragClient, workload: Workload, passages: tuple[GivenPassage, ...], state: State, repeat: int
+) -> tuple[Answer, float]:
+    if state == "none":
+        return await _timed(client, workload.question, passages, "none")
+    if state == "full":
+        return await _timed(client, workload.question, passages, "full")
+    if state == "block_cold":
+        # A title that was never used makes blocks that nobody has encoded.
+        stamp = f"{time.time_ns() % 10**9}"
+        fresh = tuple(GivenPassage(_stamped(passage.text, stamp), passage.title) for passage in passages)
+        return await _timed(client, workload.question, fresh, "block")
+    if state == "block_store":
+        # Asked once so that the store has them, then displaced from the decoder's own memory.
+        await _timed(client, workload.question, passages, "block")
+        await _timed(client, workload.question, workload.displacing, "block")
+        return await _timed(client, workload.question, passages, "block")
+    await _timed(client, workload.question, passages, "block")
+    return await _timed(client, workload.question, passages, "block")
+
+
+async def _timed(
+    client: BlockragClient, question: str, passages: tuple[GivenPassage, ...], mode: Literal["block", "full", "none"]
+) -> tuple[Answer, float]:
+    answer = await client.ask(question, passages=passages, attention_mode=mode, max_tokens=2)
+    # An answer may be empty text: then the first token's time is the gateway's, plus nothing that a client sees.
+    return answer, answer.client_time_to_first_token_ms or answer.completion.time_to_first_token_ms
+
+
+def _stamped(text: str, stamp: str) -> str:
+    """The text with its first digits' worth of characters replaced, so that its length in tokens hardly changes."""
+    return stamp + text[len(stamp) :]
+
+
+def _sample(state: State, context_tokens: int, answer: Answer, first_ms: float) -> GrpcSample:
+    usage = answer.completion.usage
+    return GrpcSample(
+        state=state,
+        context_tokens=context_tokens,
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        l1_tokens=usage.l1_tokens,
+        store_tokens=usage.store_tokens,
+        client_ms=first_ms,
+        server_ms=answer.completion.time_to_first_token_ms,
+        stages_ms=dict(answer.completion.stages_ms),
+    )
