@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -29,7 +29,7 @@ class BlockCounter:
         self._tokenizer = tokenizer
         self._carried = before[len(before.rstrip(" ")) :]
         self._fast = _backend(tokenizer)
-        self._word_counts: dict[str, int] = {}
+        self._word_counts = _WordCounts(self.text_count)
         # Calling a transformers tokenizer sets flags on it.
         self._calling = threading.Lock()
 
@@ -62,27 +62,28 @@ class BlockCounter:
 
         Right for vocabularies that never merge across a space, up to words that follow a newline.
         """
-        known = self._word_counts
-        total = text.count("\n")
-        for word in text.split():
-            count = known.get(word)
-            if count is None:
-                count = self._word_count(word)
-            total += count
-        return total
-
-    def _word_count(self, word: str) -> int:
-        count = self.text_count(word)
-        if len(word) <= _CACHED_WORD_CHARS:
-            if len(self._word_counts) >= _CACHED_WORDS:
-                self._word_counts.clear()
-            self._word_counts[word] = count
-        return count
+        return text.count("\n") + sum(map(self._word_counts.__getitem__, text.split()))
 
     def _encode(self, piece: str) -> list[int]:
         with self._calling:
             encoded = self._tokenizer(piece, add_special_tokens=False, split_special_tokens=True)
         return list(encoded["input_ids"])
+
+
+class _WordCounts(dict[str, int]):
+    """Counts of words, kept up to a limit. A dict, so that a known word costs no Python call."""
+
+    def __init__(self, count: Callable[[str], int]) -> None:
+        super().__init__()
+        self._count = count
+
+    def __missing__(self, word: str) -> int:
+        count = self._count(word)
+        if len(word) <= _CACHED_WORD_CHARS:
+            if len(self) >= _CACHED_WORDS:
+                self.clear()
+            self[word] = count
+        return count
 
 
 def _backend(tokenizer: Any) -> Tokenizer | None:

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 
-_HIDDEN = frozenset({"script", "style", "template", "noscript", "svg", "math", "iframe", "object", "select", "textarea"})
+_HIDDEN = frozenset(
+    ("script", "style", "template", "noscript", "svg", "math", "iframe", "object", "select", "textarea")
+)
 _BLOCKS = frozenset(
-    "address article aside blockquote body dd details dialog div dl dt fieldset figcaption figure footer form h1 h2 h3"
-    " h4 h5 h6 header hr li main nav ol p pre section summary table tbody tfoot thead tr ul caption".split()
+    "address,article,aside,blockquote,body,caption,dd,details,dialog,div,dl,dt,fieldset,figcaption,figure,footer,form,"
+    "h1,h2,h3,h4,h5,h6,header,hr,li,main,nav,ol,p,pre,section,summary,table,tbody,tfoot,thead,tr,ul".split(",")  # noqa: SIM905
 )
 _CELLS = frozenset({"td", "th"})
 _LIST_ITEMS = frozenset({"li", "tr", "dt", "dd"})

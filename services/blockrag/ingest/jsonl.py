@@ -70,7 +70,7 @@ def _document(number: int, line: bytes) -> JsonDocument:
     if not isinstance(value, dict):
         _refuse(number, "is not a JSON object")
     if unknown := sorted(value.keys() - _KEYS):
-        _refuse(number, f"unknown key {unknown[0][:80]!r}; put further fields into \"metadata\"")
+        _refuse(number, f'unknown key {unknown[0][:80]!r}; put further fields into "metadata"')
     document_id = value.get("id")
     if isinstance(document_id, int) and not isinstance(document_id, bool):
         document_id = str(document_id)

@@ -94,8 +94,8 @@ def media_type_of(declared: str, document_id: str) -> MediaType:
 def read_text(spool: BinaryIO) -> Iterator[str]:
     """The text of a UTF-8 file from its start, in pieces of about ``READ_BYTES``, newlines as ``\\n``.
 
-    A byte order mark and control characters are left out. Others may move the file's position meanwhile. Raises ``InvalidRequestError`` naming the byte offset of
-    what is not UTF-8, or saying what kind of file it seems to be.
+    A byte order mark and control characters are left out. Others may move the file's position meanwhile. Raises
+    ``InvalidRequestError`` naming the byte offset of what is not UTF-8, or saying what kind of file it seems to be.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")("strict")
     newlines = io.IncrementalNewlineDecoder(None, translate=True)

@@ -79,9 +79,7 @@ def _prepare_file(
     return _prepare(source, parsed, media_type, _file_hash(spool), splitter)
 
 
-def _prepare_lines(
-    spool: BinaryIO, source: SourceDocument, splitter: PassageSplitter
-) -> Iterator[PreparedDocument]:
+def _prepare_lines(spool: BinaryIO, source: SourceDocument, splitter: PassageSplitter) -> Iterator[PreparedDocument]:
     check_jsonl(spool)
     empty = True
     for line in read_jsonl(spool):

@@ -1,0 +1,150 @@
+"""The embedded index's catalogue: collections and visible documents, in SQLite beside the shards."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from blockrag.errors import DataError, SettingsError
+from blockrag.retriever.base import Counts, Document, EmbeddingInfo
+from blockrag.retriever.identity import CollectionId
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS properties (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS collections (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, name TEXT NOT NULL, UNIQUE (tenant, name)
+);
+CREATE TABLE IF NOT EXISTS documents (
+    collection INTEGER NOT NULL REFERENCES collections (number) ON DELETE CASCADE,
+    document_id TEXT NOT NULL, version TEXT NOT NULL, title TEXT NOT NULL, metadata TEXT NOT NULL,
+    passages INTEGER NOT NULL, synced INTEGER NOT NULL,
+    PRIMARY KEY (collection, document_id)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS unsynced ON documents (collection) WHERE synced = 0;
+"""
+_FORMAT = "1"
+_COLUMNS = "document_id, version, title, passages, metadata"
+_IDS_AT_A_TIME = 500
+
+
+class Catalogue:
+    """Use it in one thread. A document is *synced* once its passages were flushed to disk."""
+
+    def __init__(self, path: Path, embedding: EmbeddingInfo) -> None:
+        """Raises ``SettingsError`` when the index holds another model's vectors, ``DataError`` when damaged."""
+        self._path = path
+        self._database = sqlite3.connect(path, isolation_level=None)
+        with self._guarded():
+            # A killed process loses nothing; what a power failure may lose, syncing makes up for.
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute("PRAGMA foreign_keys = ON")
+            self._database.executescript(_SCHEMA)
+            self._check("format", _FORMAT, "its format is")
+            self._check("embedding", f"{embedding.fingerprint} {embedding.dimensions}", "its embedding model is")
+
+    def close(self) -> None:
+        self._database.close()
+
+    def collection_number(self, collection: CollectionId) -> int | None:
+        """The collection's number, which names its shard's directory; None: unknown."""
+        rows = self._rows("SELECT number FROM collections WHERE tenant = ? AND name = ?", *_key(collection))
+        return int(rows[0][0]) if rows else None
+
+    def add_collection(self, collection: CollectionId) -> int:
+        """Makes a collection. Numbers are never used again."""
+        self._rows("INSERT INTO collections (tenant, name) VALUES (?, ?)", *_key(collection))
+        number = self.collection_number(collection)
+        assert number is not None
+        return number
+
+    def remove_collection(self, number: int) -> None:
+        self._rows("DELETE FROM collections WHERE number = ?", number)
+
+    def collections(self) -> dict[CollectionId, int]:
+        """All collections with their numbers, sorted."""
+        rows = self._rows("SELECT tenant, name, number FROM collections")
+        return {CollectionId(tenant, name): number for tenant, name, number in sorted(rows)}
+
+    def put(self, number: int, document: Document) -> None:
+        """Makes a version the visible one: the single step that readers see."""
+        self._rows(
+            f"INSERT OR REPLACE INTO documents (collection, {_COLUMNS}, synced) VALUES (?, ?, ?, ?, ?, ?, 0)",
+            number,
+            document.document_id,
+            document.version,
+            document.title,
+            document.passages,
+            json.dumps(document.metadata, ensure_ascii=False),
+        )
+
+    def remove(self, number: int, document_id: str) -> None:
+        self._rows("DELETE FROM documents WHERE collection = ? AND document_id = ?", number, document_id)
+
+    def document(self, number: int, document_id: str) -> Document | None:
+        found = self.find(number, [document_id])
+        return found[0] if found else None
+
+    def find(self, number: int, document_ids: Sequence[str]) -> list[Document]:
+        """Those of these documents that are visible, by id."""
+        unique = sorted(set(document_ids))
+        found: list[Document] = []
+        for start in range(0, len(unique), _IDS_AT_A_TIME):
+            part = unique[start : start + _IDS_AT_A_TIME]
+            marks = ", ".join("?" * len(part))
+            query = f"SELECT {_COLUMNS} FROM documents WHERE collection = ? AND document_id IN ({marks})"
+            found += [self._document(row) for row in self._rows(f"{query} ORDER BY document_id", number, *part)]
+        return found
+
+    def page(self, number: int, after: str, limit: int) -> list[Document]:
+        """Documents whose id sorts after ``after``, by id."""
+        query = f"SELECT {_COLUMNS} FROM documents WHERE collection = ? AND document_id > ?"
+        rows = self._rows(f"{query} ORDER BY document_id LIMIT ?", number, after, limit)
+        return [self._document(row) for row in rows]
+
+    def counts(self, number: int) -> Counts:
+        query = "SELECT COUNT(*), COALESCE(SUM(passages), 0) FROM documents WHERE collection = ?"
+        ((documents, passages),) = self._rows(query, number)
+        return Counts(int(documents), int(passages))
+
+    def unsynced(self, number: int) -> list[Document]:
+        """Documents whose passages may not be on disk yet."""
+        query = f"SELECT {_COLUMNS} FROM documents WHERE collection = ? AND synced = 0"
+        return [self._document(row) for row in self._rows(query, number)]
+
+    def mark_synced(self, number: int) -> None:
+        self._rows("UPDATE documents SET synced = 1 WHERE collection = ? AND synced = 0", number)
+
+    def _check(self, name: str, value: str, what: str) -> None:
+        self._rows("INSERT OR IGNORE INTO properties (name, value) VALUES (?, ?)", name, value)
+        ((stored,),) = self._rows("SELECT value FROM properties WHERE name = ?", name)
+        if stored != value:
+            raise SettingsError(
+                f"the index in {self._path.parent} does not fit: {what} {stored!r}, not {value!r};"
+                " set retriever.path to a new directory and ingest again, or go back to the old setting"
+            )
+
+    def _document(self, row: tuple[str, str, str, int, str]) -> Document:
+        document_id, version, title, passages, metadata = row
+        return Document(document_id, version, title, passages, json.loads(metadata))
+
+    def _rows(self, statement: str, *values: object) -> list[Any]:
+        with self._guarded():
+            return self._database.execute(statement, values).fetchall()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"the index's catalogue {self._path} is damaged: {error}") from error
+
+
+def _key(collection: CollectionId) -> tuple[str, str]:
+    return collection.tenant, collection.name

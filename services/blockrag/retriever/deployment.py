@@ -1,0 +1,99 @@
+"""The retriever as a Serve application."""
+
+from __future__ import annotations
+
+import torch
+from ray import serve
+from ray.serve import Application
+from ray.serve.grpc_util import RayServegRPCContext
+
+from blockrag.grpc_status import translate_errors
+from blockrag.retriever.opening import check_settings, open_service
+from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.telemetry import setup_telemetry
+from blockrag.v1 import retriever_pb2 as pb
+
+
+@serve.deployment
+class Retriever:
+    """Serves ``blockrag.v1.RetrieverService``."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
+        setup_telemetry("retriever", settings)
+        torch.set_num_threads(settings.retriever.threads)
+        self._service = open_service(settings)
+        await self._service.start()
+
+    @translate_errors
+    async def Search(
+        self, request: pb.SearchRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> pb.SearchResponse:
+        """Finds the passages nearest to a query."""
+        return await self._service.Search(request)
+
+    @translate_errors
+    async def AddPassages(
+        self, request: pb.AddPassagesRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> pb.AddPassagesResponse:
+        """Stages passages of a version that is not visible yet."""
+        return await self._service.AddPassages(request)
+
+    @translate_errors
+    async def CommitDocument(
+        self, request: pb.CommitDocumentRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> pb.CommitDocumentResponse:
+        """Makes a staged version visible and removes the older one."""
+        return await self._service.CommitDocument(request)
+
+    @translate_errors
+    async def RemoveDocument(
+        self, request: pb.RemoveDocumentRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> pb.RemoveDocumentResponse:
+        """Removes a document."""
+        return await self._service.RemoveDocument(request)
+
+    @translate_errors
+    async def RemoveCollection(
+        self, request: pb.RemoveCollectionRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> pb.RemoveCollectionResponse:
+        """Removes a collection."""
+        return await self._service.RemoveCollection(request)
+
+    @translate_errors
+    async def ScanDocuments(
+        self, request: pb.ScanDocumentsRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> pb.ScanDocumentsResponse:
+        """Pages through documents."""
+        return await self._service.ScanDocuments(request)
+
+    @translate_errors
+    async def ScanPassages(
+        self, request: pb.ScanPassagesRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> pb.ScanPassagesResponse:
+        """Gives documents' passages."""
+        return await self._service.ScanPassages(request)
+
+    @translate_errors
+    async def ScanCollections(
+        self, request: pb.ScanCollectionsRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> pb.ScanCollectionsResponse:
+        """Lists a tenant's collections."""
+        return await self._service.ScanCollections(request)
+
+    @translate_errors
+    async def GetRetrieverStatus(
+        self, request: pb.GetRetrieverStatusRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> pb.GetRetrieverStatusResponse:
+        """Describes the index."""
+        return await self._service.GetRetrieverStatus(request)
+
+
+def build(args: AppArgs) -> Application:
+    """The application, as named in a Serve configuration file. Raises ``SettingsError``."""
+    settings = load_settings(args.settings_file or None)
+    check_settings(settings)
+    return Retriever.options(  # type: ignore[no-any-return]
+        num_replicas=settings.retriever.replicas,
+        max_ongoing_requests=256,
+        ray_actor_options={"num_cpus": 0.2},
+    ).bind(settings)

@@ -1,0 +1,167 @@
+"""The embedded index as a ``VectorIndex``: a worker process that holds it, and the wire to it."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from blockrag.errors import UnavailableError
+from blockrag.retriever.base import (
+    STAGED_FOR_S,
+    Counts,
+    Document,
+    EmbeddedPassage,
+    EmbeddingInfo,
+    FoundPassage,
+    Passage,
+    Replaced,
+    SearchQuery,
+    VectorIndex,
+)
+from blockrag.retriever.edge_worker import HEADER_BYTES, Answer, Call, Opening, frame
+from blockrag.retriever.identity import CollectionId
+
+_LOCK_WAIT_S = 20.0
+_STOP_WAIT_S = 10.0
+
+
+class EdgeIndex(VectorIndex):
+    """Collections under one directory. The worker starts with the first call, and again when it died."""
+
+    def __init__(self, path: Path, embedding: EmbeddingInfo, *, lock_wait_s: float = _LOCK_WAIT_S) -> None:
+        """``lock_wait_s``: how long to wait for another process to let the directory go."""
+        self._opening = Opening(path, embedding, lock_wait_s)
+        self._worker: _Worker | None = None
+        self._starting = asyncio.Lock()
+
+    async def stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage]) -> None:
+        await self._call("stage", collection, list(passages))
+
+    async def commit(self, collection: CollectionId, document: Document) -> Replaced:
+        return await self._call("commit", collection, document)  # type: ignore[no-any-return]
+
+    async def remove_document(self, collection: CollectionId, document_id: str) -> int:
+        return await self._call("remove_document", collection, document_id)  # type: ignore[no-any-return]
+
+    async def remove_collection(self, collection: CollectionId) -> Counts:
+        return await self._call("remove_collection", collection)  # type: ignore[no-any-return]
+
+    async def search(self, collection: CollectionId, query: SearchQuery) -> list[FoundPassage]:
+        return await self._call("search", collection, query)  # type: ignore[no-any-return]
+
+    async def documents(self, collection: CollectionId, after: str, limit: int) -> list[Document]:
+        return await self._call("documents", collection, after, limit)  # type: ignore[no-any-return]
+
+    async def find_documents(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Document]:
+        return await self._call("find_documents", collection, list(document_ids))  # type: ignore[no-any-return]
+
+    async def passages(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Passage]:
+        return await self._call("passages", collection, list(document_ids))  # type: ignore[no-any-return]
+
+    async def counts(self, collection: CollectionId) -> Counts:
+        return await self._call("counts", collection)  # type: ignore[no-any-return]
+
+    async def collections(self, tenant: str | None) -> list[CollectionId]:
+        return await self._call("collections", tenant)  # type: ignore[no-any-return]
+
+    async def sweep(self, older_than_s: float = STAGED_FOR_S) -> None:
+        await self._call("sweep", older_than_s)
+
+    async def close(self) -> None:
+        if self._worker is not None:
+            worker, self._worker = self._worker, None
+            await worker.stop()
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        async with self._starting:
+            if self._worker is None or self._worker.gone:
+                self._worker = await _Worker.start(self._opening)
+            worker = self._worker
+        return await worker.call(Call(method, arguments))
+
+
+class _Worker:
+    """One worker process. It answers in order, so a queue of waiting calls is all the bookkeeping."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._waiting: deque[asyncio.Future[Answer]] = deque()
+        self._receiving = asyncio.create_task(self._receive())
+        self.gone = False
+
+    @classmethod
+    async def start(cls, opening: Opening) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
+                [sys.executable, "-m", __name__.rpartition(".")[0] + ".edge_worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        reader, writer = await asyncio.open_connection(sock=ours)
+        worker = cls(process, reader, writer)
+        try:
+            await worker.call(opening)
+        except BaseException:
+            await worker.stop()
+            raise
+        return worker
+
+    async def call(self, message: object) -> Any:
+        if self.gone:
+            raise _stopped()
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        self._writer.write(frame(message))
+        answer = await future
+        if answer.error is not None:
+            raise answer.error
+        return answer.value
+
+    async def stop(self) -> None:
+        """Lets the worker make everything durable and end."""
+        self.gone = True
+        self._writer.close()
+        self._receiving.cancel()
+        try:
+            await asyncio.to_thread(self._process.wait, _STOP_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        self._fail_waiting()
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                size = int.from_bytes(await self._reader.readexactly(HEADER_BYTES), "little")
+                answer = pickle.loads(await self._reader.readexactly(size))
+                future = self._waiting.popleft()
+                # Whoever waited may have been cancelled meanwhile.
+                if not future.done():
+                    future.set_result(answer)
+        except (asyncio.IncompleteReadError, OSError):
+            self.gone = True
+            self._writer.close()
+            self._fail_waiting()
+            await asyncio.to_thread(self._process.wait)
+
+    def _fail_waiting(self) -> None:
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(_stopped())
+
+
+def _stopped() -> UnavailableError:
+    return UnavailableError("the vector index stopped; send the request again")

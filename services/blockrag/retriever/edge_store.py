@@ -1,0 +1,366 @@
+"""The embedded index: one Qdrant shard on disk for each collection, and the catalogue.
+
+Synchronous and for one thread: Qdrant's engine holds Python's lock while it works (an ``optimize`` for seconds), so
+this runs in a process of its own, see ``edge_worker``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import qdrant_edge as qdrant
+
+from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
+from blockrag.retriever import payload as fields
+from blockrag.retriever.base import (
+    STAGED_FOR_S,
+    Counts,
+    Document,
+    EmbeddedPassage,
+    EmbeddingInfo,
+    FoundPassage,
+    Passage,
+    Replaced,
+    SearchQuery,
+    too_few_staged,
+    unknown_collection,
+    unknown_document,
+)
+from blockrag.retriever.catalogue import Catalogue
+from blockrag.retriever.filters import AnyTerm, Condition
+from blockrag.retriever.fusion import rank, reciprocal_rank_fusion
+from blockrag.retriever.identity import CollectionId
+
+_logger = logging.getLogger(__name__)
+
+FLUSH_AFTER_S = 2.0
+"""Longest time that a change waits to be flushed. A flush costs 20 to 200 ms whatever its size."""
+OPTIMIZE_AFTER_POINTS = 4000
+"""Changed points after which segments are optimized: about a second of work each time."""
+_SEGMENT_KB = 8000
+_INDEXING_KB = 4000
+_STALE_STAGED_S = 3600
+_LOCK_POLL_S = 0.1
+_SCROLL_LIMIT = 1000
+
+
+@dataclass
+class _Shard:
+    shard: qdrant.EdgeShard
+    changed_points: int = 0
+
+
+class EdgeStore:
+    """Collections under one directory, for one process at a time. Methods as in ``VectorIndex``."""
+
+    def __init__(self, path: Path, embedding: EmbeddingInfo, lock_wait_s: float) -> None:
+        """Raises ``UnavailableError`` when another process holds the directory for longer than ``lock_wait_s``."""
+        path.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._embedding = embedding
+        self._lock = _locked(path / "lock", lock_wait_s)
+        self._catalogue = Catalogue(path / "catalogue.sqlite", embedding)
+        self._shards: dict[int, _Shard] = {}
+        self._unflushed: dict[int, float] = {}
+        self._remove_leftovers()
+
+    def stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage]) -> None:
+        number = self._catalogue.collection_number(collection)
+        if number is None:
+            number = self._catalogue.add_collection(collection)
+        first = passages[0].passage
+        current = self._catalogue.document(number, first.document_id)
+        if current is not None and current.version == first.version:
+            return
+        staged_at = time.time()
+        points = [
+            qdrant.Point(
+                item.passage.passage_id,
+                {fields.DENSE: item.dense.tolist(), fields.BM25: _sparse(item.sparse)},
+                fields.passage_payload(item.passage, staged_at),
+            )
+            for item in passages
+        ]
+        self._update(number, qdrant.UpdateOperation.upsert_points(points), len(points))
+
+    def commit(self, collection: CollectionId, document: Document) -> Replaced:
+        number = self._catalogue.collection_number(collection)
+        if number is None:
+            raise InvalidRequestError("passages", too_few_staged(0, document))
+        current = self._catalogue.document(number, document.document_id)
+        if current is not None and current.version == document.version:
+            return Replaced("", 0)
+        self._show(number, document)
+        self._catalogue.put(number, document)
+        self._remove_older(number, document, current.version if current else "")
+        return Replaced(current.version, current.passages) if current else Replaced("", 0)
+
+    def remove_document(self, collection: CollectionId, document_id: str) -> int:
+        number = self._number(collection)
+        current = self._catalogue.document(number, document_id)
+        self._catalogue.remove(number, document_id)
+        of_document = qdrant.Filter(must=[_equals(fields.DOCUMENT_ID, document_id)])
+        points = self._count(number, of_document)
+        if current is None and not points:
+            raise NotFoundError(unknown_document(collection, document_id))
+        self._update(number, qdrant.UpdateOperation.delete_points_by_filter(of_document), points)
+        return current.passages if current else 0
+
+    def remove_collection(self, collection: CollectionId) -> Counts:
+        number = self._number(collection)
+        counts = self._catalogue.counts(number)
+        self._catalogue.remove_collection(number)
+        opened = self._shards.pop(number, None)
+        self._unflushed.pop(number, None)
+        if opened is not None:
+            opened.shard.close()
+        shutil.rmtree(self._directory(number), ignore_errors=True)
+        return counts
+
+    def search(self, collection: CollectionId, query: SearchQuery) -> list[FoundPassage]:
+        number = self._number(collection)
+        condition = _filter(query.conditions)
+        requests = [_request(qdrant.Query.Nearest(query.dense.tolist(), fields.DENSE), query, condition)]
+        if query.sparse.indices:
+            requests.append(_request(qdrant.Query.Nearest(_sparse(query.sparse), fields.BM25), query, condition))
+        shard = self._shard(number).shard
+        results = [shard.query(request) for request in requests]
+        shown = self._current_versions(number, results)
+        rankings = [
+            rank((str(point.id), point.score) for point in result if shown(point.payload)) for result in results
+        ]
+        best = reciprocal_rank_fusion(rankings, query.rrf_k)[: query.limit]
+        if not best:
+            return []
+        records = shard.retrieve([fused.item for fused in best], with_payload=True, with_vector=False)
+        passages = {str(record.id): fields.passage_of(record.id, record.payload or {}) for record in records}
+        return [FoundPassage(passages[fused.item], fused.score) for fused in best]
+
+    def documents(self, collection: CollectionId, after: str, limit: int) -> list[Document]:
+        return self._catalogue.page(self._number(collection), after, limit)
+
+    def find_documents(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Document]:
+        return self._catalogue.find(self._number(collection), document_ids)
+
+    def passages(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Passage]:
+        number = self._number(collection)
+        return [
+            passage
+            for document in self._catalogue.find(number, document_ids)
+            for passage in sorted(self._scroll(number, _of_version(document)), key=lambda passage: passage.ordinal)
+        ]
+
+    def counts(self, collection: CollectionId) -> Counts:
+        return self._catalogue.counts(self._number(collection))
+
+    def collections(self, tenant: str | None) -> list[CollectionId]:
+        return [identity for identity in self._catalogue.collections() if tenant in (None, identity.tenant)]
+
+    def sweep(self, older_than_s: float = STAGED_FOR_S) -> None:
+        stale = qdrant.Filter(must=[_equals(fields.STATE, fields.STAGED), _staged_before(time.time() - older_than_s)])
+        for number in self._catalogue.collections().values():
+            if points := self._count(number, stale):
+                _logger.info("sweeping %d passages that were never committed", points)
+                self._update(number, qdrant.UpdateOperation.delete_points_by_filter(stale), points)
+
+    def tidy(self, *, idle: bool) -> None:
+        """Flushes changes that waited long enough, or all when idle, and optimizes shards that changed much."""
+        now = time.monotonic()
+        for number, since in list(self._unflushed.items()):
+            if idle or now - since >= FLUSH_AFTER_S:
+                self._flush(number)
+        for shard in self._shards.values():
+            if shard.changed_points >= OPTIMIZE_AFTER_POINTS:
+                shard.changed_points = 0
+                shard.shard.optimize()
+
+    def close(self) -> None:
+        """Flushes everything and lets the directory go."""
+        for number in list(self._unflushed):
+            self._flush(number)
+        for shard in self._shards.values():
+            shard.shard.close()
+        self._shards.clear()
+        self._catalogue.close()
+        self._lock.close()
+
+    def _show(self, number: int, document: Document) -> None:
+        """Makes a version's passages findable, when all are there."""
+        version = _of_version(document)
+        complete = _of_version(document, qdrant.RangeFloat(lt=document.passages))
+        staged = self._count(number, complete)
+        if staged < document.passages:
+            raise InvalidRequestError("passages", too_few_staged(staged, document))
+        shown = qdrant.UpdateOperation.set_payload_by_filter(complete, {fields.STATE: fields.VISIBLE})
+        self._update(number, shown, 0)
+        if self._count(number, version) > staged:
+            beyond = _of_version(document, qdrant.RangeFloat(gte=document.passages))
+            self._update(number, qdrant.UpdateOperation.delete_points_by_filter(beyond), 0)
+
+    def _remove_older(self, number: int, document: Document, replaced: str) -> None:
+        # Another version that is being staged right now stays.
+        older = qdrant.Filter(
+            must=[_equals(fields.DOCUMENT_ID, document.document_id)],
+            should=[_equals(fields.VERSION, replaced), _staged_before(time.time() - _STALE_STAGED_S)],
+            must_not=[_equals(fields.VERSION, document.version)],
+        )
+        if points := self._count(number, older):
+            self._update(number, qdrant.UpdateOperation.delete_points_by_filter(older), points)
+
+    def _current_versions(self, number: int, results: list[list[qdrant.ScoredPoint]]) -> Any:
+        payloads = [point.payload or {} for result in results for point in result]
+        documents = self._catalogue.find(number, [payload[fields.DOCUMENT_ID] for payload in payloads])
+        versions = {document.document_id: document.version for document in documents}
+        return lambda payload: versions.get(payload[fields.DOCUMENT_ID]) == payload[fields.VERSION]
+
+    def _scroll(self, number: int, condition: qdrant.Filter) -> list[Passage]:
+        found: list[Passage] = []
+        offset: Any = None
+        while True:
+            records, offset = self._shard(number).shard.scroll(
+                qdrant.ScrollRequest(offset=offset, limit=_SCROLL_LIMIT, filter=condition, with_payload=True)
+            )
+            found += [fields.passage_of(record.id, record.payload or {}) for record in records]
+            if offset is None:
+                return found
+
+    def _number(self, collection: CollectionId) -> int:
+        number = self._catalogue.collection_number(collection)
+        if number is None:
+            raise NotFoundError(unknown_collection(collection))
+        return number
+
+    def _count(self, number: int, condition: qdrant.Filter) -> int:
+        return self._shard(number).shard.count(qdrant.CountRequest(exact=True, filter=condition))
+
+    def _update(self, number: int, operation: qdrant.UpdateOperation, points: int) -> None:
+        opened = self._shard(number)
+        opened.shard.update(operation)
+        opened.changed_points += points
+        self._unflushed.setdefault(number, time.monotonic())
+
+    def _flush(self, number: int) -> None:
+        self._shards[number].shard.flush()
+        self._catalogue.mark_synced(number)
+        self._unflushed.pop(number, None)
+
+    def _shard(self, number: int) -> _Shard:
+        opened = self._shards.get(number)
+        if opened is None:
+            opened = self._shards[number] = _Shard(self._open(number))
+            self._verify(number)
+        return opened
+
+    def _open(self, number: int) -> qdrant.EdgeShard:
+        directory = self._directory(number)
+        if (directory / "edge_config.json").exists():
+            shard = qdrant.EdgeShard.load(str(directory))
+        else:
+            # Missing, or the process was killed while it was made.
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            shard = qdrant.EdgeShard.create(str(directory), _shard_config(self._embedding.dimensions))
+        indexed = shard.info().payload_schema
+        for field in fields.KEYWORD_FIELDS:
+            if field not in indexed:
+                shard.update(qdrant.UpdateOperation.create_field_index(field, qdrant.PayloadSchemaType.Keyword))
+        return shard
+
+    def _verify(self, number: int) -> None:
+        """After a power failure, documents whose passages did not reach the disk are forgotten."""
+        for document in self._catalogue.unsynced(number):
+            try:
+                self._show(number, document)
+            except InvalidRequestError as error:
+                _logger.warning("forgetting a document that did not reach the disk: %s", error)
+                self._catalogue.remove(number, document.document_id)
+        self._unflushed.setdefault(number, time.monotonic())
+
+    def _directory(self, number: int) -> Path:
+        return self._path / f"shard-{number}"
+
+    def _remove_leftovers(self) -> None:
+        kept = {self._directory(number) for number in self._catalogue.collections().values()}
+        for directory in self._path.glob("shard-*"):
+            if directory not in kept:
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+def _locked(path: Path, wait_s: float) -> IO[str]:
+    handle = path.open("a+")
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                handle.close()
+                raise UnavailableError(
+                    f"the vector index in {path.parent} is in use by another process;"
+                    " the embedded index serves one replica, use a Qdrant server for more"
+                ) from None
+            time.sleep(_LOCK_POLL_S)
+        else:
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
+            return handle
+
+
+def _shard_config(dimensions: int) -> qdrant.EdgeConfig:
+    return qdrant.EdgeConfig(
+        vectors={fields.DENSE: qdrant.EdgeVectorParams(size=dimensions, distance=qdrant.Distance.Cosine)},
+        sparse_vectors={fields.BM25: qdrant.EdgeSparseVectorParams(modifier=qdrant.Modifier.Idf)},
+        # Small segments: the graph of one is built in about a second, during which no search is answered.
+        optimizers=qdrant.EdgeOptimizersConfig(
+            default_segment_number=1, max_segment_size=_SEGMENT_KB, indexing_threshold=_INDEXING_KB
+        ),
+    )
+
+
+def _request(search: qdrant.Query, query: SearchQuery, condition: qdrant.Filter) -> qdrant.QueryRequest:
+    shown = [fields.DOCUMENT_ID, fields.VERSION]
+    return qdrant.QueryRequest(limit=query.candidates, query=search, filter=condition, with_payload=shown)
+
+
+def _filter(conditions: Sequence[Condition]) -> qdrant.Filter:
+    must: list[Any] = [_equals(fields.STATE, fields.VISIBLE)]
+    must_not: list[Any] = []
+    for condition in conditions:
+        if isinstance(condition, AnyTerm):
+            clause = qdrant.FieldCondition(fields.TERMS, match=qdrant.MatchAny(list(condition.terms)))
+            (must_not if condition.negated else must).append(clause)
+        else:
+            bounds = qdrant.RangeFloat(gte=condition.at_least, lte=condition.at_most)
+            must.append(qdrant.FieldCondition(f"{fields.NUMBERS}.{condition.field}", range=bounds))
+    return qdrant.Filter(must=must, must_not=must_not)
+
+
+def _of_version(document: Document, ordinals: qdrant.RangeFloat | None = None) -> qdrant.Filter:
+    must: list[Any] = [
+        _equals(fields.DOCUMENT_ID, document.document_id),
+        _equals(fields.VERSION, document.version),
+    ]
+    if ordinals is not None:
+        must.append(qdrant.FieldCondition(fields.ORDINAL, range=ordinals))
+    return qdrant.Filter(must=must)
+
+
+def _staged_before(moment: float) -> qdrant.FieldCondition:
+    return qdrant.FieldCondition(fields.STAGED_AT, range=qdrant.RangeFloat(lt=moment))
+
+
+def _equals(field: str, value: str) -> qdrant.FieldCondition:
+    return qdrant.FieldCondition(field, match=qdrant.MatchValue(value))
+
+
+def _sparse(vector: Any) -> qdrant.SparseVector:
+    return qdrant.SparseVector(list(vector.indices), list(vector.values))

