@@ -13,12 +13,13 @@ import logging
 import secrets
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, TypeVar, overload
 
 import grpc
 
-from blockrag.errors import BlockragError, DeadlineError, OverloadedError, UnavailableError
+from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
 from blockrag.status import status_code
 
 _logger = logging.getLogger(__name__)
@@ -36,6 +37,17 @@ class StatusContext(Protocol):
     def set_code(self, code: grpc.StatusCode) -> None: ...
 
     def set_details(self, details: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class MalformedRequest:
+    """Stands in the place of a request whose bytes could not be parsed."""
+
+    problem: str
+
+    def error(self) -> InvalidRequestError:
+        """What its sender is told."""
+        return InvalidRequestError("request", f"is not a valid message: {self.problem}")
 
 
 class InternalError(Exception):
@@ -125,6 +137,8 @@ def _translated_call(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def call(self: Any, request: Any, grpc_context: StatusContext | None = None) -> Any:
         async with _Translation(grpc_context):
+            if isinstance(request, MalformedRequest):
+                raise request.error()
             return await (method(self, request, grpc_context) if pass_context else method(self, request))
 
     return _dressed(call, method)
@@ -135,6 +149,8 @@ def _translated_stream(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def stream(self: Any, request: Any, grpc_context: StatusContext | None = None) -> Any:
         async with _Translation(grpc_context):
+            if isinstance(request, MalformedRequest):
+                raise request.error()
             events = method(self, request, grpc_context) if pass_context else method(self, request)
             try:
                 async for event in events:

@@ -6,104 +6,117 @@ Server reflection needs nothing here: ``gRPCOptions.enable_reflection`` is on by
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-GRPC_SERVICER_FUNCTIONS: tuple[str, ...] = (
-    "blockrag.v1.rag_pb2_grpc.add_RagServiceServicer_to_server",
-    "blockrag.v1.corpus_pb2_grpc.add_CorpusServiceServicer_to_server",
-    "blockrag.v1.system_pb2_grpc.add_SystemServiceServicer_to_server",
-    "blockrag.v1.retriever_pb2_grpc.add_RetrieverServiceServicer_to_server",
-    "blockrag.v1.encoder_pb2_grpc.add_EncoderServiceServicer_to_server",
-    "blockrag.v1.kv_cache_pb2_grpc.add_KvCacheServiceServicer_to_server",
-    "blockrag.v1.compressor_pb2_grpc.add_CompressorServiceServicer_to_server",
-    "blockrag.v1.decoder_pb2_grpc.add_DecoderServiceServicer_to_server",
-    "blockrag.gateway.servicers.add_health_to_server",
+from blockrag.gateway.health import HealthServicer, serving_applications
+from blockrag.grpc_status import MalformedRequest
+from blockrag.v1 import (
+    compressor_pb2_grpc,
+    corpus_pb2_grpc,
+    decoder_pb2_grpc,
+    encoder_pb2_grpc,
+    kv_cache_pb2_grpc,
+    rag_pb2_grpc,
+    retriever_pb2_grpc,
+    system_pb2_grpc,
 )
+
+GRPC_SERVICER_FUNCTIONS: tuple[str, ...] = tuple(
+    f"blockrag.gateway.servicers.add_{name}_to_server"
+    for name in (
+        "rag", "corpus", "system", "retriever", "encoder", "kv_cache", "compressor", "decoder", "health",
+    )
+)  # fmt: skip
 """Import strings for ``grpc_options.grpc_servicer_functions``."""
 
-APPLICATION_OF_SERVICE: dict[str, str] = {
-    "": "gateway",
-    "blockrag.v1.RagService": "gateway",
-    "blockrag.v1.CorpusService": "gateway",
-    "blockrag.v1.SystemService": "gateway",
-    "blockrag.v1.RetrieverService": "retriever",
-    "blockrag.v1.EncoderService": "encoder",
-    "blockrag.v1.KvCacheService": "kv_cache",
-    "blockrag.v1.CompressorService": "compressor",
-    "blockrag.v1.DecoderService": "decoder",
-}
-"""The Serve application behind each protobuf service; the empty name is the health protocol's "server as a whole"."""
 
-_FRESH_S = 1.0
-_WATCH_S = 1.0
+def add_rag_to_server(servicer: object, server: Any) -> None:
+    """Adds ``RagService``."""
+    _add(rag_pb2_grpc.add_RagServiceServicer_to_server, servicer, server)
+
+
+def add_corpus_to_server(servicer: object, server: Any) -> None:
+    """Adds ``CorpusService``."""
+    _add(corpus_pb2_grpc.add_CorpusServiceServicer_to_server, servicer, server)
+
+
+def add_system_to_server(servicer: object, server: Any) -> None:
+    """Adds ``SystemService``."""
+    _add(system_pb2_grpc.add_SystemServiceServicer_to_server, servicer, server)
+
+
+def add_retriever_to_server(servicer: object, server: Any) -> None:
+    """Adds ``RetrieverService``."""
+    _add(retriever_pb2_grpc.add_RetrieverServiceServicer_to_server, servicer, server)
+
+
+def add_encoder_to_server(servicer: object, server: Any) -> None:
+    """Adds ``EncoderService``."""
+    _add(encoder_pb2_grpc.add_EncoderServiceServicer_to_server, servicer, server)
+
+
+def add_kv_cache_to_server(servicer: object, server: Any) -> None:
+    """Adds ``KvCacheService``."""
+    _add(kv_cache_pb2_grpc.add_KvCacheServiceServicer_to_server, servicer, server)
+
+
+def add_compressor_to_server(servicer: object, server: Any) -> None:
+    """Adds ``CompressorService``."""
+    _add(compressor_pb2_grpc.add_CompressorServiceServicer_to_server, servicer, server)
+
+
+def add_decoder_to_server(servicer: object, server: Any) -> None:
+    """Adds ``DecoderService``."""
+    _add(decoder_pb2_grpc.add_DecoderServiceServicer_to_server, servicer, server)
 
 
 def add_health_to_server(servicer: object, server: Any) -> None:
-    """Adds ``grpc.health.v1.Health`` to one of Serve's gRPC servers, to be answered there and not by a replica."""
+    """Adds ``grpc.health.v1.Health``, to be answered by the server itself and not by a replica."""
     if hasattr(server, "add_passthrough_service"):
         server.add_passthrough_service(health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(serving_applications), server)
 
 
-class HealthServicer(health_pb2_grpc.HealthServicer):
-    """The standard health protocol over the applications that run.
+def _add(add_generated: Callable[..., None], servicer: object, server: Any) -> None:
+    add_generated(servicer, _ForgivingServer(server))
 
-    ``serving`` gives the names of the applications that can take requests; it may block, and its answer is kept for a
-    second.
+
+class _ForgivingServer:
+    """A server as the generated code sees it, whose methods get a ``MalformedRequest`` for bytes that are no message.
+
+    gRPC itself would answer UNKNOWN with the name of a Python class in it (seen for strings that are not UTF-8);
+    ``translate_errors`` answers INVALID_ARGUMENT.
     """
 
-    def __init__(self, serving: Callable[[], frozenset[str]]) -> None:
-        self._serving = serving
-        self._known: frozenset[str] = frozenset()
-        self._known_until = 0.0
+    def __init__(self, server: Any) -> None:
+        self._server = server
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
-        """SERVING or NOT_SERVING; NOT_FOUND for a service that is none of ours."""
-        if request.service not in APPLICATION_OF_SERVICE:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service[:100]!r}")
-        return health_pb2.HealthCheckResponse(status=await self._status(request.service))
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        for handler in handlers:
+            # As Serve's own server does it: the handler's table has no public setter.
+            handler._method_handlers = _forgiving(handler._method_handlers)
+        self._server.add_generic_rpc_handlers(handlers)
 
-    async def Watch(
-        self, request: health_pb2.HealthCheckRequest, context: Any
-    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The status now, and each change of it."""
-        last = None
-        while True:
-            status = await self._status(request.service)
-            if status != last:
-                last = status
-                yield health_pb2.HealthCheckResponse(status=status)
-            await asyncio.sleep(_WATCH_S)
-
-    async def _status(self, service: str) -> int:
-        application = APPLICATION_OF_SERVICE.get(service)
-        if application is None:
-            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        now = time.monotonic()
-        if now >= self._known_until:
-            # Set first: requests that come meanwhile take the last answer and do not ask as well.
-            self._known_until = now + _FRESH_S
-            self._known = await asyncio.to_thread(self._serving)
-        serving = application in self._known
-        return health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    def add_registered_method_handlers(self, service_name: str, handlers: Mapping[str, Any]) -> None:
+        self._server.add_registered_method_handlers(service_name, _forgiving(handlers))
 
 
-def serving_applications() -> frozenset[str]:
-    """Applications each of whose deployments has a running replica, as Serve's controller sees it."""
-    from ray import serve
+def _forgiving(handlers: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: handler._replace(request_deserializer=_forgiving_parser(handler.request_deserializer))
+        for name, handler in handlers.items()
+    }
 
-    return frozenset(
-        name
-        for name, application in serve.status().applications.items()
-        if application.deployments
-        and all(
-            any(state == "RUNNING" and replicas > 0 for state, replicas in deployment.replica_states.items())
-            for deployment in application.deployments.values()
-        )
-    )
+
+def _forgiving_parser(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parse_or_say(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError as error:
+            return MalformedRequest(str(error).split(": ", 1)[-1])
+
+    return parse_or_say

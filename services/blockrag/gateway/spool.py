@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import AsyncIterator
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, cast
 
 from blockrag.errors import InvalidRequestError
+from blockrag.grpc_status import MalformedRequest
 from blockrag.v1.corpus_pb2 import DocumentHeader, IngestDocumentRequest
 
 MAX_PIECE_BYTES = 2**20
 _MEMORY_BYTES = 2**20
 
 
-class IngestStream(Protocol):
-    """Serve's stream of requests, or any other async iterator of them."""
-
-    def __aiter__(self) -> AsyncIterator[IngestDocumentRequest]: ...
-
-
-async def receive_header(stream: AsyncIterator[IngestDocumentRequest]) -> DocumentHeader:
+async def receive_header(stream: AsyncIterator[IngestDocumentRequest | MalformedRequest]) -> DocumentHeader:
     """The first message, which must be the header."""
     first = await anext(stream, None)
+    if isinstance(first, MalformedRequest):
+        raise first.error()
     if first is None or first.WhichOneof("part") != "header":
         raise InvalidRequestError("header", "must be the first message")
     return first.header
 
 
-async def receive_content(stream: AsyncIterator[IngestDocumentRequest], max_bytes: int) -> BinaryIO:
+async def receive_content(stream: AsyncIterator[IngestDocumentRequest | MalformedRequest], max_bytes: int) -> BinaryIO:
     """The content, in a file that is gone when it is closed; small content stays in memory.
 
     Raises ``InvalidRequestError`` for anything but content, an oversized piece, or more than ``max_bytes`` in all;
@@ -37,6 +34,8 @@ async def receive_content(stream: AsyncIterator[IngestDocumentRequest], max_byte
     try:
         received = 0
         async for message in stream:
+            if isinstance(message, MalformedRequest):
+                raise message.error()
             if message.WhichOneof("part") != "content":
                 raise InvalidRequestError("content", "only the first message may be a header; then comes content")
             piece = message.content
