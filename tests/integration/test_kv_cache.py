@@ -1,0 +1,263 @@
+"""The cache on a real cluster: objects of the object store, killed processes, the ingress over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+
+import grpc
+import numpy as np
+import pytest
+import ray
+
+from blockrag.errors import InvalidRequestError
+from blockrag.keys import KeyMaker
+from blockrag.kv_cache.client import KvCacheClient
+from blockrag.kv_cache.deployment import connect, read_objects
+from blockrag.kv_cache.ring import HashRing, shard_names
+from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.modeling.model import SlotModel
+from blockrag.types import BlockRequest
+from blockrag.v1.common_pb2 import PromptBlock, RequestContext
+from blockrag.v1.kv_cache_pb2 import (
+    DocumentRef,
+    GetKvCacheStatusRequest,
+    GetKvCacheStatusResponse,
+    LookupBlocksRequest,
+    PurgeDocumentsRequest,
+    SetPinsRequest,
+    WarmBlocksRequest,
+)
+from blockrag.v1.kv_cache_pb2_grpc import KvCacheServiceStub
+from tests.integration.conftest import Cluster
+from tests.integration.replicas import kill, replica_pids
+
+TENANT = "cache-tests"
+CONTEXT = RequestContext(tenant=TENANT)
+METADATA = (("application", "kv_cache"),)
+_SEEDS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def keys(cluster: Cluster) -> KeyMaker:
+    bundle = load_bundle(DEFAULT_BUNDLE, verify_files=False)
+    return KeyMaker(bundle.fingerprint, cluster.settings.kv_cache.secret.encode())
+
+
+@pytest.fixture
+async def cache(cluster: Cluster) -> KvCacheClient:
+    return connect(cluster.settings)
+
+
+@pytest.fixture
+async def rpc(cluster: Cluster) -> AsyncIterator[KvCacheServiceStub]:
+    async with grpc.aio.insecure_channel(cluster.target) as channel:
+        yield KvCacheServiceStub(channel)
+
+
+def fresh_blocks(keys: KeyMaker, number: int, *, tokens: int = 24, document_id: str = "") -> list[BlockRequest]:
+    """Blocks that no test has asked for before; 24 tokens of the bundled reader are more than Ray sends inline."""
+    random = np.random.default_rng(next(_SEEDS))
+    blocks = []
+    for _ in range(number):
+        ids = random.integers(10, 8000, tokens, dtype=np.int32)
+        collection = "c" if document_id else ""
+        blocks.append(BlockRequest(keys.block_key(TENANT, ids.tolist()), ids, TENANT, collection, document_id))
+    return blocks
+
+
+def prompt_blocks(blocks: list[BlockRequest]) -> list[PromptBlock]:
+    return [
+        PromptBlock(token_ids=block.token_ids.tolist(), collection=block.collection, document_id=block.document_id)
+        for block in blocks
+    ]
+
+
+async def status(rpc: KvCacheServiceStub) -> GetKvCacheStatusResponse:
+    return await rpc.GetKvCacheStatus(GetKvCacheStatusRequest(), metadata=METADATA)
+
+
+async def test_blocks_are_encoded_once_and_read_from_shared_memory(cache: KvCacheClient, keys: KeyMaker) -> None:
+    # One token: so small that Ray keeps it out of the object store.
+    blocks = fresh_blocks(keys, 6) + fresh_blocks(keys, 1, tokens=1)
+    first = await cache.fetch(blocks)
+    second = await cache.fetch(blocks)
+    assert [fetched.tier for fetched in first] == ["encoded"] * 7
+    assert [fetched.tier for fetched in second] == ["store"] * 7
+    model = SlotModel.load(load_bundle(DEFAULT_BUNDLE, verify_files=False))
+    for request, fetched in zip(blocks, second, strict=True):
+        [expected] = model.encode([request.token_ids.tolist()], [request.key])
+        assert fetched.block.key == request.key
+        np.testing.assert_array_equal(fetched.block.token_ids, request.token_ids)
+        np.testing.assert_allclose(fetched.block.keys, expected.keys, atol=1e-4)
+        np.testing.assert_allclose(fetched.block.values, expected.values, atol=1e-4)
+        assert not fetched.block.keys.flags.writeable
+
+
+async def test_a_hundred_requests_for_a_missing_block_are_one_encode(
+    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
+) -> None:
+    [block] = fresh_blocks(keys, 1, tokens=200)
+    before = await status(rpc)
+    answers = await asyncio.gather(*(cache.fetch([block]) for _ in range(100)))
+    after = await status(rpc)
+    assert {fetched.block.key for [fetched] in answers} == {block.key}
+    assert after.misses - before.misses == 1
+    assert after.hits + after.joined - before.hits - before.joined == 99
+    assert after.blocks - before.blocks == 1
+    assert after.bytes - before.bytes == pytest.approx(answers[0][0].block.nbytes, rel=0.01)
+
+
+async def test_a_request_that_is_cancelled_leaves_the_encode_to_the_others(
+    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
+) -> None:
+    blocks = fresh_blocks(keys, 20, tokens=200)
+    joined = (await status(rpc)).joined
+    leaving = asyncio.ensure_future(cache.fetch(blocks))
+    staying = asyncio.ensure_future(cache.fetch(blocks))
+    async with asyncio.timeout(30):
+        while (await status(rpc)).joined < joined + 20:
+            pass
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert len(await staying) == 20
+
+
+@ray.remote(num_cpus=0)
+class Owner:
+    """Owns objects, as a shard does."""
+
+    def own(self) -> list[ray.ObjectRef]:  # type: ignore[type-arg]
+        return [ray.put(np.zeros(300_000, dtype=np.uint8))]
+
+    async def never(self) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_lost_and_late_objects_are_told_from_those_that_are_there(cluster: Cluster) -> None:
+    alive, dying = Owner.remote(), Owner.remote()
+    [here], [lost] = ray.get([alive.own.remote(), dying.own.remote()])
+    late = alive.never.remote()
+    ray.kill(dying)
+    assert [found is not None for found in await read_objects([here, lost, here], 5.0)] == [True, False, True]
+    assert [found is not None for found in await read_objects([here, late], 0.2)] == [True, False]
+    assert [found is not None for found in await read_objects([here, here], 5.0)] == [True, True]
+    assert await read_objects([], 5.0) == []
+    ray.kill(alive)
+
+
+async def test_what_the_encoder_refuses_reaches_the_caller(cache: KvCacheClient) -> None:
+    block = BlockRequest("bad", np.array([5, 10**6], dtype=np.int32), TENANT)
+    with pytest.raises(InvalidRequestError, match="vocabulary"):
+        await cache.fetch([block])
+
+
+async def test_warming_pinning_and_purging_over_grpc(
+    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
+) -> None:
+    await cache.poll_purges()
+    document = "warmed"
+    blocks = fresh_blocks(keys, 10, document_id=document)
+    warmed = await rpc.WarmBlocks(
+        WarmBlocksRequest(context=CONTEXT, blocks=prompt_blocks(blocks), pin=True), metadata=METADATA
+    )
+    assert (warmed.hits, warmed.encoded, warmed.over_budget) == (0, 10, False)
+    assert warmed.encoded_bytes > 10 * 24 * 6000
+    again = await rpc.WarmBlocks(WarmBlocksRequest(context=CONTEXT, blocks=prompt_blocks(blocks)), metadata=METADATA)
+    assert (again.hits, again.encoded) == (10, 0)
+    found = await rpc.LookupBlocks(
+        LookupBlocksRequest(keys=["unknown", *(block.key for block in blocks)]), metadata=METADATA
+    )
+    assert list(found.held) == [False] + [True] * 10
+    assert [fetched.tier for fetched in await cache.fetch(blocks)] == ["store"] * 10
+    references = [DocumentRef(collection="c", document_id=document)]
+    pins = await rpc.SetPins(SetPinsRequest(context=CONTEXT, documents=references, pinned=False), metadata=METADATA)
+    assert pins.blocks == 10
+    usage = {each.tenant: each for each in (await status(rpc)).tenants}[TENANT]
+    assert usage.blocks >= 10
+    purged = await rpc.PurgeDocuments(PurgeDocumentsRequest(context=CONTEXT, documents=references), metadata=METADATA)
+    assert purged.blocks == 10
+    assert set((await cache.poll_purges()).keys) >= {block.key for block in blocks}
+    assert [fetched.tier for fetched in await cache.fetch(blocks)] == ["encoded"] * 10
+
+
+async def test_another_tenant_cannot_purge(cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub) -> None:
+    blocks = fresh_blocks(keys, 2, document_id="mine")
+    await cache.fetch(blocks)
+    purged = await rpc.PurgeDocuments(
+        PurgeDocumentsRequest(
+            context=RequestContext(tenant="somebody-else"), documents=[DocumentRef(collection="c", document_id="mine")]
+        ),
+        metadata=METADATA,
+    )
+    assert purged.blocks == 0
+    assert [fetched.tier for fetched in await cache.fetch(blocks)] == ["store"] * 2
+
+
+async def test_bad_requests_name_their_field(rpc: KvCacheServiceStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await rpc.WarmBlocks(WarmBlocksRequest(blocks=[PromptBlock(token_ids=[1])]), metadata=METADATA)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "context.tenant" in str(caught.value.details())
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await rpc.WarmBlocks(WarmBlocksRequest(context=CONTEXT, blocks=[PromptBlock()]), metadata=METADATA)
+    assert "blocks[0].token_ids" in str(caught.value.details())
+
+
+async def test_objects_survive_the_encoder_and_waiting_encodes_are_retried(
+    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
+) -> None:
+    held = fresh_blocks(keys, 8)
+    await rpc.WarmBlocks(WarmBlocksRequest(context=CONTEXT, blocks=prompt_blocks(held)), metadata=METADATA)
+    waiting = fresh_blocks(keys, 40, tokens=200)
+    pids = replica_pids("encoder", "Encoder")
+    misses = (await status(rpc)).misses
+    fetching = asyncio.ensure_future(cache.fetch(waiting))
+    async with asyncio.timeout(30):
+        while (await status(rpc)).misses < misses + 40:
+            assert not fetching.done()
+    kill(pids)
+    assert not fetching.done()
+    survivors = await cache.fetch(held)
+    assert [fetched.tier for fetched in survivors] == ["store"] * 8
+    assert [fetched.block.key for fetched in await fetching] == [block.key for block in waiting]
+    assert [fetched.tier for fetched in await cache.fetch(fresh_blocks(keys, 1))] == ["encoded"]
+
+
+async def test_a_dead_shard_is_a_miss_and_no_error(
+    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
+) -> None:
+    await cache.poll_purges()
+    blocks = fresh_blocks(keys, 24)
+    before = {fetched.block.key: np.array(fetched.block.keys) for fetched in await cache.fetch(blocks)}
+    ring = HashRing(shard_names(2))
+    dead = {block.key for block in blocks if ring.index(block.key) == 0}
+    assert 0 < len(dead) < 24
+    kill(replica_pids("kv_cache", "KvCacheShard-0"))
+    after = await cache.fetch(blocks)
+    assert {fetched.block.key for fetched in after if fetched.tier == "encoded"} == dead
+    for fetched in after:
+        np.testing.assert_allclose(fetched.block.keys, before[fetched.block.key], atol=1e-4)
+    assert (await cache.poll_purges()).reset
+    assert not (await cache.poll_purges()).reset
+    assert (await status(rpc)).shards == 2
+
+
+async def test_a_shard_that_dies_between_acquire_and_read_is_a_miss(cache: KvCacheClient, keys: KeyMaker) -> None:
+    """The reader holds references whose owner is dead."""
+    block = next(each for each in fresh_blocks(keys, 50) if cache._shards.ring.index(each.key) == 1)
+    read = cache._read_objects
+    killed: list[int] = []
+
+    async def kill_then_read(refs: list[object], timeout_s: float) -> object:
+        if not killed:
+            killed.extend(replica_pids("kv_cache", "KvCacheShard-1"))
+            kill(killed)
+        return await read(refs, timeout_s)
+
+    cache._read_objects = kill_then_read  # type: ignore[assignment]
+    [fetched] = await cache.fetch([block])
+    assert len(killed) == 1
+    assert fetched.block.key == block.key
