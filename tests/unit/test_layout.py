@@ -19,8 +19,8 @@ FRAMEWORK_FREE = sorted(
     [*PACKAGE.glob("modeling/**/*.py"), *PACKAGE.glob("training/**/*.py"), PACKAGE / "decoder" / "engine.py"]
 )
 
-# Ray belongs into a service's deployment.py. servicers.py runs in Serve's proxies and asks Serve what is healthy.
-RAY_ALLOWED = {PACKAGE / "gateway" / "servicers.py"} | {PACKAGE / name / "deployment.py" for name in SERVICES}
+# Ray belongs into a service's deployment.py. health.py runs in Serve's proxies and asks Serve what is healthy.
+RAY_ALLOWED = {PACKAGE / "gateway" / "health.py"} | {PACKAGE / name / "deployment.py" for name in SERVICES}
 
 
 def module_name(path: Path) -> str:
