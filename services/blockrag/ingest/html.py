@@ -9,10 +9,26 @@ from html.parser import HTMLParser
 _HIDDEN = frozenset(
     ("script", "style", "template", "noscript", "svg", "math", "iframe", "object", "select", "textarea")
 )
-_BLOCKS = frozenset(
-    "address,article,aside,blockquote,body,caption,dd,details,dialog,div,dl,dt,fieldset,figcaption,figure,footer,form,"
-    "h1,h2,h3,h4,h5,h6,header,hr,li,main,nav,ol,p,pre,section,summary,table,tbody,tfoot,thead,tr,ul".split(",")  # noqa: SIM905
-)
+_SECTIONS = frozenset(
+    (
+        "address",
+        "article",
+        "aside",
+        "body",
+        "details",
+        "dialog",
+        "div",
+        "fieldset",
+        "figure",
+        "footer",
+        "form",
+        "header",
+    )
+) | frozenset(("hr", "main", "nav", "section", "summary"))
+_HEADINGS = frozenset(("h1", "h2", "h3", "h4", "h5", "h6", "caption", "figcaption"))
+_PARAGRAPHS = frozenset(("p", "pre", "blockquote", "ul", "ol", "li", "dl", "dt", "dd"))
+_TABLES = frozenset(("table", "thead", "tbody", "tfoot", "tr"))
+_BLOCKS = _SECTIONS | _HEADINGS | _PARAGRAPHS | _TABLES
 _CELLS = frozenset({"td", "th"})
 _LIST_ITEMS = frozenset({"li", "tr", "dt", "dd"})
 _SPACES = re.compile(r"[ \t\n\r\f]+")

@@ -92,7 +92,7 @@ def build(args: AppArgs) -> Application:
     """The application, as named in a Serve configuration file. Raises ``SettingsError``."""
     settings = load_settings(args.settings_file or None)
     check_settings(settings)
-    return Retriever.options(  # type: ignore[no-any-return]
+    return Retriever.options(  # type: ignore[attr-defined, no-any-return]
         num_replicas=settings.retriever.replicas,
         max_ongoing_requests=256,
         ray_actor_options={"num_cpus": 0.2},
