@@ -18,6 +18,7 @@ from pathlib import Path
 
 from blockrag.client import BlockragClient
 from blockrag.corpus.sample import Article, load_articles, load_questions
+from blockrag.errors import BlockragError
 from blockrag.local import LocalSystem
 from blockrag.local.preflight import free_port
 from blockrag.settings import Settings, load_settings
@@ -117,4 +118,7 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BlockragError as problem:
+        sys.exit(f"load test: {problem}")
