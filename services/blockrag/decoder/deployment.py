@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncGenerator
 
 import ray
@@ -24,6 +25,8 @@ from blockrag.v1 import decoder_pb2
 
 _logger = logging.getLogger(__name__)
 
+_SWITCH_INTERVAL_S = 0.0005
+"""Longest that the event loop waits for the interpreter lock while the engine's thread computes; Python's own is 5 ms."""
 _UPKEEP_PERIOD_S = 1.0
 """How often purges are asked for, old blocks dropped and gauges set."""
 
@@ -34,6 +37,7 @@ class Decoder:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         setup_telemetry("decoder", settings)
         torch.set_num_threads(settings.decoder.threads)
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         bundle = load_bundle(
             settings.bundle.path or DEFAULT_BUNDLE,
             compute_dtype=settings.bundle.compute_dtype,

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _SHORTEST_RETRY_MS = 50
+_HANDOFF_S = 2e-5
+"""Pause after a step with a first token. It gives the interpreter lock to the thread that delivers the token, which
+would else wait until this thread has been through a good part of the next step (measured: 1.1 to 0.3 ms, median)."""
 _AVERAGING = 0.2
 """Weight of the newest sequence in the running mean behind retry hints."""
 
@@ -79,6 +82,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._generated = 0
         self._steps = 0
+        self._answering = 0  # sequences that had their first token, since the start
         self._mean_seconds = 0.0
 
     def start(self) -> None:
@@ -186,7 +190,10 @@ class Engine:
             torch.set_num_threads(self._threads)  # holds for the calling thread
         try:
             while self._wait_for_work():
+                answering = self._answering
                 self.step()
+                if self._answering > answering:
+                    time.sleep(_HANDOFF_S)
         except BaseException as error:
             _logger.exception("the decoder's engine failed")
             self._failure = error
@@ -262,6 +269,7 @@ class Engine:
                 self._fail(sequence, error)
                 continue
             self._generated += token not in self._model.end_token_ids
+            self._answering += sequence.generated == 1
             if event is None:
                 continue
             if event.finish is not None:

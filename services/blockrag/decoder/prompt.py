@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,8 +79,8 @@ def _sampling(message: common_pb2.Sampling) -> SamplingParams:
     )
 
 
-def _token_ids(field: str, values: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
-    ids = np.fromiter(values, dtype=np.int64)
+def _token_ids(field: str, values: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
+    ids = np.array(values, dtype=np.int64)  # takes every uint32
     if ids.size == 0:
         raise InvalidRequestError(field, "must hold at least one token")
     if int(ids.max()) >= vocab_size:
