@@ -1,0 +1,222 @@
+"""The way of one question, with services by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from blockrag.errors import DeadlineError, InvalidRequestError, UnavailableError
+from blockrag.gateway import validation
+from blockrag.gateway.answering import STAGES, Answering, Deadline, Timings
+from blockrag.settings import GatewaySettings
+from blockrag.telemetry import Span, span
+from blockrag.v1.common_pb2 import (
+    ATTENTION_MODE_BLOCK,
+    ATTENTION_MODE_FULL,
+    ATTENTION_MODE_NONE,
+    FINISH_REASON_END,
+    Passage,
+    RequestContext,
+)
+from blockrag.v1.rag_pb2 import GenerateRequest, GenerateResponse, GivenPassage
+
+from .fakes import FakeDecoder, FakePlanner, FakeSearcher, forever
+
+LIMITS = GatewaySettings()
+PASSAGES = [
+    Passage(passage_id=f"p{place}", document_id=f"d{place}", title=f"T{place}", text="a b c", score=1 / (place + 1))
+    for place in range(10)
+]
+
+
+@contextmanager
+def request_span() -> Iterator[Span]:
+    with span("test", RequestContext(request_id="r1", tenant="acme", traceparent=f"00-{'a' * 32}-{'b' * 16}-01")) as it:
+        yield it
+
+
+async def collect(answering: Answering, **fields: Any) -> list[GenerateResponse]:
+    question = validation.check_generate(GenerateRequest(**{"question": "Where?", **fields}), LIMITS)
+    with request_span() as current:
+        timings = Timings(received=time.perf_counter())
+        events = answering.answer(question, current, timings, Deadline(question.timeout_ms))
+        return [event async for event in events]
+
+
+def answering(
+    searcher: FakeSearcher | None = None, planner: FakePlanner | None = None, decoder: FakeDecoder | None = None
+) -> Answering:
+    return Answering(searcher or FakeSearcher(PASSAGES), planner or FakePlanner(), decoder or FakeDecoder(), "f00d")
+
+
+async def test_the_stream_is_retrieved_text_completion() -> None:
+    decoder = FakeDecoder()
+    events = await collect(answering(decoder=decoder), top_k=2, seed=7)
+    assert [event.WhichOneof("event") for event in events] == ["retrieved", "text", "text", "completion"]
+    assert {event.request_id for event in events} == {"r1"}
+    assert [passage.passage_id for passage in events[0].retrieved.passages] == ["p0", "p1"]
+    done = events[-1].completion
+    assert done.answer == "Oslo."
+    assert done.finish_reason == FINISH_REASON_END
+    assert done.usage.l1_tokens == 40
+    assert done.seed == 7
+    assert done.bundle_fingerprint == "f00d"
+    assert done.attention_mode == ATTENTION_MODE_BLOCK
+    assert done.trace_id == "a" * 32
+    assert tuple(stage.stage for stage in done.stages) == STAGES
+    took = {stage.stage: stage.milliseconds for stage in done.stages}
+    assert took["prefill"] == 3.0
+    assert took["retrieve"] > 0
+    assert 0 < done.time_to_first_token_ms <= took["total"]
+    assert decoder.closed == 0
+
+
+async def test_services_get_the_requests_context() -> None:
+    searcher, planner, decoder = FakeSearcher(PASSAGES), FakePlanner(), FakeDecoder()
+    await collect(answering(searcher, planner, decoder), collection="almanac", max_context_tokens=300, max_tokens=9)
+    for request in (searcher.requests[0], planner.requests[0], decoder.requests[0]):
+        assert request.context.tenant == "acme"
+        assert request.context.request_id == "r1"
+    assert searcher.requests[0].collection == "almanac"
+    assert planner.requests[0].max_context_tokens == 300
+    assert planner.requests[0].max_tokens == 9
+    assert decoder.requests[0].sampling.max_tokens == 9
+
+
+async def test_citations_say_what_was_in_the_prompt_and_why_not() -> None:
+    decoder = FakeDecoder()
+    events = await collect(answering(planner=FakePlanner(fits=2), decoder=decoder), top_k=3)
+    citations = events[-1].completion.citations
+    assert [citation.in_prompt for citation in citations] == [True, True, False]
+    assert [citation.index for citation in citations] == [0, 1, 2]
+    assert citations[0].title == "T0"
+    assert citations[0].tokens == 3
+    assert citations[2].dropped_reason == "over the token budget"
+    blocks = decoder.requests[0].blocks
+    assert [block.document_id for block in blocks] == ["", "d0", "d1"]
+    assert [block.collection for block in blocks] == ["", "default", "default"]
+    assert list(blocks[0].token_ids) == [1]
+
+
+async def test_given_passages_are_not_retrieved() -> None:
+    searcher, decoder = FakeSearcher(PASSAGES), FakeDecoder()
+    given = [GivenPassage(title="A", text="one two"), GivenPassage(text="three")]
+    events = await collect(answering(searcher, decoder=decoder), passages=given)
+    assert searcher.requests == []
+    assert [passage.passage_id for passage in events[0].retrieved.passages] == ["given-0", "given-1"]
+    assert [block.document_id for block in decoder.requests[0].blocks] == ["", "", ""]
+    assert [block.collection for block in decoder.requests[0].blocks] == ["", "", ""]
+    assert [citation.passage_id for citation in events[-1].completion.citations] == ["given-0", "given-1"]
+
+
+async def test_mode_none_uses_no_passages() -> None:
+    searcher, decoder = FakeSearcher(PASSAGES), FakeDecoder()
+    events = await collect(answering(searcher, decoder=decoder), attention_mode=ATTENTION_MODE_NONE)
+    assert searcher.requests == []
+    assert not events[0].retrieved.passages
+    assert len(decoder.requests[0].blocks) == 1
+    assert decoder.requests[0].attention_mode == ATTENTION_MODE_NONE
+    assert not events[-1].completion.citations
+
+
+async def test_mode_full_reaches_the_decoder() -> None:
+    decoder = FakeDecoder()
+    await collect(answering(decoder=decoder), attention_mode=ATTENTION_MODE_FULL)
+    assert decoder.requests[0].attention_mode == ATTENTION_MODE_FULL
+
+
+async def test_a_decoder_lost_before_its_first_token_is_tried_once_more() -> None:
+    decoder = FakeDecoder(failures=[(0, UnavailableError("gone"))])
+    events = await collect(answering(decoder=decoder), seed=5)
+    assert events[-1].completion.answer == "Oslo."
+    assert len(decoder.requests) == 2
+    assert decoder.requests[0].sampling == decoder.requests[1].sampling
+
+
+async def test_a_decoder_lost_twice_is_reported() -> None:
+    decoder = FakeDecoder(failures=[(0, UnavailableError("gone")), (0, UnavailableError("gone again"))])
+    with pytest.raises(UnavailableError, match="gone again"):
+        await collect(answering(decoder=decoder))
+    assert len(decoder.requests) == 2
+
+
+async def test_a_decoder_lost_after_its_first_token_is_not_retried_but_says_how() -> None:
+    decoder = FakeDecoder(failures=[(1, UnavailableError("gone"))])
+    with pytest.raises(UnavailableError, match=r"after 1 tokens .* seed=5"):
+        await collect(answering(decoder=decoder), seed=5)
+    assert len(decoder.requests) == 1
+
+
+async def test_other_errors_are_not_retried() -> None:
+    decoder = FakeDecoder(failures=[(0, InvalidRequestError("max_tokens", "too many"))])
+    with pytest.raises(InvalidRequestError):
+        await collect(answering(decoder=decoder))
+    assert len(decoder.requests) == 1
+
+
+async def test_a_stream_without_its_finish_is_an_error() -> None:
+    with pytest.raises(UnavailableError):
+        await collect(answering(decoder=FakeDecoder(finish=False)))
+
+
+async def test_the_deadline_stops_a_slow_search() -> None:
+    started = time.perf_counter()
+    with pytest.raises(DeadlineError, match="50 ms"):
+        await collect(answering(FakeSearcher(PASSAGES, delay=forever)), timeout_ms=50)
+    assert time.perf_counter() - started < 5
+
+
+async def test_the_deadline_stops_the_decoder() -> None:
+    decoder = FakeDecoder(delay=forever)
+    with pytest.raises(DeadlineError):
+        await collect(answering(decoder=decoder), timeout_ms=50)
+    assert decoder.closed == 1
+
+
+async def test_a_client_that_leaves_stops_the_decoder() -> None:
+    decoder = FakeDecoder(words=["word "] * 1000)
+    question = validation.check_generate(GenerateRequest(question="q"), LIMITS)
+    with request_span() as current:
+        events = answering(decoder=decoder).answer(question, current, Timings(0.0), Deadline(10_000))
+        seen = [await anext(events) for _ in range(3)]
+        await events.aclose()
+    assert seen[-1].text.text == "word "
+    assert decoder.closed == 1
+
+
+async def test_a_cancelled_task_stops_the_decoder() -> None:
+    decoding = asyncio.Event()
+
+    async def starts_and_waits() -> None:
+        decoding.set()
+        await forever()
+
+    decoder = FakeDecoder(delay=starts_and_waits)
+    task = asyncio.create_task(collect(answering(decoder=decoder)))
+    async with asyncio.timeout(5):
+        await decoding.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert decoder.closed == 1
+
+
+async def test_a_timeout_inside_a_service_is_not_taken_for_the_deadline() -> None:
+    async def times_out() -> None:
+        raise TimeoutError("inner")
+
+    with pytest.raises(TimeoutError, match="inner"):
+        await collect(answering(FakeSearcher(PASSAGES, delay=times_out)))
+
+
+async def test_retrieve_alone() -> None:
+    search = validation.Search("q", "default", 3, ())
+    with request_span() as current:
+        response = await answering().retrieve(search, current, Deadline(1000))
+    assert [passage.passage_id for passage in response.passages] == ["p0", "p1", "p2"]
+    assert [stage.stage for stage in response.stages] == ["retrieve", "total"]

@@ -1,0 +1,179 @@
+"""Documents in and out, with the real splitter and services by hand."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+
+import pytest
+from google.protobuf.struct_pb2 import Struct
+
+from blockrag.errors import InvalidRequestError
+from blockrag.gateway.corpus import Corpus
+from blockrag.ingest import PassageSplitter, prepare_documents
+from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.v1 import corpus_pb2
+from blockrag.v1.common_pb2 import RequestContext
+from blockrag.v1.corpus_pb2 import (
+    INGEST_OUTCOME_CREATED,
+    INGEST_OUTCOME_REPLACED,
+    INGEST_OUTCOME_UNCHANGED,
+    DocumentHeader,
+)
+
+from .fakes import FakeCache, FakeIndex
+
+CONTEXT = RequestContext(request_id="r1", tenant="acme")
+LONG = " ".join(f"This is sentence number {number} of a long document." for number in range(200))
+
+
+@pytest.fixture(scope="module")
+def splitter() -> PassageSplitter:
+    bundle = load_bundle(DEFAULT_BUNDLE, verify_files=False)
+    return PassageSplitter(bundle.template, bundle.load_tokenizer(), 64)
+
+
+@pytest.fixture
+def corpus(splitter: PassageSplitter) -> Corpus:
+    return Corpus(FakeIndex(), FakeCache(), functools.partial(prepare_documents, splitter=splitter), 8)
+
+
+def parts(corpus: Corpus) -> tuple[FakeIndex, FakeCache]:
+    assert isinstance(corpus.index, FakeIndex)
+    assert isinstance(corpus.cache, FakeCache)
+    return corpus.index, corpus.cache
+
+
+async def ingest(corpus: Corpus, content: str, document_id: str = "a.txt") -> corpus_pb2.IngestedDocument:
+    metadata = Struct()
+    metadata.update({"year": 1999})
+    header = DocumentHeader(collection="default", document_id=document_id, metadata=metadata)
+    (document,) = (await corpus.ingest(header, io.BytesIO(content.encode()), CONTEXT)).documents
+    return document
+
+
+async def test_a_new_document_is_staged_in_batches_and_committed(corpus: Corpus) -> None:
+    index, cache = parts(corpus)
+    document = await ingest(corpus, LONG)
+    assert document.outcome == INGEST_OUTCOME_CREATED
+    stored = index.documents[("default", "a.txt")]
+    passages = index.staged[("default", "a.txt", document.version)]
+    assert document.passages == stored.passages == len(passages) > 8
+    assert index.calls.count("add_passages") == -(-len(passages) // 8)
+    assert [passage.ordinal for passage in passages] == list(range(len(passages)))
+    assert {passage.document_version for passage in passages} == {document.version}
+    assert passages[0].metadata["year"] == 1999
+    assert "".join(" ".join(passage.text for passage in passages).split()) == "".join(LONG.split())
+    assert cache.purged == []
+
+
+async def test_the_same_document_again_changes_nothing(corpus: Corpus) -> None:
+    index, cache = parts(corpus)
+    first = await ingest(corpus, LONG)
+    index.calls.clear()
+    again = await ingest(corpus, LONG)
+    assert again.outcome == INGEST_OUTCOME_UNCHANGED
+    assert again.passages == first.passages
+    assert index.calls == ["scan_documents"]
+    assert cache.purged == []
+
+
+async def test_an_updated_document_replaces_and_purges(corpus: Corpus) -> None:
+    index, cache = parts(corpus)
+    first = await ingest(corpus, LONG)
+    second = await ingest(corpus, "It is short now.")
+    assert second.outcome == INGEST_OUTCOME_REPLACED
+    assert second.version != first.version
+    assert index.documents[("default", "a.txt")].passages == 1
+    assert set(cache.purged) == {("default", "a.txt")}
+
+
+@pytest.mark.parametrize("fail_on", ["add_passages", "commit_document"])
+async def test_an_interrupted_ingest_shows_nothing_and_is_completed_by_another(corpus: Corpus, fail_on: str) -> None:
+    index, _ = parts(corpus)
+    index.fail_on = fail_on
+    with pytest.raises(ConnectionError):
+        await ingest(corpus, LONG)
+    assert index.documents == {}
+    index.fail_on = ""
+    document = await ingest(corpus, LONG)
+    assert document.outcome == INGEST_OUTCOME_CREATED
+    assert len(index.staged[("default", "a.txt", document.version)]) == document.passages
+
+
+async def test_a_jsonl_file_holds_many_documents(corpus: Corpus) -> None:
+    lines = [{"id": f"d{number}", "text": f"Document number {number}."} for number in range(5)]
+    header = DocumentHeader(collection="default", document_id="all.jsonl")
+    content = "\n".join(json.dumps(line) for line in lines).encode()
+    response = await corpus.ingest(header, io.BytesIO(content), CONTEXT)
+    assert [document.document_id for document in response.documents] == ["d0", "d1", "d2", "d3", "d4"]
+
+
+@pytest.mark.parametrize(
+    ("document_id", "content"),
+    [
+        ("a.txt", b""),
+        ("a.txt", b"  \n "),
+        ("a.txt", b"\x7fELF\x00\x00"),
+        ("a.pdf", b"%PDF-1.4 nothing"),
+        ("a.bin", b"x"),
+    ],
+)
+async def test_what_cannot_be_read_is_refused_and_stores_nothing(
+    corpus: Corpus, document_id: str, content: bytes
+) -> None:
+    index, _ = parts(corpus)
+    with pytest.raises(InvalidRequestError):
+        await corpus.ingest(DocumentHeader(collection="default", document_id=document_id), io.BytesIO(content), CONTEXT)
+    assert index.documents == {}
+    assert index.staged == {}
+
+
+async def test_deleting_purges_before_and_after(corpus: Corpus) -> None:
+    _, cache = parts(corpus)
+    stored = await ingest(corpus, LONG)
+    removed = await corpus.delete_document("default", "a.txt", CONTEXT)
+    assert removed.passages == stored.passages
+    assert cache.purged == [("default", "a.txt")] * 2
+    assert removed.purged_blocks == 4
+
+
+async def test_deleting_a_collection(corpus: Corpus) -> None:
+    _, cache = parts(corpus)
+    await ingest(corpus, "One.", "a.txt")
+    await ingest(corpus, "Two.", "b.txt")
+    removed = await corpus.delete_collection("default", CONTEXT)
+    assert removed.documents == 2
+    assert cache.purged == [("default", "")] * 2
+
+
+async def test_listing_pages_through_everything_once(corpus: Corpus) -> None:
+    for number in range(7):
+        await ingest(corpus, f"Text {number}.", f"d{number}.txt")
+    seen, token, pages = [], "", 0
+    while True:
+        page = await corpus.list_documents("default", 3, token, CONTEXT)
+        assert page.total == 7
+        seen.extend(document.document_id for document in page.documents)
+        pages += 1
+        token = page.next_page_token
+        if not token:
+            break
+    assert seen == [f"d{number}.txt" for number in range(7)]
+    assert pages == 3
+    with pytest.raises(InvalidRequestError, match="another collection"):
+        token = (await corpus.list_documents("default", 3, "", CONTEXT)).next_page_token
+        await corpus.list_documents("other", 3, token, CONTEXT)
+
+
+@pytest.mark.parametrize("token", ["nonsense", "e30=", "W10=", "\u00e4", "WzEsMl0="])
+async def test_a_page_token_of_somebody_elses_is_refused(corpus: Corpus, token: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        await corpus.list_documents("default", 3, token, CONTEXT)
+    assert refused.value.field == "page_token"
+
+
+async def test_collections_are_listed(corpus: Corpus) -> None:
+    await ingest(corpus, "One.")
+    assert [item.name for item in (await corpus.list_collections(CONTEXT)).collections] == ["default"]

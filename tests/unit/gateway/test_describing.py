@@ -1,0 +1,80 @@
+"""The state of the system, whatever part of it fails."""
+
+from __future__ import annotations
+
+from blockrag.errors import UnavailableError
+from blockrag.gateway.describing import Describing
+from blockrag.settings import GatewaySettings
+from blockrag.v1 import decoder_pb2, encoder_pb2, kv_cache_pb2, retriever_pb2
+from blockrag.v1.system_pb2 import DescribeResponse
+
+from .fakes import FakeTokenizer, forever
+
+
+class Retriever:
+    async def status(self) -> retriever_pb2.GetRetrieverStatusResponse:
+        return retriever_pb2.GetRetrieverStatusResponse(backend="edge", passages=7)
+
+
+class Encoder:
+    async def status(self) -> encoder_pb2.GetEncoderStatusResponse:
+        return encoder_pb2.GetEncoderStatusResponse(bundle_fingerprint="f00d")
+
+
+class BrokenCache:
+    async def status(self) -> kv_cache_pb2.GetKvCacheStatusResponse:
+        raise UnavailableError("kv_cache: not deployed\nsecond line")
+
+
+class SilentCache:
+    async def status(self) -> kv_cache_pb2.GetKvCacheStatusResponse:
+        await forever()
+        raise AssertionError
+
+
+class Decoder:
+    def __init__(self, fingerprint: str = "f00d") -> None:
+        self._fingerprint = fingerprint
+
+    async def status(self) -> decoder_pb2.GetDecoderStatusResponse:
+        return decoder_pb2.GetDecoderStatusResponse(bundle_fingerprint=self._fingerprint, max_positions=4096)
+
+
+async def describe(cache: BrokenCache | SilentCache, decoder: Decoder | None = None) -> DescribeResponse:
+    describing = Describing(
+        retriever=Retriever(),
+        encoder=Encoder(),
+        kv_cache=cache,
+        compressor=FakeTokenizer(),
+        decoder=decoder or Decoder(),
+        limits=GatewaySettings(max_document_mb=3),
+        bundle_name="reader",
+        bundle_fingerprint="f00d",
+        max_positions=99,
+        timeout_s=0.05,
+    )
+    return await describing.describe()
+
+
+async def test_a_broken_service_is_listed_with_its_reason() -> None:
+    description = await describe(BrokenCache())
+    health = {service.name: service for service in description.services}
+    assert list(health) == ["gateway", "retriever", "encoder", "kv_cache", "compressor", "decoder"]
+    assert not health["kv_cache"].healthy
+    assert health["kv_cache"].detail == "kv_cache: not deployed"
+    assert all(service.healthy for name, service in health.items() if name != "kv_cache")
+    assert description.retriever.passages == 7
+    assert description.max_positions == 4096
+    assert description.max_document_bytes == 3 * 2**20
+
+
+async def test_a_silent_service_is_not_waited_for() -> None:
+    description = await describe(SilentCache())
+    (silent,) = [service for service in description.services if not service.healthy]
+    assert silent.name == "kv_cache"
+    assert silent.detail == "no answer within 0.05 s"
+
+
+async def test_another_bundle_in_the_decoder_is_told() -> None:
+    description = await describe(BrokenCache(), Decoder("0ld"))
+    assert any(service.name == "decoder" and "another bundle" in service.detail for service in description.services)

@@ -1,0 +1,60 @@
+"""Streamed bytes to a file."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from blockrag.errors import InvalidRequestError
+from blockrag.gateway.spool import receive_content, receive_header
+from blockrag.grpc_status import MalformedRequest
+from blockrag.v1.corpus_pb2 import DocumentHeader, IngestDocumentRequest
+
+HEADER = IngestDocumentRequest(header=DocumentHeader(document_id="a.txt"))
+
+
+def piece(content: bytes) -> IngestDocumentRequest:
+    return IngestDocumentRequest(content=content)
+
+
+async def stream(
+    *messages: IngestDocumentRequest | MalformedRequest,
+) -> AsyncIterator[IngestDocumentRequest | MalformedRequest]:
+    for message in messages:
+        yield message
+
+
+async def test_header_then_content() -> None:
+    messages = stream(HEADER, *[piece(b"ab" * 1000)] * 3000)
+    assert (await receive_header(messages)).document_id == "a.txt"
+    with await receive_content(messages, 2**23) as file:
+        assert file.seek(0, 2) == 6_000_000
+        file.seek(0)
+        assert file.read(4) == b"abab"
+
+
+async def test_no_content_is_an_empty_file() -> None:
+    with await receive_content(stream(), 10) as file:
+        assert file.seek(0, 2) == 0
+
+
+@pytest.mark.parametrize("first", [[], [piece(b"x")], [IngestDocumentRequest()]])
+async def test_the_first_message_must_be_the_header(first: list[IngestDocumentRequest]) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        await receive_header(stream(*first))
+    assert refused.value.field == "header"
+
+
+@pytest.mark.parametrize(
+    ("messages", "what"),
+    [
+        ([piece(b"x" * 6), piece(b"x" * 6)], "larger"),
+        ([HEADER], "header"),
+        ([piece(b"x" * (2**20 + 1))], "piece"),
+        ([MalformedRequest("bad UTF-8")], "bad UTF-8"),
+    ],
+)
+async def test_bad_content(messages: list[Message], what: str) -> None:
+    with pytest.raises(InvalidRequestError, match=what):
+        await receive_content(stream(*messages), 10)

@@ -1,0 +1,207 @@
+"""Every refusal names its field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from google.protobuf.struct_pb2 import Struct, Value
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockrag.errors import InvalidRequestError
+from blockrag.gateway import validation
+from blockrag.settings import GatewaySettings
+from blockrag.v1 import common_pb2, corpus_pb2
+from blockrag.v1.common_pb2 import MetadataCondition
+from blockrag.v1.rag_pb2 import GenerateRequest, GivenPassage, RetrieveRequest
+
+LIMITS = GatewaySettings(max_top_k=100, default_top_k=5, default_max_tokens=48, max_timeout_ms=10_000)
+IN = common_pb2.CONDITION_OPERATOR_IN
+AT_LEAST = common_pb2.CONDITION_OPERATOR_AT_LEAST
+
+
+def text(value: str) -> Value:
+    return Value(string_value=value)
+
+
+def number(value: float) -> Value:
+    return Value(number_value=value)
+
+
+def condition(**fields: Any) -> list[MetadataCondition]:
+    return [MetadataCondition(**fields)]
+
+
+def test_defaults_are_filled_in() -> None:
+    question = validation.check_generate(GenerateRequest(question=" Where? "), LIMITS)
+    assert question.text == "Where?"
+    assert question.collection == "default"
+    assert question.top_k == 5
+    assert question.attention_mode == common_pb2.ATTENTION_MODE_BLOCK
+    assert question.timeout_ms == 10_000
+    assert question.max_context_tokens == 0
+    assert question.sampling.max_tokens == 48
+    assert question.sampling.temperature == 0.0
+    assert question.sampling.top_p == 1.0
+    assert 0 <= question.sampling.seed < 2**53
+
+
+def test_what_is_given_is_kept() -> None:
+    request = GenerateRequest(
+        question="q",
+        collection="almanac",
+        top_k=7,
+        max_tokens=3,
+        temperature=0.5,
+        top_p=0.9,
+        seed=2**63,
+        stop=["\n"],
+        timeout_ms=500,
+        filter=condition(key="year", operator=AT_LEAST, values=[number(1990)]),
+    )
+    question = validation.check_generate(request, LIMITS)
+    assert question.collection == "almanac"
+    assert question.top_k == 7
+    assert question.sampling.seed == 2**63
+    assert list(question.sampling.stop) == ["\n"]
+    assert question.timeout_ms == 500
+    assert question.filter[0].key == "year"
+
+
+def test_two_questions_draw_different_seeds() -> None:
+    seeds = {validation.check_generate(GenerateRequest(question="q"), LIMITS).sampling.seed for _ in range(8)}
+    assert len(seeds) == 8
+
+
+def test_a_longer_timeout_than_the_servers_is_shortened() -> None:
+    assert validation.check_generate(GenerateRequest(question="q", timeout_ms=99_999_999), LIMITS).timeout_ms == 10_000
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"question": ""}, "question"),
+    ({"question": " \n\t"}, "question"),
+    ({"question": "x" * 2**20}, "question"),
+    ({"question": "nul \x00"}, "question"),
+    ({"question": "escape \x1b[31m"}, "question"),
+    ({"question": "c1 \x85"}, "question"),
+    ({"collection": "../etc"}, "collection"),
+    ({"collection": "a" * 65}, "collection"),
+    ({"collection": "-a"}, "collection"),
+    ({"top_k": 0}, "top_k"),
+    ({"top_k": 101}, "top_k"),
+    ({"top_k": 10_000}, "top_k"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 2**31}, "max_tokens"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": math.nan}, "temperature"),
+    ({"temperature": math.inf}, "temperature"),
+    ({"top_p": 0.0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_p": math.nan}, "top_p"),
+    ({"stop": ["a"] * 9}, "stop"),
+    ({"stop": ["ok", ""]}, "stop[1]"),
+    ({"stop": ["x" * 65]}, "stop[0]"),
+    ({"timeout_ms": 0}, "timeout_ms"),
+    ({"max_context_tokens": 0}, "max_context_tokens"),
+    ({"attention_mode": 17}, "attention_mode"),
+    ({"passages": [GivenPassage(text="")]}, "passages[0].text"),
+    ({"passages": [GivenPassage(text="a"), GivenPassage(text=" ")]}, "passages[1].text"),
+    ({"passages": [GivenPassage(text="a\x00")]}, "passages[0].text"),
+    ({"passages": [GivenPassage(text="a" * 65_537)]}, "passages[0].text"),
+    ({"passages": [GivenPassage(text="a", title="b\nc")]}, "passages[0].title"),
+    ({"passages": [GivenPassage(text="a")] * 101}, "passages"),
+    ({"passages": [GivenPassage(text="a")], "attention_mode": common_pb2.ATTENTION_MODE_NONE}, "passages"),
+    ({"filter": condition(operator=IN, values=[text("a")])}, "filter[0].key"),
+    ({"filter": condition(key="a\x00", operator=IN, values=[text("a")])}, "filter[0].key"),
+    ({"filter": condition(key="a", values=[text("a")])}, "filter[0].operator"),
+    ({"filter": condition(key="a", operator=99, values=[text("a")])}, "filter[0].operator"),
+    ({"filter": condition(key="a", operator=IN)}, "filter[0].values"),
+    ({"filter": condition(key="a", operator=IN, values=[text("a")] * 257)}, "filter[0].values"),
+    ({"filter": condition(key="a", operator=IN, values=[text("a"), number(1)])}, "filter[0].values"),
+    ({"filter": condition(key="a", operator=IN, values=[Value(null_value=0)])}, "filter[0].values"),
+    ({"filter": condition(key="a", operator=IN, values=[Value()])}, "filter[0].values"),
+    ({"filter": condition(key="a", operator=IN, values=[number(math.nan)])}, "filter[0].values[0]"),
+    ({"filter": condition(key="a", operator=AT_LEAST, values=[text("a")])}, "filter[0].values"),
+    ({"filter": condition(key="a", operator=AT_LEAST, values=[number(1), number(2)])}, "filter[0].values"),
+    ({"filter": condition(key="a", operator=IN, values=[text("a")]) * 33}, "filter"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field"), BAD, ids=[f"{field}-{index}" for index, (_, field) in enumerate(BAD)])
+def test_bad_questions(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        validation.check_generate(GenerateRequest(**{"question": "q", **fields}), LIMITS)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (RetrieveRequest(query=""), "query"),
+        (RetrieveRequest(query="q", top_k=0), "top_k"),
+        (RetrieveRequest(query="q", top_k=101), "top_k"),
+        (RetrieveRequest(query="q", collection="a b"), "collection"),
+    ],
+)
+def test_bad_searches(request_: RetrieveRequest, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        validation.check_retrieve(request_, LIMITS)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("header", "field"),
+    [
+        (corpus_pb2.DocumentHeader(), "document_id"),
+        (corpus_pb2.DocumentHeader(document_id="a" * 513), "document_id"),
+        (corpus_pb2.DocumentHeader(document_id="a\nb"), "document_id"),
+        (corpus_pb2.DocumentHeader(document_id="a", collection="ü"), "collection"),
+        (corpus_pb2.DocumentHeader(document_id="a", title="x\x00"), "title"),
+        (corpus_pb2.DocumentHeader(document_id="a", metadata=Struct(fields={"": text("x")})), "metadata"),
+    ],
+)
+def test_bad_headers(header: corpus_pb2.DocumentHeader, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        validation.check_header(header)
+    assert refused.value.field == field
+
+
+def test_a_header_gets_its_collection_and_is_not_changed_in_place() -> None:
+    header = corpus_pb2.DocumentHeader(document_id="a.txt", title="A")
+    assert validation.check_header(header).collection == "default"
+    assert header.collection == ""
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda: validation.check_page_size(501),
+        lambda: validation.check_trace_id("xyz"),
+        lambda: validation.check_trace_id("a" * 31),
+        lambda: validation.check_document_ids([""]),
+        lambda: validation.check_document_ids(["a"] * 10_001),
+    ],
+)
+def test_other_fields(check: Callable[[], object]) -> None:
+    with pytest.raises(InvalidRequestError):
+        check()
+
+
+def test_repeated_ids_count_once() -> None:
+    assert validation.check_document_ids(["b", "a", "b"]) == ("b", "a")
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_taken_or_refused_by_name(value: str) -> None:
+    try:
+        checked = validation.check_question("question", value, 100)
+    except InvalidRequestError as refused:
+        assert refused.field == "question"
+    else:
+        assert checked
+        assert checked == checked.strip()
+        assert len(checked) <= 100
+        assert "\x00" not in checked
