@@ -18,9 +18,10 @@ def piece(content: bytes) -> IngestDocumentRequest:
     return IngestDocumentRequest(content=content)
 
 
-async def stream(
-    *messages: IngestDocumentRequest | MalformedRequest,
-) -> AsyncIterator[IngestDocumentRequest | MalformedRequest]:
+Message = IngestDocumentRequest | MalformedRequest
+
+
+async def stream(*messages: Message) -> AsyncIterator[Message]:
     for message in messages:
         yield message
 

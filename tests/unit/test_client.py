@@ -1,0 +1,444 @@
+"""The client against a real gRPC server on this machine, whose answers are written by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.struct_pb2 import Struct
+
+from blockrag.client import BlockragClient
+from blockrag.client_calls import error_of
+from blockrag.errors import (
+    BlockragError,
+    DataError,
+    DeadlineError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    PromptTooLongError,
+    SettingsError,
+    SetupError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from blockrag.results import (
+    Collection,
+    Completion,
+    Condition,
+    DeletedCollection,
+    DeletedDocument,
+    GivenPassage,
+    IngestedDocument,
+    Retrieved,
+    TextChunk,
+)
+from blockrag.status import status_code
+from blockrag.traceparent import span_id_of, trace_id_of
+from blockrag.v1 import common_pb2, corpus_pb2, corpus_pb2_grpc, rag_pb2, rag_pb2_grpc, system_pb2, system_pb2_grpc
+
+KEY = "acme-key-0123456789"
+
+
+class Server(
+    rag_pb2_grpc.RagServiceServicer, corpus_pb2_grpc.CorpusServiceServicer, system_pb2_grpc.SystemServiceServicer
+):
+    """Answers by hand; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.metadata: dict[str, str] = {}
+        self.error: BlockragError | None = None
+        self.stopped = asyncio.Event()
+        self.unhealthy = 0
+        self.traces: list[list[str]] = []
+
+    async def _note(self, request: Any, context: Any) -> None:
+        self.requests.append(request)
+        self.metadata = dict(context.invocation_metadata())
+        if self.error is not None:
+            await context.abort(status_code(self.error), str(self.error))
+
+    async def Generate(self, request: rag_pb2.GenerateRequest, context: Any) -> AsyncIterator[rag_pb2.GenerateResponse]:
+        await self._note(request, context)
+        metadata = Struct()
+        metadata.update({"year": 1999})
+        found = common_pb2.Passage(passage_id="p0", document_id="d0", title="Norway", text="Oslo.", metadata=metadata)
+        yield rag_pb2.GenerateResponse(request_id="r1", retrieved=rag_pb2.Retrieved(passages=[found]))
+        if request.question == "endless":
+            try:
+                while True:
+                    yield rag_pb2.GenerateResponse(text=rag_pb2.TextChunk(text="word ", tokens=1))
+                    await asyncio.sleep(0.001)
+            finally:
+                self.stopped.set()
+        if request.question == "slow":
+            await asyncio.Event().wait()
+        yield rag_pb2.GenerateResponse(request_id="r1", text=rag_pb2.TextChunk(text="Os", tokens=2))
+        if request.question == "truncated":
+            return
+        yield rag_pb2.GenerateResponse(request_id="r1", text=rag_pb2.TextChunk(text="lo", tokens=1))
+        yield rag_pb2.GenerateResponse(
+            request_id="r1",
+            completion=rag_pb2.Completion(
+                answer="Oslo",
+                citations=[
+                    rag_pb2.Citation(
+                        passage_id="p0",
+                        document_id="d0",
+                        title="Norway",
+                        tokens=9,
+                        in_prompt=True,
+                        chunks=[
+                            common_pb2.ChunkDecision(end_token=9, form=common_pb2.CHUNK_FORM_EXPANDED),
+                        ],
+                    )
+                ],
+                usage=common_pb2.Usage(prompt_tokens=20, cached_tokens=9, l1_tokens=9, completion_tokens=3),
+                stages=[common_pb2.StageTime(stage="total", milliseconds=12.5)],
+                finish_reason=common_pb2.FINISH_REASON_END,
+                time_to_first_token_ms=3.5,
+                seed=7,
+                bundle_fingerprint="f00d",
+                attention_mode=common_pb2.ATTENTION_MODE_FULL,
+                trace_id=trace_id_of(self.metadata.get("traceparent", "")),
+            ),
+        )
+
+    async def Retrieve(self, request: rag_pb2.RetrieveRequest, context: Any) -> rag_pb2.RetrieveResponse:
+        await self._note(request, context)
+        return rag_pb2.RetrieveResponse(passages=[common_pb2.Passage(passage_id="p0", score=0.5)])
+
+    async def IngestDocument(
+        self, request: AsyncIterator[corpus_pb2.IngestDocumentRequest], context: Any
+    ) -> corpus_pb2.IngestDocumentResponse:
+        messages = [message async for message in request]
+        await self._note(messages, context)
+        return corpus_pb2.IngestDocumentResponse(
+            documents=[
+                corpus_pb2.IngestedDocument(
+                    document_id=messages[0].header.document_id,
+                    version="v1",
+                    passages=3,
+                    outcome=corpus_pb2.INGEST_OUTCOME_REPLACED,
+                )
+            ]
+        )
+
+    async def DeleteDocument(
+        self, request: corpus_pb2.DeleteDocumentRequest, context: Any
+    ) -> corpus_pb2.DeleteDocumentResponse:
+        await self._note(request, context)
+        return corpus_pb2.DeleteDocumentResponse(passages=3, purged_blocks=2)
+
+    async def DeleteCollection(
+        self, request: corpus_pb2.DeleteCollectionRequest, context: Any
+    ) -> corpus_pb2.DeleteCollectionResponse:
+        await self._note(request, context)
+        return corpus_pb2.DeleteCollectionResponse(documents=1, passages=3, purged_blocks=2)
+
+    async def ListDocuments(
+        self, request: corpus_pb2.ListDocumentsRequest, context: Any
+    ) -> corpus_pb2.ListDocumentsResponse:
+        await self._note(request, context)
+        start = int(request.page_token or 0)
+        ids = [f"d{number}" for number in range(5)][start : start + request.page_size]
+        end = start + len(ids)
+        return corpus_pb2.ListDocumentsResponse(
+            documents=[corpus_pb2.DocumentSummary(document_id=name) for name in ids],
+            next_page_token=str(end) if end < 5 else "",
+            total=5,
+        )
+
+    async def ListCollections(
+        self, request: corpus_pb2.ListCollectionsRequest, context: Any
+    ) -> corpus_pb2.ListCollectionsResponse:
+        await self._note(request, context)
+        return corpus_pb2.ListCollectionsResponse(
+            collections=[corpus_pb2.CollectionSummary(name="default", documents=2, passages=9)]
+        )
+
+    async def Warm(self, request: corpus_pb2.WarmRequest, context: Any) -> AsyncIterator[corpus_pb2.WarmResponse]:
+        await self._note(request, context)
+        for done in (4, 9):
+            yield corpus_pb2.WarmResponse(done=done, total=9, hits=1)
+
+    async def Describe(self, request: system_pb2.DescribeRequest, context: Any) -> system_pb2.DescribeResponse:
+        await self._note(request, context)
+        self.unhealthy -= 1
+        healthy = self.unhealthy < 0
+        response = system_pb2.DescribeResponse(
+            version="1",
+            services=[
+                system_pb2.ServiceHealth(name="decoder", healthy=healthy, detail="" if healthy else "still starting")
+            ],
+        )
+        response.kv_cache.tenants.add(tenant="acme", blocks=3)
+        return response
+
+    async def GetTrace(self, request: system_pb2.GetTraceRequest, context: Any) -> system_pb2.GetTraceResponse:
+        names = self.traces.pop(0) if len(self.traces) > 1 else self.traces[0]
+        if not names:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no spans")
+        return system_pb2.GetTraceResponse(
+            spans=[system_pb2.TraceSpan(span_id=name, name=name, start_unix_ns=2**62) for name in names]
+        )
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[tuple[Server, str]]:
+    servicer = Server()
+    running = grpc.aio.server()
+    rag_pb2_grpc.add_RagServiceServicer_to_server(servicer, running)
+    corpus_pb2_grpc.add_CorpusServiceServicer_to_server(servicer, running)
+    system_pb2_grpc.add_SystemServiceServicer_to_server(servicer, running)
+    port = running.add_insecure_port("127.0.0.1:0")
+    await running.start()
+    yield servicer, f"127.0.0.1:{port}"
+    await running.stop(None)
+
+
+@pytest.fixture
+async def client(server: tuple[Server, str]) -> AsyncIterator[BlockragClient]:
+    async with BlockragClient(server[1], KEY, timeout_s=10) as connected:
+        yield connected
+
+
+async def test_the_events_of_an_answer(client: BlockragClient) -> None:
+    events = [event async for event in client.generate("Where?")]
+    assert [type(event) for event in events] == [Retrieved, TextChunk, TextChunk, Completion]
+    retrieved, first, second, done = events
+    assert isinstance(retrieved, Retrieved)
+    assert retrieved.passages[0].metadata == {"year": 1999}
+    assert isinstance(first, TextChunk)
+    assert first + second == "Oslo"  # type: ignore[operator]
+    assert first.tokens == 2
+    assert isinstance(done, Completion)
+    assert done.answer == "Oslo"
+    assert done.citations[0].chunks[0].form == "expanded"
+    assert done.stages_ms == {"total": 12.5}
+    assert done.finish_reason == "end"
+    assert done.attention_mode == "full"
+    assert done.request_id == "r1"
+
+
+async def test_metadata_and_deadline_travel(client: BlockragClient, server: tuple[Server, str]) -> None:
+    answer = await client.ask("Where?", timeout_s=5)
+    metadata = server[0].metadata
+    assert metadata["application"] == "gateway"
+    assert metadata["authorization"] == f"Bearer {KEY}"
+    assert trace_id_of(metadata["traceparent"]) == answer.completion.trace_id
+    assert server[0].requests[0].timeout_ms == 5000
+    assert answer.text == "Oslo"
+    assert answer.client_time_to_first_token_ms > 0
+
+
+async def test_options_of_a_question(client: BlockragClient, server: tuple[Server, str]) -> None:
+    await client.ask(
+        "Where?",
+        collection="almanac",
+        top_k=0,
+        filter={"kind": "country", "year": 1999, "open": True},
+        attention_mode="none",
+        max_tokens=3,
+        temperature=0.5,
+        top_p=0.9,
+        seed=0,
+        stop=["\n"],
+        max_context_tokens=100,
+        passages=[GivenPassage("text", title="T")],
+    )
+    request = server[0].requests[0]
+    assert request.collection == "almanac"
+    assert request.HasField("top_k")
+    assert request.top_k == 0
+    assert request.HasField("seed")
+    assert request.attention_mode == common_pb2.ATTENTION_MODE_NONE
+    kinds = [condition.values[0].WhichOneof("kind") for condition in request.filter]
+    assert kinds == ["string_value", "number_value", "bool_value"]
+    assert request.passages[0].title == "T"
+    await client.ask("Where?")
+    assert not server[0].requests[1].HasField("top_k")
+    assert not server[0].requests[1].HasField("seed")
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": "five"}, "top_k"),
+        ({"max_tokens": 2**40}, "max_tokens"),
+        ({"attention_mode": "sparse"}, "attention_mode"),
+        ({"stop": [5]}, "request"),
+    ],
+)
+async def test_what_no_message_can_hold_is_refused_here(
+    client: BlockragClient, options: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        await client.ask("Where?", **options)
+    assert refused.value.field == field
+
+
+async def test_leaving_the_stream_cancels_the_call(client: BlockragClient, server: tuple[Server, str]) -> None:
+    events = client.generate("endless")
+    for _ in range(3):
+        await anext(events)
+    await events.aclose()
+    async with asyncio.timeout(5):
+        await server[0].stopped.wait()
+
+
+async def test_the_deadline(client: BlockragClient) -> None:
+    with pytest.raises(DeadlineError):
+        await client.ask("slow", timeout_s=0.05)
+
+
+async def test_an_answer_without_its_completion_is_an_error(client: BlockragClient) -> None:
+    with pytest.raises(UnavailableError):
+        await client.ask("truncated")
+
+
+async def test_retrieve(client: BlockragClient, server: tuple[Server, str]) -> None:
+    condition = Condition("year", "at_least", (1990,))
+    (passage,) = await client.retrieve("q", top_k=3, filter=[condition])
+    assert passage.score == 0.5
+    assert server[0].requests[0].filter[0].operator == common_pb2.CONDITION_OPERATOR_AT_LEAST
+
+
+async def test_ingesting_a_file_streams_it_in_pieces(
+    client: BlockragClient, server: tuple[Server, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "big.txt"
+    path.write_bytes(b"0123456789" * 200_000)
+    (document,) = await client.ingest_file(path, collection="c", metadata={"year": 1999})
+    assert document == IngestedDocument("big.txt", "v1", 3, "replaced")
+    header, *pieces = server[0].requests[0]
+    assert header.header.collection == "c"
+    assert header.header.metadata["year"] == 1999
+    assert len(pieces) == 4
+    assert all(len(piece.content) <= 2**20 for piece in pieces)
+    assert b"".join(piece.content for piece in pieces) == path.read_bytes()
+
+
+async def test_ingesting_text_and_nothing(client: BlockragClient, server: tuple[Server, str]) -> None:
+    document = await client.ingest_text("note", "Hello.", title="A note")
+    assert document.document_id == "note"
+    assert server[0].requests[0][0].header.media_type == "text/plain"
+    await client.ingest_bytes("empty.txt", b"")
+    assert len(server[0].requests[1]) == 1
+    with pytest.raises(InvalidRequestError):
+        await client.ingest_text("note", "Hello.", metadata={"a": object()})
+    with pytest.raises(FileNotFoundError):
+        await client.ingest_file("/nowhere/at/all.txt")
+
+
+async def test_documents_and_collections(client: BlockragClient) -> None:
+    listed = [document.document_id async for document in client.list_documents(page_size=2)]
+    assert listed == ["d0", "d1", "d2", "d3", "d4"]
+    assert await client.list_collections() == (Collection("default", 2, 9),)
+    assert await client.delete_document("d0") == DeletedDocument(3, 2)
+    assert await client.delete_collection("c") == DeletedCollection(1, 3, 2)
+
+
+async def test_warm_reports_progress(client: BlockragClient) -> None:
+    steps = [step async for step in client.warm(pin=True)]
+    assert [(step.done, step.total) for step in steps] == [(4, 9), (9, 9)]
+
+
+async def test_waiting_until_every_service_answers(client: BlockragClient, server: tuple[Server, str]) -> None:
+    server[0].unhealthy = 2
+    description = await client.wait_until_ready(10)
+    assert description.healthy
+    assert description.kv_cache["tenants"] == [{"tenant": "acme", "blocks": 3, "bytes": 0}]
+    assert len(server[0].requests) == 3
+
+
+async def test_not_ready_in_time_says_what_is_missing(client: BlockragClient, server: tuple[Server, str]) -> None:
+    server[0].unhealthy = 10**6
+    with pytest.raises(UnavailableError, match="decoder: still starting"):
+        await client.wait_until_ready(0.1)
+
+
+async def test_a_wrong_key_is_not_waited_for(client: BlockragClient, server: tuple[Server, str]) -> None:
+    server[0].error = UnauthenticatedError("the API key is not known")
+    with pytest.raises(UnauthenticatedError):
+        await client.wait_until_ready(60)
+
+
+async def test_nobody_there() -> None:
+    async with BlockragClient("127.0.0.1:1") as client:
+        with pytest.raises(UnavailableError):
+            await client.ask("Where?")
+        with pytest.raises(UnavailableError, match="not ready"):
+            await client.wait_until_ready(0.3)
+
+
+async def test_a_trace_is_waited_for_and_holds_the_clients_span(
+    client: BlockragClient, server: tuple[Server, str]
+) -> None:
+    answer = await client.ask("Where?")
+    server[0].traces = [[], ["root"], ["root", "late"], ["root", "late"]]
+    spans = await client.trace(answer.completion.trace_id)
+    assert [span.name for span in spans] == ["client RagService/Generate", "root", "late"]
+    assert spans[0].span_id == span_id_of(server[0].metadata["traceparent"])
+    assert spans[0].milliseconds > 0
+
+
+async def test_no_trace(client: BlockragClient, server: tuple[Server, str]) -> None:
+    server[0].traces = [[]]
+    with pytest.raises(NotFoundError):
+        await client.trace("a" * 32, wait_s=0.1)
+
+
+async def test_the_callers_own_trace_is_continued(client: BlockragClient, server: tuple[Server, str]) -> None:
+    from opentelemetry import trace
+    from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
+
+    parent = SpanContext(0xABC, 0xDEF, is_remote=False, trace_flags=TraceFlags(1))
+    with use_span(NonRecordingSpan(parent)):
+        await client.retrieve("q")
+    assert trace_id_of(server[0].metadata["traceparent"]) == f"{0xABC:032x}"
+    assert trace.get_current_span() is trace.INVALID_SPAN
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequestError("filter[0].values", "must be one number"),
+        PromptTooLongError("question (900 tokens) and answer (48) do not fit"),
+        NotFoundError("no collection 'x'"),
+        UnauthenticatedError("the API key is not known"),
+        OverloadedError("64 answers are in progress", 130),
+        DeadlineError("the request took longer than its 50 ms"),
+        UnavailableError("retriever: not deployed"),
+        DataError("the index is damaged"),
+        SetupError("something to set up"),
+    ],
+)
+def test_errors_come_back_as_they_were(error: BlockragError) -> None:
+    back = error_of(status_code(error), str(error))
+    assert type(back) is type(error)
+    assert str(back) == str(error)
+
+
+def test_other_statuses() -> None:
+    assert isinstance(error_of(status_code(SettingsError("x")), "x"), SetupError)
+    assert isinstance(error_of(grpc.StatusCode.NOT_FOUND, "Application 'gateway' not found."), UnavailableError)
+    dropped = error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, "Request dropped due to backpressure")
+    assert isinstance(dropped, OverloadedError)
+    assert dropped.retry_after_ms > 0
+    assert str(error_of(grpc.StatusCode.INTERNAL, "id 1")) == "INTERNAL: id 1"
+
+
+def test_importing_the_client_is_light() -> None:
+    heavy = "{'ray', 'torch', 'transformers', 'pydantic', 'opentelemetry', 'numpy'}"
+    code = f"import sys, blockrag.client; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
