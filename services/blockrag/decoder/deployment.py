@@ -26,7 +26,7 @@ from blockrag.v1 import decoder_pb2
 _logger = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0005
-"""Longest that the event loop waits for the interpreter lock while the engine's thread computes; Python's own is 5 ms."""
+"""Longest wait of the event loop for the interpreter lock while the engine computes; Python's own is 5 ms."""
 _UPKEEP_PERIOD_S = 1.0
 """How often purges are asked for, old blocks dropped and gauges set."""
 

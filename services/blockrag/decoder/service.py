@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -136,10 +135,11 @@ class DecodeService:
             return _NOTHING_LOADED
         if self._loading >= self._max_loading:
             raise OverloadedError(f"{self._loading} requests are waiting for their blocks", _RETRY_AFTER_MS)
+        limit = asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
         self._loading += 1
         try:
             with span("kv_fetch", request.context, blocks=len(prompt.blocks)) as fetching:
-                async with _time_limit(deadline):
+                async with limit:
                     loaded = await self._loader.load(prompt.blocks, fetching.traceparent)
                 fetching.set(
                     l1_tokens=loaded.l1_tokens,
@@ -147,18 +147,14 @@ class DecodeService:
                     encoded_tokens=loaded.encoded_tokens,
                 )
         except TimeoutError as error:
+            if not limit.expired():
+                raise
             raise DeadlineError("the deadline passed while the passages' blocks were fetched") from error
         finally:
             self._loading -= 1
         metrics.KV_CACHE_QUERY_TOKENS.inc(prompt.slots - len(prompt.token_ids), tier="l1")
         metrics.KV_CACHE_HIT_TOKENS.inc(loaded.l1_tokens, tier="l1")
         return loaded
-
-
-def _time_limit(deadline: float | None) -> asyncio.Timeout | AsyncExitStack:
-    if deadline is None:
-        return AsyncExitStack()
-    return asyncio.timeout(max(0.0, deadline - time.monotonic()))
 
 
 def _deadline(unix_ms: int) -> float | None:
