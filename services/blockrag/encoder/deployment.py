@@ -1,20 +1,24 @@
-"""The encoder pool as a Serve application."""
+"""The encoder pool as a Serve application: an ingress for clients of gRPC, and the pool that the cache calls.
+
+They are two deployments because Serve refuses a router of one's own on an ingress behind HAProxy.
+"""
 
 from __future__ import annotations
 
 import time
+from typing import Any, cast
 
 import numpy as np
-import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.handle import DeploymentHandle
 
-from blockrag.encoder.blocks import BlockEncoder, choose_device
+from blockrag.configured import configured_bundle, configured_device
+from blockrag.encoder.blocks import BlockEncoder
 from blockrag.errors import InvalidRequestError
 from blockrag.grpc_status import translate_errors
 from blockrag.kv_cache.tasks import gather_or_cancel
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.settings import AppArgs, Settings, load_settings
 from blockrag.telemetry import setup_telemetry, span
@@ -26,19 +30,15 @@ MOST_BLOCKS = 64
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
-class Encoder:
-    """Serves ``blockrag.v1.EncoderService``; the cache's shards call ``encode_block``."""
+class EncoderPool:
+    """A replica that encodes; the cache's shards call ``encode_block``."""
 
     def __init__(self, settings: Settings) -> None:
         setup_telemetry("encoder", settings)
-        bundle = load_bundle(
-            settings.bundle.path or DEFAULT_BUNDLE,
-            compute_dtype=settings.bundle.compute_dtype,
-            kv_dtype=settings.bundle.kv_dtype,
-        )
+        bundle = configured_bundle(settings, verify_files=True)
         self._fingerprint = bundle.fingerprint
         self._encoder = BlockEncoder(
-            SlotModel.load(bundle, device=choose_device(settings.bundle.device, has_gpu=bool(ray.get_gpu_ids()))),
+            SlotModel.load(bundle, device=configured_device(settings)),
             max_batch_tokens=settings.encoder.max_batch_tokens,
             batch_wait_ms=settings.encoder.batch_wait_ms,
             threads=settings.encoder.threads,
@@ -52,10 +52,7 @@ class Encoder:
         with span("encode", context, tokens=int(request.token_ids.size)):
             return await self._encoder.encode(request)
 
-    @translate_errors
-    async def EncodeBlocks(
-        self, request: encoder_pb2.EncodeBlocksRequest, grpc_context: RayServegRPCContext | None = None
-    ) -> encoder_pb2.EncodeBlocksResponse:
+    async def encode_blocks(self, request: encoder_pb2.EncodeBlocksRequest) -> encoder_pb2.EncodeBlocksResponse:
         """Encodes blocks and describes them: to check or measure an encoder by itself."""
         if len(request.blocks) > MOST_BLOCKS:
             raise InvalidRequestError("blocks", f"{len(request.blocks)}, where at most {MOST_BLOCKS} are allowed")
@@ -74,10 +71,7 @@ class Encoder:
             milliseconds=1000 * (time.perf_counter() - start),
         )
 
-    @translate_errors
-    async def GetEncoderStatus(
-        self, request: encoder_pb2.GetEncoderStatusRequest, grpc_context: RayServegRPCContext | None = None
-    ) -> encoder_pb2.GetEncoderStatusResponse:
+    async def status(self) -> encoder_pb2.GetEncoderStatusResponse:
         """Describes this replica."""
         stats = self._encoder.stats
         return encoder_pb2.GetEncoderStatusResponse(
@@ -89,11 +83,33 @@ class Encoder:
         )
 
 
+class Encoder:
+    """Serves ``blockrag.v1.EncoderService`` with one replica of the pool for each call."""
+
+    def __init__(self, pool: DeploymentHandle[Any], settings: Settings) -> None:
+        setup_telemetry("encoder", settings)
+        self._pool = pool
+
+    @translate_errors
+    async def EncodeBlocks(
+        self, request: encoder_pb2.EncodeBlocksRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> encoder_pb2.EncodeBlocksResponse:
+        """Encodes blocks and describes them."""
+        return cast("encoder_pb2.EncodeBlocksResponse", await self._pool.encode_blocks.remote(request))
+
+    @translate_errors
+    async def GetEncoderStatus(
+        self, request: encoder_pb2.GetEncoderStatusRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> encoder_pb2.GetEncoderStatusResponse:
+        """Describes a replica."""
+        return cast("encoder_pb2.GetEncoderStatusResponse", await self._pool.status.remote())
+
+
 def build(args: AppArgs) -> Application:
     """The application, as named in a Serve configuration file."""
     settings = load_settings(args.settings_file or None)
     encoder = settings.encoder
-    return serve.deployment(
+    pool = serve.deployment(
         # Twice a full forward pass of short blocks may wait in a replica; the rest waits with its callers.
         max_ongoing_requests=max(64, 4 * encoder.target_ongoing_requests),
         autoscaling_config={
@@ -104,4 +120,6 @@ def build(args: AppArgs) -> Application:
         request_router_config={"request_router_class": _ROUTER},
         health_check_period_s=2,
         ray_actor_options={"num_cpus": encoder.num_cpus, "num_gpus": encoder.num_gpus},
-    )(Encoder).bind(settings)
+    )(EncoderPool).bind(settings)
+    ingress = serve.deployment(max_ongoing_requests=64, ray_actor_options={"num_cpus": 0.1})
+    return ingress(Encoder).bind(pool, settings)

@@ -108,7 +108,7 @@ class KvCacheShard:
 
     async def _encode_in_pool(self, request: BlockRequest) -> EncodedObject:
         if self._encoder is None:
-            self._encoder = serve.get_app_handle("encoder").options(_by_reference=True)
+            self._encoder = serve.get_deployment_handle("EncoderPool", app_name="encoder").options(_by_reference=True)
         handle = self._encoder.options(session_id=request.key)
         response = cast("DeploymentResponse[BlockKV]", handle.encode_block.remote(request))
         try:
@@ -236,8 +236,8 @@ def _read_objects(refs: list[Any], timeout_s: float) -> list[BlockKV | None]:
     try:
         return list(ray.get(refs, timeout=timeout_s))
     except (ObjectLostError, GetTimeoutError):
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        here = set(ready)
+        distinct = list(set(refs))
+        here = set(ray.wait(distinct, num_returns=len(distinct), timeout=0)[0])
         return [_read_object(ref) if ref in here else None for ref in refs]
 
 

@@ -19,6 +19,8 @@ from blockrag.local.preflight import free_port
 from blockrag.local.state import SystemState, own_state, write_state
 from blockrag.settings import AppArgs, Settings, load_settings
 
+APPLICATIONS = ("encoder", "kv_cache", "retriever", "compressor", "decoder", "gateway")
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -52,11 +54,8 @@ class _Supervisor:
             ray_address = self._start_ray()
             self._report("starting Serve")
             self._start_serve()
-            for name in ("encoder", "kv_cache", "retriever", "compressor", "decoder", "gateway"):
-                if stop.is_set():
-                    break
-                self._report(f"starting {name}")
-                self._start_application(name)
+            self._report("starting the applications")
+            self._start_applications()
             if not stop.is_set():
                 self._state = self._state.with_phase("ready", ray_address=ray_address)
                 write_state(self._settings.state_path, self._state)
@@ -113,11 +112,15 @@ class _Supervisor:
             logging_config={"encoding": "JSON", "log_level": self._settings.telemetry.log_level},
         )
 
-    def _start_application(self, name: str) -> None:
+    def _start_applications(self) -> None:
         from ray import serve
+        from ray.serve.api import RunTarget
 
-        application = _builder(name)(AppArgs(settings_file=self._settings_file))
-        serve.run(application, name=name, route_prefix=f"/{name}")
+        arguments = AppArgs(settings_file=self._settings_file)
+        # Together: most of a replica's start is importing, and they wait for each other only at the first request.
+        serve.run_many(
+            [RunTarget(_builder(name)(arguments), name=name, route_prefix=f"/{name}") for name in APPLICATIONS]
+        )
 
 
 def _builder(name: str) -> Any:

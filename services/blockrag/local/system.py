@@ -19,7 +19,7 @@ from blockrag.local.preflight import check_machine
 from blockrag.local.state import SystemState, read_state
 from blockrag.settings import Settings
 
-_START_TIMEOUT_S = 180.0
+_START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.1
 

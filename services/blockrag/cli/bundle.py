@@ -1,0 +1,123 @@
+"""``blockrag bundle``: check, make and show bundles."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from blockrag.cli import console
+from blockrag.cli.console import JsonOption
+from blockrag.errors import BundleError
+
+if TYPE_CHECKING:
+    from blockrag.types import BlockKV
+
+app = typer.Typer(no_args_is_help=True, help="Check, make and show bundles.")
+
+BundleArgument = Annotated[Path | None, typer.Argument(help="Directory; default: the one that ships with blockrag.")]
+
+
+@app.command(epilog="Example: blockrag bundle verify my-bundle --json")
+def verify(
+    path: BundleArgument = None,
+    store: Annotated[bool, typer.Option(help="Send blocks through Ray's object store too.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """The correctness gate: full mode against the stock model, block mode against an explicit mask. Exits with 1."""
+    from blockrag.modeling.bundle import DEFAULT_BUNDLE
+    from blockrag.modeling.verify import verify_bundle
+
+    with console.errors_to_exit():
+        with console.err.status("verifying"), _object_store(store) as through_store:
+            report = verify_bundle(path or DEFAULT_BUNDLE, through_store=through_store)
+        if as_json:
+            console.print_json(report)
+        else:
+            table = Table("check", "largest difference", "tolerance", "first differing layer", "")
+            for check in report.checks:
+                verdict = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"
+                layer = "" if check.passed else str(check.first_differing_layer)
+                table.add_row(check.name, f"{check.max_abs_difference:.2e}", f"{check.tolerance:.0e}", layer, verdict)
+            console.out.print(table)
+        if not report.passed:
+            raise typer.Exit(1)
+
+
+@app.command(epilog="Example: blockrag bundle create ~/models/Llama-3.2-1B my-bundle --template template.json")
+def create(
+    model: Annotated[Path, typer.Argument(help="Hugging Face checkpoint: safetensors and a fast tokenizer.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    template: Annotated[
+        Path, typer.Option(help="JSON file: instruction, passage, final, answer_prefix, end, refusal.")
+    ],
+    name: Annotated[str, typer.Option(help="Name; default: the directory's.")] = "",
+    max_context_tokens: Annotated[int | None, typer.Option(help="Longest prompt and answer.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a bundle from a checkpoint of your own. Nothing is trained: verify it, then adapt it."""
+    from blockrag.modeling.bundle_writing import create_bundle
+    from blockrag.modeling.template import PromptTemplate
+
+    with console.errors_to_exit():
+        try:
+            values = json.loads(template.read_text(encoding="utf-8"))
+            texts = PromptTemplate(**values)
+        except (OSError, ValueError, TypeError) as error:
+            keys = ", ".join(field.name for field in fields(PromptTemplate))
+            raise BundleError(f"template {template}: {error}; it must be a JSON object of {keys}") from error
+        bundle = create_bundle(model, out, texts, name=name or out.name, max_context_tokens=max_context_tokens)
+        if as_json:
+            console.print_json({"path": bundle.path, "fingerprint": bundle.fingerprint})
+        else:
+            console.out.print(f"bundle {bundle.name} ({bundle.fingerprint[:12]}) at {bundle.path}")
+
+
+@app.command(epilog="Example: blockrag bundle show --json")
+def show(path: BundleArgument = None, as_json: JsonOption = False) -> None:
+    """Show a bundle's manifest, after checking every file against it."""
+    from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+
+    with console.errors_to_exit():
+        bundle = load_bundle(path or DEFAULT_BUNDLE)
+        facts = {
+            "name": bundle.name,
+            "version": bundle.version,
+            "path": bundle.path,
+            "fingerprint": bundle.fingerprint,
+            "max_context_tokens": bundle.max_context_tokens,
+            "passage_tokens": bundle.passage_tokens,
+            "template": bundle.template.to_dict(),
+            "quality": dict(bundle.quality),
+            "training": dict(bundle.training),
+        }
+        if as_json:
+            console.print_json(facts)
+            return
+        table = Table.grid(padding=(0, 2))
+        for key, value in facts.items():
+            shown = json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, dict) else str(value)
+            table.add_row(key, shown)
+        console.out.print(table)
+
+
+@contextmanager
+def _object_store(wanted: bool) -> Iterator[Callable[[BlockKV], BlockKV]]:
+    """A round trip through Ray's object store, or through pickle without Ray."""
+    if not wanted:
+        yield lambda block: pickle.loads(pickle.dumps(block))
+        return
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 2**20)
+    try:
+        yield lambda block: ray.get(ray.put(block))
+    finally:
+        ray.shutdown()  # type: ignore[no-untyped-call]

@@ -1,0 +1,90 @@
+"""Times to first token as rows of a table and lines of a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from blockrag.errors import SetupError
+
+MeasuredPath = Literal["model", "grpc"]
+
+LABELS = {
+    "none": "no retrieval",
+    "stock": "stock transformers",
+    "full": "full attention",
+    "block_cold": "block, cold",
+    "block_store": "block, warm: object store",
+    "block_l1": "block, warm: decoder memory",
+}
+
+
+@dataclass(frozen=True)
+class TtftRow:
+    """Times of one state at one context size, in milliseconds."""
+
+    path: MeasuredPath
+    """model: inside one process; grpc: from the client through every service."""
+    state: str
+    """A key of ``LABELS``."""
+    context_tokens: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    repeats: int
+    ratio_to_none: float
+    """Median of the ratios to the same repeat's time without retrieval."""
+
+
+def make_row(
+    path: MeasuredPath, state: str, context_tokens: int, times: Sequence[float], none: Sequence[float]
+) -> TtftRow:
+    """A row of interleaved times: ``times[i]`` and ``none[i]`` were measured one after the other."""
+    ordered = sorted(times)
+    ratios = [time / base for time, base in zip(times, none, strict=True)]
+    return TtftRow(
+        path=path,
+        state=state,
+        context_tokens=context_tokens,
+        median_ms=round(statistics.median(ordered), 3),
+        p10_ms=round(_quantile(ordered, 0.1), 3),
+        p90_ms=round(_quantile(ordered, 0.9), 3),
+        repeats=len(ordered),
+        ratio_to_none=round(statistics.median(ratios), 3),
+    )
+
+
+def plot_rows(rows: Sequence[TtftRow], file: Path, title: str) -> None:
+    """Median time to first token over context size, one line per state, one panel per path; written as PNG.
+
+    Raises ``SetupError`` where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SetupError("plots need matplotlib: pip install 'blockrag[plots]'") from error
+    paths = [path for path in ("model", "grpc") if any(row.path == path for row in rows)]
+    figure = Figure(figsize=(6 * len(paths), 4.5), layout="constrained")
+    for axes, path in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths, strict=True):
+        for state, label in LABELS.items():
+            line = sorted(
+                (row for row in rows if row.path == path and row.state == state), key=lambda row: row.context_tokens
+            )
+            if line:
+                axes.plot([row.context_tokens for row in line], [row.median_ms for row in line], "o-", label=label)
+        axes.set(xscale="log", yscale="log", xlabel="passage tokens", ylabel="time to first token, ms")
+        axes.set_title("model alone" if path == "model" else "over gRPC")
+        axes.set_xticks(sorted({row.context_tokens for row in rows}))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(file, dpi=130)
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
