@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import AsyncIterator
 
 import grpc
 import pytest
 from ray.exceptions import RayTaskError
-from ray.serve.exceptions import BackPressureError
 
 from blockrag.errors import InvalidRequestError, NotFoundError, OverloadedError
 from blockrag.grpc_status import InternalError, as_known_error, translate_errors
+
+with warnings.catch_warnings():
+    # Importing Serve warns about its own use of pydantic.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from ray.serve.exceptions import BackPressureError
 
 
 class FakeContext:
