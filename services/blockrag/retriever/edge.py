@@ -28,6 +28,7 @@ from blockrag.retriever.base import (
 from blockrag.retriever.edge_worker import HEADER_BYTES, Answer, Call, Opening, frame
 from blockrag.retriever.identity import CollectionId
 
+_WORKER = "from blockrag.retriever.edge_worker import main; main()"
 _LOCK_WAIT_S = 20.0
 _STOP_WAIT_S = 10.0
 
@@ -105,7 +106,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
-                [sys.executable, "-m", __name__.rpartition(".")[0] + ".edge_worker", str(theirs.fileno())],
+                [sys.executable, "-c", _WORKER, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -151,10 +152,12 @@ class _Worker:
                 if not future.done():
                     future.set_result(answer)
         except (asyncio.IncompleteReadError, OSError):
+            pass
+        finally:
             self.gone = True
             self._writer.close()
             self._fail_waiting()
-            await asyncio.to_thread(self._process.wait)
+        await asyncio.to_thread(self._process.wait)
 
     def _fail_waiting(self) -> None:
         while self._waiting:

@@ -1,4 +1,4 @@
-"""The process that holds the embedded index: ``python -m blockrag.retriever.edge_worker FD``.
+"""The process that holds the embedded index; ``main`` is its whole life.
 
 Requests and answers are pickled over an inherited socket, one after another. The socket closes when the replica
 dies, however it dies; then the worker makes everything durable and ends, so that the next replica finds the
@@ -123,7 +123,8 @@ def _as_own_error(error: Exception) -> BlockragError:
     return UnavailableError(f"the vector index failed: {str(error)[:500] or type(error).__name__}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serves the socket whose descriptor is the argument. Not run as ``__main__``: its classes would not unpickle."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     with socket.socket(fileno=int(sys.argv[1])) as inherited:
         serve(inherited)

@@ -1,0 +1,145 @@
+"""The embedding model: the packaged one, and what any sentence-transformers directory says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from blockrag.errors import SettingsError
+from blockrag.retriever.embedding import Embedder, find_embedding
+
+PACKAGED = find_embedding("")
+
+
+@pytest.fixture(scope="module")
+def packaged() -> Embedder:
+    return Embedder(PACKAGED)
+
+
+@pytest.fixture
+def model_directory(tmp_path: Path) -> Path:
+    """A tiny random BERT in a sentence-transformers directory."""
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "modules.json"):
+        shutil.copy(PACKAGED.path / name, directory / name)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30522,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(directory)
+    write(directory / "1_Pooling/config.json", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
+    return directory
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_the_packaged_model_is_what_it_says() -> None:
+    assert (PACKAGED.name, PACKAGED.dimensions, PACKAGED.max_tokens) == ("all-MiniLM-L6-v2", 384, 256)
+    assert (PACKAGED.pooling, PACKAGED.normalize) == ("mean", True)
+
+
+def test_vectors_are_those_of_sentence_transformers(packaged: Embedder) -> None:
+    # First values that sentence-transformers 5 gives for this sentence.
+    vector = packaged.embed_query("This is an example sentence")
+
+    assert np.allclose(vector[:4], [0.0677, 0.0635, 0.0487, 0.0793], atol=1e-4)
+    assert np.isclose(np.linalg.norm(vector), 1.0, atol=1e-5)
+
+
+def test_near_in_meaning_is_near(packaged: Embedder) -> None:
+    river, bridge, recipe = packaged.embed_passages(
+        ["The Rhine is a river in Europe.", "Waterways of Germany", "Whisk the eggs with sugar."]
+    )
+
+    assert river @ bridge > river @ recipe + 0.2
+
+
+def test_passages_keep_their_order_and_padding_changes_nothing(packaged: Embedder) -> None:
+    texts = ["short", "a much longer text " * 12, "", "middle sized text here", "x " * 900]
+    together = packaged.embed_passages(texts)
+
+    assert together.shape == (5, 384)
+    for text, vector in zip(texts, together, strict=True):
+        assert np.allclose(vector, packaged.embed_passages([text])[0], atol=1e-5)
+
+
+def test_recent_queries_are_remembered(packaged: Embedder) -> None:
+    assert packaged.embed_query("same question?") is packaged.embed_query("same question?")
+    for number in range(300):
+        packaged._remembered[f"filler {number}"] = np.zeros(384, dtype=np.float32)
+    packaged.embed_query("another")
+    assert np.allclose(
+        packaged.embed_query("same question?"), packaged.embed_passages(["same question?"])[0], atol=1e-5
+    )
+
+
+def test_another_directory_with_cls_pooling_and_no_normalisation(model_directory: Path) -> None:
+    modules = json.loads((model_directory / "modules.json").read_text())
+    write(model_directory / "modules.json", modules[:2])
+    files = find_embedding(str(model_directory))
+    vector = Embedder(files).embed_query("hello")
+
+    assert (files.name, files.dimensions, files.max_tokens) == ("tiny", 16, 64)
+    assert (files.pooling, files.normalize) == ("cls", False)
+    # The last layer norm's output, as it is.
+    assert np.isclose(np.linalg.norm(vector), 4.0, atol=0.1)
+
+
+def test_prompts_are_put_in_front(model_directory: Path) -> None:
+    plain = Embedder(find_embedding(str(model_directory)))
+    write(model_directory / "config_sentence_transformers.json", {"prompts": {"query": "query: ", "passage": "p: "}})
+    prompted = Embedder(find_embedding(str(model_directory)))
+
+    assert np.allclose(prompted.embed_query("hello"), plain.embed_query("query: hello"), atol=1e-6)
+    assert np.allclose(prompted.embed_passages(["hello"]), plain.embed_passages(["p: hello"]), atol=1e-6)
+    assert prompted.info.fingerprint != plain.info.fingerprint
+
+
+def remove_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def add_dense(directory: Path) -> None:
+    modules = json.loads((directory / "modules.json").read_text())
+    write(directory / "modules.json", [*modules, {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}])
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda directory: shutil.rmtree(directory), "modules.json"),
+        (lambda directory: (directory / "modules.json").unlink(), "modules.json"),
+        (lambda directory: (directory / "config.json").write_text("{"), "config.json"),
+        (
+            lambda directory: write(directory / "1_Pooling/config.json", {"pooling_mode_max_tokens": True}),
+            "pools by max",
+        ),
+        (lambda directory: write(directory / "1_Pooling/config.json", {}), "pools by nothing"),
+        (lambda directory: shutil.rmtree(directory / "1_Pooling"), "1_Pooling"),
+        (add_dense, "Dense"),
+        (remove_weights, "cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(model_directory: Path, damage: Callable[[Path], Any], problem: str) -> None:
+    damage(model_directory)
+
+    with pytest.raises(SettingsError, match=problem) as caught:
+        Embedder(find_embedding(str(model_directory)))
+    assert "retriever.embedding_model" in str(caught.value)

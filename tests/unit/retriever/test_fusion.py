@@ -1,0 +1,58 @@
+"""Reciprocal rank fusion."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockrag.retriever.fusion import rank, reciprocal_rank_fusion
+
+items = st.text(alphabet="abcdefgh", min_size=1, max_size=2)
+rankings = st.lists(st.lists(items, unique=True, max_size=12), min_size=1, max_size=4)
+
+
+def test_scores_are_sums_of_reciprocal_places() -> None:
+    fused = reciprocal_rank_fusion([["a", "b"], ["b", "c"]], rrf_k=60)
+
+    assert [entry.item for entry in fused] == ["b", "a", "c"]
+    assert fused[0].score == 1 / 62 + 1 / 61
+    assert fused[1].score == 1 / 61
+    assert fused[2].score == 1 / 62
+
+
+def test_ties_go_to_the_first_ranking_then_to_the_smaller_item() -> None:
+    assert [entry.item for entry in reciprocal_rank_fusion([["b"], ["a"]], 60)] == ["b", "a"]
+    assert [entry.item for entry in reciprocal_rank_fusion([[], ["b"], ["a"]], 60)] == ["b", "a"]
+
+
+def test_equal_scores_rank_by_item() -> None:
+    assert rank([("b", 0.5), ("a", 0.5), ("c", 0.9)]) == ["c", "a", "b"]
+
+
+@given(rankings, st.integers(1, 200))
+def test_every_item_once_best_first(lists: list[list[str]], rrf_k: int) -> None:
+    fused = reciprocal_rank_fusion(lists, rrf_k)
+
+    assert sorted(entry.item for entry in fused) == sorted({item for ranking in lists for item in ranking})
+    assert all(first.score >= second.score for first, second in itertools.pairwise(fused))
+    for entry in fused:
+        places = [ranking.index(entry.item) + 1 for ranking in lists if entry.item in ranking]
+        assert math.isclose(entry.score, sum(1 / (rrf_k + place) for place in places))
+
+
+@given(st.lists(items, unique=True, max_size=12), st.integers(1, 200))
+def test_one_ranking_keeps_its_order(ranking: list[str], rrf_k: int) -> None:
+    assert [entry.item for entry in reciprocal_rank_fusion([ranking, []], rrf_k)] == ranking
+    assert [entry.item for entry in reciprocal_rank_fusion([ranking, ranking], rrf_k)] == ranking
+
+
+@given(rankings, st.randoms(use_true_random=False))
+def test_does_not_depend_on_the_order_of_equal_scores(lists: list[list[str]], random: object) -> None:
+    scored = [(item, float(len(item))) for item in {item for ranking in lists for item in ranking}]
+    shuffled = list(scored)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+
+    assert rank(scored) == rank(shuffled)
