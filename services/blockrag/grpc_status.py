@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar, overload
 
 import grpc
 
+from blockrag.access import check_call
 from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
 from blockrag.status import status_code
 
@@ -64,6 +65,8 @@ def translate_errors(target: StatusContext | None) -> _Translation: ...
 
 def translate_errors(target: Any) -> Any:
     """Gives clients the right status: a decorator of an RPC method, or ``async with translate_errors(grpc_context)``.
+
+    The decorator also refuses requests that could not be parsed and callers without the credentials they need.
 
     The method is a coroutine function or an async generator function of ``(self, request)`` or ``(self, request,
     grpc_context)``. Serve passes the context for calls from outside; through a handle there is none, and errors pass
@@ -137,8 +140,7 @@ def _translated_call(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def call(self: Any, request: Any, grpc_context: StatusContext | None = None) -> Any:
         async with _Translation(grpc_context):
-            if isinstance(request, MalformedRequest):
-                raise request.error()
+            _check(request, grpc_context)
             return await (method(self, request, grpc_context) if pass_context else method(self, request))
 
     return _dressed(call, method)
@@ -149,8 +151,7 @@ def _translated_stream(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def stream(self: Any, request: Any, grpc_context: StatusContext | None = None) -> Any:
         async with _Translation(grpc_context):
-            if isinstance(request, MalformedRequest):
-                raise request.error()
+            _check(request, grpc_context)
             events = method(self, request, grpc_context) if pass_context else method(self, request)
             try:
                 async for event in events:
@@ -159,6 +160,13 @@ def _translated_stream(method: Callable[..., Any]) -> Callable[..., Any]:
                 await events.aclose()
 
     return _dressed(stream, method)
+
+
+def _check(request: Any, context: Any) -> None:
+    if isinstance(request, MalformedRequest):
+        raise request.error()
+    if context is not None:
+        check_call(request, context)
 
 
 def _dressed(wrapper: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:

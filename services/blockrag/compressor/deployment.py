@@ -6,6 +6,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
+from blockrag.access import protect
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.tokenizing import PassageTokenizer
 from blockrag.configured import configured_bundle
@@ -20,6 +21,7 @@ class Compressor:
 
     def __init__(self, settings: Settings) -> None:
         setup_telemetry("compressor", settings)
+        protect(settings)
         bundle = configured_bundle(settings)
         tokenizer = PassageTokenizer(bundle.load_tokenizer(), bundle.template)
         self._planner = Planner(tokenizer, bundle.max_context_tokens, settings.compressor.chunk_tokens)

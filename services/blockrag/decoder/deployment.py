@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
+from blockrag.access import protect
 from blockrag.decoder.runtime import assemble, warm_up
 from blockrag.encoder.blocks import choose_device
 from blockrag.grpc_status import translate_errors
@@ -36,6 +37,7 @@ class Decoder:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         setup_telemetry("decoder", settings)
+        protect(settings)
         torch.set_num_threads(settings.decoder.threads)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         bundle = load_bundle(

@@ -14,6 +14,7 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
+from blockrag.access import protect
 from blockrag.configured import configured_bundle, configured_device
 from blockrag.encoder.blocks import BlockEncoder
 from blockrag.errors import InvalidRequestError
@@ -88,6 +89,7 @@ class Encoder:
 
     def __init__(self, pool: DeploymentHandle[Any], settings: Settings) -> None:
         setup_telemetry("encoder", settings)
+        protect(settings)
         self._pool = pool
 
     @translate_errors

@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
+from blockrag.access import Tenants, protect
 from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.gateway import remote, validation
 from blockrag.gateway.admission import Admission
@@ -20,7 +21,6 @@ from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import call_metadata, count_answer, observed, request_context
 from blockrag.gateway.spool import receive_content, receive_header
-from blockrag.gateway.tenants import Tenants
 from blockrag.gateway.warming import Warming
 from blockrag.grpc_status import translate_errors
 from blockrag.ingest import PassageSplitter, prepare_documents
@@ -41,6 +41,7 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         setup_telemetry("gateway", settings)
+        protect(settings)
         limits = settings.gateway
         bundle = load_bundle(
             settings.bundle.path or DEFAULT_BUNDLE,

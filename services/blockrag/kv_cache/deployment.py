@@ -20,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from blockrag.access import protect
 from blockrag.errors import UnavailableError
 from blockrag.grpc_status import as_known_error, original_error, translate_errors
 from blockrag.keys import KeyMaker
@@ -132,6 +133,7 @@ class KvCache:
         from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
 
         setup_telemetry(APP, settings)
+        protect(settings)
         bundle = load_bundle(
             settings.bundle.path or DEFAULT_BUNDLE,
             verify_files=False,

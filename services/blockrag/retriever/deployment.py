@@ -7,6 +7,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
+from blockrag.access import protect
 from blockrag.grpc_status import translate_errors
 from blockrag.retriever.opening import check_settings, open_service
 from blockrag.settings import AppArgs, Settings, load_settings
@@ -20,6 +21,7 @@ class Retriever:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
         setup_telemetry("retriever", settings)
+        protect(settings)
         torch.set_num_threads(settings.retriever.threads)
         self._service = open_service(settings)
         await self._service.start()

@@ -1,13 +1,18 @@
-"""Who asks: the tenant of a call, from its credentials."""
+"""Who may call: the tenant of a call from outside, from its credentials.
+
+Every service can be called alone over gRPC, so each checks for itself: ``translate_errors`` does it for all RPC
+methods of a process that called ``protect``. Calls between services come through handles and are not asked.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
-from blockrag.errors import UnauthenticatedError
-from blockrag.settings import TenantSettings
+from blockrag.errors import InvalidRequestError, UnauthenticatedError
+from blockrag.settings import Settings, TenantSettings
 
 PUBLIC_TENANT = "public"
 _SCHEME = "bearer "
@@ -18,6 +23,9 @@ class Tenants:
 
     def __init__(self, tenants: Sequence[TenantSettings]) -> None:
         self._tenants = tuple((_digest(tenant.api_key), tenant.name) for tenant in tenants)
+
+    def __bool__(self) -> bool:
+        return bool(self._tenants)
 
     def identify(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
         """The tenant that a call's metadata proves; ``UnauthenticatedError`` for a missing or wrong key."""
@@ -39,6 +47,31 @@ class Tenants:
         if not found:
             raise UnauthenticatedError("the API key is not known")
         return found
+
+
+class CallMetadata(Protocol):
+    """The part of Serve's gRPC context that is used here."""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
+
+
+_tenants = Tenants(())
+
+
+def protect(settings: Settings) -> None:
+    """Has this process's RPC methods ask for the tenants' keys; without tenants nobody is asked."""
+    global _tenants
+    _tenants = Tenants(settings.gateway.tenants)
+
+
+def check_call(request: Any, call: CallMetadata) -> None:
+    """Refuses a call from outside without a known key, or with one that is not the tenant's the request speaks for."""
+    if not _tenants:
+        return
+    tenant = _tenants.identify(call.invocation_metadata())
+    descriptor = getattr(request, "DESCRIPTOR", None)
+    if descriptor is not None and "context" in descriptor.fields_by_name and request.context.tenant != tenant:
+        raise InvalidRequestError("context.tenant", f"must be {tenant!r}, whose API key this is")
 
 
 def _digest(key: str) -> bytes:
