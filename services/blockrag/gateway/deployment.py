@@ -13,6 +13,7 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
 from blockrag.access import Tenants, protect
+from blockrag.configured import configured_bundle
 from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.gateway import remote, validation
 from blockrag.gateway.admission import Admission
@@ -24,7 +25,6 @@ from blockrag.gateway.spool import receive_content, receive_header
 from blockrag.gateway.warming import Warming
 from blockrag.grpc_status import translate_errors
 from blockrag.ingest import PassageSplitter, prepare_documents
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
 from blockrag.retriever.identity import check_document_id
 from blockrag.settings import AppArgs, Settings, load_settings
 from blockrag.telemetry import metrics, read_trace, setup_telemetry, trace_directory
@@ -43,12 +43,7 @@ class Gateway:
         setup_telemetry("gateway", settings)
         protect(settings)
         limits = settings.gateway
-        bundle = load_bundle(
-            settings.bundle.path or DEFAULT_BUNDLE,
-            verify_files=False,
-            compute_dtype=settings.bundle.compute_dtype,
-            kv_dtype=settings.bundle.kv_dtype,
-        )
+        bundle = configured_bundle(settings)
         splitter = PassageSplitter(bundle.template, bundle.load_tokenizer(), settings.ingest.passage_tokens)
         retriever = remote.RetrieverClient(serve.get_app_handle)
         compressor = remote.CompressorClient(serve.get_app_handle)
