@@ -1,0 +1,179 @@
+"""``blockrag bench``: how fast."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from blockrag.cli import console
+from blockrag.cli.console import JsonOption, SettingsOption
+from blockrag.errors import SettingsError
+from blockrag.local import LocalSystem
+from blockrag.local.preflight import free_port
+from blockrag.settings import Settings
+
+if TYPE_CHECKING:
+    from blockrag.evaluation.ttft_grpc import GrpcSample
+    from blockrag.evaluation.ttft_report import TtftRow
+
+app = typer.Typer(no_args_is_help=True, help="Measure.")
+
+_L1_MB = 96
+"""Holds the largest default context and not two of them, so that one displaces the other."""
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``ttft`` a command of its own while it is the only one."""
+
+
+@app.command(epilog="Example: blockrag bench ttft --contexts 512,2048 --repeats 30 --out out/bench")
+def ttft(
+    contexts: Annotated[str, typer.Option(help="Passage tokens, comma separated.")] = "512,1024,2048,4096,8192",
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each, interleaved.")] = 20,
+    model: Annotated[bool, typer.Option(help="Measure the model alone.")] = True,
+    grpc: Annotated[bool, typer.Option(help="Measure over gRPC, on a system started for it.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Directory for ttft.json and ttft.png.")] = None,
+    settings: SettingsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time to first token: no retrieval, full attention, block attention cold and warm, over the context's size."""
+    from blockrag.evaluation.environment import describe_environment
+    from blockrag.evaluation.ttft_report import plot_rows
+
+    with console.errors_to_exit():
+        loaded = console.settings_from(settings)
+        sizes = _sizes(contexts)
+        rows: list[TtftRow] = []
+        overhead: dict[str, float] = {}
+        if model:
+            rows += _measure_model(loaded, sizes, repeats)
+        if grpc:
+            samples = _measure_grpc(loaded, sizes, repeats)
+            rows += _grpc_rows(samples)
+            overhead = _overhead(samples)
+        environment = describe_environment()
+        result = {
+            "rows": [asdict(row) for row in rows],
+            "grpc_overhead_ms": overhead,
+            "settings": loaded.model_dump(mode="json", include={"bundle", "decoder", "encoder"}),
+            "environment": asdict(environment),
+        }
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "ttft.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            plot_rows(rows, out / "ttft.png", f"{environment.cores} × {environment.cpu}, {environment.commit}")
+        if as_json:
+            console.print_json(result)
+        else:
+            console.out.print(_table(rows, sizes))
+            if overhead:
+                text = ", ".join(f"{state} {value:.1f}" for state, value in overhead.items())
+                console.out.print(f"first token over gRPC minus model time, median ms: {text}")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise SettingsError(f"--contexts {text!r}: must be numbers, comma separated") from error
+    if not sizes or min(sizes) < 128:
+        raise SettingsError(f"--contexts {text!r}: must be at least 128 each")
+    return sizes
+
+
+def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int) -> list[TtftRow]:
+    from blockrag.configured import configured_bundle, configured_device
+    from blockrag.evaluation.ttft_model import measure_model_ttft
+    from blockrag.evaluation.ttft_report import make_row
+
+    with console.progress_bar() as bar:
+        task = bar.add_task("model alone", total=None)
+        samples = measure_model_ttft(
+            configured_bundle(settings),
+            contexts=sizes,
+            repeats=repeats,
+            device=configured_device(settings),
+            threads=settings.decoder.threads,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return [
+        make_row("model", state, size, times, samples[size]["none"])
+        for size in sizes
+        for state, times in samples[size].items()
+    ]
+
+
+def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> list[GrpcSample]:
+    from blockrag.client import BlockragClient
+    from blockrag.configured import configured_bundle
+    from blockrag.evaluation.ttft_grpc import measure_grpc_ttft
+    from blockrag.evaluation.workload import make_workload
+
+    workload = make_workload(configured_bundle(settings), sizes)
+
+    async def measure(target: str) -> list[GrpcSample]:
+        with console.progress_bar() as bar:
+            task = bar.add_task("over gRPC", total=None)
+            async with BlockragClient(target) as client:
+                return await measure_grpc_ttft(
+                    client,
+                    workload,
+                    repeats=repeats,
+                    on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )
+
+    with tempfile.TemporaryDirectory(prefix="blockrag-bench-") as state_dir:
+        cluster = {"state_dir": state_dir, "grpc_port": free_port(), "http_port": free_port()}
+        changed = settings.model_copy(
+            update={
+                "cluster": settings.cluster.model_copy(update=cluster),
+                "gateway": settings.gateway.model_copy(update={"max_top_k": 1000}),
+                "decoder": settings.decoder.model_copy(update={"l1_mb": _L1_MB}),
+            }
+        )
+        with console.err.status("starting") as line:
+            system = LocalSystem.start(changed, on_progress=line.update)
+        with system:
+            return asyncio.run(measure(system.target))
+
+
+def _grpc_rows(samples: list[GrpcSample]) -> list[TtftRow]:
+    from blockrag.evaluation.ttft_report import make_row
+
+    times: dict[tuple[int, str], list[float]] = {}
+    for sample in samples:
+        times.setdefault((sample.context_tokens, sample.state), []).append(sample.client_ms)
+    return [make_row("grpc", state, size, values, times[size, "none"]) for (size, state), values in times.items()]
+
+
+def _overhead(samples: list[GrpcSample]) -> dict[str, float]:
+    """Median of what the first token takes beyond the decoder's own work on it, by state."""
+    by_state: dict[str, list[float]] = {}
+    for sample in samples:
+        own = sum(sample.stages_ms[stage] for stage in ("kv_fetch", "compose", "prefill"))
+        by_state.setdefault(sample.state, []).append(sample.client_ms - own)
+    return {state: round(statistics.median(values), 2) for state, values in by_state.items()}
+
+
+def _table(rows: list[TtftRow], sizes: tuple[int, ...]) -> Table:
+    from blockrag.evaluation.ttft_report import LABELS
+
+    table = Table("", "", *(f"{size}" for size in sizes), title="Time to first token, ms: median (× no retrieval)")
+    for path in ("model", "grpc"):
+        cells: dict[Any, TtftRow] = {(row.state, row.context_tokens): row for row in rows if row.path == path}
+        for state, label in LABELS.items():
+            line = [cells.get((state, size)) for size in sizes]
+            if any(line):
+                shown = [f"{row.median_ms:.1f} ({row.ratio_to_none:.1f})" if row else "–" for row in line]
+                table.add_row(path, label, *shown)
+        table.add_section()
+    return table
