@@ -20,7 +20,8 @@ demo: $(STAMP) ## Start everything here, ingest the sample corpus, ask over gRPC
 	$(BIN)/blockrag demo
 
 test: $(STAMP) ## Everything the project promises that a CPU can check.
-	$(BIN)/pytest
+	$(BIN)/pytest tests/unit tests/integration
+	$(BIN)/pytest tests/system
 
 lint: $(STAMP) ## Style.
 	$(BIN)/ruff check .

@@ -1,0 +1,86 @@
+"""The README's commands, typed as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blockrag.local.preflight import free_port
+
+_ROOT = Path(__file__).parent.parent.parent
+_README = (_ROOT / "README.md").read_text(encoding="utf-8")
+_SHELL = re.findall(r"^```sh\n(.*?)^```", _README, re.DOTALL | re.MULTILINE)
+_PYTHON = re.findall(r"^```python\n(.*?)^```", _README, re.DOTALL | re.MULTILINE)
+_ITSELF = "make test"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A state folder and ports of its own, and the environment's commands on the path."""
+    values = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "BLOCKRAG_CLUSTER__STATE_DIR": str(tmp_path / "state"),
+        "BLOCKRAG_CLUSTER__GRPC_PORT": str(free_port()),
+        "BLOCKRAG_CLUSTER__HTTP_PORT": str(free_port()),
+        "COLUMNS": "160",
+    }
+    yield values
+    # Nothing stays behind when a command in the middle failed.
+    _run("blockrag down", values)
+
+
+def _run(command: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, shell=True, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def _checked(command: str, environment: dict[str, str]) -> str:
+    result = _run(command, environment)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result.stdout
+
+
+def _block_with(command: str) -> list[str]:
+    (block,) = (block for block in _SHELL if command in block.splitlines())
+    return block.splitlines()
+
+
+def test_all_blocks_are_known() -> None:
+    """A block that is added needs a test here."""
+    assert len(_SHELL) == 3
+    assert len(_PYTHON) == 1
+    assert _block_with(_ITSELF) == [_ITSELF]
+
+
+@pytest.mark.timeout(900)
+def test_the_demo(environment: dict[str, str]) -> None:
+    (command,) = _block_with("make demo")
+    output = _checked(command, environment)
+    for row in ("no retrieval", "full attention", "block, cold", "object store", "decoder memory"):
+        assert row in output
+    assert "[1]" in output, "no citation was printed"
+
+
+@pytest.mark.timeout(900)
+def test_the_tour(environment: dict[str, str]) -> None:
+    *commands, last = _block_with("blockrag up")
+    outputs = {command: _checked(command, environment) for command in commands}
+    target = f"127.0.0.1:{environment['BLOCKRAG_CLUSTER__GRPC_PORT']}"
+    script = _PYTHON[0].replace("127.0.0.1:9000", target)
+    assert target in script
+    answered = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert answered.returncode == 0, answered.stderr
+    assert "Usage(" in answered.stdout
+    assert "stopped" in _checked(last, environment)
+    (ask,) = (output for command, output in outputs.items() if "--trace" in command)
+    for service in ("gateway", "retriever", "compressor", "decoder"):
+        assert service in ask, ask
+    (listed,) = (output for command, output in outputs.items() if command.startswith("blockrag list"))
+    assert "README.md" not in listed
+    assert "architecture.md" in listed
