@@ -31,6 +31,7 @@ _TABLES = frozenset(("table", "thead", "tbody", "tfoot", "tr"))
 _BLOCKS = _SECTIONS | _HEADINGS | _PARAGRAPHS | _TABLES
 _CELLS = frozenset({"td", "th"})
 _LIST_ITEMS = frozenset({"li", "tr", "dt", "dd"})
+_BREAKS = ("", " ", "\n", "\n\n")
 _SPACES = re.compile(r"[ \t\n\r\f]+")
 _TITLE_SEARCH_CHARS = 1 << 20
 
@@ -67,6 +68,7 @@ class _TextParser(HTMLParser):
         self._hidden: list[str] = []
         self._verbatim = 0
         self._ends_with_space = True
+        self._started = False
 
     def take(self) -> str:
         """The text since the last call."""
@@ -101,20 +103,20 @@ class _TextParser(HTMLParser):
                 data = data.lstrip(" ")
         if not data:
             return
-        if self._break:
+        if self._started and not (self._break == " " and self._ends_with_space):
             self._parts.append(self._break)
-            self._break = ""
+        self._break = ""
+        self._started = True
         self._parts.append(data)
         self._ends_with_space = data[-1].isspace()
 
     def _handle_edge(self, tag: str) -> None:
         if tag == "br" or tag in _LIST_ITEMS:
-            self._break = self._break or "\n"
+            self._break = max(self._break, "\n", key=_BREAKS.index)
         elif tag in _BLOCKS:
             self._break = "\n\n"
-        elif tag in _CELLS and not self._ends_with_space:
-            self._parts.append(" ")
-            self._ends_with_space = True
+        elif tag in _CELLS:
+            self._break = max(self._break, " ", key=_BREAKS.index)
 
 
 class _TitleParser(HTMLParser):

@@ -18,9 +18,11 @@ PARSER_VERSION = 1
 
 _HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)[ \t]*#*$", re.MULTILINE)
 _TITLE_CHARS = 300
-# A line that was broken to fit a page: neither short (verse, headings) nor longer than any page, and what follows
+# A line that was broken to fit a page is neither short (verse, headings) nor longer than any page, and what follows
 # is no list item, quotation or table.
-_WRAPPED = re.compile(r"^([^\n]{30,110})\n(?=[^\s\-*•#>|+])(?!\d{1,3}[.)]\s)", re.MULTILINE)
+_WRAPPED_CHARS = range(30, 111)
+_STARTS_ANEW = re.compile(r"[\s\-*•#>|+]|\d{1,3}[.)]\s")
+_LONGEST_HELD = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,26 @@ def title_from_id(document_id: str) -> str:
 
 def unwrap_lines(pieces: Iterator[str]) -> Iterator[str]:
     """Joins lines that were broken to fit a page, so that passages end with sentences and not with lines."""
-    rest = ""
+    held = ""
     for piece in pieces:
-        text = rest + piece
-        # A line is joined when the next one's start is known, so the last whole line waits.
-        cut = text.rfind("\n", 0, max(text.rfind("\n"), 0)) + 1
-        if len(text) - cut > 1 << 17:
-            cut = len(text)
-        rest = text[cut:]
-        if cut:
-            yield _WRAPPED.sub(r"\1 ", text[:cut])
-    if rest:
-        yield _WRAPPED.sub(r"\1 ", rest)
+        lines = (held + piece).split("\n")
+        # Whether a line goes on is decided when the next one is known: the last two wait.
+        held = "\n".join(lines[-2:])
+        if len(lines) > 2:
+            yield _joined(lines[:-1])
+        if len(held) > _LONGEST_HELD:
+            yield held
+            held = ""
+    yield _joined([*held.split("\n"), ""])[:-1]
+
+
+def _joined(lines: list[str]) -> str:
+    """All lines but the last, each with the newline or the space that stands before the next."""
+    parts: list[str] = []
+    for line, following in itertools.pairwise(lines):
+        goes_on = len(line) in _WRAPPED_CHARS and following and not _STARTS_ANEW.match(following)
+        parts += (line, " " if goes_on else "\n")
+    return "".join(parts)
 
 
 def _first_heading(start: str) -> str:

@@ -4,12 +4,13 @@ Passages end with paragraphs where they can, else with sentences, else with word
 passage is cut. Every character of the text but surrounding white space is in exactly one passage, in order.
 
 The text is split in windows: all passages of a window but the last are final, the last one is split again with what
-follows. So memory is bounded, and where a window ends leaves no mark.
+follows. So memory is bounded, and where a window ends leaves hardly a mark.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ WINDOW_CHARS = 1 << 16
 _VERSION = "1"
 _LONGEST_WORD = 2000
 _CUT_MARK = "…"
+# What looks like a heading: at most this share of a passage, and no end of a sentence.
+_HEADING_SHARE = 4
+_SENTENCE_ENDS = frozenset(".!?…。！？\"”')]")
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,44 @@ class PassageSplitter:
 
     def split(self, title: FittedTitle, pieces: Iterable[str], *, markdown: bool = False) -> Iterator[str]:
         """Passages' texts, lazily; ``pieces`` concatenated are the text."""
-        splitter = self._splitter(title.text_tokens, markdown)
+        tokens = title.text_tokens
+        splitter = self._splitter(tokens, markdown)
         text = ""
         for piece in pieces:
             text += piece
             if len(text) < WINDOW_CHARS:
                 continue
-            spans = splitter.chunk_indices(text)
-            if not spans:
+            spans = self._with_headings(text, splitter.chunk_indices(text), tokens)
+            if spans:
+                yield from self._checked([chunk for _, chunk in spans[:-1]], tokens)
+                text = text[spans[-1][0] :]
+            else:
                 text = ""
+        spans = self._with_headings(text, splitter.chunk_indices(text), tokens)
+        yield from self._checked([chunk for _, chunk in spans], tokens)
+
+    def _with_headings(self, text: str, spans: list[tuple[int, str]], tokens: int) -> list[tuple[int, str]]:
+        """A heading alone is no passage: it takes the first sentences of what follows.
+
+        ``spans``: start and text of each passage within ``text``.
+        """
+        waiting = deque(spans)
+        joined: list[tuple[int, str]] = []
+        while waiting:
+            start, chunk = waiting.popleft()
+            size = self._counter.estimate(chunk)
+            if not waiting or size > tokens // _HEADING_SHARE or chunk[-1] in _SENTENCE_ENDS:
+                joined.append((start, chunk))
                 continue
-            start = spans[-1][0]
-            if start:
-                yield from self._checked([chunk for _, chunk in spans[:-1]], title.text_tokens)
-                text = text[start:]
-        yield from self._checked(splitter.chunks(text), title.text_tokens)
+            next_start, following = waiting.popleft()
+            room = TextSplitter.from_callback(self._counter.estimate, tokens - size - 1)
+            offset, first = room.chunk_indices(following)[0]
+            end = next_start + offset + len(first)
+            joined.append((start, text[start:end]))
+            rest = following[offset + len(first) :].lstrip()
+            if rest:
+                waiting.appendleft((next_start + len(following) - len(rest), rest))
+        return joined
 
     def _splitter(self, tokens: int, markdown: bool) -> TextSplitter | MarkdownSplitter:
         kind = MarkdownSplitter if markdown else TextSplitter
@@ -104,7 +131,20 @@ class PassageSplitter:
             if count <= tokens:
                 yield chunk
             else:
-                yield from TextSplitter.from_callback(self._counter.text_count, tokens).chunks(chunk)
+                for part in TextSplitter.from_callback(self._counter.text_count, tokens).chunks(chunk):
+                    yield from self._halved(part, tokens)
+
+    def _halved(self, text: str, tokens: int) -> Iterator[str]:
+        # The splitter takes for granted that a longer text has more tokens; a byte-level merge may break that.
+        if len(text) < 2 or self._counter.text_count(text) <= tokens:
+            yield text
+            return
+        middle = len(text) // 2
+        space = text.rfind(" ", 1, middle)
+        middle = space if space > 0 else middle
+        for half in (text[:middle].strip(), text[middle:].strip()):
+            if half:
+                yield from self._halved(half, tokens)
 
 
 def _cut(title: str, length: int) -> str:
