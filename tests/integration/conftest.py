@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import ray
 
 from blockrag.client import BlockragClient
 from blockrag.local import LocalSystem
@@ -22,6 +21,9 @@ from blockrag.settings import (
     KvCacheSettings,
     Settings,
 )
+
+# Ray reads this when it is imported, which is why it is set here and Ray imported below.
+os.environ["RAY_AUTH_MODE"] = "token"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def cluster_settings(state_dir: Path) -> Settings:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The system, started once and stopped at the end."""
+    import ray
+
     settings = cluster_settings(tmp_path_factory.mktemp("state"))
     with LocalSystem.start(settings) as system:
         os.environ.update(ray_token_environment(settings))
