@@ -65,12 +65,11 @@ def test_a_sentence_that_is_too_long_is_split_at_words() -> None:
 
 
 def test_markdown_keeps_its_sections_together() -> None:
-    text = "# One\n\nalpha beta gamma delta.\n\n# Two\n\n" + "- point of the list\n" * 3
+    text = "# One\n\nalpha beta gamma delta.\n\n# Two\n\n- first point\n- second point\n"
 
     assert split(words_splitter(), "Title", text, markdown=True) == [
         "# One\n\nalpha beta gamma delta.",
-        "# Two\n\n- point of the list",
-        "- point of the list\n- point of the list",
+        "# Two\n\n- first point\n- second point",
     ]
 
 
