@@ -41,11 +41,12 @@ def verify(
         if as_json:
             console.print_json(report)
         else:
-            table = Table("check", "largest difference", "tolerance", "first differing layer", "")
+            table = Table("check", "largest difference", "tolerance", "", "where it first differs")
             for check in report.checks:
                 verdict = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"
-                layer = "" if check.passed else str(check.first_differing_layer)
-                table.add_row(check.name, f"{check.max_abs_difference:.2e}", f"{check.tolerance:.0e}", layer, verdict)
+                table.add_row(
+                    check.name, f"{check.max_difference:.1e}", f"{check.tolerance:.1e}", verdict, check.first_difference
+                )
             console.out.print(table)
         if not report.passed:
             raise typer.Exit(1)
