@@ -3,7 +3,8 @@
 The contract, for every implementation: queries, keys and values of one ragged batch arrive **before** rotation; each
 segment's token i stands at position ``segment.first_position + i``; the segment's keys and values go to the end of
 its slot list (or, when a block is encoded, to the capture); each token attends to all earlier slots of its own list
-and to its own segment up to itself; scores use the rotated queries and keys. Nothing crosses segments.
+and to its own segment up to itself; scores use the rotated queries and keys. Nothing crosses segments. In the last
+layer only each segment's last token is read, so an implementation may leave the others' outputs undefined but finite.
 
 The reference implementation gathers nothing: keys were rotated when they were placed, so a step rotates only its own
 tokens. It runs on any device torch has SDPA for. A paged implementation (rotating while it reads) fits beside it: it
@@ -20,11 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from blockrag.modeling.matmul import linear, onednn_available
 from blockrag.modeling.rotary import pairs_as_real, to_pairs
 from blockrag.modeling.slots import SequenceState
 
 ATTENTION_NAME = "blockrag_slots"
 """Name in transformers' ``AttentionInterface``. No mask function has it, so transformers builds no mask."""
+
+_TILE_SCORES = 400_000
+"""Scores computed at a time on a CPU, per KV head: what stays in a core's second-level cache."""
+_TILED_FROM = 32_768
+"""Scores per KV head from which tiles beat one fused call; below, the fixed cost of a call counts more."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,9 @@ class RaggedBatch:
 
     segments: tuple[Segment, ...]
     phases: Tensor
-    """Rotation of every token of the batch, complex64 [tokens, head_dim / 2]."""
+    """Rotation of every token of the batch, complex64 [tokens, 1, head_dim / 2]."""
+    last_layer: int
+    """Number of the layer after which only each segment's last token is read."""
     capture: Capture | None = None
 
 
@@ -72,41 +81,82 @@ def slot_attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls: query [1, heads, T, d], key and value [1, kv_heads, T, d] to [1, T, heads, d]."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    query, key, value = query[0], key[0], value[0]
-    rotated_query = pairs_as_real(to_pairs(query) * slot_batch.phases).to(query.dtype)
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     unrotated = to_pairs(key)
-    rotated_key = pairs_as_real(unrotated * slot_batch.phases).to(key.dtype)
     if slot_batch.capture is not None:
-        slot_batch.capture.keys[layer].copy_(pairs_as_real(unrotated))
-        slot_batch.capture.values[layer].copy_(value)
-    out = torch.empty((query.shape[1], query.shape[0], query.shape[2]), dtype=query.dtype, device=query.device)
+        slot_batch.capture.keys[layer].copy_(pairs_as_real(unrotated).transpose(0, 1))
+        slot_batch.capture.values[layer].copy_(value.transpose(0, 1))
+        if layer == slot_batch.last_layer:
+            return torch.zeros_like(query).unsqueeze(0), None
+    rotated_query = pairs_as_real(to_pairs(query) * slot_batch.phases).to(query.dtype)
+    rotated_key = pairs_as_real(unrotated * slot_batch.phases).to(key.dtype)
+    only_last = layer == slot_batch.last_layer
+    out = torch.zeros_like(rotated_query) if only_last else torch.empty_like(rotated_query)
     for segment in slot_batch.segments:
-        span = slice(segment.start, segment.start + segment.length)
-        own_query, keys, values = rotated_query[:, span], rotated_key[:, span], value[:, span]
+        end = segment.start + segment.length
+        keys = rotated_key[segment.start : end].transpose(0, 1)
+        values = value[segment.start : end].transpose(0, 1)
         if segment.state is not None:
             keys, values = _append(segment.state, layer, keys, values)
-        out[span] = attend(own_query, keys, values, scaling).transpose(0, 1)
+        first = end - 1 if only_last else segment.start
+        attend(rotated_query[first:end], keys, values, scaling, out[first:end])
     return out.unsqueeze(0), None
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, out: Tensor) -> None:
     """Attention of the last n of m slots to all before and to themselves.
 
-    query [heads, n, d], keys and values [kv_heads, m, d], all rotated; returns [heads, n, d].
+    query and out [n, heads, d], keys and values [kv_heads, m, d], all rotated.
     """
-    new, total = query.shape[1], keys.shape[1]
-    mask = None
-    if new > 1 and total > new:
-        mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril_(total - new)
-    return F.scaled_dot_product_attention(
-        query.unsqueeze(0),
-        keys.unsqueeze(0),
-        values.unsqueeze(0),
-        attn_mask=mask,
-        is_causal=new > 1 and mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[0] != keys.shape[0],
-    )[0]
+    new, heads, _ = query.shape
+    kv_heads, total, _ = keys.shape
+    scores = new * (heads // kv_heads) * total
+    if new > 1 and scores >= _TILED_FROM and query.dtype == torch.float32 and onednn_available(query.device):
+        _attend_tiled(query, keys, values, scaling, out)
+    elif new == 1:
+        # nothing to mask; a group's heads stand in for query positions, so that K and V are read once
+        grouped = query.view(1, kv_heads, heads // kv_heads, -1)
+        attended = F.scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0), scale=scaling)
+        out.view_as(grouped).copy_(attended)
+    else:
+        mask = None
+        if total > new:
+            mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril_(total - new)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(0, 1).unsqueeze(0),
+            keys.unsqueeze(0),
+            values.unsqueeze(0),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=heads != kv_heads,
+        )
+        out.copy_(attended[0].transpose(0, 1))
+
+
+def _attend_tiled(query: Tensor, keys: Tensor, values: Tensor, scaling: float, out: Tensor) -> None:
+    """The same on a CPU through oneDNN, a tile of queries at a time; only the last columns of a tile need a mask."""
+    new, heads, head_dim = query.shape
+    kv_heads, total, _ = keys.shape
+    group = heads // kv_heads
+    tile = min(new, max(8, _TILE_SCORES // (total * group)))
+    mask = _causal(tile)
+    scaled = query * scaling
+    for start in range(0, new, tile):
+        end = min(new, start + tile)
+        rows, seen = end - start, total - new + end
+        for head in range(kv_heads):
+            span = slice(head * group, (head + 1) * group)
+            scores = linear(scaled[start:end, span].reshape(rows * group, head_dim), keys[head, :seen])
+            scores.view(rows, group, seen)[:, :, seen - rows :].add_(mask[:rows, :, :rows])
+            weights = torch.softmax(scores, dim=-1)
+            out[start:end, span] = linear(weights, values[head, :seen].t()).view(rows, group, head_dim)
+
+
+def _causal(size: int) -> Tensor:
+    mask = torch.zeros(size, 1, size)
+    above = torch.ones(size, size, dtype=torch.bool).triu_(1)
+    return mask.masked_fill_(above.unsqueeze(1), float("-inf"))
 
 
 def _append(state: SequenceState, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

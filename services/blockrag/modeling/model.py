@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blockrag.errors import BundleError, DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
@@ -95,6 +95,12 @@ class SlotModel:
         slot_model = cls(model, facts, kv_dtype=DTYPES[kv_dtype], end_token_ids=ends)
         slot_model._check_probe(probe, expected)
         return slot_model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The model's decoder layers, for looking at hidden states."""
+        layers: nn.ModuleList = self._model.model.layers
+        return layers
 
     @torch.inference_mode()
     def encode(self, blocks: Sequence[Sequence[int]], keys: Sequence[str]) -> list[BlockKV]:
@@ -187,7 +193,10 @@ class SlotModel:
         table = self._rotary.phases(longest)
         phases = [table[segment.first_position : segment.first_position + segment.length] for segment in segments]
         batch = RaggedBatch(
-            segments=segments, phases=phases[0] if len(phases) == 1 else torch.cat(phases), capture=capture
+            segments=segments,
+            phases=(phases[0] if len(phases) == 1 else torch.cat(phases)).unsqueeze(1),
+            last_layer=self.num_layers - 1,
+            capture=capture,
         )
         inputs = torch.from_numpy(np.concatenate(token_ids)).to(self.device).unsqueeze(0)
         last = torch.tensor([segment.start + segment.length - 1 for segment in segments], device=self.device)

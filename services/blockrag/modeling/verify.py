@@ -1,0 +1,260 @@
+"""The correctness gate of a model: ``blockrag bundle verify``.
+
+Slot attention is compared with the stock transformers model, layer by layer: full mode with a plain forward pass,
+block mode with one forward pass under the explicit block mask and global positions. A bundle that passes gives the
+same answers from cached blocks as the mask would.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blockrag.modeling.bundle import Bundle, load_bundle
+from blockrag.modeling.masks import additive_mask, block_mask
+from blockrag.modeling.model import SlotModel, load_stock_model
+from blockrag.types import BlockKV
+
+ThroughStore = Callable[[BlockKV], BlockKV]
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 8e-2}
+"""Largest difference allowed, as a fraction of the largest reference value; the wider of compute and KV type counts."""
+
+SENTENCES = (
+    "The river rises in the hills north of the town and reaches the sea after 214 kilometres.",
+    "Anna Lindqvist opened the first observatory of the island in 1907; it was moved twice before 1950.",
+    "Copper, timber and dried fish were shipped from the old harbour. The railway came in 1889.",
+    "In spring the lake floods the lower meadows, where storks and cranes rest on their way north.",
+)
+"""Text of no source; only its tokens matter."""
+QUESTION = "When was the first observatory opened, and by whom?"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison."""
+
+    name: str
+    max_difference: float
+    """Largest absolute difference of logits, or of the hidden states that differ first."""
+    tolerance: float
+    """Largest difference allowed here: a fraction of the reference's largest value."""
+    passed: bool
+    first_difference: str
+    """Where it first differs, like "layer 3 (encode)" or "logits"; empty when it passed."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All comparisons of a bundle."""
+
+    bundle: str
+    fingerprint: str
+    compute_dtype: str
+    kv_dtype: str
+    relative_tolerance: float
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison passed."""
+        return all(check.passed for check in self.checks)
+
+
+def verify_bundle(
+    bundle: Bundle | str | Path,
+    *,
+    through_store: ThroughStore | None = None,
+    texts: Sequence[str] | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> VerifyReport:
+    """Compare a bundle's model over slots with the stock model on random and real text.
+
+    ``through_store`` takes a block through the store that serves it (default: pickled and read back read-only);
+    ``texts`` are passages to use instead of ``SENTENCES``. Raises BundleError or UnsupportedModelError when the model
+    does not load.
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = load_bundle(bundle)
+    relative = max(TOLERANCES[bundle.compute_dtype], TOLERANCES[bundle.kv_dtype])
+    gate = _Gate(
+        stock=load_stock_model(bundle, device=device),
+        model=SlotModel.load(bundle, device=device),
+        relative=relative,
+    )
+    shuffler = random.Random(seed)
+    checks = []
+    for source, blocks, final in _prompts(bundle, gate.model, texts or SENTENCES, shuffler):
+        shuffled = list(range(len(blocks)))
+        while len(shuffled) > 1 and shuffled == sorted(shuffled):
+            shuffler.shuffle(shuffled)
+        stored = through_store or _pickled
+        checks += [
+            gate.full_mode(f"full mode, {source}", [token for block in blocks for token in block] + final),
+            gate.block_mode(f"block mode, {source}", blocks, final),
+            gate.block_mode(f"block mode shuffled, {source}", blocks, final, order=shuffled),
+            gate.block_mode(f"block mode through the store, {source}", blocks, final, through_store=stored),
+        ]
+    return VerifyReport(
+        bundle=bundle.name,
+        fingerprint=bundle.fingerprint,
+        compute_dtype=bundle.compute_dtype,
+        kv_dtype=bundle.kv_dtype,
+        relative_tolerance=relative,
+        checks=tuple(checks),
+    )
+
+
+class _Gate:
+    def __init__(self, stock: PreTrainedModel, model: SlotModel, relative: float) -> None:
+        self.stock = stock
+        self.model = model
+        self._relative = relative
+
+    @torch.inference_mode()
+    def full_mode(self, name: str, tokens: list[int]) -> Check:
+        """A prefill in two pieces and two decode steps against one plain forward pass."""
+        expected, layers = self._reference(tokens, None)
+        cuts = sorted({len(tokens) // 3, len(tokens) - 2, len(tokens) - 1, len(tokens)} - {0})
+        state = self.model.new_sequence([], len(tokens))
+        difference = _Difference(self._relative)
+        start = 0
+        logits = []
+        for end in cuts:
+            with _traced(self.model.layers) as trace:
+                logits.append((end - 1, self.model.forward([(state, tokens[start:end])])[0]))
+            self._compare_layers(difference, trace, layers, slice(start, end))
+            start = end
+        for position, got in logits:
+            difference.compare("logits", len(layers), got, expected[position])
+        state.release()
+        return difference.check(name)
+
+    @torch.inference_mode()
+    def block_mode(
+        self,
+        name: str,
+        blocks: list[list[int]],
+        final: list[int],
+        *,
+        order: Sequence[int] | None = None,
+        through_store: ThroughStore | None = None,
+    ) -> Check:
+        """Cached blocks, composed in ``order``, and the final block against the explicit mask."""
+        order = range(len(blocks)) if order is None else order
+        placed = [blocks[index] for index in order]
+        mask = block_mask([len(block) for block in placed], len(final))
+        expected, layers = self._reference([token for block in placed for token in block] + final, mask)
+        difference = _Difference(self._relative)
+        encoded = []
+        for number, block in enumerate(placed):
+            with _traced(self.model.layers) as trace:
+                encoded += self.model.encode([block], [f"verify-{number}"])
+            start = sum(len(earlier) for earlier in placed[:number])
+            # the last layer's output of a block is never read, so it is not computed
+            self._compare_layers(difference, trace[:-1], layers, slice(start, start + len(block)), " (encode)")
+        if through_store is not None:
+            encoded = [through_store(block) for block in encoded]
+        state = self.model.new_sequence([self.model.to_resident(block) for block in encoded], len(final))
+        start = state.num_slots
+        with _traced(self.model.layers) as trace:
+            logits = self.model.forward([(state, final)])[0]
+        self._compare_layers(difference, trace, layers, slice(start, start + len(final)))
+        difference.compare("logits", len(layers), logits, expected[-1])
+        state.release()
+        return difference.check(name)
+
+    def _reference(self, tokens: list[int], allowed: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        inputs = torch.tensor([tokens], device=self.stock.device)
+        positions = torch.arange(len(tokens), device=self.stock.device)[None]
+        mask = None if allowed is None else additive_mask(allowed.to(self.stock.device), self.stock.dtype)
+        with _traced(self.stock.model.layers) as trace:
+            output = self.stock(input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
+        return output.logits[0], trace
+
+    def _compare_layers(
+        self, difference: _Difference, trace: list[Tensor], layers: list[Tensor], span: slice, suffix: str = ""
+    ) -> None:
+        for number, got in enumerate(trace):
+            expected = layers[number][span]
+            if number == len(layers) - 1:  # only the last token of the last layer is computed
+                got, expected = got[-1:], expected[-1:]
+            difference.compare(f"layer {number}{suffix}", number, got, expected)
+
+
+class _Difference:
+    """Keeps the difference of the logits, and of the first layer that differs too much."""
+
+    def __init__(self, relative: float) -> None:
+        self._relative = relative
+        self._first: tuple[int, str, float, float] | None = None
+        self._logits = (0.0, 0.0)
+
+    def compare(self, where: str, depth: int, got: Tensor, expected: Tensor) -> None:
+        maximum = float((got.float() - expected.float()).abs().max())
+        tolerance = self._relative * max(1e-6, float(expected.float().abs().max()))
+        if where == "logits" and maximum >= self._logits[0]:
+            self._logits = (maximum, tolerance)
+        # NaN compares as false, so the test is for what is allowed
+        if not maximum <= tolerance and (self._first is None or depth < self._first[0]):
+            self._first = (depth, where, maximum, tolerance)
+
+    def check(self, name: str) -> Check:
+        if self._first is None:
+            return Check(name, self._logits[0], self._logits[1], True, "")
+        _, where, maximum, tolerance = self._first
+        return Check(name, maximum, tolerance, False, where)
+
+
+@contextmanager
+def _traced(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """Hidden states after each layer, [tokens, width] each, of the forward pass inside."""
+    trace: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        trace.append(hidden[0].clone())
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _prompts(
+    bundle: Bundle, model: SlotModel, texts: Sequence[str], shuffler: random.Random
+) -> Iterator[tuple[str, list[list[int]], list[int]]]:
+    room = min(model.max_positions, 512)
+    lengths = [1, room // 8, room // 30, room // 5, room // 16]
+    yield "random tokens", [_random_ids(model, shuffler, max(1, n)) for n in lengths], _random_ids(model, shuffler, 24)
+    tokenizer = bundle.load_tokenizer()
+    final = bundle.template.final_ids(tokenizer, QUESTION)
+    blocks = [bundle.template.instruction_ids(tokenizer)]
+    for number, text in enumerate(texts):
+        block = bundle.template.passage_ids(tokenizer, f"Passage {number + 1}", text)[: bundle.passage_tokens]
+        if sum(map(len, blocks)) + len(block) + len(final) <= model.max_positions:
+            blocks.append(block)
+    yield "text", [block for block in blocks if block], final
+
+
+def _random_ids(model: SlotModel, shuffler: random.Random, length: int) -> list[int]:
+    return [shuffler.randrange(model.vocab_size) for _ in range(length)]
+
+
+def _pickled(block: BlockKV) -> BlockKV:
+    copy: BlockKV = pickle.loads(pickle.dumps(block))
+    for array in (copy.token_ids, copy.keys, copy.values):
+        array.flags.writeable = False
+    return copy
