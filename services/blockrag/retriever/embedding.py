@@ -65,7 +65,9 @@ class Embedder:
     def __init__(self, files: EmbeddingFiles) -> None:
         """Loads the model and runs it once. Raises ``SettingsError`` when it cannot be loaded."""
         from transformers import AutoModel, AutoTokenizer  # seconds of imports, for the replica only
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
         self.files = files
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(files.path, local_files_only=True, use_fast=True)
