@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _ask(options.target, options, locust_options)
 
     settings = _own_settings(load_settings(options.settings), options.out / "state")
-    with LocalSystem.start(settings, on_progress=_say) as system:
+    with LocalSystem.start(settings, on_progress=_say, owned=True) as system:
         key = settings.gateway.tenants[0].api_key if settings.gateway.tenants else ""
         asyncio.run(_prepare(system.target, key, options.seed, options.hot_articles))
         return _ask(system.target, options, locust_options, key)

@@ -58,7 +58,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     import ray
 
     settings = cluster_settings(tmp_path_factory.mktemp("state"))
-    with LocalSystem.start(settings) as system:
+    with LocalSystem.start(settings, owned=True) as system:
         os.environ.update(ray_token_environment(settings))
         ray.init(address=system.ray_address, namespace="tests", log_to_driver=False)
         yield Cluster(system, settings)

@@ -141,7 +141,7 @@ def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> l
             }
         )
         with console.err.status("starting") as line:
-            system = LocalSystem.start(changed, on_progress=line.update)
+            system = LocalSystem.start(changed, on_progress=line.update, owned=True)
         with system:
             return asyncio.run(measure(system.target))
 

@@ -121,4 +121,4 @@ def _object_store(wanted: bool) -> Iterator[Callable[[BlockKV], BlockKV]]:
     try:
         yield lambda block: ray.get(ray.put(block))
     finally:
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()

@@ -65,7 +65,7 @@ def demo(
         loaded = _demo_settings(console.settings_from(settings), Path(state_dir))
         started = time.perf_counter()
         with console.err.status("starting") as line:
-            system = LocalSystem.start(loaded, on_progress=line.update)
+            system = LocalSystem.start(loaded, on_progress=line.update, owned=True)
         with system:
             console.err.print(f"six services are up at {system.target} ({time.perf_counter() - started:.0f} s)")
             drawn = Random(seed).sample(load_questions(), 2 * questions)

@@ -28,14 +28,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the system until it is told to stop."""
     parser = argparse.ArgumentParser(prog="python -m blockrag.local.supervisor")
     parser.add_argument("--settings", required=True)
-    settings_file = parser.parse_args(arguments).settings
+    parser.add_argument("--until-stdin-closes", action="store_true", help="stop when the starting process is gone")
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    settings = load_settings(settings_file)
+    settings = load_settings(options.settings)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if options.until_stdin_closes:
+        threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     state = own_state(f"{settings.cluster.host}:{settings.cluster.grpc_port}")
-    return _Supervisor(settings, settings_file, state).run(stop)
+    return _Supervisor(settings, options.settings, state).run(stop)
+
+
+def _stop_at_end_of_input(stop: threading.Event) -> None:
+    while os.read(0, 1024):
+        pass
+    stop.set()
 
 
 class _Supervisor:

@@ -31,9 +31,10 @@ class LocalSystem:
     goes on when the starting process ends, and stopping it ends just the processes that it started.
     """
 
-    def __init__(self, settings: Settings, state: SystemState) -> None:
+    def __init__(self, settings: Settings, state: SystemState, process: subprocess.Popen[bytes] | None = None) -> None:
         self.settings = settings
         self._state = state
+        self._process = process
 
     @property
     def target(self) -> str:
@@ -46,11 +47,14 @@ class LocalSystem:
         return self._state.ray_address
 
     @classmethod
-    def start(cls, settings: Settings, on_progress: Callable[[str], None] | None = None) -> LocalSystem:
+    def start(
+        cls, settings: Settings, on_progress: Callable[[str], None] | None = None, *, owned: bool = False
+    ) -> LocalSystem:
         """Starts the system and waits until every application answers.
 
-        Raises ``EnvironmentSetupError`` when the machine is not ready and ``UnavailableError`` when an application
-        does not come up; then nothing is left running.
+        ``owned``: it also stops when the calling process ends, however that ends. Raises ``EnvironmentSetupError``
+        when the machine is not ready and ``UnavailableError`` when an application does not come up; then nothing is
+        left running.
         """
         check_machine(settings)
         state_path = settings.state_path
@@ -62,8 +66,11 @@ class LocalSystem:
         log_file = state_path / "logs" / "supervisor.log"
         with log_file.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "blockrag.local.supervisor", "--settings", str(settings_file)],
-                stdin=subprocess.DEVNULL,
+                [
+                    *(sys.executable, "-m", "blockrag.local.supervisor", "--settings", str(settings_file)),
+                    *(("--until-stdin-closes",) if owned else ()),
+                ],
+                stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=_supervisor_environment(settings),
@@ -74,7 +81,8 @@ class LocalSystem:
         except BaseException:
             _terminate(process.pid, process.poll)
             raise
-        return cls(settings, state)
+        # Kept with the system: the pipe that an owned supervisor watches must stay open as long as this process runs.
+        return cls(settings, state, process)
 
     @classmethod
     def attach(cls, settings: Settings) -> LocalSystem:
@@ -87,6 +95,10 @@ class LocalSystem:
     def stop(self) -> None:
         """Stops the system; returns when its processes are gone."""
         _terminate(self._state.pid, lambda: None if self._state.alive else 0)
+        if self._process is not None:
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
 
     def __enter__(self) -> LocalSystem:
         return self
