@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from blockrag.errors import BundleError, DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from blockrag.modeling.attention import ATTENTION_NAME, Capture, RaggedBatch, Segment
@@ -249,14 +252,32 @@ def load_stock_model(
     if dtype is None:
         raise ValueError(f"compute_dtype {compute_dtype!r}: must be one of {', '.join(DTYPES)}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(bundle.decoder_dir, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with _no_progress_bar():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                bundle.decoder_dir, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BundleError(f"{bundle.decoder_dir}: the decoder does not load: {error}") from error
+    # transformers fills what is missing with random numbers
+    absent = sorted(str(name) for name in info["missing_keys"])
+    if absent:
+        raise BundleError(f"{bundle.decoder_dir}: weights are missing: {', '.join(absent[:8])}")
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise BundleError(f"{bundle.decoder_dir}: NaN or infinity in {name}")
     loaded: PreTrainedModel = model.train(False).to(device)
     return loaded
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _segments(items: Sequence[tuple[SequenceState | None, NDArray[np.int64]]]) -> tuple[Segment, ...]:
