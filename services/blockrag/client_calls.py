@@ -32,6 +32,7 @@ from blockrag.traceparent import new_traceparent, span_id_of, trace_id_of
 _FIELD = re.compile(r"^([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): (.*)$", re.DOTALL)
 _RETRY = re.compile(r"^(.*); retry in (\d+) ms$", re.DOTALL)
 _DEFAULT_RETRY_MS = 250
+_BROKEN_WRITE = "Internal error from Core"  # what grpc.aio makes of a write on a call that is over
 _PLAIN: dict[grpc.StatusCode, type[BlockragError]] = {
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
@@ -97,6 +98,8 @@ def error_of(code: grpc.StatusCode, details: str) -> BlockragError:
         # Serve says the same of an application that is not there (yet).
         gone = details.startswith("Application ")
         return UnavailableError(f"the gateway is not deployed: {details}") if gone else NotFoundError(details)
+    if code is grpc.StatusCode.INTERNAL and details == _BROKEN_WRITE:
+        return UnavailableError("the server refused or lost the upload before all of it was sent")
     kind = _PLAIN.get(code)
     return kind(details) if kind is not None else BlockragError(f"{code.name}: {details}")
 

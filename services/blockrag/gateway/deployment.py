@@ -21,7 +21,7 @@ from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import call_metadata, count_answer, observed, request_context
-from blockrag.gateway.spool import receive_content, receive_header
+from blockrag.gateway.spool import receive_content, receive_header, refused_gently
 from blockrag.gateway.warming import Warming
 from blockrag.grpc_status import translate_errors
 from blockrag.ingest import PassageSplitter, prepare_documents
@@ -116,13 +116,16 @@ class Gateway:
     ) -> corpus_pb2.IngestDocumentResponse:
         """Stores a document, or those of a jsonl file."""
         context = request_context(grpc_context, self._tenant(grpc_context))
-        with observed("CorpusService", "IngestDocument", context) as current, self._ingests.slot():
-            header = validation.check_header(await receive_header(request))
-            with closing(await receive_content(request, self._limits.max_document_mb * 2**20)) as spool:
-                if request.is_cancelled():
-                    # Serve ends the stream of a client that went away as if it were complete.
-                    raise asyncio.CancelledError
-                return await self._corpus.ingest(header, spool, current.child_context())
+        max_bytes = self._limits.max_document_mb * 2**20
+        with observed("CorpusService", "IngestDocument", context) as current:
+            async with refused_gently(request, max_bytes):
+                with self._ingests.slot():
+                    header = validation.check_header(await receive_header(request))
+                    with closing(await receive_content(request, max_bytes)) as spool:
+                        if request.is_cancelled():
+                            # Serve ends the stream of a client that went away as if it were complete.
+                            raise asyncio.CancelledError
+                        return await self._corpus.ingest(header, spool, current.child_context())
 
     @translate_errors
     async def DeleteDocument(

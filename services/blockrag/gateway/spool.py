@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import BinaryIO, cast
 
-from blockrag.errors import InvalidRequestError
+from blockrag.errors import BlockragError, InvalidRequestError
 from blockrag.grpc_status import MalformedRequest
 from blockrag.v1.corpus_pb2 import DocumentHeader, IngestDocumentRequest
 
 MAX_PIECE_BYTES = 2**20
 _MEMORY_BYTES = 2**20
+_DRAIN_S = 5.0
+
+Message = IngestDocumentRequest | MalformedRequest
 
 
-async def receive_header(stream: AsyncIterator[IngestDocumentRequest | MalformedRequest]) -> DocumentHeader:
+@asynccontextmanager
+async def refused_gently(stream: AsyncIterator[Message], max_bytes: int) -> AsyncIterator[None]:
+    """Reads what a client still sends before an error of ours reaches it.
+
+    A status that overtakes the client's messages is lost: its gRPC reports the failed write instead. Gives up after
+    ``max_bytes`` or a few seconds.
+    """
+    try:
+        yield
+    except BlockragError:
+        left = max_bytes
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                async for message in stream:
+                    left -= 0 if isinstance(message, MalformedRequest) else len(message.content)
+                    if left < 0:
+                        break
+        raise
+
+
+async def receive_header(stream: AsyncIterator[Message]) -> DocumentHeader:
     """The first message, which must be the header."""
     first = await anext(stream, None)
     if isinstance(first, MalformedRequest):
@@ -24,7 +49,7 @@ async def receive_header(stream: AsyncIterator[IngestDocumentRequest | Malformed
     return first.header
 
 
-async def receive_content(stream: AsyncIterator[IngestDocumentRequest | MalformedRequest], max_bytes: int) -> BinaryIO:
+async def receive_content(stream: AsyncIterator[Message], max_bytes: int) -> BinaryIO:
     """The content, in a file that is gone when it is closed; small content stays in memory.
 
     Raises ``InvalidRequestError`` for anything but content, an oversized piece, or more than ``max_bytes`` in all;

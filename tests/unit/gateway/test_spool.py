@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from blockrag.errors import InvalidRequestError
-from blockrag.gateway.spool import receive_content, receive_header
+from blockrag.gateway.spool import Message, receive_content, receive_header, refused_gently
 from blockrag.grpc_status import MalformedRequest
 from blockrag.v1.corpus_pb2 import DocumentHeader, IngestDocumentRequest
 
@@ -16,9 +16,6 @@ HEADER = IngestDocumentRequest(header=DocumentHeader(document_id="a.txt"))
 
 def piece(content: bytes) -> IngestDocumentRequest:
     return IngestDocumentRequest(content=content)
-
-
-Message = IngestDocumentRequest | MalformedRequest
 
 
 async def stream(*messages: Message) -> AsyncIterator[Message]:
@@ -59,3 +56,27 @@ async def test_the_first_message_must_be_the_header(first: list[IngestDocumentRe
 async def test_bad_content(messages: list[Message], what: str) -> None:
     with pytest.raises(InvalidRequestError, match=what):
         await receive_content(stream(*messages), 10)
+
+
+async def test_the_rest_is_read_before_a_refusal() -> None:
+    messages = stream(*[piece(b"x" * 10)] * 5)
+    with pytest.raises(InvalidRequestError):
+        async with refused_gently(messages, 1000):
+            await receive_content(messages, 15)
+    assert await anext(messages, None) is None
+
+
+async def test_but_not_without_end() -> None:
+    messages = stream(*[piece(b"x" * 10)] * 50)
+    with pytest.raises(InvalidRequestError):
+        async with refused_gently(messages, 100):
+            await receive_content(messages, 15)
+    assert await anext(messages, None) is not None
+
+
+async def test_other_errors_pass_at_once() -> None:
+    messages = stream(*[piece(b"x" * 10)] * 2)
+    with pytest.raises(ZeroDivisionError):
+        async with refused_gently(messages, 100):
+            raise ZeroDivisionError
+    assert await anext(messages, None) is not None
