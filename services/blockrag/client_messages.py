@@ -221,7 +221,7 @@ def _completion(message: rag_pb2.GenerateResponse) -> Completion:
     )
 
 
-def _mode(name: str | None) -> common_pb2.AttentionMode:
+def _mode(name: str | None) -> Any:
     if name is None:
         return common_pb2.ATTENTION_MODE_UNSPECIFIED
     try:

@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, closing
+from typing import TypeAlias
 
 from ray import serve
 from ray.serve import Application
@@ -33,7 +34,7 @@ from blockrag.v1 import corpus_pb2, rag_pb2, system_pb2
 MAX_INGESTS = 8
 """Documents received at a time, per replica: bounds memory and temporary files."""
 
-GrpcContext = RayServegRPCContext | None
+GrpcContext: TypeAlias = RayServegRPCContext | None
 
 
 class Gateway:

@@ -120,7 +120,7 @@ class KvCacheShard:
             if not location.get("node_ids"):
                 await ref  # an error, which is raised, or a block so small that it was sent along
         except asyncio.CancelledError:
-            response.cancel()  # type: ignore[no-untyped-call]
+            response.cancel()
             raise
         return EncodedObject(ref, int(location.get("object_size") or request.token_ids.nbytes))
 
@@ -280,7 +280,7 @@ def _same(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
 
 
 def _warn_of_small_store(budget_bytes: int) -> None:
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()
     available = resources.get("object_store_memory", 0.0)
     if budget_bytes * _STORE_HEADROOM > available:
         _logger.warning(

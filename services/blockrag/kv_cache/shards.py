@@ -13,7 +13,7 @@ from blockrag.kv_cache.ring import HashRing
 from blockrag.kv_cache.tasks import gather_or_cancel
 from blockrag.types import BlockRequest
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """How long a call waits for a shard that is being restarted; a caller's deadline usually ends it sooner."""
 _FIRST_BACKOFF_S = 0.05
 _LONGEST_BACKOFF_S = 1.0

@@ -80,7 +80,7 @@ class _Supervisor:
                 serve.shutdown()
             except Exception:
                 _LOGGER.exception("Serve did not shut down cleanly")
-            ray.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
         write_state(self._settings.state_path, final)
         return status
 

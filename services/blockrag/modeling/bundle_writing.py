@@ -91,7 +91,7 @@ def _inspect(source: Path) -> ModelFacts:
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise BundleError(f"{source}: no causal language model in the Hugging Face format: {error}") from error
     return inspect_model(model)

@@ -49,12 +49,15 @@ class Mixture:
     """Chance of a passage to have a sentence with a gap asked."""
     plain_case: float = 0.1
     """Share of questions written in lower case, half of them without the question mark."""
-    is_a: float = 0.5
+    is_a: float = 0.8
     """Chance of keeping a "what is ..." question, which are half of all pattern questions."""
-    questions: int = 6
-    """Most questions asked of a context."""
+    questions: int = 8
+    """Most questions asked of a context; a question costs about 22 tokens, a passage 70 to 120."""
     opening: float = 0.12
     """Part of the training that uses small contexts: they teach copying from a passage sooner."""
+    long_from: float = 0.62
+    """Part of the training after which contexts have up to ten passages of up to 128 tokens. Long contexts hold half
+    as many questions per token, so they come when copying is learnt."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def batch_shape(random: Random, progress: float, mixture: Mixture) -> BatchShape
     """Draw the shape of a batch at ``progress`` (0 to 1) of the training."""
     if progress < mixture.opening:
         return BatchShape(random.choice((2, 3, 4)), 72)
-    if progress < 0.45:
+    if progress < mixture.long_from:
         return BatchShape(random.choices((1, 2, 3, 4, 5, 6), (1, 2, 3, 10, 2, 1))[0], random.choice((72, 72, 96)))
     passages = random.choices(range(1, 11), (1, 2, 3, 14, 3, 2, 1, 1, 1, 1))[0]
     return BatchShape(passages, random.choice((72, 96, 128, 128)))

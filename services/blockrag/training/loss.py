@@ -55,5 +55,5 @@ def linear_cross_entropy(
     float32. Gives the scalar sum of ``weights`` times the losses, which carries gradients to ``hidden`` and ``head``,
     and the N losses in nats (float32), which carry none.
     """
-    total, losses = _LinearCrossEntropy.apply(hidden, head, targets, weights)
+    total, losses = _LinearCrossEntropy.apply(hidden, head, targets, weights)  # type: ignore[no-untyped-call]
     return total, losses

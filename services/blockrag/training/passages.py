@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any, Protocol
 
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
+
+
+class DecodingTokenizer(BundleTokenizer, Protocol):
+    """A tokenizer that also turns token ids back into text."""
+
+    def decode(self, token_ids: list[int]) -> Any: ...
+
 
 # An abbreviation's or initial's period ends no sentence; the pattern errs towards longer sentences.
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)\]\"'%])[.!?][\"')\]]* +(?=[A-Z\"'(])|\n+")
@@ -22,7 +30,7 @@ def sentences(text: str) -> list[str]:
 
 
 def cut_passage(
-    tokenizer: BundleTokenizer, template: PromptTemplate, title: str, text: str, max_tokens: int, first: int = 0
+    tokenizer: DecodingTokenizer, template: PromptTemplate, title: str, text: str, max_tokens: int, first: int = 0
 ) -> str:
     """The longest run of whole sentences from number ``first`` whose block has at most ``max_tokens`` tokens.
 
