@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import warnings
 from collections.abc import AsyncIterator
 
 import grpc
@@ -14,7 +15,6 @@ import ray
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.client import KvCacheClient
-from blockrag.kv_cache.deployment import connect, read_objects
 from blockrag.kv_cache.ring import HashRing, shard_names
 from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
 from blockrag.modeling.model import SlotModel
@@ -32,6 +32,11 @@ from blockrag.v1.kv_cache_pb2 import (
 from blockrag.v1.kv_cache_pb2_grpc import KvCacheServiceStub
 from tests.integration.conftest import Cluster
 from tests.integration.replicas import kill, replica_pids
+
+with warnings.catch_warnings():
+    # Importing Serve warns about its own use of pydantic.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from blockrag.kv_cache.deployment import connect, read_objects
 
 TENANT = "cache-tests"
 CONTEXT = RequestContext(tenant=TENANT)
