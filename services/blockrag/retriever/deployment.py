@@ -15,7 +15,6 @@ from blockrag.telemetry import setup_telemetry
 from blockrag.v1 import retriever_pb2 as pb
 
 
-@serve.deployment
 class Retriever:
     """Serves ``blockrag.v1.RetrieverService``."""
 
@@ -94,8 +93,8 @@ def build(args: AppArgs) -> Application:
     """The application, as named in a Serve configuration file. Raises ``SettingsError``."""
     settings = load_settings(args.settings_file or None)
     check_settings(settings)
-    return Retriever.options(  # type: ignore[attr-defined, no-any-return]
+    return serve.deployment(
         num_replicas=settings.retriever.replicas,
         max_ongoing_requests=256,
         ray_actor_options={"num_cpus": 0.2},
-    ).bind(settings)
+    )(Retriever).bind(settings)
