@@ -24,6 +24,9 @@ from blockrag.v1 import corpus_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.common_pb2 import Passage, RequestContext
 from blockrag.v1.corpus_pb2 import IngestedDocument
 
+MAX_METADATA_BYTES = 8192
+"""Largest metadata of a document: each of its passages carries it, and 256 of them must fit a message of 4 MB."""
+
 Prepare = Callable[[BinaryIO, SourceDocument], Iterator[PreparedDocument]]
 """Parses and splits a received file; blocking."""
 
@@ -162,6 +165,12 @@ class Corpus:
             )
         metadata = Struct()
         metadata.update(document.metadata)
+        if metadata.ByteSize() > MAX_METADATA_BYTES:
+            raise InvalidRequestError(
+                "metadata",
+                f"of document {document.document_id!r} has {metadata.ByteSize()} bytes; at most {MAX_METADATA_BYTES} "
+                "are allowed",
+            )
         count = await self._stage(collection, document, metadata, context)
         if not count:
             raise InvalidRequestError("content", f"document {document.document_id!r} has no text")

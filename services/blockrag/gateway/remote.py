@@ -24,6 +24,11 @@ from blockrag.v1 import (
 FindHandle = Callable[[str], Any]
 """Name of an application → handle of its ingress. Blocking; raises when it is not deployed."""
 
+# Serve's gRPC between replicas instead of actor calls: measured on two busy cores, 2.8 ms instead of 4.2 for a plan,
+# 2.3 instead of 4.3 to a stream's first message. Messages hold no object refs (it would pin them for good) and stay
+# under its 4 MB: see the limits in validation.py and corpus.py.
+_TRANSPORT = {"_by_reference": False}
+
 
 class RemoteService:
     """One application's ingress."""
@@ -47,9 +52,10 @@ class RemoteService:
 
     async def _connect(self) -> Any:
         try:
-            self._handle = await asyncio.to_thread(self._find_handle, self.name)
+            found = await asyncio.to_thread(self._find_handle, self.name)
         except Exception as error:
             raise UnavailableError(f"{self.name}: not deployed, or still starting") from error
+        self._handle = found.options(**_TRANSPORT)
         return self._handle
 
     def _translated(self, error: Exception) -> Exception:
@@ -160,7 +166,7 @@ class DecoderClient(RemoteService):
     async def decode(self, request: decoder_pb2.DecodeRequest) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
         """Streams an answer; closing the stream cancels the work."""
         handle = self._handle or await self._connect()
-        responses = handle.options(stream=True).Decode.remote(request)
+        responses = handle.options(stream=True, **_TRANSPORT).Decode.remote(request)
         finished = False
         try:
             async for response in responses:

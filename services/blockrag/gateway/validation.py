@@ -25,6 +25,8 @@ MAX_CONDITION_VALUES = 256
 MAX_KEY_CHARS = 128
 MAX_GIVEN_CHARS = 65_536
 """Longest text of a given passage, in characters."""
+MAX_GIVEN_TOTAL_CHARS = 262_144
+"""Longest text of all given passages together: they travel in one message of at most 4 MB."""
 MAX_TITLE_CHARS = 1024
 MAX_PAGE = 500
 MAX_WARM_DOCUMENTS = 10_000
@@ -224,6 +226,11 @@ def _check_given(passages: Sequence[rag_pb2.GivenPassage], most: int) -> tuple[r
         if not passage.text.strip():
             raise InvalidRequestError(f"{field}.text", "must not be empty")
         _check_line(f"{field}.title", passage.title, MAX_TITLE_CHARS)
+    total = sum(len(passage.text) for passage in passages)
+    if total > MAX_GIVEN_TOTAL_CHARS:
+        raise InvalidRequestError(
+            "passages", f"have {total} characters together; at most {MAX_GIVEN_TOTAL_CHARS} are allowed"
+        )
     return tuple(passages)
 
 

@@ -130,6 +130,16 @@ async def test_what_cannot_be_read_is_refused_and_stores_nothing(
     assert index.staged == {}
 
 
+async def test_metadata_must_be_small(corpus: Corpus) -> None:
+    index, _ = parts(corpus)
+    metadata = Struct()
+    metadata.update({"note": "x" * 9000})
+    header = DocumentHeader(collection="default", document_id="a.txt", metadata=metadata)
+    with pytest.raises(InvalidRequestError, match=r"9\d\d\d bytes"):
+        await corpus.ingest(header, io.BytesIO(b"text"), CONTEXT)
+    assert index.staged == {}
+
+
 async def test_deleting_purges_before_and_after(corpus: Corpus) -> None:
     _, cache = parts(corpus)
     stored = await ingest(corpus, LONG)

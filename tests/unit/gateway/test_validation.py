@@ -113,6 +113,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"passages": [GivenPassage(text="a" * 65_537)]}, "passages[0].text"),
     ({"passages": [GivenPassage(text="a", title="b\nc")]}, "passages[0].title"),
     ({"passages": [GivenPassage(text="a")] * 101}, "passages"),
+    ({"passages": [GivenPassage(text="a" * 60_000)] * 5}, "passages"),
     ({"passages": [GivenPassage(text="a")], "attention_mode": common_pb2.ATTENTION_MODE_NONE}, "passages"),
     ({"filter": condition(operator=IN, values=[text("a")])}, "filter[0].key"),
     ({"filter": condition(key="a\x00", operator=IN, values=[text("a")])}, "filter[0].key"),
