@@ -28,8 +28,8 @@ from blockrag.modeling.slots import SequenceState
 ATTENTION_NAME = "blockrag_slots"
 """Name in transformers' ``AttentionInterface``. No mask function has it, so transformers builds no mask."""
 
-_TILE_SCORES = 400_000
-"""Scores computed at a time on a CPU, per KV head: what stays in a core's second-level cache."""
+_TILE_SCORES = 1_000_000
+"""Scores computed at a time on a CPU, per KV head: 4 MB, which the cores' shared cache holds beside K and V."""
 _TILED_FROM = 32_768
 """Scores per KV head from which tiles beat one fused call; below, the fixed cost of a call counts more."""
 
@@ -139,18 +139,24 @@ def _attend_tiled(query: Tensor, keys: Tensor, values: Tensor, scaling: float, o
     new, heads, head_dim = query.shape
     kv_heads, total, _ = keys.shape
     group = heads // kv_heads
-    tile = min(new, max(8, _TILE_SCORES // (total * group)))
+    tiles = -(-new * group * total // _TILE_SCORES)
+    tile = max(min(new, 8), -(-new // tiles))
     mask = _causal(tile)
     scaled = query * scaling
+    # Fresh keys are views over [tokens, kv_heads, d], for which oneDNN has only its slow reference kernel; a
+    # sequence's own slots are packed by head already and not copied.
+    head_keys = [keys[head].contiguous() for head in range(kv_heads)]
+    head_values = [values[head].contiguous() for head in range(kv_heads)]
     for start in range(0, new, tile):
         end = min(new, start + tile)
         rows, seen = end - start, total - new + end
         for head in range(kv_heads):
             span = slice(head * group, (head + 1) * group)
-            scores = linear(scaled[start:end, span].reshape(rows * group, head_dim), keys[head, :seen])
+            scores = linear(scaled[start:end, span].reshape(rows * group, head_dim), head_keys[head][:seen])
             scores.view(rows, group, seen)[:, :, seen - rows :].add_(mask[:rows, :, :rows])
-            weights = torch.softmax(scores, dim=-1)
-            out[start:end, span] = linear(weights, values[head, :seen].t()).view(rows, group, head_dim)
+            # in place, because a second buffer of this size is fresh memory, faulted in page by page, each time
+            torch.softmax(scores, dim=-1, out=scores)
+            out[start:end, span] = linear(scores, head_values[head][:seen].t()).view(rows, group, head_dim)
 
 
 def _causal(size: int) -> Tensor:

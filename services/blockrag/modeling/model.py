@@ -17,6 +17,7 @@ from transformers.utils import logging
 from blockrag.errors import BundleError, DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from blockrag.modeling.attention import ATTENTION_NAME, Capture, RaggedBatch, Segment
 from blockrag.modeling.bundle import DTYPES, Bundle
+from blockrag.modeling.matmul import keep_freed_memory
 from blockrag.modeling.rotary import IdentityRotary, RotaryTable
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena
 from blockrag.modeling.support import ModelFacts, inspect_model
@@ -53,6 +54,8 @@ class SlotModel:
         self.kv_dtype = kv_dtype
         self.slot_bytes = facts.shape.numbers * kv_dtype.itemsize
         """Bytes of K and V of one slot of a block, over all layers."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._rotary = RotaryTable(facts.frequencies, facts.attention_scaling, facts.max_positions, self.device)
         self._arena = SlotArena(facts.shape, self.compute_dtype, self.device, _ARENA_SLOTS)
 
