@@ -93,9 +93,9 @@ class ReaderTrainingConfig:
     learning_rate: float = 2e-3
     """Peak. Falls with the width: try half of it for a reader twice as wide."""
     warmup_steps: int = 100
-    optimizer: str = "adamw"
-    """``adamw``, or ``muon`` for the matrices inside the layers with ``adamw`` for the rest."""
-    passage_share: float = 1.0
+    optimizer: str = "muon"
+    """``muon`` for the matrices inside the layers with ``adamw`` for the rest, or ``adamw`` for all."""
+    passage_share: float = 0.5
     """Share of the passage tokens, drawn anew each step, that the loss looks at; their weight rises to make up."""
     checkpoint_steps: int = 200
     probe_contexts: int = 128
