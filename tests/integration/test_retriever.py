@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -12,7 +15,6 @@ from blockrag.v1 import common_pb2
 from blockrag.v1 import retriever_pb2 as pb
 from blockrag.v1.retriever_pb2_grpc import RetrieverServiceStub
 from tests.integration.conftest import Cluster
-from tests.integration.replicas import kill, replica_pids
 
 METADATA = (("application", "retriever"),)
 CONTEXT = common_pb2.RequestContext(request_id="test", tenant="public")
@@ -92,12 +94,18 @@ async def test_errors_have_their_status(rpc: RetrieverServiceStub, collection: s
     assert "only 2 of 3" in str(caught.value.details())
 
 
-async def test_documents_survive_a_killed_replica(rpc: RetrieverServiceStub, collection: str) -> None:
+def replica_pid(cluster: Cluster) -> int:
+    """The replica is the parent of the process that holds the index."""
+    worker = int((cluster.settings.state_path / "index" / "lock").read_text())
+    return int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+async def test_documents_survive_a_killed_replica(cluster: Cluster, rpc: RetrieverServiceStub, collection: str) -> None:
     await stage(rpc, collection, "v1", TEXTS)
     await commit(rpc, collection, "v1", 3)
     await stage(rpc, collection, "v2", TEXTS[:1])
-    before = replica_pids("retriever", "Retriever")
-    kill(before)
+    killed = replica_pid(cluster)
+    os.kill(killed, signal.SIGKILL)
 
     # The next replica waits until the killed one's index process has let the files go.
     found: list[str] = []
@@ -111,7 +119,7 @@ async def test_documents_survive_a_killed_replica(rpc: RetrieverServiceStub, col
     await stage(rpc, collection, "v2", TEXTS[:2])
     assert (await commit(rpc, collection, "v2", 2)).replaced_version == "v1"
     assert sorted(await search(rpc, collection)) == sorted(TEXTS[:2])
-    assert replica_pids("retriever", "Retriever") != before
+    assert replica_pid(cluster) != killed
 
 
 async def test_the_status_names_the_model(rpc: RetrieverServiceStub) -> None:
