@@ -22,7 +22,7 @@ from blockrag.settings import Settings
 
 if TYPE_CHECKING:
     from blockrag.evaluation.ttft_grpc import GrpcSample
-    from blockrag.evaluation.ttft_report import TtftRow
+    from blockrag.evaluation.ttft_report import ReportRow
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -52,7 +52,7 @@ def ttft(
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
         sizes = _sizes(contexts)
-        rows: list[TtftRow] = []
+        rows: list[ReportRow] = []
         overhead: dict[str, float] = {}
         if model:
             rows += _measure_model(loaded, sizes, repeats)
@@ -90,25 +90,35 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int) -> list[TtftRow]:
+def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int) -> list[ReportRow]:
+    import torch
+
     from blockrag.configured import configured_bundle, configured_device
     from blockrag.evaluation.ttft_model import measure_model_ttft
-    from blockrag.evaluation.ttft_report import make_row
+    from blockrag.evaluation.ttft_report import ReportRow
 
+    torch.set_num_threads(settings.decoder.threads)
     with console.progress_bar() as bar:
         task = bar.add_task("model alone", total=None)
-        samples = measure_model_ttft(
+        measured = measure_model_ttft(
             configured_bundle(settings),
             contexts=sizes,
             repeats=repeats,
             device=configured_device(settings),
-            threads=settings.decoder.threads,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     return [
-        make_row("model", state, size, times, samples[size]["none"])
-        for size in sizes
-        for state, times in samples[size].items()
+        ReportRow(
+            path="model",
+            state=row.method,
+            context_tokens=row.context_tokens,
+            min_ms=round(row.min_ms, 3),
+            median_ms=round(row.p50_ms, 3),
+            max_ms=round(row.max_ms, 3),
+            repeats=row.repeats,
+            ratio_to_none=round(row.times_none, 3),
+        )
+        for row in measured
     ]
 
 
@@ -146,7 +156,7 @@ def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> l
             return asyncio.run(measure(system.target))
 
 
-def _grpc_rows(samples: list[GrpcSample]) -> list[TtftRow]:
+def _grpc_rows(samples: list[GrpcSample]) -> list[ReportRow]:
     from blockrag.evaluation.ttft_report import make_row
 
     times: dict[tuple[int, str], list[float]] = {}
@@ -164,12 +174,12 @@ def _overhead(samples: list[GrpcSample]) -> dict[str, float]:
     return {state: round(statistics.median(values), 2) for state, values in by_state.items()}
 
 
-def _table(rows: list[TtftRow], sizes: tuple[int, ...]) -> Table:
+def _table(rows: list[ReportRow], sizes: tuple[int, ...]) -> Table:
     from blockrag.evaluation.ttft_report import LABELS
 
     table = Table("", "", *(f"{size}" for size in sizes), title="Time to first token, ms: median (× no retrieval)")
     for path in ("model", "grpc"):
-        cells: dict[Any, TtftRow] = {(row.state, row.context_tokens): row for row in rows if row.path == path}
+        cells: dict[Any, ReportRow] = {(row.state, row.context_tokens): row for row in rows if row.path == path}
         for state, label in LABELS.items():
             line = [cells.get((state, size)) for size in sizes]
             if any(line):

@@ -23,7 +23,7 @@ LABELS = {
 
 
 @dataclass(frozen=True)
-class TtftRow:
+class ReportRow:
     """Times of one state at one context size, in milliseconds."""
 
     path: MeasuredPath
@@ -31,9 +31,9 @@ class TtftRow:
     state: str
     """A key of ``LABELS``."""
     context_tokens: int
+    min_ms: float
     median_ms: float
-    p10_ms: float
-    p90_ms: float
+    max_ms: float
     repeats: int
     ratio_to_none: float
     """Median of the ratios to the same repeat's time without retrieval."""
@@ -41,23 +41,21 @@ class TtftRow:
 
 def make_row(
     path: MeasuredPath, state: str, context_tokens: int, times: Sequence[float], none: Sequence[float]
-) -> TtftRow:
+) -> ReportRow:
     """A row of interleaved times: ``times[i]`` and ``none[i]`` were measured one after the other."""
-    ordered = sorted(times)
-    ratios = [time / base for time, base in zip(times, none, strict=True)]
-    return TtftRow(
+    return ReportRow(
         path=path,
         state=state,
         context_tokens=context_tokens,
-        median_ms=round(statistics.median(ordered), 3),
-        p10_ms=round(_quantile(ordered, 0.1), 3),
-        p90_ms=round(_quantile(ordered, 0.9), 3),
-        repeats=len(ordered),
-        ratio_to_none=round(statistics.median(ratios), 3),
+        min_ms=round(min(times), 3),
+        median_ms=round(statistics.median(times), 3),
+        max_ms=round(max(times), 3),
+        repeats=len(times),
+        ratio_to_none=round(statistics.median(time / base for time, base in zip(times, none, strict=True)), 3),
     )
 
 
-def plot_rows(rows: Sequence[TtftRow], file: Path, title: str) -> None:
+def plot_rows(rows: Sequence[ReportRow], file: Path, title: str) -> None:
     """Median time to first token over context size, one line per state, one panel per path; written as PNG.
 
     Raises ``SetupError`` where matplotlib is not installed.
@@ -84,7 +82,3 @@ def plot_rows(rows: Sequence[TtftRow], file: Path, title: str) -> None:
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=130)
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
