@@ -147,23 +147,28 @@ def greedy_answers(
     ).last_hidden_state
     token = reader_model.lm_head(hidden[torch.arange(len(rows)), lengths - 1]).argmax(-1)
     keys = torch.arange(width)[None] < lengths[:, None]
-    answers = [token]
-    finished = token == end
-    for step in range(max_tokens - 1):
-        if bool(finished.all()):
+    answers: list[list[int]] = [[] for _ in rows]
+    alive = torch.arange(len(rows))
+    for step in range(max_tokens):
+        for number, found in zip(alive.tolist(), token.tolist(), strict=True):
+            if found != end:
+                answers[number].append(found)
+        going = (token != end).nonzero()[:, 0]
+        if len(going) == 0 or step == max_tokens - 1:
             break
-        keys = torch.cat([keys, torch.ones(len(rows), 1, dtype=torch.bool)], 1)
+        if len(going) <= 0.75 * len(alive):  # copying the cache costs about as much as a step over it
+            cache.batch_select_indices(going)
+            token, keys, alive = token[going], keys[going], alive[going]
+        keys = torch.cat([keys, torch.ones(len(alive), 1, dtype=torch.bool)], 1)
         hidden = reader_model.model(
             input_ids=token[:, None],
             attention_mask=keys[:, None, None],
-            position_ids=(lengths + step)[:, None],
+            position_ids=(lengths[alive] + step)[:, None],
             past_key_values=cache,
         ).last_hidden_state
-        token = reader_model.lm_head(hidden[:, -1]).argmax(-1)
-        finished = finished | (token == end)
-        answers.append(token)
-    found = torch.stack(answers, 1).tolist()
-    return [row[: row.index(end)] if end in row else row for row in found]
+        # An answer that has ended stays in the batch for a while and goes on saying that it has.
+        token = torch.where(token == end, end, reader_model.lm_head(hidden[:, -1]).argmax(-1))
+    return answers
 
 
 def _row(question: ReaderQuestion, mode: Mode) -> tuple[list[int], list[int]]:
