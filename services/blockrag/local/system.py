@@ -15,7 +15,7 @@ from types import TracebackType
 import yaml
 
 from blockrag.errors import EnvironmentSetupError, NotFoundError, UnavailableError
-from blockrag.local.ports import replica_port_environment
+from blockrag.local.ports import serve_port_environment
 from blockrag.local.preflight import check_machine
 from blockrag.local.state import SystemState, read_state
 from blockrag.settings import Settings
@@ -128,7 +128,7 @@ def _supervisor_environment(settings: Settings) -> dict[str, str]:
     environment = {
         **os.environ,
         **ray_token_environment(settings),
-        **replica_port_environment(),
+        **serve_port_environment(),
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if settings.cluster.ha_proxy else "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),

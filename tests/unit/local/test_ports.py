@@ -19,8 +19,16 @@ def test_a_block_with_a_listener_in_it_is_not_taken() -> None:
     assert ports._is_free(first)
 
 
-def test_ranges_do_not_overlap() -> None:
-    environment = ports.replica_port_environment()
-    low, high, grpc_low, grpc_high = (int(value) for value in environment.values())
-    assert high - low == grpc_high - grpc_low == ports.BLOCK
-    assert high <= grpc_low or grpc_high <= low
+def test_ranges_and_ports_do_not_overlap() -> None:
+    ports_of = {name.removeprefix("RAY_SERVE_"): int(port) for name, port in ports.serve_port_environment().items()}
+    taken: set[int] = set()
+    for protocol in ("HTTP", "GRPC"):
+        # Serve's upper end is exclusive.
+        replicas = range(
+            ports_of[f"DIRECT_INGRESS_MIN_{protocol}_PORT"], ports_of[f"DIRECT_INGRESS_MAX_{protocol}_PORT"]
+        )
+        fallback = ports_of[f"FALLBACK_PROXY_{protocol}_PORT"]
+        assert len(replicas) > 50
+        assert taken.isdisjoint({*replicas, fallback})
+        assert fallback not in replicas
+        taken |= {*replicas, fallback}
