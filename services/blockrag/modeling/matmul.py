@@ -7,9 +7,14 @@ Torch hands them to MKL, which on processors of other makers than its own runs a
 from __future__ import annotations
 
 from functools import cache
+from types import MethodType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_LONG_INPUT = 128
+"""Tokens from which linear layers go through oneDNN. It packs the weights in every call, which pays off slowly."""
 
 
 @cache
@@ -38,7 +43,23 @@ def keep_freed_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-def linear(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows @ weight.T`` for float32 CPU matrices [n, k] and [m, k]; any strides of ``weight``."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``rows @ weight.T + bias`` for float32 CPU matrices [n, k] and [m, k]; any strides of ``weight``."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product
+
+
+def speed_up_linear_layers(model: nn.Module) -> None:
+    """Let the float32 linear layers of ``model`` use oneDNN for long inputs; does nothing where it is not there."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+            if not onednn_available(module.weight.device):
+                return
+            module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
+
+
+def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    if inputs.numel() < _LONG_INPUT * layer.in_features:
+        return F.linear(inputs, layer.weight, layer.bias)
+    rows = inputs.reshape(-1, layer.in_features)
+    return linear(rows, layer.weight, layer.bias).view(*inputs.shape[:-1], layer.out_features)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from blockrag.errors import BundleError, DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from blockrag.modeling.attention import ATTENTION_NAME, Capture, RaggedBatch, Segment
 from blockrag.modeling.bundle import DTYPES, Bundle
-from blockrag.modeling.matmul import keep_freed_memory
+from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.rotary import IdentityRotary, RotaryTable
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena
 from blockrag.modeling.support import ModelFacts, inspect_model
@@ -98,6 +98,7 @@ class SlotModel:
             expected = model(torch.tensor([probe], device=model.device), use_cache=False).logits[0, -1].float()
         model.set_attn_implementation(ATTENTION_NAME)
         model.model.rotary_emb = IdentityRotary()
+        speed_up_linear_layers(model)
         slot_model = cls(model, facts, kv_dtype=DTYPES[kv_dtype], end_token_ids=ends)
         slot_model._check_probe(probe, expected)
         return slot_model

@@ -106,9 +106,7 @@ def test_tiled_and_fused_attention_agree_with_the_mask(
     pieces=st.lists(st.integers(1, 20), min_size=1, max_size=5),
     order=st.randoms(use_true_random=False),
 )
-def test_any_composition_equals_the_explicit_mask(
-    lengths: list[int], pieces: list[int], order: random.Random
-) -> None:
+def test_any_composition_equals_the_explicit_mask(lengths: list[int], pieces: list[int], order: random.Random) -> None:
     """Blocks of any lengths in any order, and a final block that comes in pieces of any lengths."""
     blocks = [tokens(length, number) for number, length in enumerate(lengths)]
     order.shuffle(blocks)
@@ -143,6 +141,15 @@ def test_interleaved_sequences_equal_each_alone(steps: list[tuple[int, int]], ba
             assert close(logits[row], stock_logits(STOCK, prefixes[number], appended[number])[-1])
     for state in states:
         state.release()
+
+
+def test_long_inputs_equal_the_stock_model() -> None:
+    """Where linear layers and attention change their way of computing."""
+    stock = make_tiny_model("qwen2")
+    model = SlotModel.from_pretrained_model(copy.deepcopy(stock))
+    for length in (127, 128, 300):
+        got = model.forward([(model.new_sequence([], length), tokens(length))])[0]
+        assert close(got, stock_logits(stock, [], tokens(length))[-1])
 
 
 def test_batched_encoding_equals_each_block_alone() -> None:
