@@ -177,9 +177,10 @@ print(passages, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("document_id", "pattern"),
-    [("big.txt", "{0}\n\n"), ("big.html", "<p>{0}</p>\n"), ("one-line.txt", "{0}")],
+    [("one-line.txt", "{0}"), ("big.html", "<p>{0}</p>\n")],
 )
 def test_fifty_megabytes_need_little_memory(document_id: str, pattern: str) -> None:
     result = subprocess.run(
@@ -188,7 +189,7 @@ def test_fifty_megabytes_need_little_memory(document_id: str, pattern: str) -> N
         text=True,
         check=True,
         cwd=REPOSITORY,
-        timeout=110,
+        timeout=290,
     )
     passages, kilobytes = map(int, result.stdout.split())
 
