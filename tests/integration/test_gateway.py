@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
@@ -241,6 +242,7 @@ async def test_bytes_that_are_no_utf_8(channel: grpc.aio.Channel) -> None:
     assert "UTF-8" in (refused.value.details() or "")
 
 
+@pytest.mark.slow
 async def test_a_large_document_streams_through(client: BlockragClient, collection: str) -> None:
     content = b"<html><title>Large</title><!--" + b"filler " * (50 * 2**20 // 7) + b"--><p>The end.</p></html>"
     (document,) = await client.ingest_bytes("large.html", content, collection=collection)
@@ -335,9 +337,12 @@ async def test_reflection_lists_every_service(channel: grpc.aio.Channel, metadat
 @pytest.fixture(scope="module")
 def guarded(cluster: Cluster) -> Iterator[tuple[tuple[str, str], ...]]:
     """Metadata of a second gateway in the same system, which has a tenant."""
-    from ray import serve
+    with warnings.catch_warnings():
+        # Importing Serve warns about its own use of pydantic.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from ray import serve
 
-    from blockrag.gateway.deployment import Gateway
+        from blockrag.gateway.deployment import Gateway
 
     tenant = TenantSettings(name="acme", api_key="acme-key-0123456789")
     settings = cluster.settings.model_copy(update={"gateway": GatewaySettings(tenants=(tenant,))})
