@@ -53,7 +53,7 @@ def test_contexts_show_the_answer_or_refuse(data_dir: Path, tokenizer: TemplateT
         random = Random(seed)
         context = sampler.sample(BatchShape(4, 96), random)
         shown = [tokenizer.decode(block) for block in context.blocks]
-        assert 1 <= len(context.branches) <= 6
+        assert 1 <= len(context.branches) <= Mixture().questions
         assert all(len(block) <= 96 for block in context.blocks)
         for branch in context.branches:
             if branch.answer == refusal:
