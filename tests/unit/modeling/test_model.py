@@ -19,6 +19,7 @@ from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError
 from blockrag.modeling import attention
 from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.model import SlotModel
+from blockrag.modeling.rotary import pair_order
 from blockrag.modeling.slots import SequenceState
 from blockrag.types import BlockKV
 from tests.models import FAMILIES, TINY_VOCAB, make_tiny_model
@@ -164,6 +165,16 @@ def test_batched_encoding_equals_each_block_alone() -> None:
         np.testing.assert_allclose(block.keys, alone.keys, atol=2e-5)
         np.testing.assert_allclose(block.values, alone.values, atol=2e-5)
         assert block.nbytes == len(ids) * SLOTS.slot_bytes
+
+
+def test_block_keys_are_the_projections_before_rotation() -> None:
+    kept: list[Tensor] = []
+    handle = STOCK.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *call: kept.append(call[2]))
+    stock_logits(STOCK, [], tokens(10))
+    handle.remove()
+    (block,) = SLOTS.encode([tokens(10)], ["a"])
+    projected = kept[0][0].view(10, 2, 8).transpose(0, 1)[..., pair_order(8)]
+    np.testing.assert_allclose(block.keys[0], projected.numpy(), atol=2e-5)
 
 
 def test_resident_blocks_are_private_copies() -> None:
