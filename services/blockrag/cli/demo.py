@@ -117,8 +117,8 @@ async def _run(target: str, cold: Sequence[Question], warm: Sequence[Question], 
         kinds: tuple[tuple[str, AttentionModeName], ...] = (
             ("no retrieval", "none"),
             ("full attention", "full"),
-            ("block, warm: object store", "block"),
-            ("block, warm: decoder memory", "block"),
+            ("block, from the store", "block"),
+            ("block, from memory", "block"),
         )
         # The streamed questions are in the decoder's memory already: the others come first from the object store.
         for question in warm[5:]:
@@ -177,11 +177,12 @@ def _row(name: str, answers: Sequence[Answer]) -> Row:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table("", "first token, ms", "prompt tokens", "cached", *_STAGES, title="Medians, over gRPC")
-    for row in rows:
-        shares = (
-            f"{row.stages_ms[stage]:.1f} ({row.stages_ms[stage] / row.ttft_ms:.0%})" if row.ttft_ms else "–"
-            for stage in _STAGES
-        )
-        table.add_row(row.name, f"{row.ttft_ms:.1f}", f"{row.prompt_tokens:.0f}", f"{row.cached_share:.0%}", *shares)
+    table = Table("ms (share)", *(row.name for row in rows), title="Over gRPC, medians")
+    table.add_row("first token", *(f"[bold]{row.ttft_ms:.1f}[/]" for row in rows))
+    for stage in _STAGES:
+        values = [(row.stages_ms[stage], row.ttft_ms) for row in rows]
+        table.add_row(stage, *(f"{value:.1f} ({value / whole:.0%})" if whole else "–" for value, whole in values))
+    table.add_section()
+    table.add_row("prompt tokens", *(f"{row.prompt_tokens:.0f}" for row in rows))
+    table.add_row("found in a cache", *(f"{row.cached_share:.0%}" for row in rows))
     return table
