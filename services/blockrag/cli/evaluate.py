@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -13,7 +13,12 @@ from rich.table import Table
 from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
+from blockrag.client import BlockragClient, GenerateOptions
 from blockrag.errors import SetupError
+
+if TYPE_CHECKING:
+    from blockrag.corpus.sample import Question
+    from blockrag.evaluation.almanac import AlmanacScores, Interval, Mode
 
 app = typer.Typer(no_args_is_help=True, help="Evaluate the reader and the whole path.")
 
@@ -68,6 +73,9 @@ def almanac(
     api_key: ApiKeyOption = "",
     collection: Annotated[str, typer.Option(help="Collection that holds the almanac.")] = "almanac",
     top_k: Annotated[int, typer.Option(min=1, help="Passages per question.")] = 5,
+    max_context_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most passage tokens in the prompt; the rest is retrieved and dropped.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=0, help="Ask only the first so many questions; 0: all.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Questions in flight.")] = 4,
     as_json: JsonOption = False,
@@ -79,20 +87,21 @@ def almanac(
     with console.errors_to_exit():
         questions = load_questions()
         questions = questions[:limit] if limit else questions
+        budget = GenerateOptions(max_context_tokens=max_context_tokens) if max_context_tokens else GenerateOptions()
         with console.progress_bar() as bar:
             tasks = {mode: bar.add_task(mode, total=len(questions)) for mode in ("block", "full", "none")}
             scores = asyncio.run(
                 _ask_almanac(
                     connect(settings, target, api_key),
                     questions,
-                    collection,
-                    top_k,
+                    GenerateOptions(collection=collection, top_k=top_k, **budget),
                     concurrency,
                     lambda mode, done: bar.update(tasks[mode], completed=done),
                 )
             )
         if as_json:
-            console.print_json({"scores": scores.to_dict(), "top_k": top_k, "environment": describe_environment()})
+            result = {"scores": scores.to_dict(), "top_k": top_k, "max_context_tokens": max_context_tokens}
+            console.print_json({**result, "environment": describe_environment()})
             return
         table = Table("mode", f"recall@{scores.recall_at}", "exact match", "F1", "failed")
         for row in scores.modes:
@@ -102,14 +111,20 @@ def almanac(
 
 
 async def _ask_almanac(
-    client: Any, questions: Any, collection: str, top_k: int, concurrency: int, progress: Callable[[str, int], None]
-) -> Any:
+    client: BlockragClient,
+    questions: list[Question],
+    options: GenerateOptions,
+    concurrency: int,
+    progress: Callable[[Mode, int], None],
+) -> AlmanacScores:
     from blockrag.evaluation.almanac import Answer, RetrievedPassage, evaluate_almanac
 
     async with client:
 
-        async def ask(question: str, mode: Any) -> Answer:
-            answer = await client.ask(question, collection=collection, top_k=top_k, attention_mode=mode)
+        async def ask(question: str, mode: Mode) -> Answer:
+            chosen = GenerateOptions(**options)
+            chosen["attention_mode"] = mode
+            answer = await client.ask(question, **chosen)
             found = tuple(
                 RetrievedPassage(document_id=passage.document_id, rank=rank, text=passage.text)
                 for rank, passage in enumerate(answer.passages, 1)
@@ -119,5 +134,5 @@ async def _ask_almanac(
         return await evaluate_almanac(questions, ask, concurrency=concurrency, progress=progress)
 
 
-def _interval(value: Any) -> str:
+def _interval(value: Interval) -> str:
     return f"{value.mean:.1%} ({value.low:.1%} to {value.high:.1%})"
