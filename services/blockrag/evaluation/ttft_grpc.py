@@ -77,7 +77,7 @@ async def _ask(
     client: BlockragClient, workload: Workload, passages: tuple[GivenPassage, ...], state: State, repeat: int
 ) -> tuple[Answer, float]:
     if state == "none":
-        return await _timed(client, workload.question, passages, "none")
+        return await _timed(client, workload.question, (), "none")
     if state == "full":
         return await _timed(client, workload.question, passages, "full")
     if state == "block_cold":

@@ -1,0 +1,27 @@
+from pathlib import Path
+
+import pytest
+
+from blockrag.evaluation.ttft_report import LABELS, ReportRow, make_row, plot_rows
+
+
+def test_ratios_are_taken_within_a_repeat() -> None:
+    # The machine was half as fast in the second repeat: the ratio of medians would not see 2.
+    row = make_row("grpc", "block_l1", 512, [20.0, 40.0, 21.0], [10.0, 20.0, 10.0])
+    assert row == ReportRow("grpc", "block_l1", 512, 20.0, 21.0, 40.0, 3, 2.0)
+
+
+def test_times_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        make_row("grpc", "full", 512, [1.0, 2.0], [1.0])
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    rows = [
+        ReportRow(path, state, size, 1.0, 2.0 + size / 100, 3.0, 20, 1.0)
+        for path in ("model", "grpc")
+        for state in LABELS
+        for size in (512, 1024)
+    ]
+    plot_rows(rows, tmp_path / "plot.png", "a title")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
