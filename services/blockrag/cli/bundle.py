@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import pickle
+import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -115,10 +119,22 @@ def _object_store(wanted: bool) -> Iterator[Callable[[BlockKV], BlockKV]]:
     if not wanted:
         yield lambda block: pickle.loads(pickle.dumps(block))
         return
-    import ray
+    # Ray reads its authentication mode when it is imported; a token of our own leaves none in the user's home.
+    with tempfile.NamedTemporaryFile("w", prefix="blockrag-token-") as token:
+        token.write(secrets.token_hex(32))
+        token.flush()
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token.name)
+        import ray
 
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=128 * 2**20)
-    try:
-        yield lambda block: ray.get(ray.put(block))
-    finally:
-        ray.shutdown()
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=128 * 2**20,
+        )
+        try:
+            yield lambda block: ray.get(ray.put(block))
+        finally:
+            ray.shutdown()
