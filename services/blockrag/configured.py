@@ -26,13 +26,16 @@ def configured_bundle(settings: Settings, *, verify_files: bool = False) -> Bund
     )
 
 
-def configured_device(settings: Settings) -> str:
-    """Where the calling process computes: ``auto`` is a GPU exactly when there is one that it may use."""
+def configured_device(settings: Settings, *, granted: bool = True) -> str:
+    """Where the calling process computes: ``auto`` is a GPU exactly when there is one that it may use.
+
+    ``granted``: in a replica, whether Ray gave it one; a replica that asked for none may still see them all.
+    """
     if settings.bundle.device != "auto":
         return settings.bundle.device
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if granted and torch.cuda.is_available() else "cpu"
 
 
 def configured_keys(settings: Settings, bundle: Bundle) -> KeyMaker:

@@ -14,11 +14,10 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
 from blockrag.access import protect
+from blockrag.configured import configured_bundle, configured_device
 from blockrag.decoder.runtime import assemble, warm_up
-from blockrag.encoder.blocks import choose_device
 from blockrag.grpc_status import translate_errors
 from blockrag.kv_cache.deployment import connect
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.settings import AppArgs, Settings, load_settings
 from blockrag.telemetry import setup_telemetry
@@ -40,12 +39,8 @@ class Decoder:
         protect(settings)
         torch.set_num_threads(settings.decoder.threads)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        bundle = load_bundle(
-            settings.bundle.path or DEFAULT_BUNDLE,
-            compute_dtype=settings.bundle.compute_dtype,
-            kv_dtype=settings.bundle.kv_dtype,
-        )
-        device = choose_device(settings.bundle.device, has_gpu=bool(ray.get_gpu_ids()))
+        bundle = configured_bundle(settings, verify_files=True)
+        device = configured_device(settings, granted=bool(ray.get_gpu_ids()))
         model = SlotModel.load(bundle, device=device)
         warm_up(model)
         self._cache = connect(settings)

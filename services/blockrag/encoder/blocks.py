@@ -60,10 +60,3 @@ class BlockEncoder:
         encoded = self.model.encode(blocks, [request.key for request in requests])
         record_batch([len(block) for block in blocks])
         return encoded
-
-
-def choose_device(setting: str, *, has_gpu: bool) -> str:
-    """Where the model computes: the setting, or for ``auto`` the GPU that Ray gave this replica, else the CPU."""
-    if setting != "auto":
-        return setting
-    return "cuda" if has_gpu and torch.cuda.is_available() else "cpu"

@@ -9,6 +9,7 @@ import time
 from typing import Any, cast
 
 import numpy as np
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
@@ -39,7 +40,7 @@ class EncoderPool:
         bundle = configured_bundle(settings, verify_files=True)
         self._fingerprint = bundle.fingerprint
         self._encoder = BlockEncoder(
-            SlotModel.load(bundle, device=configured_device(settings)),
+            SlotModel.load(bundle, device=configured_device(settings, granted=bool(ray.get_gpu_ids()))),
             max_batch_tokens=settings.encoder.max_batch_tokens,
             batch_wait_ms=settings.encoder.batch_wait_ms,
             threads=settings.encoder.threads,

@@ -21,9 +21,9 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from blockrag.access import protect
+from blockrag.configured import configured_bundle, configured_keys
 from blockrag.errors import UnavailableError
 from blockrag.grpc_status import as_known_error, original_error, translate_errors
-from blockrag.keys import KeyMaker
 from blockrag.kv_cache.client import KvCacheClient
 from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
 from blockrag.kv_cache.metrics import ShardMetrics
@@ -129,18 +129,9 @@ class KvCache:
     """Serves ``blockrag.v1.KvCacheService`` over all shards."""
 
     def __init__(self, settings: Settings, *shards: DeploymentHandle[Any]) -> None:
-        # Imported here for the shards' sake: they do without torch, and a shard that died is back in half the time.
-        from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
-
         setup_telemetry(APP, settings)
         protect(settings)
-        bundle = load_bundle(
-            settings.bundle.path or DEFAULT_BUNDLE,
-            verify_files=False,
-            compute_dtype=settings.bundle.compute_dtype,
-            kv_dtype=settings.bundle.kv_dtype,
-        )
-        self._keys = KeyMaker(bundle.fingerprint, settings.kv_cache.secret.encode())
+        self._keys = configured_keys(settings, configured_bundle(settings))
         self._budget_bytes = settings.kv_cache.budget_mb * _MIB
         names = shard_names(len(shards))
         self._shards = _shard_group({name: partial(_same, shard) for name, shard in zip(names, shards, strict=True)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from blockrag.settings import Settings
 
 _SHARED_MEMORY = Path("/dev/shm")
 _LEAST_STORE_RATIO = 1.5
+_FREE_PORTS = (10_000, 20_000)
 
 
 def check_machine(settings: Settings, shared_memory: Path = _SHARED_MEMORY) -> None:
@@ -38,10 +41,12 @@ def check_port(host: str, port: int, setting: str) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that was free a moment ago."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that was free a moment ago, outside of those that Linux hands out to clients and Ray to its agents."""
+    while True:
+        port = random.randrange(*_FREE_PORTS)
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
 
 
 def _check_not_running(settings: Settings) -> None:

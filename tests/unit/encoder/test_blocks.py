@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from blockrag.encoder.blocks import BlockEncoder, check_token_ids, choose_device
+from blockrag.encoder.blocks import BlockEncoder, check_token_ids
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.model import SlotModel
 from blockrag.types import BlockRequest
@@ -78,9 +78,3 @@ def test_what_cannot_be_encoded_is_refused(token_ids: list[int], problem: str) -
 
 def test_a_block_as_long_as_the_model_is_accepted() -> None:
     check_token_ids(np.array([0, 9, 1, 2, 3], dtype=np.int32), vocab_size=10, max_positions=5)
-
-
-def test_the_device_is_the_setting_or_what_ray_gave() -> None:
-    assert choose_device("cpu", has_gpu=True) == "cpu"
-    assert choose_device("cuda:1", has_gpu=False) == "cuda:1"
-    assert choose_device("auto", has_gpu=False) == "cpu"
