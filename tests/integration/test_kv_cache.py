@@ -108,8 +108,12 @@ async def test_a_hundred_requests_for_a_missing_block_are_one_encode(
     answers = await asyncio.gather(*(cache.fetch([block]) for _ in range(100)))
     after = await status(rpc)
     assert {fetched.block.key for [fetched] in answers} == {block.key}
-    assert after.misses - before.misses == 1
-    assert after.hits + after.joined - before.hits - before.joined == 99
+    # A reader whose object Ray lost on the way (seen once in many runs) asks again: that is a further encode, and
+    # right. Without a loss there is exactly one.
+    lost = after.lost - before.lost
+    assert 1 <= after.misses - before.misses <= 1 + 2 * lost
+    answered = after.hits + after.joined + after.misses - before.hits - before.joined - before.misses
+    assert 100 <= answered <= 100 + lost
     assert after.blocks - before.blocks == 1
     assert after.bytes - before.bytes == pytest.approx(answers[0][0].block.nbytes, rel=0.01)
 
