@@ -1,10 +1,11 @@
 # syntax=docker/dockerfile:1
 # One image for every node of the cluster: Ray's head, its workers, the six applications.
-#   docker build -t blockrag:0.1.0 .                                                              CPU
-#   docker build -t blockrag:0.1.0-cuda --build-arg TORCH_INDEX=https://pypi.org/simple .         NVIDIA GPU
+#   docker build -t blockrag:0.1.0 .                                       CPU and NVIDIA GPU
+#   docker build -t blockrag:0.1.0-cpu --build-arg TORCH_INDEX=URL .       CPU only and gigabytes smaller; URL: the
+#                                                                          index of PyTorch's CPU wheels
 
 FROM python:3.11-slim-bookworm AS build
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/blockrag
 ENV PATH=/opt/blockrag/bin:$PATH
@@ -12,7 +13,7 @@ WORKDIR /src
 
 # Dependencies first: they change less often than the source, and this layer is the large one.
 COPY pyproject.toml constraints.txt ./
-RUN pip install --constraint constraints.txt --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple torch
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
         > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
