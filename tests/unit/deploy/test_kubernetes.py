@@ -313,7 +313,7 @@ class TestVersions:
         assert tags == {
             "base": {f"blockrag:{blockrag.__version__}"},
             "local": {"blockrag:dev"},
-            "gpu": {f"blockrag:{blockrag.__version__}-cuda"},
+            "gpu": {f"blockrag:{blockrag.__version__}"},
         }
 
 
