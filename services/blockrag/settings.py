@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from blockrag.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
+API_KEY_VARIABLE = "BLOCKRAG_KEY"
+"""The tenant's key on the command line; the one variable with the prefix that is no setting."""
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -245,7 +247,7 @@ def load_settings(path: str | Path | None = None, environment: Mapping[str, str]
     if path:
         values = _read_yaml(Path(path))
     for name, text in (os.environ if environment is None else environment).items():
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and name != API_KEY_VARIABLE:
             _override(values, name, text)
     try:
         return Settings.model_validate(values)

@@ -37,6 +37,10 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, named: str) ->
         load_settings(path, {})
 
 
+def test_the_tenants_key_is_no_setting() -> None:
+    assert load_settings(environment={"BLOCKRAG_KEY": "a key"}) == Settings()
+
+
 @pytest.mark.parametrize(
     "environment",
     [

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from blockrag.errors import BlockragError
-from blockrag.settings import Settings, load_settings
+from blockrag.settings import API_KEY_VARIABLE, Settings, load_settings
 
 out = Console()
 """Answers go here."""
@@ -29,7 +29,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 TargetOption = Annotated[
     str, typer.Option("--target", help="gRPC address host:port; default: the system running on this machine.")
 ]
-ApiKeyOption = Annotated[str, typer.Option("--api-key", envvar="BLOCKRAG_KEY", help="The tenant's key.")]
+ApiKeyOption = Annotated[str, typer.Option("--api-key", envvar=API_KEY_VARIABLE, help="The tenant's key.")]
 CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="Collection of documents.")]
 
 

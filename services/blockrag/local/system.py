@@ -18,7 +18,7 @@ from blockrag.errors import EnvironmentSetupError, NotFoundError, UnavailableErr
 from blockrag.local.ports import serve_port_environment
 from blockrag.local.preflight import check_machine
 from blockrag.local.state import SystemState, read_state
-from blockrag.settings import Settings
+from blockrag.settings import ENVIRONMENT_PREFIX, Settings
 
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
@@ -126,7 +126,8 @@ def _supervisor_environment(settings: Settings) -> dict[str, str]:
     scratch = settings.state_path / "haproxy"
     scratch.mkdir(parents=True, exist_ok=True)
     environment = {
-        **os.environ,
+        # The settings file has the variables' values already, or what the starting program put in their place.
+        **{name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)},
         **ray_token_environment(settings),
         **serve_port_environment(),
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if settings.cluster.ha_proxy else "0",
