@@ -6,6 +6,7 @@ Outside Ray nothing is recorded. A metric is made when it is first used, because
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ LATENCY_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5,
 """Buckets of OpenTelemetry's ``gen_ai.server.time_to_first_token``, in seconds."""
 
 
-class _Metric:
+class _Metric(ABC):
     """A metric by name; tags are given by keyword at each record, all of those declared."""
 
     kind: str
@@ -38,8 +39,8 @@ class _Metric:
             self._inner = self._make(metrics)
         return self._inner
 
-    def _make(self, module: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _make(self, module: Any) -> Any: ...
 
 
 class Counter(_Metric):

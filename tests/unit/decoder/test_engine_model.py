@@ -95,4 +95,5 @@ for name in ("ray", "pydantic", "grpc", "google.protobuf"):
 import blockrag.decoder.engine, blockrag.decoder.blocks, blockrag.decoder.stream, blockrag.decoder.detokenizer
 import blockrag.modeling.model
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr

@@ -245,3 +245,5 @@ def test_warming_up_fits_models_of_any_size() -> None:
     for positions in (2, 5, 64, 300):
         model = SlotModel.from_pretrained_model(make_tiny_model(max_position_embeddings=positions))
         warm_up(model)
+        [block] = model.encode([[1]], ["after"])
+        assert block.num_slots == 1

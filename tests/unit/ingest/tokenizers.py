@@ -14,6 +14,3 @@ class WordTokenizer:
 
     def __call__(self, text: str, **options: Any) -> Any:
         return {"input_ids": [len(word) for word in text.split()]}
-
-    def decode(self, token_ids: list[int], **options: Any) -> str:
-        raise NotImplementedError

@@ -54,3 +54,5 @@ def test_metrics_do_nothing_outside_ray() -> None:
     metrics.TIME_TO_FIRST_TOKEN_SECONDS.observe(0.02, attention_mode="block")
     metrics.KV_CACHE_HIT_TOKENS.inc(5, tier="l1")
     metrics.NUM_REQUESTS_RUNNING.set(1, service="decoder")
+    used = (metrics.TIME_TO_FIRST_TOKEN_SECONDS, metrics.KV_CACHE_HIT_TOKENS, metrics.NUM_REQUESTS_RUNNING)
+    assert [metric._live() for metric in used] == [None, None, None]
