@@ -18,6 +18,7 @@ from blockrag.errors import BundleError, DataError, InvalidRequestError, PromptT
 from blockrag.modeling.attention import ATTENTION_NAME, Capture, RaggedBatch, Segment
 from blockrag.modeling.bundle import DTYPES, Bundle
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
+from blockrag.modeling.pear import fold
 from blockrag.modeling.rotary import IdentityRotary, RotaryTable
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena
 from blockrag.modeling.support import ModelFacts, inspect_model
@@ -56,7 +57,8 @@ class SlotModel:
         """Bytes of K and V of one slot of a block, over all layers."""
         if self.device.type == "cpu":
             keep_freed_memory()
-        self._rotary = RotaryTable(facts.frequencies, facts.attention_scaling, facts.max_positions, self.device)
+        self.rotary = RotaryTable(facts.frequencies, facts.attention_scaling, facts.max_positions, self.device)
+        """Rotations by position, for whoever composes slots in another way than ``new_sequence``."""
         self._arena = SlotArena(facts.shape, self.compute_dtype, self.device, _ARENA_SLOTS)
 
     @classmethod
@@ -165,7 +167,7 @@ class SlotModel:
         if capacity < 0:
             raise ValueError(f"capacity {capacity}: must not be negative")
         self._check_length(sum(block.num_slots for block in blocks) + capacity)
-        return SequenceState(self._arena, blocks, capacity, self._rotary)
+        return SequenceState(self._arena, blocks, capacity, self.rotary)
 
     @torch.inference_mode()
     def forward(self, work: Sequence[tuple[SequenceState, Sequence[int]]]) -> Tensor:
@@ -197,7 +199,7 @@ class SlotModel:
         self, token_ids: Sequence[NDArray[np.int64]], segments: tuple[Segment, ...], capture: Capture | None
     ) -> Tensor:
         longest = max(segment.first_position + segment.length for segment in segments)
-        table = self._rotary.phases(longest)
+        table = self.rotary.phases(longest)
         phases = [table[segment.first_position : segment.first_position + segment.length] for segment in segments]
         batch = RaggedBatch(
             segments=segments,
@@ -251,7 +253,11 @@ _NUMPY_DTYPES = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 def load_stock_model(
     bundle: Bundle, *, device: str | torch.device = "cpu", compute_dtype: str | None = None
 ) -> PreTrainedModel:
-    """The bundle's decoder as transformers loads it, checked for NaN and infinity. Raises BundleError."""
+    """The bundle's decoder as transformers loads it, checked for NaN and infinity. Raises BundleError.
+
+    PEAR's coefficients are folded here, and only here, so that whoever serves, verifies or evaluates a bundle has the
+    same weights.
+    """
     dtype = DTYPES.get(compute_dtype or bundle.compute_dtype)
     if dtype is None:
         raise ValueError(f"compute_dtype {compute_dtype!r}: must be one of {', '.join(DTYPES)}")
@@ -269,6 +275,8 @@ def load_stock_model(
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise BundleError(f"{bundle.decoder_dir}: NaN or infinity in {name}")
+    if bundle.pear is not None:
+        fold(model, bundle.pear.heads)
     loaded: PreTrainedModel = model.train(False).to(device)
     return loaded
 
