@@ -11,12 +11,14 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from blockrag.evaluation.metrics import contains, exact_match, f1
+from blockrag.modeling.bundle import load_bundle
+from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.data import DEV_QUESTIONS, Article, read_articles, read_jsonl, read_tables
 from blockrag.training.passages import cut_passage
@@ -198,7 +200,7 @@ def _refused(reader: _Reader, outputs: list[str]) -> float:
 
 def _load(bundle_dir: Path) -> _Reader:
     manifest = json.loads((bundle_dir / "manifest.json").read_text(encoding="utf-8"))
-    model = LlamaForCausalLM.from_pretrained(bundle_dir / "decoder", dtype=torch.float32).eval()
+    model = cast(LlamaForCausalLM, load_stock_model(load_bundle(bundle_dir, verify_files=False)))
     tokenizer = AutoTokenizer.from_pretrained(bundle_dir / "decoder")
     return _Reader(model, tokenizer, PromptTemplate(**manifest["template"]), int(manifest["passage_tokens"]))
 

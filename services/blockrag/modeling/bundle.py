@@ -2,7 +2,8 @@
 
 ::
 
-    manifest.json      format, name, version, template, sizes, SHA-256 of every file, quality, training
+    manifest.json      format, name, version, template, sizes, SHA-256 of every file, quality, training; optionally
+                       pear, the coefficients that are folded into the weights whenever they are loaded
     decoder/           a Hugging Face checkpoint with its tokenizer
     MODEL_CARD.md
 """
@@ -22,6 +23,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
+from blockrag.modeling.pear import PearRecord
 from blockrag.modeling.template import PromptTemplate
 
 FORMAT = 1
@@ -42,6 +44,7 @@ _KEYS: dict[str, type] = {
     "quality": dict,
     "training": dict,
 }
+_OPTIONAL_KEYS: dict[str, type] = {"pear": dict}
 _REQUIRED_FILES = ("decoder/config.json", "decoder/tokenizer.json")
 
 
@@ -67,6 +70,8 @@ class Bundle:
     kv_dtype: str = "float32"
     quality: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    pear: PearRecord | None = None
+    """Coefficients of heads; ``load_stock_model`` folds them into the weights."""
 
     @property
     def decoder_dir(self) -> Path:
@@ -75,17 +80,19 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """40 hex digits over everything that K and V depend on: checkpoint files, template, dtypes.
+        """40 hex digits over everything that K and V depend on: checkpoint files, template, dtypes, coefficients.
 
         Not over the bundle's place, name, quality or model card.
         """
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "files": {name: self.files[name] for name in sorted(self.files) if name.startswith("decoder/")},
             "template": self.template.to_dict(),
             "compute_dtype": self.compute_dtype,
             "kv_dtype": self.kv_dtype,
         }
+        if self.pear is not None:
+            content["pear"] = sorted((head.layer, head.head, float(head.tau)) for head in self.pear.heads)
         encoded = json.dumps(content, sort_keys=True, ensure_ascii=True).encode()
         return hashlib.blake2b(encoded, digest_size=20, person=b"blockrag-bundle").hexdigest()
 
@@ -140,6 +147,7 @@ def load_bundle(
         kv_dtype=kv_dtype,
         quality=manifest["quality"],
         training=manifest["training"],
+        pear=PearRecord.from_dict(manifest["pear"], str(root / "manifest.json")) if "pear" in manifest else None,
     )
 
 
@@ -168,13 +176,15 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     manifest = _read_json(path)
     if manifest.get("format") != FORMAT:
         raise BundleError(f"{path}: format {manifest.get('format')!r} is unknown; this version reads {FORMAT}")
-    unknown = sorted(set(manifest) - set(_KEYS))
+    unknown = sorted(set(manifest) - set(_KEYS) - set(_OPTIONAL_KEYS))
     missing = sorted(set(_KEYS) - set(manifest))
     if unknown:
         raise BundleError(f"{path}: unknown keys: {', '.join(unknown)}")
     if missing:
         raise BundleError(f"{path}: missing keys: {', '.join(missing)}")
-    for key, kind in _KEYS.items():
+    for key, kind in {**_KEYS, **_OPTIONAL_KEYS}.items():
+        if key not in manifest:
+            continue
         value = manifest[key]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise BundleError(f"{path}: {key} must be of type {kind.__name__}")

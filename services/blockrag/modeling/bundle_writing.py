@@ -1,4 +1,4 @@
-"""Making a bundle from a Hugging Face checkpoint: ``blockrag bundle create``."""
+"""Making a bundle: from a Hugging Face checkpoint (``blockrag bundle create``), or with coefficients for its heads."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockrag.errors import BundleError
 from blockrag.modeling.bundle import FORMAT, Bundle, file_sha256, load_bundle
+from blockrag.modeling.pear import PearRecord
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.modeling.template import PromptTemplate
 
@@ -84,6 +85,69 @@ def create_bundle(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return load_bundle(target, verify_files=False)
+
+
+def write_pear(bundle: Bundle, record: PearRecord, out: str | Path | None) -> Bundle:
+    """A copy of ``bundle`` at ``out`` with these coefficients, instead of those it may have; None: ``bundle`` itself.
+
+    Only the manifest and the model card differ; the weights stay as they are and are folded when they are loaded. The
+    manifest's quality is emptied, because it was measured with other effective weights. A kill leaves the bundle with
+    or without the coefficients, never in between. Raises BundleError when ``out`` exists.
+    """
+    manifest = json.loads((bundle.path / "manifest.json").read_text(encoding="utf-8"))
+    manifest.update(pear=record.to_dict(), quality={})
+    card = bundle.path / "MODEL_CARD.md"
+    described = _describe_pear(card.read_text(encoding="utf-8") if card.exists() else "", record)
+    options: dict[str, Any] = {"compute_dtype": bundle.compute_dtype, "kv_dtype": bundle.kv_dtype}
+    if out is None:
+        _replace(bundle.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        _replace(card, described)
+        return load_bundle(bundle.path, verify_files=False, **options)
+    target = Path(out).expanduser()
+    if target.exists():
+        raise BundleError(f"{target}: exists already")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        for name in bundle.files:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path / name, staging / name)
+        (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (staging / card.name).write_text(described, encoding="utf-8")
+        load_bundle(staging, verify_files=False)
+        staging.chmod(0o755)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return load_bundle(target, verify_files=False, **options)
+
+
+_PEAR_HEADING = "## Re-weighted heads (PEAR)"
+
+
+def _describe_pear(card: str, record: PearRecord) -> str:
+    rows = [f"| {item.layer} | {item.head} | {item.tau:.3f} | {item.delta_pi:+.1%} |" for item in record.heads]
+    losses = [
+        f"{mask} mask {record.before[mask].loss:.3f} to {record.after[mask].loss:.3f} nats" for mask in record.before
+    ]
+    lines = (
+        _PEAR_HEADING,
+        "",
+        f"Detected and learned under the {record.mask} mask; loss of copying random tokens: {'; '.join(losses)}. "
+        "Scores above were measured before.",
+        "",
+        "| layer | head | coefficient | why: the copied token's logit without it |",
+        "|---|---|---|---|",
+        *rows,
+    )
+    before = card.split(_PEAR_HEADING)[0].rstrip()
+    return (before + "\n\n" if before else "") + "\n".join(lines) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    written = path.with_name(f".{path.name}")
+    written.write_text(text, encoding="utf-8")
+    written.replace(path)
 
 
 def _inspect(source: Path) -> ModelFacts:

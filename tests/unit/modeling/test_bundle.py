@@ -82,7 +82,7 @@ def test_fingerprint_counts_weights_template_and_types(bundle_dir: Path, tmp_pat
     [
         (lambda manifest: manifest.update(format=2), "format 2 is unknown"),
         (lambda manifest: manifest.pop("format"), "format None is unknown"),
-        (lambda manifest: manifest.update(pear={}), "unknown keys: pear"),
+        (lambda manifest: manifest.update(plum={}), "unknown keys: plum"),
         (lambda manifest: manifest.pop("template"), "missing keys: template"),
         (lambda manifest: manifest.update(chunk_tokens=0), "chunk_tokens must be positive"),
         (lambda manifest: manifest.update(chunk_tokens=True), "chunk_tokens must be of type int"),
