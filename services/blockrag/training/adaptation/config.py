@@ -1,0 +1,125 @@
+"""What decides an adaptation run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from blockrag.errors import SetupError
+
+Masks = Literal["both", "block", "full"]
+Trainable = Literal["all", "tokens"]
+AttentionKind = Literal["auto", "flex", "dense"]
+Precision = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class BlockAdaptConfig:
+    """An adaptation run. Defaults of learning rate, warm-up and steps are those of arXiv 2409.15355, section 3.1."""
+
+    model: Path
+    """A Hugging Face checkpoint (safetensors, fast tokenizer) or a bundle, whose template is then kept."""
+    data: tuple[Path, ...]
+    """JSONL files of question rows, or directories of such."""
+    out: Path
+    """The bundle to make. The run itself lives beside it, in ``run_dir``."""
+    name: str = ""
+    """The bundle's name; empty: that of ``out``."""
+    template_file: Path | None = None
+    """JSON file with the fields of PromptTemplate; None: the bundle's, or one made from the tokenizer."""
+    steps: int = 1000
+    """500 to 1000 suffice at 8B parameters."""
+    batch_size: int = 16
+    """Samples of a step, over all workers. Each is trained once under each mask."""
+    micro_batch: int = 1
+    """Samples of one forward pass on one worker; raise it while memory lasts."""
+    learning_rate: float = 2e-5
+    """Peak of AdamW's rate. Small models take more: 1e-4 at ten million parameters."""
+    warmup_steps: int = 20
+    masks: Masks = "both"
+    """"block" or "full" alone make the siblings that an ablation compares with."""
+    min_passages: int = 1
+    max_passages: int = 20
+    passage_tokens: int | None = None
+    """Most tokens of a passage's block; None: the bundle's, or 128."""
+    max_tokens: int = 4096
+    """Longest sample, prompt and answer; bounded by the model's positions. Distractors are left out to keep it."""
+    refusal_share: float = 0.1
+    """Share of samples whose gold passages are left out and whose answer is the template's refusal."""
+    distillation: float = 0.0
+    """Weight of the distillation from the full mask to the block mask; 0 switches it off, 1 suits most."""
+    link_tokens: int = 0
+    """Trainable tokens that end each passage's block (KVLink, arXiv 2502.16002, uses 5)."""
+    sink_tokens: int = 0
+    """Trainable tokens that open each passage's block, to take up the attention that a first token attracts."""
+    train: Trainable = "all"
+    """"tokens" freezes everything but the embeddings of the link and sink tokens."""
+    precision: Precision = "bf16"
+    """Of the forward pass (autocast); weights and optimiser stay in float32."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass: a third slower, memory for one layer's activations only."""
+    attention: AttentionKind = "auto"
+    """"flex" (CUDA) skips what the block mask hides; "dense" runs everywhere; "auto" takes the first that can."""
+    dev: Path | None = None
+    """Question rows to measure on; None: rows held out of ``data``."""
+    dev_rows: int = 64
+    """Samples to measure on; at most a tenth of ``data`` is held out for them. 0 measures nothing."""
+    eval_steps: int = 200
+    """Steps between two measurements; the start and the end are always measured."""
+    checkpoint_steps: int = 100
+    """Steps between two checkpoints: what a kill costs at most."""
+    seed: int = 0
+    device: str = "cpu"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "micro_batch", "min_passages", "max_tokens", "eval_steps"):
+            self._require(getattr(self, field) >= 1, field, "must be at least 1")
+        self._require(self.checkpoint_steps >= 1, "checkpoint_steps", "must be at least 1")
+        self._require(self.max_passages >= self.min_passages, "max_passages", "must not be below min_passages")
+        self._require(0 <= self.refusal_share <= 1, "refusal_share", "must be from 0 to 1")
+        self._require(self.learning_rate > 0, "learning_rate", "must be positive")
+        for field in ("warmup_steps", "distillation", "link_tokens", "sink_tokens", "dev_rows"):
+            self._require(getattr(self, field) >= 0, field, "must not be negative")
+        self._require(self.passage_tokens is None or self.passage_tokens >= 8, "passage_tokens", "must be at least 8")
+        self._require(
+            not self.distillation or self.masks == "both", "distillation", "needs both masks: the full one teaches"
+        )
+        self._require(
+            self.train == "all" or self.link_tokens + self.sink_tokens > 0,
+            "train",
+            "'tokens' needs link_tokens or sink_tokens to train",
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        """Checkpoints, metrics.jsonl and run.json; several workers need to share it."""
+        return self.out.parent / f"{self.out.name}.run"
+
+    def recipe(self) -> dict[str, Any]:
+        """The values that decide the result, beside model and data: a run continues only under the same ones."""
+        names = (
+            "steps",
+            "batch_size",
+            "learning_rate",
+            "warmup_steps",
+            "masks",
+            "min_passages",
+            "max_passages",
+            "passage_tokens",
+            "max_tokens",
+            "refusal_share",
+            "distillation",
+            "link_tokens",
+            "sink_tokens",
+            "train",
+            "precision",
+            "dev_rows",
+            "seed",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def _require(self, condition: bool, field: str, problem: str) -> None:
+        if not condition:
+            raise SetupError(f"{field} {getattr(self, field)!r}: {problem}")

@@ -1,0 +1,175 @@
+"""The folder of a run: who writes there, what it computes, how far it has come.
+
+::
+
+    run.json            what decides the result; a run continues only under the same
+    metrics.jsonl       one line per step
+    checkpoint-<step>/  weights and optimiser, in torch.distributed.checkpoint's form: any number of workers reads it
+    tensorboard/        if asked for
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn, optim
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from blockrag.errors import DataError, SetupError
+from blockrag.training.adaptation.workers import Workers
+
+METRICS = "metrics.jsonl"
+_RUN = "run.json"
+_STATE = "state.json"
+_PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run has come. The data position is the step: its samples depend on it and the seed alone."""
+
+    step: int = 0
+    tokens: int = 0
+    """Trained tokens, counted once per mask, without padding."""
+    seconds: float = 0.0
+    """Time spent in steps."""
+
+
+class RunFolder:
+    """A run's folder. Every worker has one; worker 0 writes, all take part in checkpoints."""
+
+    def __init__(self, path: Path, workers: Workers) -> None:
+        self.path = path
+        self._workers = workers
+
+    @contextmanager
+    def opened(self, identity: Mapping[str, Any]) -> Iterator[None]:
+        """Hold the folder, for a run that computes what ``identity`` says.
+
+        Raises SetupError when another process holds it, or when it holds another run, naming what differs.
+        """
+        if self._workers.rank != 0:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process holds no lock
+            except OSError as error:
+                raise SetupError(f"{self.path}: another process is training there") from error
+            self._check(identity)
+            yield
+
+    def restore(self, model: nn.Module, optimizer: optim.Optimizer) -> RunState:
+        """Load the last checkpoint into ``model`` and ``optimizer``; the state of a new run where there is none.
+
+        Raises DataError naming a checkpoint that cannot be read.
+        """
+        steps = self._steps()
+        if not steps:
+            self._cut_metrics(0)
+            return RunState()
+        folder = self._checkpoint(steps[-1])
+        try:
+            state = RunState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+            weights, moments = get_state_dict(model, optimizer)
+            stored = {"model": weights, "optimizer": moments}
+            with _quiet():
+                dcp.load(stored, checkpoint_id=folder, no_dist=self._workers.size == 1)
+        except (OSError, ValueError, TypeError, KeyError, dcp.CheckpointException) as error:
+            raise DataError(
+                f"{folder}: the checkpoint cannot be read: {error}; delete it to go on before it"
+            ) from error
+        set_state_dict(model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"])
+        self._cut_metrics(state.step)
+        return state
+
+    def save(self, model: nn.Module, optimizer: optim.Optimizer, state: RunState) -> None:
+        """Write a checkpoint and drop the one before; a kill at any moment leaves one of them whole."""
+        folder = self._checkpoint(state.step)
+        staged = folder.with_name(f".{folder.name}")
+        if self._workers.rank == 0:
+            shutil.rmtree(staged, ignore_errors=True)
+        self._workers.barrier()
+        weights, moments = get_state_dict(model, optimizer)
+        stored = {"model": weights, "optimizer": moments}
+        with _quiet():
+            dcp.save(stored, checkpoint_id=staged, no_dist=self._workers.size == 1)
+        if self._workers.rank == 0:
+            (staged / _STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            staged.rename(folder)
+            for step in self._steps():
+                if step != state.step:
+                    shutil.rmtree(self._checkpoint(step))
+        self._workers.barrier()
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, up to the first that is not whole."""
+        path = self.path / METRICS
+        records: list[dict[str, Any]] = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def drop_checkpoints(self) -> None:
+        """Delete what only a continuation needs; metrics and run.json stay."""
+        if self._workers.rank == 0:
+            for step in self._steps():
+                shutil.rmtree(self._checkpoint(step))
+
+    def _check(self, identity: Mapping[str, Any]) -> None:
+        path = self.path / _RUN
+        wanted = json.loads(json.dumps(identity))
+        if not path.exists():
+            written = path.with_name(f".{_RUN}")
+            written.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            written.replace(path)
+            return
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise SetupError(f"{path}: cannot be read: {error}") from error
+        different = [
+            f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key)
+        ]
+        if different:
+            raise SetupError(f"{self.path} holds another run: {'; '.join(different)}. Choose another --out")
+
+    def _cut_metrics(self, step: int) -> None:
+        """Forget the lines of steps that were done after the checkpoint, and half a line that a kill left."""
+        path = self.path / METRICS
+        if self._workers.rank == 0 and path.exists():
+            kept = [record for record in self.records() if step and record["step"] <= step]
+            written = path.with_name(f".{METRICS}")
+            written.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            written.replace(path)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / f"{_PREFIX}{step}"
+
+    def _steps(self) -> list[int]:
+        names = (path.name.removeprefix(_PREFIX) for path in self.path.glob(f"{_PREFIX}*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that a single process saves alone, which it was told to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield

@@ -1,0 +1,186 @@
+"""From question rows to training samples: which passages, in what order, with which answer.
+
+Sample number n is a pure function of (seed, n): a run that is resumed, or shared out to other workers, sees the same
+samples, and no position in the data has to be stored.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from blockrag.errors import SetupError
+from blockrag.modeling.template import PromptTemplate
+from blockrag.training.adaptation.rows import Passage, Row
+from blockrag.training.passages import DecodingTokenizer, cut_passage, sentences
+
+_TRIES = 50
+_REMEMBERED = 50_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its answer."""
+
+    blocks: tuple[tuple[int, ...], ...]
+    """Ids of the instruction block and of each passage's block, in the prompt's order."""
+    prompt: tuple[int, ...]
+    """Ids of the final block, up to where the answer starts."""
+    answer: tuple[int, ...]
+    """Ids of the answer and of the token that ends it."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.blocks)) + len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class SampleLimits:
+    """Bounds of a sample."""
+
+    min_passages: int
+    max_passages: int
+    passage_tokens: int
+    """Most tokens of a passage's block. Longer passages are cut at sentence ends, the gold ones around the answer."""
+    max_tokens: int
+    """Most tokens of a sample; distractors are left out until it fits."""
+    refusal_share: float
+    """Share of samples whose gold passages are left out, answered by the template's refusal."""
+
+
+class SampleSource:
+    """Makes samples of rows. Not thread-safe: one thread draws."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        tokenizer: DecodingTokenizer,
+        template: PromptTemplate,
+        limits: SampleLimits,
+        seed: int | str,
+    ) -> None:
+        if not rows:
+            raise SetupError("no rows to draw samples from")
+        self._rows = rows
+        self._tokenizer = tokenizer
+        self._template = template
+        self._limits = limits
+        self._seed = seed
+        self._instruction = tuple(template.instruction_ids(tokenizer))
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._cut: OrderedDict[Passage, tuple[int, ...]] = OrderedDict()
+        self.too_long: dict[str, int] = {}
+        """Rows that were left out, by file and line, with the tokens that they need at least."""
+
+    def sample(self, number: int) -> Sample:
+        """Sample ``number`` of an endless stream that visits every row once per pass over the data.
+
+        A row that cannot be fitted is noted in ``too_long`` and another one takes its place. Raises SetupError when
+        none seems to fit.
+        """
+        random = Random(f"{self._seed}/{number}")
+        row = self._rows[self._place(number)]
+        for _ in range(_TRIES):
+            sample = self._build(row, random)
+            if sample is not None:
+                return sample
+            row = random.choice(self._rows)
+        place, tokens = next(iter(self.too_long.items()))
+        raise SetupError(
+            f"{_TRIES} rows one after another do not fit {self._limits.max_tokens} tokens; {place} needs {tokens}: "
+            "raise max_tokens or lower passage_tokens"
+        )
+
+    def _place(self, number: int) -> int:
+        turn, at = divmod(number, len(self._rows))
+        if self._order[0] != turn:
+            order = list(range(len(self._rows)))
+            Random(f"{self._seed}/order/{turn}").shuffle(order)
+            self._order = (turn, order)
+        return self._order[1][at]
+
+    def _build(self, row: Row, random: Random) -> Sample | None:
+        limits, template = self._limits, self._template
+        golds = [passage for passage in row.passages if passage.gold]
+        # those that hold an answer first, in case there are more than a prompt may have
+        golds.sort(key=lambda passage: not _holds(passage.text, row.answers))
+        golds = golds[: limits.max_passages]
+        absent = random.random() < limits.refusal_share or not golds
+        count = random.randint(limits.min_passages, limits.max_passages)
+        chosen = [] if absent else golds
+        blocks = [self._gold_block(passage, row.answers, random) for passage in chosen]
+        others = self._distractors(row, max(0, count - len(chosen)), absent, random)
+        if absent and not others:
+            return None
+        prompt = tuple(template.final_ids(self._tokenizer, row.question))
+        answer = template.refusal if absent else row.answers[0]
+        target = tuple(template.answer_ids(self._tokenizer, answer))
+        room = limits.max_tokens - len(self._instruction) - len(prompt) - len(target) - sum(map(len, blocks))
+        fitting = []
+        for block in others:
+            if len(block) <= room:
+                fitting.append(block)
+                room -= len(block)
+        if room < 0 or (absent and not fitting):
+            needed = limits.max_tokens - room + (len(others[0]) if absent and room >= 0 else 0)
+            self.too_long.setdefault(row.place, needed)
+            return None
+        placed = [*blocks, *fitting]
+        random.shuffle(placed)
+        instruction = (self._instruction,) if self._instruction else ()
+        return Sample((*instruction, *placed), prompt, target)
+
+    def _distractors(self, row: Row, count: int, absent: bool, random: Random) -> list[tuple[int, ...]]:
+        """Blocks of the row's own other passages, filled up with those of other rows."""
+        own = [passage for passage in row.passages if not passage.gold]
+        if absent:  # then nothing shown may hold the answer
+            own = [passage for passage in own if not _holds(passage.text, row.answers)]
+        random.shuffle(own)
+        seen = {passage.text for passage in row.passages}
+        blocks = [block for block in map(self._block, own[:count]) if block]
+        for _ in range(_TRIES + 4 * count):
+            if len(blocks) == count:
+                break
+            passage = random.choice(random.choice(self._rows).passages)
+            if passage.text in seen or _holds(passage.text, row.answers):
+                continue
+            seen.add(passage.text)
+            block = self._block(passage)
+            if block:
+                blocks.append(block)
+        return blocks
+
+    def _block(self, passage: Passage) -> tuple[int, ...]:
+        """A distractor's block, remembered: its passage is met again and again. Empty when only its title fits."""
+        ids = self._cut.get(passage)
+        if ids is None:
+            text = self._text(passage, 0)
+            ids = tuple(self._template.passage_ids(self._tokenizer, passage.title, text)) if text else ()
+            self._cut[passage] = ids
+            if len(self._cut) > _REMEMBERED:
+                self._cut.popitem(last=False)
+        return ids
+
+    def _gold_block(self, passage: Passage, answers: Sequence[str], random: Random) -> tuple[int, ...]:
+        """A gold passage's block: a run of sentences with the answer's anywhere in it."""
+        text = self._text(passage, 0)
+        if not _holds(text, answers) and _holds(passage.text, answers):
+            asked = [n for n, sentence in enumerate(sentences(passage.text)) if _holds(sentence, answers)]
+            last = asked[0] if asked else 0
+            for first in (random.randint(0, last), max(0, last - 1), last):
+                window = self._text(passage, first)
+                if _holds(window, answers):
+                    text = window
+                    break
+        return tuple(self._template.passage_ids(self._tokenizer, passage.title, text))
+
+    def _text(self, passage: Passage, first: int) -> str:
+        limit = self._limits.passage_tokens
+        return cut_passage(self._tokenizer, self._template, passage.title, passage.text, limit, first=first)
+
+
+def _holds(text: str, answers: Sequence[str]) -> bool:
+    lowered = text.lower()
+    return any(answer.lower() in lowered for answer in answers)

@@ -1,0 +1,141 @@
+"""The checkpoint or bundle that an adaptation starts from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from blockrag.errors import BundleError
+from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
+from blockrag.modeling.model import load_stock_model
+from blockrag.modeling.support import inspect_model
+from blockrag.modeling.template import PromptTemplate
+from blockrag.training.adaptation.config import BlockAdaptConfig
+from blockrag.training.adaptation.templates import default_template, read_template
+from blockrag.training.adaptation.tokens import add_block_tokens, with_block_tokens
+
+PASSAGE_TOKENS = 128
+CHUNK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is adapted, checked; no weights are loaded yet."""
+
+    checkpoint: Path
+    """Directory of the Hugging Face checkpoint."""
+    bundle: Bundle | None
+    """The bundle it lies in, if it does."""
+    template: PromptTemplate
+    """With the link and sink tokens."""
+    passage_tokens: int
+    """Most tokens of a passage's block."""
+    chunk_tokens: int
+    max_positions: int
+    dtype: torch.dtype
+    """The checkpoint's own; the adapted one is written in it."""
+
+    def fingerprint(self) -> str:
+        """40 hex digits over the checkpoint's files. Reads all weights."""
+        if self.bundle is not None:
+            return self.bundle.fingerprint
+        digest = hashlib.blake2b(digest_size=20, person=b"blockrag-source")
+        for path in sorted(self.checkpoint.iterdir()):
+            if path.suffix in (".safetensors", ".json"):
+                digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+        return digest.hexdigest()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The checkpoint's tokenizer as bundles read it, without the link and sink tokens. Raises BundleError."""
+        return _tokenizer(self.checkpoint)
+
+
+def open_source(config: BlockAdaptConfig) -> Source:
+    """Check what ``config.model`` names.
+
+    Raises BundleError for something that is no checkpoint, UnsupportedModelError for an architecture that cannot be
+    driven over slots.
+    """
+    root = config.model.expanduser()
+    if not root.is_dir():
+        raise BundleError(f"{root}: no such model directory")
+    bundle = load_bundle(root, verify_files=False) if (root / "manifest.json").is_file() else None
+    checkpoint = bundle.decoder_dir if bundle else root
+    try:
+        architecture = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        with torch.device("meta"):
+            facts = inspect_model(AutoModelForCausalLM.from_config(architecture))
+    except (OSError, ValueError, KeyError) as error:
+        raise BundleError(f"{checkpoint}: no causal language model in the Hugging Face format: {error}") from error
+    if not any(checkpoint.glob("*.safetensors")):
+        raise BundleError(f"{checkpoint}: lacks weights in safetensors (*.safetensors)")
+    if config.template_file is not None:
+        template = read_template(config.template_file)
+    else:
+        template = bundle.template if bundle else default_template(_tokenizer(checkpoint))
+    limits = [facts.max_positions, *([bundle.max_context_tokens] if bundle else [])]
+    dtype = architecture.dtype or torch.float32
+    return Source(
+        checkpoint=checkpoint,
+        bundle=bundle,
+        template=with_block_tokens(template, config.link_tokens, config.sink_tokens),
+        passage_tokens=config.passage_tokens or (bundle.passage_tokens if bundle else PASSAGE_TOKENS),
+        chunk_tokens=bundle.chunk_tokens if bundle else CHUNK_TOKENS,
+        max_positions=min(limits),
+        dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype)),
+    )
+
+
+def load_for_training(
+    source: Source, config: BlockAdaptConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[int]]:
+    """The model in float32 on the CPU, its tokenizer, and the ids of the link and sink tokens added to both.
+
+    Coefficients that a bundle records for its heads are folded into the weights. Raises BundleError when the weights
+    do not load.
+    """
+    if source.bundle is not None:
+        model = load_stock_model(source.bundle, compute_dtype="float32")
+    else:
+        model = _load(source.checkpoint)
+    model.config.dtype = source.dtype
+    tokenizer = source.load_tokenizer()
+    ids = add_block_tokens(model, tokenizer, config.link_tokens, config.sink_tokens, config.seed)
+    _check_template(source.template, tokenizer)
+    return model.requires_grad_(True), tokenizer, ids
+
+
+def _load(checkpoint: Path) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BundleError(f"{checkpoint}: the weights do not load: {error}") from error
+    absent = sorted(str(name) for name in info["missing_keys"])
+    if absent:  # transformers fills what is missing with random numbers
+        raise BundleError(f"{checkpoint}: weights are missing: {', '.join(absent[:8])}")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise BundleError(f"{checkpoint}: lacks a fast tokenizer (tokenizer.json)")
+    try:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(checkpoint, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise BundleError(f"{checkpoint}: the tokenizer does not load: {error}") from error
+    return tokenizer
+
+
+def _check_template(template: PromptTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Before hours are spent: what the finished bundle would be refused for."""
+    ends = tokenizer(template.end, add_special_tokens=False)["input_ids"]
+    if len(ends) != 1 or ends[0] == tokenizer.unk_token_id:
+        raise BundleError(f"the template's end {template.end!r} is no single token of the checkpoint's tokenizer")

@@ -1,0 +1,109 @@
+"""Prompt templates for checkpoints that were made elsewhere.
+
+A template made here uses only tokens that the checkpoint has. A chat checkpoint keeps its own turns: the instruction
+block opens the user's turn and the final block closes it, so that the passages' blocks stand in between and hold
+nothing but text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from blockrag.errors import BundleError
+from blockrag.modeling.template import PromptTemplate
+
+REFUSAL = "not in the passages"
+INSTRUCTION = (
+    "Answer the question with a few words from the passages below. If they do not hold the answer, reply: "
+    f"{REFUSAL}.\n\n"
+)
+PASSAGE = "Title: {title}\n{text}\n\n"
+QUESTION = "Question: {question}"
+
+# Text that no chat template changes, and that says where a turn's content stands.
+_USER, _ASSISTANT = "USERCONTENT", "ASSISTANTCONTENT"
+
+
+def read_template(path: Path) -> PromptTemplate:
+    """A template from a JSON file. Raises BundleError naming the file and what it must hold."""
+    names = [field.name for field in fields(PromptTemplate)]
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"template {path}: {error}") from error
+    if not isinstance(values, dict) or set(values) != set(names):
+        raise BundleError(f"template {path}: must be a JSON object with exactly the keys {', '.join(names)}")
+    wrong = sorted(name for name, value in values.items() if not isinstance(value, str))
+    if wrong:
+        raise BundleError(f"template {path}: {', '.join(wrong)} must be texts")
+    for name, needed in (("passage", "{text}"), ("final", "{question}")):
+        if needed not in values[name]:
+            raise BundleError(f"template {path}: {name} lacks {needed}")
+    return PromptTemplate(**values)
+
+
+def default_template(tokenizer: PreTrainedTokenizerFast) -> PromptTemplate:
+    """A template for a checkpoint by its tokenizer: its chat turns where it has any, else plain text.
+
+    Raises BundleError where the tokenizer has no token that ends an answer.
+    """
+    if tokenizer.chat_template:
+        return _chat_template(tokenizer)
+    if not tokenizer.eos_token:
+        raise BundleError("the tokenizer names no eos_token, so nothing could end an answer: give a template file")
+    return PromptTemplate(
+        instruction=_begin(tokenizer) + INSTRUCTION,
+        passage=PASSAGE,
+        final=QUESTION + "\nAnswer:",
+        answer_prefix=" ",
+        end=str(tokenizer.eos_token),
+        refusal=REFUSAL,
+    )
+
+
+def _begin(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The text of the BOS token where the checkpoint is used to one: where its tokenizer puts it by itself."""
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
+        return ""
+    return str(tokenizer.bos_token)
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerFast) -> PromptTemplate:
+    user = {"role": "user", "content": _USER}
+    asked = _render(tokenizer, [user], add_generation_prompt=True)
+    opening, found, closing = asked.partition(_USER)
+    answered = _render(tokenizer, [user, {"role": "assistant", "content": _ASSISTANT}], add_generation_prompt=False)
+    _, answer_found, after = answered.partition(_ASSISTANT)
+    special = sorted(tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()), key=len, reverse=True)
+    end = re.search("|".join(map(re.escape, special)), after) if special else None
+    if not found or not answer_found or not (end or tokenizer.eos_token):
+        raise BundleError("the chat template shows no turns to put passages into: give a template file")
+    return PromptTemplate(
+        # what renders a chat adds BOS itself where the checkpoint is used to one
+        instruction=opening + INSTRUCTION,
+        passage=PASSAGE,
+        final=QUESTION + closing,
+        answer_prefix="" if closing[-1:].isspace() or not closing else _answer_prefix(answered),
+        end=end.group() if end else str(tokenizer.eos_token),
+        refusal=REFUSAL,
+    )
+
+
+def _answer_prefix(answered: str) -> str:
+    before = answered.partition(_ASSISTANT)[0]
+    return before[len(before.rstrip(" ")) :]
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], **options: Any) -> str:
+    try:
+        # models that think first are told not to; other chat templates ignore the name
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options))
+    except Exception as error:  # templates are programs; jinja raises what they raise
+        raise BundleError(f"the tokenizer's chat template fails: {error}; give a template file") from error
