@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from blockrag import __version__
-from blockrag.cli import ask, bench, bundle, demo, documents, evaluate, system, train
+from blockrag.cli import adapt, ask, bench, bundle, demo, documents, evaluate, system, train
 
 app = typer.Typer(
     name="blockrag",
@@ -35,6 +35,7 @@ for module in (system, documents, ask, demo):
 app.add_typer(bench.app, name="bench")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(train.app, name="train")
+app.add_typer(adapt.app, name="adapt")
 app.add_typer(evaluate.app, name="eval")
 
 

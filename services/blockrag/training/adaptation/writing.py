@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -66,8 +65,9 @@ def model_card(config: BlockAdaptConfig, training: Mapping[str, Any], scores: Ma
     lines = [
         f"# {config.name or config.out.name}",
         "",
-        f"`{config.model.name}`, adapted to block attention (arXiv 2409.15355) with `blockrag adapt block`: every sample "
-        f"under {masks[recipe['masks']]}, global positions, loss on answers only" + (f"; {chosen}." if chosen else "."),
+        f"`{config.model.name}`, adapted to block attention (arXiv 2409.15355) with `blockrag adapt block`: every "
+        f"sample under {masks[recipe['masks']]}, global positions, loss on answers only"
+        + (f"; {chosen}." if chosen else "."),
         "",
         f"- Steps: {recipe['steps']} of {recipe['batch_size']} samples, learning rate {recipe['learning_rate']:g} "
         f"after {recipe['warmup_steps']} steps of warm-up; {training['tokens']:,} tokens in {training['seconds']} s.",

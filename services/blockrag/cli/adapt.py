@@ -1,0 +1,187 @@
+"""``blockrag adapt``: make a checkpoint serve cached blocks well."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from blockrag.cli import console
+from blockrag.cli.console import JsonOption
+from blockrag.errors import SetupError
+
+if TYPE_CHECKING:
+    from blockrag.training.adaptation.config import BlockAdaptConfig
+    from blockrag.training.adaptation.metrics import StepMetrics
+
+app = typer.Typer(no_args_is_help=True, help="Adapt checkpoints and bundles.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps the commands' names while there is only one."""
+
+
+@app.command(epilog="Example: blockrag adapt block --model ~/models/Llama-3.2-1B --data qa.jsonl --out my-bundle")
+def block(
+    model: Annotated[Path, typer.Option(help="Hugging Face checkpoint, or a bundle to adapt further.")],
+    data: Annotated[list[Path], typer.Option(help="JSONL(.gz) of question rows, or a directory; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="Bundle to make; the run itself lives in OUT.run beside it.")],
+    name: Annotated[str, typer.Option(help="The bundle's name; default: the directory's.")] = "",
+    template: Annotated[
+        Path | None, typer.Option(help="JSON of the prompt template; default: the bundle's, or the chat template's.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="500 to 1000 suffice at 8B parameters.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Samples of a step, over all workers.")] = 16,
+    micro_batch: Annotated[int, typer.Option(help="Samples of one pass; raise while memory lasts.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak; small models take more, 1e-4 at 10M.")] = 2e-5,
+    warmup_steps: Annotated[int, typer.Option(help="Steps until the learning rate is reached.")] = 20,
+    masks: Annotated[
+        Literal["both", "block", "full"], typer.Option(help="Masks to train; one alone makes an ablation's sibling.")
+    ] = "both",
+    min_passages: Annotated[int, typer.Option(help="Fewest passages of a sample.")] = 1,
+    max_passages: Annotated[int, typer.Option(help="Most passages of a sample.")] = 20,
+    passage_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a passage; default: the bundle's, or 128.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest sample; distractors are left out to keep it.")] = 4096,
+    refusal_share: Annotated[float, typer.Option(help="Share of samples without the gold passage.")] = 0.1,
+    distillation: Annotated[float, typer.Option(help="Weight of learning from the full mask; 0: off.")] = 0.0,
+    link_tokens: Annotated[int, typer.Option(help="Trainable tokens after each passage.")] = 0,
+    sink_tokens: Annotated[int, typer.Option(help="Trainable tokens before each passage.")] = 0,
+    train: Annotated[
+        Literal["all", "tokens"], typer.Option(help="What is trained: all weights, or link and sink tokens only.")
+    ] = "all",
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the forward pass.")] = "bf16",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Save memory; a third slower.")] = True,
+    attention: Annotated[
+        Literal["auto", "flex", "dense"], typer.Option(help="FlexAttention (CUDA) or a dense mask; auto: what can.")
+    ] = "auto",
+    dev: Annotated[Path | None, typer.Option(help="Rows to measure on; default: some held out of DATA.")] = None,
+    dev_rows: Annotated[int, typer.Option(help="Samples to measure on; 0: none.")] = 64,
+    eval_steps: Annotated[int, typer.Option(help="Steps between two measurements.")] = 200,
+    checkpoint_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of samples and new tokens.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option(help="Workers of Ray Train, one GPU or CPU each; 1: this process.")] = 1,
+    ray_address: Annotated[
+        str, typer.Option(help="Ray cluster for the workers; default: one of this command's own.")
+    ] = "",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard files to OUT.run.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune under the block mask and the full mask, so that cached passages answer as well as a whole prompt.
+
+    Run the same command again to go on after a stop.
+    """
+    from transformers.utils import logging
+
+    from blockrag.training.adaptation.config import BlockAdaptConfig
+
+    with console.errors_to_exit():
+        logging.disable_progress_bar()  # ours shows what matters
+        config = BlockAdaptConfig(
+            model=model.expanduser(),
+            data=tuple(data),
+            out=out.expanduser().absolute(),
+            name=name,
+            template_file=template,
+            steps=steps,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            masks=masks,
+            min_passages=min_passages,
+            max_passages=max_passages,
+            passage_tokens=passage_tokens,
+            max_tokens=max_tokens,
+            refusal_share=refusal_share,
+            distillation=distillation,
+            link_tokens=link_tokens,
+            sink_tokens=sink_tokens,
+            train=train,
+            precision=precision,
+            gradient_checkpointing=gradient_checkpointing,
+            attention=attention,
+            dev=dev,
+            dev_rows=dev_rows,
+            eval_steps=eval_steps,
+            checkpoint_steps=checkpoint_steps,
+            seed=seed,
+            device=device,
+            tensorboard=tensorboard,
+        )
+        with _shown(as_json) as show:
+            bundle = _run(config, workers, ray_address, show)
+        if as_json:
+            console.print_json_line({"bundle": bundle, "run": config.run_dir})
+        else:
+            console.out.print(f"bundle: {bundle}\nmetrics: {config.run_dir}\ncheck it: blockrag bundle verify {bundle}")
+
+
+def _run(config: BlockAdaptConfig, workers: int, ray_address: str, show: Callable[[StepMetrics], None]) -> Path:
+    from blockrag.training.adaptation.adapt import adapt_block
+
+    if workers < 1:
+        raise SetupError(f"workers {workers}: must be at least 1")
+    if workers == 1 and not ray_address:
+        return adapt_block(config, on_progress=show)
+    missing = [package for package in ("pyarrow", "pandas") if importlib.util.find_spec(package) is None]
+    if missing:
+        absent = ", ".join(missing)
+        raise SetupError(f"several workers need Ray Train: install the package ray[train] ({absent} absent)")
+    with tempfile.NamedTemporaryFile("w", prefix="blockrag-token-") as token:
+        if not ray_address:
+            # Ray reads its authentication mode when it is imported; a token of our own leaves none in the user's home
+            token.write(secrets.token_hex(32))
+            token.flush()
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token.name)
+        from blockrag.distributed_training.block import adapt_block_distributed
+        from blockrag.distributed_training.connecting import connected_ray
+
+        with connected_ray(ray_address, workers, on_gpus=config.device.startswith("cuda")):
+            return adapt_block_distributed(config, workers, show)
+
+
+@contextmanager
+def _shown(as_json: bool) -> Iterator[Callable[[StepMetrics], None]]:
+    """Shows a run's progress: a bar with speed and time left, or a JSON line per step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console.err, disable=as_json) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def show(metrics: StepMetrics) -> None:
+            if as_json:
+                console.print_json_line(metrics)
+                return
+            bar.update(task, completed=metrics.step, total=metrics.steps, description=_describe(metrics))
+            for place, tokens in metrics.too_long.items():
+                bar.console.print(f"left out: {place} needs at least {tokens} tokens", markup=False)
+            if metrics.dev is not None:
+                dev = metrics.dev
+                bar.console.print(
+                    f"step {metrics.step}, held out: block {dev.block_loss:.3f} nats, {dev.block_exact:.1%} exact; "
+                    f"full {dev.full_loss:.3f} nats, {dev.full_exact:.1%} exact"
+                )
+
+        yield show
+
+
+def _describe(metrics: StepMetrics) -> str:
+    losses = [
+        f"{name} {loss:.3f}"
+        for name, loss in (("block", metrics.block_loss), ("full", metrics.full_loss))
+        if loss is not None
+    ]
+    left = f"{int(metrics.eta_seconds // 60)}:{int(metrics.eta_seconds % 60):02d} left"
+    speed = f"{metrics.tokens_per_second:,.0f} tokens/s"
+    return "  ".join([f"step {metrics.step}/{metrics.steps}", *losses, speed, left])

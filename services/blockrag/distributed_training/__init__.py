@@ -1,0 +1,1 @@
+"""Training on several workers through Ray Train; the training itself is ``blockrag.training``."""
