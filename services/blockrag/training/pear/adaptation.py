@@ -1,0 +1,183 @@
+"""PEAR as one procedure: detect under both masks, choose heads, learn their coefficients, fold, score again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blockrag.errors import InvalidRequestError
+from blockrag.modeling.pear import MASKS, HeadCoefficient, Mask, PearRecord, ProxyScore, attention_heads, fold
+from blockrag.training.pear.detection import Detection, DetectionConfig, LaterHeads, Mean, detect, rank_correlation
+from blockrag.training.pear.learning import LearningConfig, learn, proxy_score
+from blockrag.training.pear.task import PUBLISHED_SIZES, ProxyTask
+
+PUBLISHED_SHARE = 30 / 1024
+"""Heads re-weighted of Llama-2-7B's."""
+LEAST_HEADS = 4
+"""Heads re-weighted of a model so small that the published share would be fewer."""
+
+OnProgress = Callable[[str, float, float | None], None]
+"""Stage, share of it done, loss of the proxy task where there is one."""
+
+
+@dataclass(frozen=True)
+class PearConfig:
+    """What to do. The defaults are the published ones, under the mask that is served."""
+
+    heads: int | None = None
+    """Most heads to re-weight; None: the published share, at least ``LEAST_HEADS``. Those without a positive Δπ are
+    left out. To choose: sweep 5 to 40 of 1,024 and compare answers; the proxy loss falls with every head more."""
+    mask: Mask = "block"
+    """Mask under which heads are chosen and coefficients learned."""
+    mean: Mean = "batch"
+    later_heads: LaterHeads = "frozen"
+    sizes: tuple[tuple[int, int], ...] = PUBLISHED_SIZES
+    distractors: int = 3
+    """Further passage blocks under the block mask."""
+    learning: LearningConfig = field(default_factory=LearningConfig)
+    seed: int = 0
+    memory_bytes: int = 2**30
+    """See ``DetectionConfig``."""
+
+    def detection(self, condition: str) -> DetectionConfig:
+        """How heads are detected under a condition of ``CONDITIONS``."""
+        mask, with_passages = CONDITIONS[condition]
+        return DetectionConfig(
+            mask=mask,
+            distractors=self.distractors if with_passages else 0,
+            mean=self.mean,
+            later_heads=self.later_heads,
+            sizes=self.sizes,
+            seed=self.seed,
+            memory_bytes=self.memory_bytes,
+        )
+
+    def task(self, mask: Mask) -> ProxyTask:
+        """What is learned and scored under a mask."""
+        return ProxyTask(self.learning.n, mask, self.distractors if mask == "block" else 0)
+
+
+CONDITIONS: Mapping[str, tuple[Mask, bool]] = {
+    "full": ("full", False),
+    "block": ("block", True),
+    "full, same prompts": ("full", True),
+}
+"""Mask, and whether the prompts have further blocks: as published, as served, and the control between them."""
+
+
+@dataclass(frozen=True)
+class PearReport:
+    """What was found."""
+
+    detections: Mapping[str, Detection]
+    """One of each of ``CONDITIONS``."""
+    correlations: Mapping[str, float]
+    """Spearman's ρ of Δπ over all heads between two conditions."""
+    before: Mapping[str, ProxyScore]
+    """Held-out proxy score under each mask."""
+    record: PearRecord | None
+    """For the manifest; None when no head has a positive Δπ, or nothing was to be learned."""
+    seconds: Mapping[str, float]
+    """Wall time of each stage."""
+
+
+def adapt(
+    model: PreTrainedModel,
+    candidates: Tensor,
+    config: PearConfig,
+    *,
+    learning: bool = True,
+    on_progress: OnProgress = lambda _stage, _share, _loss: None,
+) -> PearReport:
+    """Detect, and unless ``learning`` is off learn and fold: afterwards ``model`` has the folded weights.
+
+    ``candidates``, int64 [any], are the tokens that prompts are drawn from. Raises InvalidRequestError for settings
+    that do not fit the model, UnsupportedModelError for a model without heads to be found.
+    """
+    heads = attention_heads(model)
+    wanted = config.heads if config.heads is not None else max(LEAST_HEADS, round(PUBLISHED_SHARE * heads.count))
+    if config.heads is not None and not 0 < config.heads <= heads.count:
+        raise InvalidRequestError("heads", f"{config.heads}, where the model has {heads.count}")
+    watch = _Watch()
+    detections = {}
+    for condition in CONDITIONS:
+        stage = f"detect, {condition}"
+        with_progress = _share_of(on_progress, stage)
+        detections[condition] = detect(model, candidates, config.detection(condition), with_progress)
+        watch.stop(stage)
+    correlations = {
+        f"full / {other}": rank_correlation(detections["full"].delta_pi, detections[other].delta_pi)
+        for other in ("block", "full, same prompts")
+    }
+    correlations["full, same prompts / block"] = rank_correlation(
+        detections["full, same prompts"].delta_pi, detections["block"].delta_pi
+    )
+    before = {mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS}
+    watch.stop("score before")
+    chosen = [item for item in detections[config.mask].ranked()[: min(wanted, heads.count)] if item[2] > 0]
+    record = None
+    if chosen and learning:
+        record = _learn_and_fold(model, chosen, candidates, config, before, watch, on_progress)
+    return PearReport(detections, correlations, before, record, watch.seconds)
+
+
+def _learn_and_fold(
+    model: PreTrainedModel,
+    chosen: list[tuple[int, int, float]],
+    candidates: Tensor,
+    config: PearConfig,
+    before: Mapping[str, ProxyScore],
+    watch: _Watch,
+    on_progress: OnProgress,
+) -> PearRecord:
+    steps = config.learning.steps
+    taus = learn(
+        model,
+        [(layer, head) for layer, head, _ in chosen],
+        config.task(config.mask),
+        candidates,
+        config.learning,
+        config.seed + 1,
+        lambda step, loss: on_progress("learn", step / steps, loss),
+    )
+    watch.stop("learn")
+    coefficients = tuple(
+        HeadCoefficient(layer, head, tau, change) for (layer, head, change), tau in zip(chosen, taus, strict=True)
+    )
+    fold(model, coefficients)
+    after = {mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS}
+    watch.stop("score after")
+    return PearRecord(
+        heads=coefficients,
+        mask=config.mask,
+        mean=config.mean,
+        later_heads=config.later_heads,
+        sizes=config.sizes,
+        distractors=config.distractors,
+        n=config.learning.n,
+        steps=steps,
+        batch=config.learning.batch,
+        learning_rate=config.learning.learning_rate,
+        seed=config.seed,
+        before=before,
+        after=after,
+    )
+
+
+def _share_of(on_progress: OnProgress, stage: str) -> Callable[[float], None]:
+    return lambda share: on_progress(stage, share, None)
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._since
+        self._since = now

@@ -1,0 +1,123 @@
+"""Learning the coefficients of chosen heads, everything else frozen.
+
+Cross-entropy on the second copy, from its second token on: nothing before its first token says that a copy follows,
+and under the block mask that place belongs to a passage. (The published code counts it too; its loss there is that of
+a random token, whatever τ is.) Adam, a linear decay to 0 after two steps of warm-up as in the published code.
+
+Source: PEAR (arXiv 2409.19745), §3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from blockrag.errors import InvalidRequestError
+from blockrag.modeling.pear import AttentionHeads, ProxyScore, attention_heads
+from blockrag.training.pear.passes import check_length, forward, prefill, removing
+from blockrag.training.pear.task import ProxyTask
+
+_WARMUP = 2
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """How coefficients are learned. Prompt size, rate and batch are the published ones."""
+
+    n: int = 50
+    steps: int = 200
+    """A few dozen to a few hundred; a coefficient moves by at most about steps * learning_rate / 2."""
+    batch: int = 20
+    learning_rate: float = 5e-3
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.learning_rate <= 0:
+            raise InvalidRequestError("learning", "steps, batch and learning rate must be positive")
+
+
+def learn(
+    model: PreTrainedModel,
+    chosen: Sequence[tuple[int, int]],
+    task: ProxyTask,
+    candidates: Tensor,
+    config: LearningConfig,
+    seed: int,
+    on_step: Callable[[int, float], None] = lambda _step, _loss: None,
+) -> list[float]:
+    """τ of each ``chosen`` (layer, head), in their order. The weights are frozen, and as they were, afterwards.
+
+    ``on_step`` gets the number of steps done and the step's loss, nats per token. Raises InvalidRequestError for too
+    few candidates or prompts longer than the model's positions.
+    """
+    check_length(model, task.length)
+    heads = attention_heads(model)
+    model.requires_grad_(False)
+    tau = nn.Parameter(torch.ones(len(chosen), device=model.device))
+    optimizer = torch.optim.Adam([tau], lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / _WARMUP, (config.steps - step) / config.steps)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with scaled(heads, chosen, tau):
+        for step in range(config.steps):
+            tokens = task.draw(config.batch, candidates, generator).to(model.device)
+            logits, targets = _second_copy(model, task, tokens)
+            loss = F.cross_entropy(logits, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            on_step(step + 1, float(loss.detach()))
+    return [float(value) for value in tau.detach().cpu()]
+
+
+@torch.inference_mode()
+def proxy_score(
+    model: PreTrainedModel, task: ProxyTask, candidates: Tensor, seed: int, samples: int = 200, batch: int = 20
+) -> ProxyScore:
+    """Loss and accuracy of the second copy on prompts drawn with ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = hits = 0.0
+    for start in range(0, samples, batch):
+        tokens = task.draw(min(batch, samples - start), candidates, generator).to(model.device)
+        logits, targets = _second_copy(model, task, tokens)
+        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+        hits += float((logits.argmax(-1) == targets).sum())
+    count = samples * (task.n - 1)
+    return ProxyScore(loss=loss / count, accuracy=hits / count)
+
+
+@contextmanager
+def scaled(heads: AttentionHeads, chosen: Sequence[tuple[int, int]], tau: Tensor) -> Iterator[None]:
+    """Within it the output of each chosen (layer, head) is multiplied by its element of ``tau``, differentiably."""
+
+    def scale(layer: int, places: list[int]) -> RemovableHandle:
+        own = [chosen[place][1] for place in places]
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            factors = torch.ones(heads.num_heads, device=tau.device, dtype=tau.dtype)
+            factors = factors.index_put((torch.tensor(own, device=tau.device),), tau[places])
+            return (args[0] * factors.repeat_interleave(heads.head_dim).to(args[0].dtype),)
+
+        return heads.outputs[layer].register_forward_pre_hook(hook)
+
+    by_layer: dict[int, list[int]] = {}
+    for place, (layer, _) in enumerate(chosen):
+        by_layer.setdefault(layer, []).append(place)
+    with removing([scale(layer, places) for layer, places in by_layer.items()]):
+        yield
+
+
+def _second_copy(model: PreTrainedModel, task: ProxyTask, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits that predict the second copy's tokens after its first, float32 [samples * (n - 1), vocab]; the tokens."""
+    *passages, copy = task.blocks(tokens)
+    logits = forward(model, copy[:, :-1], prefill(model, passages), task.length - task.n).logits
+    return logits.float().flatten(0, 1), copy[:, 1:].flatten()
