@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,18 +26,29 @@ def reader(
     out: Annotated[Path, typer.Option(help="Where the tokenizer, the checkpoint and the bundle go.")],
     minutes: Annotated[float | None, typer.Option(help="Training time; the learning rate ends with it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps instead, for reproducible runs.")] = None,
+    start_from: Annotated[Path | None, typer.Option(help="Bundle whose weights and tokenizer to start from.")] = None,
+    masks: Annotated[
+        Literal["both", "full"], typer.Option(help="full: never train under the block mask, for comparison.")
+    ] = "both",
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Train a small reader with its own tokenizer from scratch; run again to go on after a stop."""
+    """Train a small reader, from scratch with its own tokenizer or from a bundle; run again to go on after a stop."""
     from blockrag.training.reader import ReaderTrainingConfig, TrainingProgress, train_reader
 
     with console.errors_to_exit():
         if (minutes is None) == (steps is None):
             raise SetupError("give exactly one of --minutes and --steps")
         config = ReaderTrainingConfig(
-            data_dir=data, out_dir=out, minutes=minutes, steps=steps, seed=seed, device=device
+            data_dir=data,
+            out_dir=out,
+            minutes=minutes,
+            steps=steps,
+            start_from=start_from,
+            masks=masks,
+            seed=seed,
+            device=device,
         )
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console.err, disable=as_json) as bar:
@@ -50,7 +61,8 @@ def reader(
                 if as_json:
                     console.print_json_line(progress)
                 elif progress.probe_exact is not None:
-                    bar.console.print(f"step {progress.step}: {progress.probe_exact:.1%} of held-out questions exact")
+                    found = ", ".join(f"{exact:.1%} of {name}" for name, exact in progress.probe_exact.items())
+                    bar.console.print(f"step {progress.step}: held-out questions exact: {found}")
 
             try:
                 bundle = train_reader(config, show)

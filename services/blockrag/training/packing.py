@@ -2,7 +2,7 @@
 
 A row is ``[instruction][passage 1] ... [passage n][question 1 answer 1][question 2 answer 2] ...``. Every question
 sees the context and itself, and its positions start right after the context, as if it stood there alone. So one pass
-over the passages serves several questions.
+over the passages serves several questions. A context may leave gaps between the positions of its blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PackedBatch:
     input_ids: torch.Tensor
     """[B, T] int64; padding is 0."""
     position_ids: torch.Tensor
-    """[B, T] int64; a question's start at the length of its context."""
+    """[B, T] int64; a question's start where its context's end."""
     mask: torch.Tensor
     """[B, 1, T, T] bool; true where the query (third axis) attends to the key (last axis)."""
     targets: torch.Tensor
@@ -66,23 +66,25 @@ def pack(contexts: list[Context], *, block: bool, weights: Weights, multiple: in
     branches = np.full(shape, -1, np.int64)
     number = 0
     for row, context in enumerate(contexts):
-        at = 0
+        at = skipped = 0
+        gaps = context.gaps or (0,) * (len(context.blocks) + 1)
         for segment, tokens in enumerate(context.blocks):
             end = at + len(tokens)
+            skipped += gaps[segment]
+            positions[row, at:end] = skipped + np.arange(at, end)
             ids[row, at:end] = tokens
             segments[row, at:end] = segment if block else 0
             # Under the block mask a block's last token is seen by no block, so it has nothing to predict.
             targets[row, at : end - 1] = tokens[1:]
             loss[row, at : end - 1] = weights.passage
             at = end
-        size = at
-        positions[row, :size] = np.arange(size)
-        in_context[row, :size] = True
+        in_context[row, :at] = True
+        asked_at = at + skipped + gaps[-1]
         for branch_number, branch in enumerate(context.branches):
             tokens = [*branch.prompt, *branch.answer]
             end, asked = at + len(tokens), at + len(branch.prompt) - 1
             ids[row, at:end] = tokens
-            positions[row, at:end] = size + np.arange(len(tokens))
+            positions[row, at:end] = asked_at + np.arange(len(tokens))
             segments[row, at:end] = len(context.blocks) + branch_number
             targets[row, at : end - 1] = tokens[1:]
             loss[row, at:asked] = weights.question

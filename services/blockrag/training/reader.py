@@ -1,35 +1,38 @@
 """Training the reader from scratch: ``train_reader`` and a small command line for machines that have only torch.
 
-The recipe: contexts of a few titled passages with up to six questions each (``packing``), the block mask and the
-full mask in turn, so that one set of weights serves both modes (arXiv 2409.15355, section 2.3), loss on answers plus
-a smaller loss on passages and questions, and a learning rate that falls with a cosine over a number of steps or over
-a time budget.
+The recipe: contexts of a few titled passages with several questions each (``packing``), the block mask and the full
+mask in turn, so that one set of weights serves both modes (arXiv 2409.15355, section 2.3), loss on answers plus a
+smaller loss on passages and questions, and a learning rate that falls with a cosine over a number of steps or over a
+time budget. A run may start from a bundle's weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from blockrag.modeling.template import READER_TEMPLATE, PromptTemplate
 from blockrag.training.allocator import keep_freed_memory
-from blockrag.training.attention import additive_mask
 from blockrag.training.attention import register as register_attention
 from blockrag.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from blockrag.training.contexts import BatchShape, Context, ContextSampler, Mixture, batch_shape
+from blockrag.training.contexts import Context, ContextSampler
 from blockrag.training.data import ReaderData, load_reader_data
+from blockrag.training.drafts import BatchShape
 from blockrag.training.export import BundleFacts, export_bundle
-from blockrag.training.loss import linear_cross_entropy
+from blockrag.training.mixture import Mixture, batch_shape
 from blockrag.training.optimizer import build_optimizers, learning_rate_factor
-from blockrag.training.packing import IGNORED, PackedBatch, Weights, pack, row_tokens
+from blockrag.training.packing import PackedBatch, Weights, pack, row_tokens
+from blockrag.training.step import Part, hidden_states, update
 from blockrag.training.tokenizer import (
     BEGIN_ID,
     END_ID,
@@ -84,6 +87,9 @@ class ReaderTrainingConfig:
     """Time budget of the training itself; the learning rate reaches its end with it. Pauses do not count."""
     steps: int | None = None
     """Budget in steps, for runs that must be reproducible. Exactly one of ``minutes`` and ``steps`` is given."""
+    start_from: Path | None = None
+    """A bundle whose weights and tokenizer the run starts from; ``shape`` and ``tokenizer_articles`` then do not
+    count, and contexts are long from the beginning."""
     shape: ModelShape = field(default_factory=ModelShape)
     mixture: Mixture = field(default_factory=Mixture)
     weights: Weights = field(default_factory=Weights)
@@ -106,6 +112,8 @@ class ReaderTrainingConfig:
     threads: int = 2
     """Threads, each working on one part with one core: threads that meet once a step do not hold each other up on a
     busy machine as threads that share every matrix product do."""
+    masks: Literal["both", "full"] = "both"
+    """``full`` never shows the block mask: for the ablation of a model that was not tuned for it."""
     seed: int = 0
     device: str = "cpu"
 
@@ -126,8 +134,8 @@ class TrainingProgress:
     """Tokens trained on since the start, without padding."""
     seconds: float
     """Time spent in steps since the start."""
-    probe_exact: float | None = None
-    """Share of held-out questions whose greedy answer is exactly right (block mask), where it was measured."""
+    probe_exact: dict[str, float] | None = None
+    """Share of held-out questions whose greedy answer is exactly right (block mask), by source, where measured."""
 
 
 def train_reader(config: ReaderTrainingConfig, on_progress: Callable[[TrainingProgress], None] | None = None) -> Path:
@@ -142,9 +150,9 @@ def train_reader(config: ReaderTrainingConfig, on_progress: Callable[[TrainingPr
     data = load_reader_data(config.data_dir)
     tokenizer = _tokenizer(config, data)
     sampler = ContextSampler(data, tokenizer, config.template, config.mixture)
-    probe = sampler.held_out(BatchShape(4, 128), config.probe_contexts, Random(config.seed))
+    probes = sampler.probes(BatchShape(5, 128), config.probe_contexts, Random(config.seed))
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(config.shape.config()).to(config.device)
+    model = _model(config)
     model.set_attn_implementation(register_attention())
     optimizers = build_optimizers(model, config.optimizer, config.learning_rate)
     state = load_checkpoint(config.out_dir, model, optimizers) or Checkpoint()
@@ -157,7 +165,9 @@ def train_reader(config: ReaderTrainingConfig, on_progress: Callable[[TrainingPr
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * factor
         batches = _batches(config, sampler, state.step, fraction)
-        losses = _step(config, model, optimizers, batches, state.step, pool)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
+        parts = [Part.choose(batch, config.passage_share, generator) for batch in batches]
+        losses = update(model, optimizers, parts, pool, config.device)
         state = replace(
             state,
             step=state.step + 1,
@@ -168,7 +178,7 @@ def train_reader(config: ReaderTrainingConfig, on_progress: Callable[[TrainingPr
         exact = None
         if state.step % config.checkpoint_steps == 0 or fraction >= 1:
             save_checkpoint(config.out_dir, model, optimizers, state)
-            exact = probe_exact(model, probe, config) if probe else None
+            exact = {name: probe_exact(model, contexts, config) for name, contexts in probes.items() if contexts}
         if on_progress is not None:
             on_progress(
                 TrainingProgress(
@@ -201,7 +211,7 @@ def probe_exact(model: LlamaForCausalLM, contexts: list[Context], config: Reader
         batch = pack(contexts[start : start + 16], block=True, weights=config.weights)
         places = batch.branches.to(config.device) >= 0
         with torch.autocast(config.device, dtype=torch.bfloat16):
-            logits = model.lm_head(_hidden(config, model, batch)[places])
+            logits = model.lm_head(hidden_states(model, batch, config.device)[places])
         correct = (logits.argmax(-1) == batch.targets.to(config.device)[places]).float()
         branches = batch.branches.to(config.device)[places]
         count = int(branches.max()) + 1
@@ -210,84 +220,15 @@ def probe_exact(model: LlamaForCausalLM, contexts: list[Context], config: Reader
     return right / asked
 
 
-def _step(
-    config: ReaderTrainingConfig,
-    model: LlamaForCausalLM,
-    optimizers: list[torch.optim.Optimizer],
-    batches: list[PackedBatch],
-    step: int,
-    pool: ThreadPoolExecutor,
-) -> tuple[float, float]:
-    """One update from the parts of a step; gives the mean losses per answer token and per other token."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    parts = [_Part.choose(batch, config.passage_share, generator) for batch in batches]
-    answers, others = (sum(int((part.answers == kind).sum()) for part in parts) for kind in (True, False))
-    parameters = list(model.parameters())
-
-    def run(part: _Part) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        weights = part.weights / torch.where(part.answers, max(1, answers), max(1, others))
-        # Autocast's cache of half-precision weights is shared between threads, and so would the graphs be.
-        with torch.autocast(config.device, dtype=torch.bfloat16, cache_enabled=False):
-            hidden = _hidden(config, model, part.batch)[part.places.to(config.device)].to(torch.bfloat16)
-            total, losses = linear_cross_entropy(
-                hidden, model.lm_head.weight, part.targets.to(config.device), weights.to(config.device)
-            )
-        return torch.autograd.grad(total, parameters), losses.cpu()
-
-    results = list(pool.map(run, parts))
-    # Summed in the order of the parts, so that the result does not depend on which thread was faster.
-    for number, parameter in enumerate(parameters):
-        parameter.grad = torch.stack([gradients[number] for gradients, _ in results]).sum(0)
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    losses, is_answer = torch.cat([found for _, found in results]), torch.cat([part.answers for part in parts])
-    return float(losses[is_answer].mean()), float(losses[~is_answer].mean())
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The places of a part of a step whose loss counts; N of them."""
-
-    batch: PackedBatch
-    places: torch.Tensor
-    """[B, T] bool."""
-    answers: torch.Tensor
-    """[N] bool: whether the place predicts an answer's token."""
-    weights: torch.Tensor
-    """[N] float32, not yet divided by how many there are of their kind in the whole step."""
-    targets: torch.Tensor
-    """[N] int64."""
-
-    @classmethod
-    def choose(cls, batch: PackedBatch, share: float, generator: torch.Generator) -> _Part:
-        is_answer = batch.branches >= 0
-        kept = torch.rand(batch.weights.shape, generator=generator) < share
-        places = (batch.targets != IGNORED) & (is_answer | kept)
-        return cls(batch, places, is_answer[places], batch.weights[places], batch.targets[places])
-
-
-def _hidden(config: ReaderTrainingConfig, model: LlamaForCausalLM, batch: PackedBatch) -> torch.Tensor:
-    output = model.model(
-        input_ids=batch.input_ids.to(config.device),
-        attention_mask=additive_mask(batch.mask.to(config.device), torch.bfloat16),
-        position_ids=batch.position_ids.to(config.device),
-        use_cache=False,
-    )
-    hidden: torch.Tensor = output.last_hidden_state
-    return hidden
-
-
 def _batches(config: ReaderTrainingConfig, sampler: ContextSampler, step: int, fraction: float) -> list[PackedBatch]:
     """The parts of a step: contexts of one shape, the longest together so that little is padding."""
     random = Random(f"{config.seed}/{step}")
-    shape = batch_shape(random, fraction, config.mixture)
+    shape = batch_shape(random, fraction if config.start_from is None else 1.0, config.mixture)
     rows = max(2, round(config.tokens_per_step / (0.8 * shape.passages * shape.passage_tokens + 110)))
     contexts = sorted((sampler.sample(shape, random) for _ in range(rows)), key=row_tokens)
     size = -(-rows // config.parts)
     return [
-        pack(contexts[start : start + size], block=step % 2 == 0, weights=config.weights)
+        pack(contexts[start : start + size], block=config.masks == "both" and step % 2 == 0, weights=config.weights)
         for start in range(0, rows, size)
     ]
 
@@ -298,9 +239,20 @@ def _fraction(config: ReaderTrainingConfig, state: Checkpoint) -> float:
     return state.step / (config.steps or 1)
 
 
+def _model(config: ReaderTrainingConfig) -> LlamaForCausalLM:
+    if config.start_from is None:
+        return LlamaForCausalLM(config.shape.config()).to(config.device)
+    model = LlamaForCausalLM.from_pretrained(config.start_from / "decoder", dtype=torch.float32, local_files_only=True)
+    return model.to(config.device)  # type: ignore[no-any-return]
+
+
 def _tokenizer(config: ReaderTrainingConfig, data: ReaderData) -> TemplateTokenizer:
     folder = config.out_dir / "tokenizer"
-    if not (folder / "tokenizer_config.json").exists():
+    if config.start_from is not None:
+        folder.mkdir(exist_ok=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(config.start_from / "decoder" / name, folder / name)
+    elif not (folder / "tokenizer_config.json").exists():
         learnt = train_tokenizer(tokenizer_texts(data, config.tokenizer_articles), config.shape.vocab_size)
         save_tokenizer(learnt, folder, config.shape.max_tokens)
     return load_template_tokenizer(folder)
@@ -314,6 +266,8 @@ def main() -> None:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="time budget of the training")
     budget.add_argument("--steps", type=int, help="budget in steps")
+    parser.add_argument("--start-from", type=Path, help="bundle whose weights and tokenizer the run starts from")
+    parser.add_argument("--masks", choices=("both", "full"), default=ReaderTrainingConfig.masks)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default=ReaderTrainingConfig.optimizer)
     parser.add_argument("--learning-rate", type=float, default=ReaderTrainingConfig.learning_rate)
     parser.add_argument("--passage-share", type=float, default=ReaderTrainingConfig.passage_share)
@@ -330,7 +284,7 @@ def main() -> None:
 
 def _print_progress(progress: TrainingProgress) -> None:
     if progress.step % 20 == 0 or progress.probe_exact is not None:
-        probe = "" if progress.probe_exact is None else f"  probe exact {progress.probe_exact:.3f}"
+        probe = "".join(f"  {name} {exact:.3f}" for name, exact in (progress.probe_exact or {}).items())
         print(
             f"{time.strftime('%H:%M:%S')}  step {progress.step}  {100 * progress.fraction:.1f} %"
             f"  answer {progress.answer_loss:.3f}  passage {progress.passage_loss:.3f}  lr {progress.learning_rate:.2e}"

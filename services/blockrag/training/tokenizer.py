@@ -50,9 +50,10 @@ def tokenizer_texts(data: ReaderData, articles: int) -> Iterator[str]:
         if number % step == 0:
             yield article.title
             yield article.text
-    for article, questions in data.people:
-        yield article.text
-        yield from (question.text for question in questions)
+    for paragraphs in data.people.values():
+        for paragraph in paragraphs:
+            yield paragraph.article.text
+            yield from (question.text for question in paragraph.questions)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None:

@@ -13,6 +13,9 @@ import pytest
 _SYLLABLES = ("ba", "do", "ki", "lu", "mor", "nes", "pra", "quin", "ra", "sol", "tam", "ver")
 
 
+EVALUATED = "The quick method that is evaluated here was never to be seen while a reader was trained on anything."
+
+
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt", encoding="utf-8") as target:
@@ -47,6 +50,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     towns = [town(number) for number in range(240)]
     intros = [{"url": url, "title": title, "text": text} for url, title, text in towns]
     intros.append({"url": "/wiki/redirect", "title": "Redirect", "text": towns[220][2]})
+    # An intro that repeats an evaluated passage, with a question of its own and a place in a table.
+    intros[0] = intros[0] | {"text": towns[0][2] + " " + EVALUATED}
     write_lines(root / "train/wiki_intros.jsonl.gz", intros)
     train = [question(number) for number in range(200)]
     train.append(question(220) | {"url": "/wiki/redirect"})
@@ -63,7 +68,29 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {"title": "story", "text": f"At dawn Captain {number} crossed bridge {number}.", "gold": True}
             ],
         }
-        for number in range(20)
+        for number in range(150)
     ]
+    # A paragraph that stands in dev/ word for word, with another end.
+    people.append(
+        {
+            "question": "What is evaluated?",
+            "answers": ["evaluated"],
+            "passages": [{"title": "story", "text": EVALUATED + " And it goes on.", "gold": True}],
+        }
+    )
     write_lines(root / "train/qamr_dev.jsonl.gz", people)
+    write_lines(root / "dev/xquad_en.jsonl.gz", [{"passages": [{"title": "dev", "text": EVALUATED, "gold": True}]}])
+    pages = [
+        {
+            "title": f"Bridge {number}",
+            "paragraphs": [
+                "# A heading of the page that is long enough to be taken for a paragraph of it",
+                f"Captain Morla {number} built the first bridge over the river in {1500 + number}, and it was long.",
+                f"In {1500 + number} the town had three mills. The bridge was paid for by Captain Morla {number}.",
+                EVALUATED,
+            ],
+        }
+        for number in range(12)
+    ]
+    write_lines(root / "train/wikitablequestions_wiki_pages.jsonl.gz", pages)
     return root

@@ -50,6 +50,17 @@ def test_questions_start_right_after_the_context() -> None:
     assert batch.position_ids[0, 11:18].tolist() == [6, 7, 8, 9, 10, 11, 12]
 
 
+def test_gaps_move_what_stands_behind_them() -> None:
+    spread = Context(CONTEXTS[0].blocks, CONTEXTS[0].branches, (0, 10, 0, 5))
+    batch = pack([spread], block=True, weights=Weights())
+    assert batch.position_ids[0, :6].tolist() == [0, 11, 12, 13, 14, 15]
+    assert batch.position_ids[0, 6:11].tolist() == [21, 22, 23, 24, 25]
+    assert batch.position_ids[0, 11:18].tolist() == [21, 22, 23, 24, 25, 26, 27]
+    contiguous = pack([CONTEXTS[0]], block=True, weights=Weights())
+    assert torch.equal(batch.mask, contiguous.mask)
+    assert torch.equal(batch.targets, contiguous.targets)
+
+
 def test_targets_and_weights() -> None:
     batch = pack(CONTEXTS, block=True, weights=Weights(passage=0.25, question=0.5))
     assert batch.targets[0].tolist()[:6] == [IGNORED, 20, 21, IGNORED, 30, IGNORED]
