@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,57 +12,18 @@ from rich.table import Table
 from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
+from blockrag.cli.evaluate_qa import qa
 from blockrag.client import BlockragClient, GenerateOptions
-from blockrag.errors import SetupError
 
 if TYPE_CHECKING:
     from blockrag.corpus.sample import Question
-    from blockrag.evaluation.almanac import AlmanacScores, Interval, Mode
+    from blockrag.evaluation.almanac import AlmanacScores, Mode
+    from blockrag.evaluation.intervals import Interval
 
 app = typer.Typer(no_args_is_help=True, help="Evaluate the reader and the whole path.")
 
 
-@app.command(epilog="Example: blockrag eval reader --data data/ --questions 1000 --json")
-def reader(
-    data: Annotated[Path, typer.Option(help="Directory with train/ and dev/ as the model card names them.")],
-    bundle: Annotated[Path | None, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = None,
-    questions: Annotated[int, typer.Option(min=1, help="How many questions to draw.")] = 1000,
-    distractors: Annotated[int, typer.Option(min=0, max=19, help="Passages beside the right one.")] = 3,
-    mode: Annotated[Literal["block", "full", "none"], typer.Option(help="How to attend.")] = "block",
-    same_kind: Annotated[bool, typer.Option(help="Distractors from the same table, or from anywhere.")] = True,
-    absent: Annotated[bool, typer.Option(help="Also ask with the right passage left out.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Ask questions about entities never seen in training, without retrieval: the reader alone."""
-    from blockrag.evaluation.environment import describe_environment
-    from blockrag.evaluation.reader import evaluate_reader
-    from blockrag.modeling.bundle import DEFAULT_BUNDLE
-
-    with console.errors_to_exit():
-        try:
-            with console.err.status("answering"):
-                scores = evaluate_reader(
-                    bundle or DEFAULT_BUNDLE,
-                    data,
-                    questions=questions,
-                    distractors=distractors,
-                    mode=mode,
-                    seed=seed,
-                    same_kind=same_kind,
-                    absent=absent,
-                )
-        except OSError as error:
-            raise SetupError(f"data: {error}") from error
-        if as_json:
-            console.print_json({"scores": scores, "environment": describe_environment()})
-            return
-        table = Table("relation", "questions", "exact match")
-        for relation, row in sorted(scores.by_relation.items(), key=lambda item: -item[1]["questions"]):
-            table.add_row(relation, f"{row['questions']:.0f}", f"{row['exact_match']:.1%}")
-        table.add_section()
-        table.add_row("all", str(scores.questions), f"{scores.exact_match:.1%}")
-        console.out.print(table)
+app.command(epilog="Example: blockrag eval qa --data dev/xquad_en.jsonl.gz --passages 5 --out results/xquad")(qa)
 
 
 @app.command(epilog="Example: blockrag up && blockrag ingest --almanac && blockrag eval almanac --json")

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from blockrag.corpus.sample import Question
+from blockrag.evaluation.intervals import RESAMPLES, Interval, bootstrap
 from blockrag.evaluation.metrics import contains, exact_match, f1
 
 Mode = Literal["block", "full", "none"]
@@ -43,17 +42,6 @@ class Ask(Protocol):
     """Asks one question; retrieval and generation are the callable's."""
 
     async def __call__(self, question: str, mode: Mode) -> Answer: ...
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over questions with its bootstrap interval."""
-
-    mean: float
-    low: float
-    """2.5 % quantile of the bootstrap means."""
-    high: float
-    """97.5 % quantile of the bootstrap means."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +102,7 @@ async def evaluate_almanac(
     modes: Sequence[Mode] = MODES,
     concurrency: int = 4,
     seed: int = 0,
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
     progress: Callable[[Mode, int], None] | None = None,
 ) -> AlmanacScores:
     """Ask all `questions` in each of `modes` and score the answers.
@@ -151,21 +139,6 @@ def recalled(question: Question, passages: Sequence[RetrievedPassage], at: int =
         passage.rank <= at and passage.document_id == question.article and contains(passage.text, question.answers)
         for passage in passages
     )
-
-
-def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> Interval:
-    """Mean of `values` and the 95 % percentile interval of the means of seeded resamples.
-
-    Raises:
-        ValueError: no values.
-    """
-    if not values:
-        raise ValueError("the mean of no values is undefined")
-    sample = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = sample[generator.integers(0, len(sample), (resamples, len(sample)))].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(sample.mean()), float(low), float(high))
 
 
 async def _ask_all(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from blockrag import __version__
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -16,6 +18,8 @@ class Environment:
 
     commit: str
     """Git commit of the source tree, with "+" when it had changes; empty outside of a tree."""
+    blockrag: str
+    """Version of the package."""
     date: str
     """ISO 8601, UTC."""
     cpu: str
@@ -36,6 +40,7 @@ def describe_environment(device: str = "cpu") -> Environment:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     return Environment(
         commit=_commit(),
+        blockrag=__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0)),
@@ -48,11 +53,16 @@ def describe_environment(device: str = "cpu") -> Environment:
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
-    # --dirty marks changes of tracked files; outside of a tree, or without git, there is no commit to name.
-    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        # An installed package may lie inside of somebody else's tree, whose commit says nothing about it.
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
+        if tracked.returncode:
+            return ""
+        # --dirty marks changes of tracked files.
+        describe = [*git, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        result = subprocess.run(describe, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
     return result.stdout.strip() if result.returncode == 0 else ""

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from blockrag.corpus.sample import Question
-from blockrag.evaluation.almanac import Answer, Mode, RetrievedPassage, bootstrap, evaluate_almanac, recalled
+from blockrag.evaluation.almanac import Answer, Mode, RetrievedPassage, evaluate_almanac, recalled
+from blockrag.evaluation.intervals import bootstrap
 
 CAPITAL = Question("almanac-001", "What is the capital of Fiji?", ("Suva",), "fiji", "capital")
 AREA = Question("almanac-002", "What is the area of Fiji?", ("18,274 square kilometres", "18,274"), "fiji", "area")

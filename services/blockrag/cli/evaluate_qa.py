@@ -1,0 +1,128 @@
+"""``blockrag eval qa``: questions with passages, without retrieval, mode by mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markdown import Markdown
+
+from blockrag.cli import console
+from blockrag.cli.console import JsonOption
+from blockrag.errors import SetupError
+
+if TYPE_CHECKING:
+    from blockrag.evaluation.answering import Mode
+    from blockrag.evaluation.qa_run import QaRun
+
+_PASSAGES_LIMIT = 100
+
+
+def qa(
+    data: Annotated[
+        Path, typer.Option(help="Questions (JSONL, may be gzipped), or a directory with dev/wiki_pattern_qa.jsonl.gz.")
+    ],
+    bundle: Annotated[Path | None, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="A second bundle, asked the same.")] = None,
+    without_pear: Annotated[
+        bool, typer.Option("--without-pear", help="Ask also with the bundle's PEAR coefficients left out.")
+    ] = False,
+    questions: Annotated[int, typer.Option(min=1, help="How many questions to draw.")] = 1000,
+    passages: Annotated[int, typer.Option(min=1, max=_PASSAGES_LIMIT, help="Passages per question.")] = 10,
+    distractors: Annotated[
+        Literal["auto", "same", "bm25", "dense", "random"],
+        typer.Option(help="Passages beside the right one; auto: of the same kind where the data knows, else bm25."),
+    ] = "auto",
+    modes: Annotated[str, typer.Option(help="Of full, block, no-reencoding, none; separated by commas.")] = "full,block",
+    counts: Annotated[str, typer.Option(help="Further numbers of passages, e.g. 1,5,20.")] = "",
+    places: Annotated[
+        int, typer.Option(min=0, max=_PASSAGES_LIMIT, help="Places of the right passage to compare; 0: none.")
+    ] = 0,
+    absent: Annotated[bool, typer.Option(help="Ask also with the right passage left out.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the draw and of the intervals.")] = 0,
+    max_answer_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Longest answer.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights, K and V.")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="Directory for qa.json, qa.md, answers.jsonl, places.png.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask questions with the right passage among others, and score every mode on the same questions."""
+    from blockrag.evaluation.qa_run import QaOptions, run_qa
+    from blockrag.modeling.bundle import DEFAULT_BUNDLE
+
+    with console.errors_to_exit():
+        if out is not None and places:
+            _check_plots()
+        options = QaOptions(
+            data=data,
+            bundle=bundle or DEFAULT_BUNDLE,
+            compare=compare,
+            without_pear=without_pear,
+            questions=questions,
+            passages=passages,
+            distractors=None if distractors == "auto" else distractors,
+            modes=_chosen_modes(modes),
+            counts=_numbers(counts),
+            places=places,
+            absent=absent,
+            seed=seed,
+            max_answer_tokens=max_answer_tokens,
+            device=device,
+            dtype=dtype,
+        )
+        with console.progress_bar() as bar:
+            task = bar.add_task("", total=None)
+            run = run_qa(
+                options,
+                lambda done, total: bar.update(task, completed=done, total=total),
+                lambda what: bar.update(task, description=what),
+            )
+        if out is not None:
+            _write(run, out)
+        if as_json:
+            console.print_json(run.report)
+        else:
+            console.out.print(Markdown(run.report.to_markdown()))
+
+
+def _chosen_modes(text: str) -> tuple[Mode, ...]:
+    from blockrag.evaluation.answering import MODES
+
+    chosen = [mode.strip() for mode in text.split(",") if mode.strip()]
+    unknown = [mode for mode in chosen if mode not in MODES]
+    if unknown or not chosen:
+        raise SetupError(f"--modes: {', '.join(unknown) or 'none given'}; choose of {', '.join(MODES)}")
+    return tuple(mode for mode in MODES if mode in chosen)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise SetupError(f"--counts {text!r}: write numbers separated by commas") from error
+    if any(not 1 <= number <= _PASSAGES_LIMIT for number in numbers):
+        raise SetupError(f"--counts {text!r}: a number of passages is 1 to {_PASSAGES_LIMIT}")
+    return numbers
+
+
+def _check_plots() -> None:
+    from blockrag.evaluation.qa_plot import load_figure
+
+    load_figure()
+
+
+def _write(run: QaRun, out: Path) -> None:
+    from blockrag.evaluation.qa_plot import plot_places
+    from blockrag.evaluation.qa_report import answer_lines
+    from blockrag.evaluation.writing import write_together
+
+    files = {
+        "qa.json": run.report.to_json().encode(),
+        "qa.md": run.report.to_markdown().encode(),
+        "answers.jsonl": answer_lines(run.questions, run.answers).encode(),
+    }
+    if any(score.place is not None for score in run.report.results.scores):
+        files["places.png"] = plot_places(run.report)
+    write_together(out, files)
+    console.err.print(f"written: {', '.join(str(out / name) for name in files)}", markup=False, soft_wrap=True)

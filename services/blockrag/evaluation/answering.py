@@ -1,0 +1,168 @@
+"""Greedy answers of a bundle through the product's own engine core, many questions at a time.
+
+Blocks are encoded once and kept, up to a limit, for the other questions, modes and conditions that show them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from blockrag.evaluation.metrics import normalize
+from blockrag.evaluation.pieces import Piece
+from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.model import SlotModel
+from blockrag.modeling.rotary import rotate_into
+from blockrag.modeling.slots import ResidentBlock, SequenceState
+
+Mode = Literal["full", "block", "no-reencoding", "none"]
+MODES: tuple[Mode, ...] = ("full", "block", "no-reencoding", "none")
+
+_BATCH_TOKENS = 4096
+"""Tokens of one forward pass: beyond, the linear layers gain nothing on a CPU."""
+_RUNNING_BYTES = 512 * 2**20
+"""K and V of the sequences that are decoded together."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question and the passages shown with it."""
+
+    passages: tuple[Piece, ...]
+    question: str
+
+
+class SlotReader:
+    """Answers prompts with one bundle. Not thread-safe."""
+
+    def __init__(
+        self, bundle: Bundle, model: SlotModel, *, max_answer_tokens: int = 32, kept_bytes: int = 2**30
+    ) -> None:
+        """``kept_bytes``: encoded blocks kept for later calls, the longest unused ones are dropped."""
+        self.bundle = bundle
+        self._model = model
+        self._tokenizer = bundle.load_tokenizer()
+        self._max_answer_tokens = max_answer_tokens
+        self._kept_bytes = kept_bytes
+        self._instruction = bundle.template.instruction_ids(self._tokenizer)
+        self._token_ids: dict[Piece | None, list[int]] = {None: self._instruction}
+        self._blocks: OrderedDict[Piece | None, ResidentBlock] = OrderedDict()
+
+    def answer(self, prompts: Sequence[Prompt], mode: Mode) -> list[str]:
+        """The answers' texts. Raises ``PromptTooLongError`` for a prompt beyond the model's positions."""
+        blocks = self._encoded(prompts) if mode in ("block", "no-reencoding") else {}
+        lengths = [sum(len(self._ids(piece)) for piece in prompt.passages) for prompt in prompts]
+        waiting = deque(sorted(range(len(prompts)), key=lengths.__getitem__))
+        room = max(1, _RUNNING_BYTES // self._model.slot_bytes)
+        running: list[_Running] = []
+        answers = [""] * len(prompts)
+        while waiting or running:
+            work: list[tuple[SequenceState, Sequence[int]]] = [(one.state, one.ids[-1:]) for one in running]
+            fresh = 0
+            while waiting:
+                prompt = prompts[waiting[0]]
+                tokens = self._fresh_ids(prompt, mode)
+                slots = sum(one.state.capacity for one in running)
+                if work and (fresh + len(tokens) > _BATCH_TOKENS or slots + lengths[waiting[0]] > room):
+                    break
+                state = self._start(prompt, mode, blocks, len(tokens))
+                running.append(_Running(waiting.popleft(), state))
+                work.append((state, tokens))
+                fresh += len(tokens)
+            found = self._model.forward(work).argmax(dim=-1).tolist()
+            going: list[_Running] = []
+            for one, token in zip(running, found, strict=True):
+                if token not in self._model.end_token_ids:
+                    one.ids.append(token)
+                    if len(one.ids) < self._max_answer_tokens:
+                        going.append(one)
+                        continue
+                one.state.release()
+                answers[one.number] = self._tokenizer.decode(one.ids, skip_special_tokens=True).strip()
+            running = going
+        return answers
+
+    def is_refusal(self, answer: str) -> bool:
+        """Whether an answer is the template's refusal, but for case and punctuation."""
+        return normalize(answer) == normalize(self.bundle.template.refusal)
+
+    def _ids(self, piece: Piece | None) -> list[int]:
+        if piece is not None and piece not in self._token_ids:
+            self._token_ids[piece] = self.bundle.template.passage_ids(self._tokenizer, piece.title, piece.text)
+        return self._token_ids[piece]
+
+    def _fresh_ids(self, prompt: Prompt, mode: Mode) -> list[int]:
+        """What is prefilled: the final block, and in the modes without cached blocks all before it."""
+        final = self.bundle.template.final_ids(self._tokenizer, prompt.question)
+        if mode == "full":
+            passages = [token for piece in prompt.passages for token in self._ids(piece)]
+            return [*self._instruction, *passages, *final]
+        return [*self._instruction, *final] if mode == "none" else final
+
+    def _start(
+        self, prompt: Prompt, mode: Mode, blocks: dict[Piece | None, ResidentBlock], fresh: int
+    ) -> SequenceState:
+        capacity = fresh + self._max_answer_tokens
+        if not blocks:
+            return self._model.new_sequence([], capacity)
+        shown = [blocks[piece] for piece in (None, *prompt.passages)]
+        if mode == "block":
+            return self._model.new_sequence(shown, capacity)
+        return compose_without_reencoding(self._model, shown, capacity)
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> dict[Piece | None, ResidentBlock]:
+        """The blocks of all passages of ``prompts``, and of the instruction under None."""
+        needed = dict.fromkeys([None, *(piece for prompt in prompts for piece in prompt.passages)])
+        missing = sorted((piece for piece in needed if piece not in self._blocks), key=lambda one: len(self._ids(one)))
+        while missing:
+            batch = [missing.pop()]
+            tokens = len(self._ids(batch[0]))
+            while missing and tokens + len(self._ids(missing[-1])) <= _BATCH_TOKENS:
+                batch.append(missing.pop())
+                tokens += len(self._ids(batch[-1]))
+            names = [str(number) for number in range(len(batch))]
+            encoded = self._model.encode([self._ids(piece) for piece in batch], names)
+            for piece, block in zip(batch, encoded, strict=True):
+                self._blocks[piece] = self._model.to_resident(block)
+        found = {}
+        for piece in needed:
+            self._blocks.move_to_end(piece)
+            found[piece] = self._blocks[piece]
+        kept = sum(block.nbytes for block in self._blocks.values())
+        while kept > self._kept_bytes:
+            kept -= self._blocks.popitem(last=False)[1].nbytes
+        return found
+
+
+@dataclass
+class _Running:
+    """A sequence that is being decoded."""
+
+    number: int
+    state: SequenceState
+    ids: list[int] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def compose_without_reencoding(model: SlotModel, blocks: Sequence[ResidentBlock], capacity: int) -> SequenceState:
+    """A slot list whose keys are rotated by their place inside their own block, every block from position 0.
+
+    What Block-Attention calls "without position re-encoding" (arXiv 2409.15355, section 3.3): the blocks' KV is
+    concatenated as each block alone would have had it. Only keys of blocks differ from ``SlotModel.new_sequence``:
+    what is appended afterwards, the final block and the answer, goes on from the number of slots as it does there.
+    """
+    slots = sum(block.num_slots for block in blocks)
+    state = model.new_sequence([], slots + capacity)
+    for block in blocks:
+        start, end = state.num_slots, state.num_slots + block.num_slots
+        phases = model.rotary.phases(block.num_slots)[: block.num_slots]
+        for layer in range(model.num_layers):
+            keys, values = state.layer(layer)
+            rotate_into(keys[:, start:end], block.keys[layer], phases)
+            values[:, start:end].copy_(block.values[layer])
+        state.advance(block.num_slots)
+    return state

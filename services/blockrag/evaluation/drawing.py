@@ -1,0 +1,163 @@
+"""Drawing what is asked: a question's gold piece, its distractors, and the place of the gold piece.
+
+Distractors are nested: a context of five passages holds the first four of the twenty-passage one, so that numbers of
+passages and modes are compared on the same questions and texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from blockrag.errors import DataError
+from blockrag.evaluation.metrics import contains
+from blockrag.evaluation.pieces import Piece, PieceMaker, gold_piece, nearest_piece
+from blockrag.evaluation.question_data import QuestionData, SourceQuestion
+from blockrag.evaluation.ranking import Rank, bm25_ranking, dense_ranking
+
+Distractors = Literal["same", "bm25", "dense", "random"]
+
+
+@dataclass(frozen=True)
+class DrawnQuestion:
+    """A question with everything that may be shown with it."""
+
+    source: SourceQuestion
+    gold: Piece
+    holds_answer: bool
+    """Whether the gold piece holds an answer word for word; else it is the nearest piece of the gold passages."""
+    distractors: tuple[Piece, ...]
+    """At least one fewer than the most passages asked for."""
+    absent: tuple[Piece, ...]
+    """What is shown without gold: no piece of a gold passage is among them."""
+    place: float
+    """Where the gold piece stands, in [0, 1)."""
+
+    def passages(self, count: int, place: int | None = None) -> tuple[Piece, ...]:
+        """``count`` passages with the gold one at index ``place``; None: at the drawn place."""
+        index = int(self.place * count) if place is None else place
+        others = self.distractors[: count - 1]
+        return (*others[:index], self.gold, *others[index:])
+
+    def passages_without_gold(self, count: int) -> tuple[Piece, ...]:
+        """``count`` passages, none of them gold."""
+        return self.absent[:count]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The questions that are asked, and how many were passed over."""
+
+    questions: tuple[DrawnQuestion, ...]
+    without_gold: int
+    """Passed over: the file names no answer or no gold passage."""
+
+
+def draw_questions(
+    data: QuestionData, pieces: PieceMaker, *, count: int, most_passages: int, distractors: Distractors, seed: int = 0
+) -> Draw:
+    """The first ``count`` questions of ``data`` that have an answer and a gold passage, with their distractors.
+
+    ``same``: passages of the same kind, of each the piece nearest to the question, and the gold passages' other
+    pieces, in random order. ``bm25`` and ``dense``: ranked by the retriever's model among the other pieces of the
+    file (of pattern questions: of the articles and tables of the questions drawn). ``random``: any passages. A kind
+    that gives too few is filled up with random ones. A piece of the gold passage that holds an answer is never a
+    distractor; one of another passage that does is none either, but for ``same``, where the file itself says that
+    the passages answer something else.
+
+    Raises ``DataError`` where there is no question to ask or there are fewer passages than ``most_passages``.
+    """
+    usable = [question for question in data.questions if question.gold and question.answers]
+    if not usable:
+        raise DataError(f"{data.name}: no question has both an answer and a gold passage")
+    chosen = usable[:count]
+    without_gold = data.questions.index(chosen[-1]) + 1 - len(chosen)
+    source = _Source(data, pieces, chosen, distractors)
+    drawn = tuple(
+        _draw(question, source, most_passages, Random(f"{seed} {number} {question.id}"))
+        for number, question in enumerate(chosen)
+    )
+    return Draw(drawn, without_gold)
+
+
+class _Source:
+    """Candidates for distractors."""
+
+    def __init__(
+        self, data: QuestionData, pieces: PieceMaker, chosen: Sequence[SourceQuestion], kind: Distractors
+    ) -> None:
+        self.data = data
+        self.kind = kind
+        self.make = pieces
+        self._ranked: list[tuple[int, Piece]] = []
+        self._rank: Rank | None = None
+        if kind in ("bm25", "dense"):
+            numbers: Sequence[int] = range(len(data.passages))
+            if data.kind == "pattern":
+                # The intros are hundreds of thousands, and splitting them all takes longer than asking.
+                numbers = sorted({number for question in chosen for number in (*question.gold, *question.same_kind)})
+            self._ranked = [(number, piece) for number in numbers for piece in self.pieces(number)]
+            make: Callable[[Sequence[Piece]], Rank] = bm25_ranking if kind == "bm25" else dense_ranking
+            self._rank = make([piece for _, piece in self._ranked])
+
+    def pieces(self, number: int) -> tuple[Piece, ...]:
+        return self.make.pieces(self.data.passages[number])
+
+    def candidates(self, question: SourceQuestion, gold: Piece, random: Random) -> Iterator[tuple[int, Piece]]:
+        """Number of the passage and piece, best distractor first; possibly with repetitions."""
+        if self._rank is not None:
+            for place in self._rank(question.text):
+                yield self._ranked[place]
+        elif self.kind == "same":
+            near = [(number, self._nearest(number, question)) for number in question.same_kind]
+            own = [(number, piece) for number in question.gold for piece in self.pieces(number) if piece != gold]
+            found = [(number, piece) for number, piece in (*near, *own) if piece is not None]
+            yield from random.sample(found, len(found))
+        for number in _in_random_order(len(self.data.passages), random):
+            piece = self._nearest(number, question)
+            if piece is not None:
+                yield number, piece
+
+    def _nearest(self, number: int, question: SourceQuestion) -> Piece | None:
+        pieces = self.pieces(number)
+        return nearest_piece(pieces, question.text) if pieces else None
+
+
+def _draw(question: SourceQuestion, source: _Source, most: int, random: Random) -> DrawnQuestion:
+    own = [piece for number in question.gold for piece in source.pieces(number)]
+    if not own:
+        raise DataError(f"{source.data.name}: question {question.id}: the gold passage has no text")
+    gold, holds_answer = gold_piece(own, question)
+    place = random.random()
+    texts = {source.data.passages[number].text for number in question.gold}
+    same_kind = set(question.same_kind) if source.kind == "same" else set()
+    distractors: dict[Piece, None] = {}
+    absent: dict[Piece, None] = {}
+    for number, piece in source.candidates(question, gold, random):
+        # A redirect gives an article a second url: its intro is the gold passage again.
+        is_own = source.data.passages[number].text in texts
+        if piece == gold or (number not in same_kind and contains(piece.text, question.answers)):
+            continue
+        if len(distractors) < most - 1 and (not is_own or number in question.gold):
+            distractors[piece] = None
+        if len(absent) < most and not is_own:
+            absent[piece] = None
+        if len(distractors) >= most - 1 and len(absent) == most:
+            break
+    else:
+        raise DataError(f"{source.data.name}: {most} passages are asked for, and there are too few to show")
+    return DrawnQuestion(question, gold, holds_answer, tuple(distractors), tuple(absent), place)
+
+
+def _in_random_order(count: int, random: Random) -> Iterator[int]:
+    """0 … count - 1; lazily for the first few, because few are ever used."""
+    seen: set[int] = set()
+    while len(seen) < min(count, 200):
+        number = random.randrange(count)
+        if number not in seen:
+            seen.add(number)
+            yield number
+    rest = [number for number in range(count) if number not in seen]
+    yield from random.sample(rest, len(rest))

@@ -1,0 +1,167 @@
+"""A run of ``blockrag eval qa`` written down: one JSON object, one Markdown page, one curve, every answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from blockrag.evaluation.drawing import DrawnQuestion
+from blockrag.evaluation.environment import Environment
+from blockrag.evaluation.intervals import Interval
+from blockrag.evaluation.qa import Cell
+from blockrag.evaluation.qa_scores import QaScores, cell_label
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SystemFacts:
+    """Which weights answered."""
+
+    label: str
+    bundle: str
+    version: str
+    fingerprint: str
+    pear: bool
+    """Whether the bundle's PEAR coefficients were folded."""
+
+
+@dataclass(frozen=True)
+class QaReport:
+    """Everything that a run's tables say, and what is needed to repeat it."""
+
+    data: str
+    sha256: Mapping[str, str]
+    """Of every data file that was read."""
+    questions: int
+    without_gold: int
+    """Questions passed over, because the file names no answer or no gold passage for them."""
+    answer_in_gold: int
+    """Questions whose gold piece holds an answer word for word."""
+    passages: int
+    distractors: str
+    passage_tokens: int
+    max_answer_tokens: int
+    seed: int
+    seconds: float
+    systems: tuple[SystemFacts, ...]
+    results: QaScores
+    environment: Environment
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, indent=2) + "\n"
+
+    def to_markdown(self) -> str:
+        """The report as tables."""
+        return "\n".join([*self._head(), *self._scores(), *self._differences(), *self._refusals(), *self._groups()])
+
+    def _head(self) -> list[str]:
+        systems = [
+            f"- {one.label}: bundle {one.bundle} {one.version}, fingerprint `{one.fingerprint}`"
+            + (", PEAR folded" if one.pear else "")
+            for one in self.systems
+        ]
+        files = [f"- {name}: SHA-256 `{digest}`" for name, digest in self.sha256.items()]
+        source = self.environment.commit or f"blockrag {self.environment.blockrag}"
+        return [
+            f"# {self.data}: {self.questions} questions",
+            "",
+            f"{self.passages} passages of at most {self.passage_tokens} tokens, distractors: {self.distractors}, "
+            f"greedy, at most {self.max_answer_tokens} tokens, seed {self.seed}. Percent with bootstrap 95 % intervals "
+            f"over questions. {self.answer_in_gold} gold pieces hold an answer word for word; {self.without_gold} "
+            f"questions without answer or gold passage were passed over.",
+            "",
+            f"- commit {source}, {self.environment.date}, {self.environment.cpu}, {self.environment.device}, "
+            f"{self.seconds:.0f} s",
+            *systems,
+            *files,
+            "",
+        ]
+
+    def _scores(self) -> list[str]:
+        rows = [
+            [one.system, one.mode, one.condition, *map(percent, (one.exact_match, one.f1, one.contained, one.refused))]
+            for one in self.results.scores
+        ]
+        return _table(["system", "mode", "shown", "exact match", "F1", "contained", "refused"], rows)
+
+    def _differences(self) -> list[str]:
+        rows = [
+            [
+                one.first,
+                one.second,
+                one.condition,
+                *(percent(value, sign=True) for value in (one.exact_match, one.f1, one.contained)),
+            ]
+            for one in self.results.differences
+        ]
+        return _section(
+            "Paired differences: first minus second, points",
+            ["first", "second", "shown", "exact match", "F1", "contained"],
+            rows,
+        )
+
+    def _refusals(self) -> list[str]:
+        rows = [
+            [
+                one.system,
+                one.mode,
+                str(one.questions),
+                percent(one.precision) if one.precision else "–",
+                percent(one.recall),
+                percent(one.wrong),
+            ]
+            for one in self.results.refusals
+        ]
+        return _section(
+            "Refusals: the same questions with and without the gold passage",
+            ["system", "mode", "questions", "precision", "recall", "wrongly refused"],
+            rows,
+        )
+
+    def _groups(self) -> list[str]:
+        groups = self.results.by_group
+        if not groups:
+            return []
+        columns = [name for name in next(iter(groups.values())) if name != "questions"]
+        rows = [
+            [name, f"{values['questions']:.0f}", *(f"{100 * values[column]:.1f}" for column in columns)]
+            for name, values in sorted(groups.items(), key=lambda item: -item[1]["questions"])
+        ]
+        return _section("Exact match by group", ["group", "questions", *columns], rows)
+
+
+def answer_lines(questions: Sequence[DrawnQuestion], answers: Mapping[Cell, Sequence[str]]) -> str:
+    """One JSON line per question with all its answers, by "system, mode, condition"."""
+    lines: list[dict[str, Any]] = [
+        {
+            "id": question.source.id,
+            "question": question.source.text,
+            "answers": question.source.answers,
+            "gold": asdict(question.gold),
+            "outputs": {
+                f"{cell_label(cell)}, {cell.condition.label}": found[number] for cell, found in answers.items()
+            },
+        }
+        for number, question in enumerate(questions)
+    ]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def percent(value: Interval, *, sign: bool = False) -> str:
+    """ "55.0 (45.0 to 65.0)"."""
+    form = "{:+.1f}" if sign else "{:.1f}"
+    mean, low, high = (form.format(100 * number) for number in (value.mean, value.low, value.high))
+    return f"{mean} ({low} to {high})"
+
+
+def _section(title: str, header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"## {title}", "", *_table(header, rows)] if rows else []
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]

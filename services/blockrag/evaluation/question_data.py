@@ -1,0 +1,215 @@
+"""Question files in one form: questions, the passages that answer them, and the passages that do not.
+
+Three formats, told apart by their first line:
+
+- question rows ``{question, answers, passages: [{title, text, gold}]}``;
+- pattern questions ``{url, question, answers, rel, distractor_table}`` about intros in ``wiki_intros.jsonl.gz``, with
+  ``wiki_table_to_urls.json.gz`` naming articles of the same kind; both files stand beside the questions or in a
+  sibling folder ``train/``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from blockrag.errors import DataError
+from blockrag.modeling.bundle import file_sha256
+
+PATTERN_QUESTIONS = "dev/wiki_pattern_qa.jsonl.gz"
+INTROS = "wiki_intros.jsonl.gz"
+TABLES = "wiki_table_to_urls.json.gz"
+_FILLERS = 2000
+
+
+@dataclass(frozen=True)
+class SourcePassage:
+    """A titled text, before it is split."""
+
+    title: str
+    text: str
+    """White space collapsed: line breaks of a file's layout are no part of the text."""
+
+
+@dataclass(frozen=True)
+class SourceQuestion:
+    """A question of a file."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    gold: tuple[int, ...]
+    """Numbers of the passages that answer it, in ``QuestionData.passages``; empty where the file names none."""
+    same_kind: tuple[int, ...]
+    """Numbers of passages of the same kind: of the same table, or the row's own others."""
+    group: str = ""
+    """Relation or source; scores are broken down by it."""
+
+
+@dataclass(frozen=True)
+class QuestionData:
+    """Questions in the drawn order, and every passage that may be shown with them."""
+
+    name: str
+    kind: str
+    """"rows" or "pattern"."""
+    questions: Sequence[SourceQuestion]
+    passages: Sequence[SourcePassage]
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Hex digest of every file read, by file name."""
+
+
+def load_questions(path: Path, seed: int = 0) -> QuestionData:
+    """Read a file of questions, or the pattern questions of a data directory, shuffled by ``seed``.
+
+    Raises ``DataError`` naming file and line for what is missing or malformed.
+    """
+    file = path / PATTERN_QUESTIONS if path.is_dir() else path
+    first = next(read_rows(file), None)
+    if first is None:
+        raise DataError(f"{file}: no questions")
+    if "passages" in first[1]:
+        return _load_rows(file, seed)
+    if {"url", "question", "answers"} <= first[1].keys():
+        return _load_patterns(file, seed)
+    raise DataError(
+        f"{file}: line 1: neither a question with passages, a pattern question with a url nor key-value records"
+    )
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and object of every line of a JSONL file, gzipped or not. Raises ``DataError``."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}: line {number}: no JSON object")
+                yield number, row
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: line {number}: {error}") from error
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(
+            f"{path}: {error.strerror if isinstance(error, OSError) and error.strerror else error}"
+        ) from error
+
+
+class PassageNumbers:
+    """Numbers passages as they come; equal ones get one number."""
+
+    def __init__(self) -> None:
+        self.passages: list[SourcePassage] = []
+        self._numbers: dict[SourcePassage, int] = {}
+
+    def add(self, title: str, text: str) -> int:
+        passage = SourcePassage(" ".join(title.split()), " ".join(text.split()))
+        number = self._numbers.setdefault(passage, len(self.passages))
+        if number == len(self.passages):
+            self.passages.append(passage)
+        return number
+
+
+def _load_rows(file: Path, seed: int) -> QuestionData:
+    numbers = PassageNumbers()
+    questions = []
+    for line, row in read_rows(file):
+        where = f"{file}: line {line}"
+        passages = row.get("passages")
+        if not isinstance(passages, list) or not passages:
+            raise DataError(f"{where}: passages must be a list of at least one")
+        gold: list[int] = []
+        others: list[int] = []
+        for passage in passages:
+            if not isinstance(passage, dict) or not isinstance(passage.get("text"), str):
+                raise DataError(f"{where}: a passage must have title, text and gold")
+            (gold if passage.get("gold") else others).append(
+                numbers.add(str(passage.get("title", "")), passage["text"])
+            )
+        text, answers = _question_and_answers(row, where)
+        questions.append(
+            SourceQuestion(
+                id=str(row.get("id") or line),
+                text=text,
+                answers=answers,
+                gold=tuple(dict.fromkeys(gold)),
+                same_kind=tuple(dict.fromkeys(number for number in others if number not in gold)),
+                group=str(row.get("source") or ""),
+            )
+        )
+    Random(seed).shuffle(questions)
+    return QuestionData(_name(file), "rows", questions, numbers.passages, {file.name: file_sha256(file)})
+
+
+def _load_patterns(file: Path, seed: int) -> QuestionData:
+    intros_file, tables_file = _beside(file, INTROS), _beside(file, TABLES)
+    numbers = PassageNumbers()
+    by_url: dict[str, int] = {}
+    for line, row in read_rows(intros_file):
+        try:
+            by_url[row["url"]] = numbers.add(row["title"], row["text"])
+        except (KeyError, AttributeError) as error:
+            raise DataError(f"{intros_file}: line {line}: needs url, title and text") from error
+    tables = _read_tables(tables_file)
+    kinds: dict[str, tuple[int, ...]] = {}
+    questions = []
+    for line, row in read_rows(file):
+        where = f"{file}: line {line}"
+        text, answers = _question_and_answers(row, where)
+        if row.get("url") not in by_url:
+            raise DataError(f"{where}: no intro with the url {row.get('url')!r} in {intros_file.name}")
+        table = row.get("distractor_table") or ""
+        if table not in kinds:
+            kinds[table] = tuple(dict.fromkeys(by_url[url] for url in tables.get(table, ()) if url in by_url))
+        questions.append(
+            SourceQuestion(
+                id=f"{row['url']}#{row.get('rel', '')}",
+                text=text,
+                answers=answers,
+                gold=(by_url[row["url"]],),
+                same_kind=kinds[table],
+                group=str(row.get("rel") or ""),
+            )
+        )
+    Random(seed).shuffle(questions)
+    digests = {each.name: file_sha256(each) for each in (file, intros_file, tables_file)}
+    return QuestionData(_name(file), "pattern", questions, numbers.passages, digests)
+
+
+def _question_and_answers(row: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
+    text, answers = row.get("question"), row.get("answers")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: question must be a text")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise DataError(f"{where}: answers must be a list of texts")
+    return " ".join(text.split()), tuple(answer for answer in answers if answer.strip())
+
+
+def _read_tables(file: Path) -> dict[str, list[str]]:
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as source:
+            tables = json.load(source)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{file}: {error}") from error
+    if not isinstance(tables, dict):
+        raise DataError(f"{file}: must hold a JSON object of urls by table")
+    return tables
+
+
+def _beside(file: Path, name: str) -> Path:
+    for folder in (file.parent, file.parent.parent / "train"):
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{file}: pattern questions need {name} beside them or in ../train")
+
+
+def _name(file: Path) -> str:
+    return file.name.removesuffix(".gz").removesuffix(".jsonl")
