@@ -14,6 +14,7 @@ gets the same arguments and registers under a name of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ ATTENTION_NAME = "blockrag_slots"
 
 _TILE_SCORES = 1_000_000
 """Scores computed at a time on a CPU, per KV head: 4 MB, which the cores' shared cache holds beside K and V."""
+_BATCHED_SCORES = 4_000_000
+"""The same for all heads together in bfloat16: 8 MB."""
+_SPARE = 1 / 8
+"""Unused slots, as a share of those used, that are computed in vain rather than left out by a copy of the others."""
 _TILED_FROM = 32_768
 """Scores per KV head from which tiles beat one fused call; below, the fixed cost of a call counts more."""
 
@@ -96,42 +101,49 @@ def slot_attention(
         end = segment.start + segment.length
         keys = rotated_key[segment.start : end].transpose(0, 1)
         values = value[segment.start : end].transpose(0, 1)
+        total = segment.first_position + segment.length
         if segment.state is not None:
             keys, values = _append(segment.state, layer, keys, values)
         first = end - 1 if only_last else segment.start
-        attend(rotated_query[first:end], keys, values, scaling, out[first:end])
+        attend(rotated_query[first:end], keys, values, total, scaling, out[first:end])
     return out.unsqueeze(0), None
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, out: Tensor) -> None:
-    """Attention of the last n of m slots to all before and to themselves.
+def attend(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: float, out: Tensor) -> None:
+    """Attention of the last n of ``total`` slots to all before and to themselves.
 
-    query and out [n, heads, d], keys and values [kv_heads, m, d], all rotated.
+    query and out [n, heads, d], keys and values [kv_heads, ≥ total, d], all rotated; what stands beyond ``total`` is
+    finite.
     """
     new, heads, _ = query.shape
-    kv_heads, total, _ = keys.shape
-    scores = new * (heads // kv_heads) * total
-    if new > 1 and scores >= _TILED_FROM and query.dtype == torch.float32 and onednn_available(query.device):
-        _attend_tiled(query, keys, values, scaling, out)
-    elif new == 1:
+    kv_heads = keys.shape[0]
+    if new > 1 and new * (heads // kv_heads) * total >= _TILED_FROM and onednn_available(query.device):
+        if keys.dtype == torch.bfloat16:
+            _attend_batched(query, keys, values, total, scaling, out)
+            return
+        if query.dtype == keys.dtype == torch.float32:
+            _attend_tiled(query, keys[:, :total], values[:, :total], scaling, out)
+            return
+    query, keys, values = query.to(keys.dtype), keys[:, :total], values[:, :total]
+    if new == 1:
         # nothing to mask; a group's heads stand in for query positions, so that K and V are read once
         grouped = query.view(1, kv_heads, heads // kv_heads, -1)
         attended = F.scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0), scale=scaling)
         out.view_as(grouped).copy_(attended)
-    else:
-        mask = None
-        if total > new:
-            mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril_(total - new)
-        attended = F.scaled_dot_product_attention(
-            query.transpose(0, 1).unsqueeze(0),
-            keys.unsqueeze(0),
-            values.unsqueeze(0),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=heads != kv_heads,
-        )
-        out.copy_(attended[0].transpose(0, 1))
+        return
+    mask = None
+    if total > new:
+        mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril_(total - new)
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=heads != kv_heads,
+    )
+    out.copy_(attended[0].transpose(0, 1))
 
 
 def _attend_tiled(query: Tensor, keys: Tensor, values: Tensor, scaling: float, out: Tensor) -> None:
@@ -159,10 +171,34 @@ def _attend_tiled(query: Tensor, keys: Tensor, values: Tensor, scaling: float, o
             out[start:end, span] = linear(scores, head_values[head][:seen].t()).view(rows, group, head_dim)
 
 
+def _attend_batched(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: float, out: Tensor) -> None:
+    """The same for bfloat16 slots, all KV heads in one product: oneDNN gives each core whole heads."""
+    new, heads, head_dim = query.shape
+    kv_heads, width, _ = keys.shape
+    group = heads // kv_heads
+    tile = max(1, min(new, _BATCHED_SCORES // (heads * total)))
+    mask = _causal(tile)
+    grouped = (query * scaling).to(keys.dtype).view(new, kv_heads, group, head_dim).transpose(0, 1)
+    for start in range(0, new, tile):
+        end = min(new, start + tile)
+        rows, seen = end - start, total - new + end
+        # oneDNN copies what is not contiguous: a few slots too many, masked away, cost less
+        taken = width if width - seen <= _SPARE * seen else seen
+        scores = torch.bmm(
+            grouped[:, start:end].reshape(kv_heads, rows * group, head_dim), keys[:, :taken].transpose(1, 2)
+        )
+        scores[..., seen:].fill_(float("-inf"))
+        scores.view(kv_heads, rows, group, taken)[..., seen - rows : seen].add_(mask[:rows, :, :rows])
+        torch.softmax(scores, dim=-1, out=scores)
+        attended = torch.bmm(scores, values[:, :taken]).view(kv_heads, rows, group, head_dim)
+        out[start:end].view(rows, kv_heads, group, head_dim).copy_(attended.transpose(0, 1))
+
+
+@lru_cache(maxsize=16)
 def _causal(size: int) -> Tensor:
-    mask = torch.zeros(size, 1, size)
+    """What is added to the scores of ``size`` tokens' own slots; [size, 1, size]."""
     above = torch.ones(size, size, dtype=torch.bool).triu_(1)
-    return mask.masked_fill_(above.unsqueeze(1), float("-inf"))
+    return torch.zeros(size, size).masked_fill_(above, float("-inf")).unsqueeze(1)
 
 
 def _append(state: SequenceState, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +206,7 @@ def _append(state: SequenceState, layer: int, keys: Tensor, values: Tensor) -> t
     start, end = state.num_slots, state.num_slots + keys.shape[1]
     all_keys[:, start:end] = keys
     all_values[:, start:end] = values
-    return all_keys[:, :end], all_values[:, :end]
+    return all_keys, all_values
 
 
 AttentionInterface.register(ATTENTION_NAME, slot_attention)

@@ -61,8 +61,8 @@ class SlotModel:
         """Rotations by position, for whoever composes slots in another way than ``new_sequence``."""
         # attention over slots of bfloat16 is computed in bfloat16: half the memory to read, twice the products' speed
         narrow = torch.bfloat16 in (self.compute_dtype, kv_dtype)
-        slot_dtype = torch.bfloat16 if narrow else self.compute_dtype
-        self._arena = SlotArena(facts.shape, slot_dtype, self.device, _ARENA_SLOTS)
+        self._slot_dtype = torch.bfloat16 if narrow else self.compute_dtype
+        self._arena = SlotArena(facts.shape, self._slot_dtype, self.device, _ARENA_SLOTS)
 
     @classmethod
     def load(
@@ -236,7 +236,7 @@ class SlotModel:
         got = self.forward([(state, probe)])[0]
         state.release()
         difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-        if not difference <= _PROBE_TOLERANCE.get(self.compute_dtype, 6e-2):
+        if not difference <= _PROBE_TOLERANCE.get(self._slot_dtype, 6e-2):
             raise UnsupportedModelError(
                 f"{type(self._model).__name__}: logits over slots differ from the model's own by {difference:.1e} of "
                 "their scale; its attention or its rotary embedding is of a kind that is not supported"

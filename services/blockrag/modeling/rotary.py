@@ -63,7 +63,10 @@ def pairs_as_real(pairs: Tensor) -> Tensor:
 
 
 def rotate_into(out: Tensor, keys: Tensor, phases: Tensor) -> None:
-    """Write ``keys`` (pair order, [..., n, head_dim]), rotated by ``phases`` (complex [n, head_dim / 2])."""
+    """Write ``keys`` (pair order, [..., n, head_dim]), rotated by ``phases`` (complex [n, head_dim / 2]).
+
+    ``out`` may be ``keys`` itself.
+    """
     if keys.dtype == torch.float32 and out.dtype == torch.float32:
         torch.mul(as_pairs(keys), phases, out=as_pairs(out))
     else:

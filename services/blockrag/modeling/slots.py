@@ -64,19 +64,24 @@ class SlotArena:
         self._free: list[Tensor] = []
 
     def take(self, slots: int) -> Tensor:
-        """A buffer of at least ``slots`` slots, [2, layers, kv_heads, ≥ slots, head_dim], contents undefined."""
-        fitting = [index for index, buffer in enumerate(self._free) if slots <= buffer.shape[3] <= 4 * slots + 1024]
+        """A flat buffer of at least ``slots`` slots, contents finite but undefined."""
+        least, most = slots * self._shape.numbers, (4 * slots + 1024) * self._shape.numbers
+        fitting = [index for index, buffer in enumerate(self._free) if least <= len(buffer) <= most]
         if fitting:
-            return self._free.pop(min(fitting, key=lambda index: self._free[index].shape[3]))
+            return self._free.pop(min(fitting, key=lambda index: len(self._free[index])))
         rounded = max(1, -(-slots // _BUFFER_STEP)) * _BUFFER_STEP
+        return torch.zeros(rounded * self._shape.numbers, dtype=self._dtype, device=self._device)
+
+    def view(self, buffer: Tensor, slots: int) -> Tensor:
+        """The beginning of ``buffer`` as [2, layers, kv_heads, slots, head_dim], contiguous."""
         shape = self._shape
-        size = (2, shape.num_layers, shape.num_kv_heads, rounded, shape.head_dim)
-        return torch.empty(size, dtype=self._dtype, device=self._device)
+        size = (2, shape.num_layers, shape.num_kv_heads, slots, shape.head_dim)
+        return buffer[: slots * shape.numbers].view(size)
 
     def give_back(self, buffer: Tensor) -> None:
         """Keep ``buffer`` for later, dropping the oldest ones beyond the limit."""
         self._free.append(buffer)
-        while len(self._free) > 1 and sum(kept.shape[3] for kept in self._free) > self._keep_slots:
+        while len(self._free) > 1 and sum(map(len, self._free)) > self._keep_slots * self._shape.numbers:
             self._free.pop(0)
 
 
@@ -91,6 +96,7 @@ class SequenceState:
         self._num_slots = sum(block.num_slots for block in blocks)
         self._capacity = self._num_slots + capacity
         self._buffer: Tensor | None = arena.take(self._capacity)
+        self._slots = arena.view(self._buffer, self._capacity)
         self._place(blocks, rotary)
 
     @property
@@ -114,10 +120,10 @@ class SequenceState:
         return self._buffer is None
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Rotated keys (pair order) and values of a layer, both [kv_heads, ≥ capacity, head_dim], writable views."""
+        """Rotated keys (pair order) and values of a layer, both [kv_heads, capacity, head_dim], writable views."""
         if self._buffer is None:
             raise ValueError("the sequence was released")
-        return self._buffer[0, layer], self._buffer[1, layer]
+        return self._slots[0, layer], self._slots[1, layer]
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` slots, already written, as used."""
@@ -134,11 +140,11 @@ class SequenceState:
             self.release()
 
     def _place(self, blocks: Sequence[ResidentBlock], rotary: RotaryTable) -> None:
-        assert self._buffer is not None
-        phases = rotary.phases(self._num_slots)
-        start = 0
-        for block in blocks:
-            end = start + block.num_slots
-            rotate_into(self._buffer[0, :, :, start:end], block.keys, phases[start:end])
-            self._buffer[1, :, :, start:end].copy_(block.values)
-            start = end
+        if not blocks:
+            return
+        placed = self._slots[:, :, :, : self._num_slots]
+        torch.cat([block.keys for block in blocks], dim=2, out=placed[0])
+        torch.cat([block.values for block in blocks], dim=2, out=placed[1])
+        phases = rotary.phases(self._num_slots)[: self._num_slots]
+        for keys in placed[0]:  # one layer at a time, which the cores' shared cache holds
+            rotate_into(keys, keys, phases)
