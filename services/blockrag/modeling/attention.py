@@ -35,6 +35,9 @@ _BATCHED_SCORES = 4_000_000
 """The same for all heads together in bfloat16: 8 MB."""
 _SPARE = 1 / 8
 """Unused slots, as a share of those used, that are computed in vain rather than left out by a copy of the others."""
+_LEAST_SUM = 2.0**-90
+"""Sums of exponentials between this and its inverse: without the row's maximum subtracted, nothing was out of range."""
+_LOG2_E = 1.4426950408889634
 _TILED_FROM = 32_768
 """Scores per KV head from which tiles beat one fused call; below, the fixed cost of a call counts more."""
 
@@ -118,11 +121,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: flo
     new, heads, _ = query.shape
     kv_heads = keys.shape[0]
     if new > 1 and new * (heads // kv_heads) * total >= _TILED_FROM and onednn_available(query.device):
-        if keys.dtype == torch.bfloat16:
-            _attend_batched(query, keys, values, total, scaling, out)
-            return
-        if query.dtype == keys.dtype == torch.float32:
-            _attend_tiled(query, keys[:, :total], values[:, :total], scaling, out)
+        if keys.dtype == torch.bfloat16 or query.dtype == torch.float32:
+            _attend_tiled(query, keys, values, total, scaling, out)
             return
     query, keys, values = query.to(keys.dtype), keys[:, :total], values[:, :total]
     if new == 1:
@@ -146,59 +146,82 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: flo
     out.copy_(attended[0].transpose(0, 1))
 
 
-def _attend_tiled(query: Tensor, keys: Tensor, values: Tensor, scaling: float, out: Tensor) -> None:
+def _attend_tiled(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: float, out: Tensor) -> None:
     """The same on a CPU through oneDNN, a tile of queries at a time; only the last columns of a tile need a mask."""
+    products = _all_heads if keys.dtype == torch.bfloat16 else _head_by_head
+    scaled = query * (scaling * _LOG2_E)  # powers of two are computed three times faster than those of e
+    for shift in (False, True):
+        sums = products(scaled, keys, values, total, shift, out)
+        least, most = torch.aminmax(sums)
+        # Seen from the sums, no exponential has overflowed and none that counts was lost.
+        if float(least) > _LEAST_SUM and float(most) < 1 / _LEAST_SUM:
+            break
+    out.div_(sums)
+
+
+def _head_by_head(query: Tensor, keys: Tensor, values: Tensor, total: int, shift: bool, out: Tensor) -> Tensor:
+    """Attention in float32, not yet divided by the sums of its weights, into ``out``; the sums, [n, heads, 1]."""
     new, heads, head_dim = query.shape
-    kv_heads, total, _ = keys.shape
+    kv_heads = keys.shape[0]
     group = heads // kv_heads
-    tiles = -(-new * group * total // _TILE_SCORES)
-    tile = max(min(new, 8), -(-new // tiles))
-    mask = _causal(tile)
-    scaled = query * scaling
-    # Fresh keys are views over [tokens, kv_heads, d], for which oneDNN has only its slow reference kernel; a
-    # sequence's own slots are packed by head already and not copied.
-    head_keys = [keys[head].contiguous() for head in range(kv_heads)]
-    head_values = [values[head].contiguous() for head in range(kv_heads)]
-    for start in range(0, new, tile):
-        end = min(new, start + tile)
-        rows, seen = end - start, total - new + end
-        for head in range(kv_heads):
-            span = slice(head * group, (head + 1) * group)
-            scores = linear(scaled[start:end, span].reshape(rows * group, head_dim), head_keys[head][:seen])
-            scores.view(rows, group, seen)[:, :, seen - rows :].add_(mask[:rows, :, :rows])
-            # in place, because a second buffer of this size is fresh memory, faulted in page by page, each time
-            torch.softmax(scores, dim=-1, out=scores)
-            out[start:end, span] = linear(scores, head_values[head][:seen].t()).view(rows, group, head_dim)
+    tile = max(min(new, 8), -(-new // -(-new * group * total // _TILE_SCORES)))
+    sums = query.new_empty(new, heads, 1)
+    for head in range(kv_heads):
+        span = slice(head * group, (head + 1) * group)
+        # Fresh keys are views over [tokens, kv_heads, d], for which oneDNN has only its slow reference kernel; a
+        # sequence's own slots are packed by head already and not copied.
+        head_keys, head_values = keys[head, :total].contiguous(), values[head, :total].contiguous()
+        for start in range(0, new, tile):
+            end = min(new, start + tile)
+            rows, seen = end - start, total - new + end
+            scores = linear(query[start:end, span].reshape(rows * group, head_dim), head_keys[:seen])
+            scores.view(rows, group, seen)[:, :, seen - rows :].add_(_causal(rows, 0, scores.dtype))
+            sums[start:end, span] = _exponentials(scores, shift).view(rows, group, 1)
+            out[start:end, span] = linear(scores, head_values[:seen].t()).view(rows, group, head_dim)
+    return sums
 
 
-def _attend_batched(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: float, out: Tensor) -> None:
-    """The same for bfloat16 slots, all KV heads in one product: oneDNN gives each core whole heads."""
+def _all_heads(query: Tensor, keys: Tensor, values: Tensor, total: int, shift: bool, out: Tensor) -> Tensor:
+    """The same for slots of bfloat16, all KV heads in one product: oneDNN gives each core whole heads."""
     new, heads, head_dim = query.shape
     kv_heads, width, _ = keys.shape
     group = heads // kv_heads
     tile = max(1, min(new, _BATCHED_SCORES // (heads * total)))
-    mask = _causal(tile)
-    grouped = (query * scaling).to(keys.dtype).view(new, kv_heads, group, head_dim).transpose(0, 1)
+    grouped = query.to(keys.dtype).view(new, kv_heads, group, head_dim).transpose(0, 1)
+    sums = query.new_empty(new, heads, 1)
     for start in range(0, new, tile):
         end = min(new, start + tile)
         rows, seen = end - start, total - new + end
-        # oneDNN copies what is not contiguous: a few slots too many, masked away, cost less
+        # oneDNN copies what is not contiguous: a few slots too many, masked away, cost less.
         taken = width if width - seen <= _SPARE * seen else seen
-        scores = torch.bmm(
-            grouped[:, start:end].reshape(kv_heads, rows * group, head_dim), keys[:, :taken].transpose(1, 2)
-        )
-        scores[..., seen:].fill_(float("-inf"))
-        scores.view(kv_heads, rows, group, taken)[..., seen - rows : seen].add_(mask[:rows, :, :rows])
-        torch.softmax(scores, dim=-1, out=scores)
-        attended = torch.bmm(scores, values[:, :taken]).view(kv_heads, rows, group, head_dim)
-        out[start:end].view(rows, kv_heads, group, head_dim).copy_(attended.transpose(0, 1))
+        tile_query = grouped[:, start:end].reshape(kv_heads, rows * group, head_dim)
+        scores = torch.bmm(tile_query, keys[:, :taken].transpose(1, 2))
+        own = scores.view(kv_heads, rows, group, taken)[..., seen - rows :]
+        own.add_(_causal(rows, taken - seen, scores.dtype))
+        by_head = (rows, kv_heads, group, -1)
+        tile_sums = _exponentials(scores, shift)
+        attended = torch.bmm(scores, values[:, :taken])
+        for place, found in ((sums, tile_sums), (out, attended)):
+            place[start:end].view(by_head).copy_(found.view(kv_heads, rows, group, -1).transpose(0, 1))
+    return sums
 
 
-@lru_cache(maxsize=16)
-def _causal(size: int) -> Tensor:
-    """What is added to the scores of ``size`` tokens' own slots; [size, 1, size]."""
-    above = torch.ones(size, size, dtype=torch.bool).triu_(1)
-    return torch.zeros(size, size).masked_fill_(above, float("-inf")).unsqueeze(1)
+def _exponentials(scores: Tensor, shift: bool) -> Tensor:
+    """Turn scores into powers of two, in place; their sums over the last dimension, [..., 1].
+
+    In place, because a second buffer of this size is fresh memory, faulted in page by page, each time. ``shift``
+    subtracts each row's greatest score first, which keeps everything in range and takes as long again.
+    """
+    if shift:
+        scores.sub_(scores.amax(-1, keepdim=True))
+    return torch.exp2(scores, out=scores).sum(-1, keepdim=True)
+
+
+@lru_cache(maxsize=32)
+def _causal(size: int, spare: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of ``size`` tokens' own slots and of ``spare`` ones after; [size, 1, size + spare]."""
+    above = torch.ones(size, size + spare, dtype=torch.bool).triu_(1)
+    return torch.zeros(size, size + spare, dtype=dtype).masked_fill_(above, float("-inf")).unsqueeze(1)
 
 
 def _append(state: SequenceState, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

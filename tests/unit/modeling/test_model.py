@@ -101,6 +101,48 @@ def test_tiled_and_fused_attention_agree_with_the_mask(
     assert close(got, stock_logits(STOCK, placed, question)[-1])
 
 
+@pytest.mark.parametrize("spare", [0, 5, 500])
+@pytest.mark.parametrize("tile_scores", [4096, 4_000_000])
+@pytest.mark.parametrize(("blocks", "final"), [([], 130), ([70], 60), ([1, 250, 3], 33)])
+def test_slots_of_bfloat16_agree_with_the_mask_whatever_stands_in_reserved_ones(
+    blocks: list[int], final: int, tile_scores: int, spare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_TILED_FROM", 0)
+    monkeypatch.setattr(attention, "_BATCHED_SCORES", tile_scores)
+    model = SlotModel.from_pretrained_model(copy.deepcopy(STOCK), kv_dtype="bfloat16")
+    for seed in range(2):  # the second sequence gets the first one's memory
+        placed = [tokens(length, seed + number) for number, length in enumerate(blocks)]
+        question = tokens(final, 99 + seed)
+        state = compose(model, placed, final + spare)
+        got = model.forward([(state, question)])[0]
+        assert close(got, stock_logits(STOCK, placed, question)[-1], 3e-2)
+        state.release()
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [40.0, 300.0])
+def test_scores_out_of_range_are_shifted(factor: float, kv_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exponentials of large scores overflow unless each row's maximum is subtracted."""
+    monkeypatch.setattr(attention, "_TILED_FROM", 0)
+    stock = make_tiny_model("llama")
+    with torch.no_grad():
+        for layer in stock.model.layers:
+            layer.self_attn.q_proj.weight.mul_(factor)
+            layer.self_attn.k_proj.weight.mul_(factor)
+    shifts = []
+    exponentials = attention._exponentials
+    monkeypatch.setattr(
+        attention, "_exponentials", lambda scores, shift: shifts.append(shift) or exponentials(scores, shift)
+    )
+    model = SlotModel.from_pretrained_model(copy.deepcopy(stock), kv_dtype=kv_dtype)
+    blocks, question = [tokens(40, 1), tokens(30, 2)], tokens(25, 3)
+    got = model.forward([(compose(model, blocks, 25), question)])[0]
+    assert any(shifts)
+    assert bool(torch.isfinite(got).all())
+    if kv_dtype == "float32":
+        assert close(got, stock_logits(stock, blocks, question)[-1], 2e-3)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), max_size=6),
