@@ -13,6 +13,7 @@ from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
 from blockrag.cli.evaluate_qa import qa
+from blockrag.cli.evaluate_retrieval import retrieval
 from blockrag.client import BlockragClient, GenerateOptions
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ app = typer.Typer(no_args_is_help=True, help="Evaluate the reader and the whole 
 
 
 app.command(epilog="Example: blockrag eval qa --data dev/xquad_en.jsonl.gz --passages 5 --out results/xquad")(qa)
+app.command(epilog="Example: blockrag eval retrieval --data dev/xquad_en.jsonl.gz --out results/xquad")(retrieval)
 
 
 @app.command(epilog="Example: blockrag up && blockrag ingest --almanac && blockrag eval almanac --json")

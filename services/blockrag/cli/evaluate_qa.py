@@ -10,6 +10,7 @@ from rich.markdown import Markdown
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
+from blockrag.cli.evaluate_options import DataOption, QuestionsOption, SeedOption, parse_numbers, write_results
 from blockrag.errors import SetupError
 
 if TYPE_CHECKING:
@@ -20,27 +21,27 @@ _PASSAGES_LIMIT = 100
 
 
 def qa(
-    data: Annotated[
-        Path, typer.Option(help="Questions (JSONL, may be gzipped), or a directory with dev/wiki_pattern_qa.jsonl.gz.")
-    ],
+    data: DataOption,
     bundle: Annotated[Path | None, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = None,
     compare: Annotated[Path | None, typer.Option(help="A second bundle, asked the same.")] = None,
     without_pear: Annotated[
         bool, typer.Option("--without-pear", help="Ask also with the bundle's PEAR coefficients left out.")
     ] = False,
-    questions: Annotated[int, typer.Option(min=1, help="How many questions to draw.")] = 1000,
+    questions: QuestionsOption = 1000,
     passages: Annotated[int, typer.Option(min=1, max=_PASSAGES_LIMIT, help="Passages per question.")] = 10,
     distractors: Annotated[
         Literal["auto", "same", "bm25", "dense", "random"],
         typer.Option(help="Passages beside the right one; auto: of the same kind where the data knows, else bm25."),
     ] = "auto",
-    modes: Annotated[str, typer.Option(help="Of full, block, no-reencoding, none; separated by commas.")] = "full,block",
+    modes: Annotated[
+        str, typer.Option(help="Of full, block, no-reencoding, none; separated by commas.")
+    ] = "full,block",
     counts: Annotated[str, typer.Option(help="Further numbers of passages, e.g. 1,5,20.")] = "",
     places: Annotated[
         int, typer.Option(min=0, max=_PASSAGES_LIMIT, help="Places of the right passage to compare; 0: none.")
     ] = 0,
     absent: Annotated[bool, typer.Option(help="Ask also with the right passage left out.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the draw and of the intervals.")] = 0,
+    seed: SeedOption = 0,
     max_answer_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Longest answer.")] = 32,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights, K and V.")] = "float32",
@@ -63,7 +64,7 @@ def qa(
             passages=passages,
             distractors=None if distractors == "auto" else distractors,
             modes=_chosen_modes(modes),
-            counts=_numbers(counts),
+            counts=parse_numbers(counts, "--counts", most=_PASSAGES_LIMIT),
             places=places,
             absent=absent,
             seed=seed,
@@ -96,16 +97,6 @@ def _chosen_modes(text: str) -> tuple[Mode, ...]:
     return tuple(mode for mode in MODES if mode in chosen)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise SetupError(f"--counts {text!r}: write numbers separated by commas") from error
-    if any(not 1 <= number <= _PASSAGES_LIMIT for number in numbers):
-        raise SetupError(f"--counts {text!r}: a number of passages is 1 to {_PASSAGES_LIMIT}")
-    return numbers
-
-
 def _check_plots() -> None:
     from blockrag.evaluation.qa_plot import load_figure
 
@@ -115,7 +106,6 @@ def _check_plots() -> None:
 def _write(run: QaRun, out: Path) -> None:
     from blockrag.evaluation.qa_plot import plot_places
     from blockrag.evaluation.qa_report import answer_lines
-    from blockrag.evaluation.writing import write_together
 
     files = {
         "qa.json": run.report.to_json().encode(),
@@ -124,5 +114,4 @@ def _write(run: QaRun, out: Path) -> None:
     }
     if any(score.place is not None for score in run.report.results.scores):
         files["places.png"] = plot_places(run.report)
-    write_together(out, files)
-    console.err.print(f"written: {', '.join(str(out / name) for name in files)}", markup=False, soft_wrap=True)
+    write_results(out, files)

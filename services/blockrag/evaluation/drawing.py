@@ -94,11 +94,7 @@ class _Source:
         self._ranked: list[tuple[int, Piece]] = []
         self._rank: Rank | None = None
         if kind in ("bm25", "dense"):
-            numbers: Sequence[int] = range(len(data.passages))
-            if data.kind == "pattern":
-                # The intros are hundreds of thousands, and splitting them all takes longer than asking.
-                numbers = sorted({number for question in chosen for number in (*question.gold, *question.same_kind)})
-            self._ranked = [(number, piece) for number in numbers for piece in self.pieces(number)]
+            self._ranked = [(number, piece) for number in data.searched(chosen) for piece in self.pieces(number)]
             make: Callable[[Sequence[Piece]], Rank] = bm25_ranking if kind == "bm25" else dense_ranking
             self._rank = make([piece for _, piece in self._ranked])
 

@@ -30,6 +30,11 @@ class Environment:
     transformers: str
     device: str
 
+    @property
+    def source(self) -> str:
+        """The code that was measured: the commit, outside of a tree the package's version."""
+        return f"commit {self.commit}" if self.commit else f"blockrag {self.blockrag}"
+
 
 def describe_environment(device: str = "cpu") -> Environment:
     """The environment of the calling process."""

@@ -41,14 +41,19 @@ def nearest_piece(pieces: Sequence[Piece], question: str) -> Piece:
     return max(pieces, key=lambda piece: len(words & set(normalize(piece.text).split())))
 
 
+def holding_pieces(pieces: Sequence[Piece], answers: Sequence[str]) -> list[Piece]:
+    """The pieces that hold an answer as it stands or, where none does, after normalisation."""
+    holding = [piece for piece in pieces if any(answer in piece.text for answer in answers)]
+    return holding or [piece for piece in pieces if contains(piece.text, answers)]
+
+
 def gold_piece(pieces: Sequence[Piece], question: SourceQuestion) -> tuple[Piece, bool]:
-    """The piece to answer from, and whether it holds an answer, as it stands or at least after normalisation.
+    """The piece to answer from, and whether it holds an answer.
 
     Of several that do, the one nearest to the question. Where none does (the answer is in other words than the
     text's), the one that shares most words with question and answers.
     """
-    holding = [piece for piece in pieces if any(answer in piece.text for answer in question.answers)]
-    holding = holding or [piece for piece in pieces if contains(piece.text, question.answers)]
+    holding = holding_pieces(pieces, question.answers)
     if holding:
         return nearest_piece(holding, question.text), True
     return nearest_piece(pieces, " ".join((question.text, *question.answers))), False

@@ -9,7 +9,7 @@ from typing import Any
 
 from blockrag.evaluation.drawing import DrawnQuestion
 from blockrag.evaluation.environment import Environment
-from blockrag.evaluation.intervals import Interval
+from blockrag.evaluation.markdown import percent, section, table
 from blockrag.evaluation.qa import Cell
 from blockrag.evaluation.qa_scores import QaScores, cell_label
 
@@ -65,7 +65,6 @@ class QaReport:
             for one in self.systems
         ]
         files = [f"- {name}: SHA-256 `{digest}`" for name, digest in self.sha256.items()]
-        source = self.environment.commit or f"blockrag {self.environment.blockrag}"
         return [
             f"# {self.data}: {self.questions} questions",
             "",
@@ -74,7 +73,7 @@ class QaReport:
             f"over questions. {self.answer_in_gold} gold pieces hold an answer word for word; {self.without_gold} "
             f"questions without answer or gold passage were passed over.",
             "",
-            f"- commit {source}, {self.environment.date}, {self.environment.cpu}, {self.environment.device}, "
+            f"- {self.environment.source}, {self.environment.date}, {self.environment.cpu}, {self.environment.device}, "
             f"{self.seconds:.0f} s",
             *systems,
             *files,
@@ -86,7 +85,7 @@ class QaReport:
             [one.system, one.mode, one.condition, *map(percent, (one.exact_match, one.f1, one.contained, one.refused))]
             for one in self.results.scores
         ]
-        return _table(["system", "mode", "shown", "exact match", "F1", "contained", "refused"], rows)
+        return table(["system", "mode", "shown", "exact match", "F1", "contained", "refused"], rows)
 
     def _differences(self) -> list[str]:
         rows = [
@@ -98,7 +97,7 @@ class QaReport:
             ]
             for one in self.results.differences
         ]
-        return _section(
+        return section(
             "Paired differences: first minus second, points",
             ["first", "second", "shown", "exact match", "F1", "contained"],
             rows,
@@ -116,7 +115,7 @@ class QaReport:
             ]
             for one in self.results.refusals
         ]
-        return _section(
+        return section(
             "Refusals: the same questions with and without the gold passage",
             ["system", "mode", "questions", "precision", "recall", "wrongly refused"],
             rows,
@@ -131,7 +130,7 @@ class QaReport:
             [name, f"{values['questions']:.0f}", *(f"{100 * values[column]:.1f}" for column in columns)]
             for name, values in sorted(groups.items(), key=lambda item: -item[1]["questions"])
         ]
-        return _section("Exact match by group", ["group", "questions", *columns], rows)
+        return section("Exact match by group", ["group", "questions", *columns], rows)
 
 
 def answer_lines(questions: Sequence[DrawnQuestion], answers: Mapping[Cell, Sequence[str]]) -> str:
@@ -149,19 +148,3 @@ def answer_lines(questions: Sequence[DrawnQuestion], answers: Mapping[Cell, Sequ
         for number, question in enumerate(questions)
     ]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def percent(value: Interval, *, sign: bool = False) -> str:
-    """ "55.0 (45.0 to 65.0)"."""
-    form = "{:+.1f}" if sign else "{:.1f}"
-    mean, low, high = (form.format(100 * number) for number in (value.mean, value.low, value.high))
-    return f"{mean} ({low} to {high})"
-
-
-def _section(title: str, header: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"## {title}", "", *_table(header, rows)] if rows else []
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]

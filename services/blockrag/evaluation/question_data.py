@@ -3,6 +3,8 @@
 Three formats, told apart by their first line:
 
 - question rows ``{question, answers, passages: [{title, text, gold}]}``;
+- key-value look-ups ``{ordered_kv_records: [[key, value]], key, value}`` (Lost in the Middle, arXiv 2307.03172, section
+  3): each record is a passage;
 - pattern questions ``{url, question, answers, rel, distractor_table}`` about intros in ``wiki_intros.jsonl.gz``, with
   ``wiki_table_to_urls.json.gz`` naming articles of the same kind; both files stand beside the questions or in a
   sibling folder ``train/``.
@@ -25,7 +27,6 @@ from blockrag.modeling.bundle import file_sha256
 PATTERN_QUESTIONS = "dev/wiki_pattern_qa.jsonl.gz"
 INTROS = "wiki_intros.jsonl.gz"
 TABLES = "wiki_table_to_urls.json.gz"
-_FILLERS = 2000
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,21 @@ class QuestionData:
 
     name: str
     kind: str
-    """"rows" or "pattern"."""
+    """"rows", "pattern" or "key-value"."""
     questions: Sequence[SourceQuestion]
     passages: Sequence[SourcePassage]
     sha256: Mapping[str, str] = field(default_factory=dict)
     """Hex digest of every file read, by file name."""
+
+    def searched(self, chosen: Sequence[SourceQuestion]) -> Sequence[int]:
+        """Numbers of the passages that a ranking for the ``chosen`` questions searches.
+
+        All; but of pattern questions those of the chosen ones' articles and tables, because splitting and embedding
+        hundreds of thousands of intros takes longer than asking.
+        """
+        if self.kind != "pattern":
+            return range(len(self.passages))
+        return sorted({number for question in chosen for number in (*question.gold, *question.same_kind)})
 
 
 def load_questions(path: Path, seed: int = 0) -> QuestionData:
@@ -76,6 +87,8 @@ def load_questions(path: Path, seed: int = 0) -> QuestionData:
         raise DataError(f"{file}: no questions")
     if "passages" in first[1]:
         return _load_rows(file, seed)
+    if "ordered_kv_records" in first[1]:
+        return _load_key_values(file, seed)
     if {"url", "question", "answers"} <= first[1].keys():
         return _load_patterns(file, seed)
     raise DataError(
@@ -147,6 +160,33 @@ def _load_rows(file: Path, seed: int) -> QuestionData:
         )
     Random(seed).shuffle(questions)
     return QuestionData(_name(file), "rows", questions, numbers.passages, {file.name: file_sha256(file)})
+
+
+def _load_key_values(file: Path, seed: int) -> QuestionData:
+    numbers = PassageNumbers()
+    questions = []
+    for line, row in read_rows(file):
+        records, key, value = row.get("ordered_kv_records"), row.get("key"), row.get("value")
+        if not isinstance(records, list) or not all(isinstance(each, list) and len(each) == 2 for each in records):
+            raise DataError(f"{file}: line {line}: ordered_kv_records must be a list of pairs")
+        if [key, value] not in records:
+            raise DataError(f"{file}: line {line}: key and value must be one of the records")
+        shown = [
+            numbers.add(f"Record {number}", f'"{name}": "{content}".')
+            for number, (name, content) in enumerate(records, 1)
+        ]
+        gold = shown[records.index([key, value])]
+        questions.append(
+            SourceQuestion(
+                id=f"{line}",
+                text=f"What is the value of {key}?",
+                answers=(str(value),),
+                gold=(gold,),
+                same_kind=tuple(number for number in shown if number != gold),
+            )
+        )
+    Random(seed).shuffle(questions)
+    return QuestionData(_name(file), "key-value", questions, numbers.passages, {file.name: file_sha256(file)})
 
 
 def _load_patterns(file: Path, seed: int) -> QuestionData:

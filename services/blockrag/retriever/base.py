@@ -87,8 +87,8 @@ class Counts:
 class SearchQuery:
     """One search: the passages nearest by dense vector and by BM25, fused by reciprocal ranks."""
 
-    dense: NDArray[np.float32]
-    """Shape [dimensions]."""
+    dense: NDArray[np.float32] | None
+    """Shape [dimensions]; None: only BM25 counts."""
     sparse: SparseVector
     """May be empty: only the dense search counts then."""
     limit: int

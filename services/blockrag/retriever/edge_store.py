@@ -128,7 +128,9 @@ class EdgeStore:
     def search(self, collection: CollectionId, query: SearchQuery) -> list[FoundPassage]:
         number = self._number(collection)
         condition = _filter(query.conditions)
-        requests = [_request(qdrant.Query.Nearest(query.dense.tolist(), fields.DENSE), query, condition)]
+        requests = []
+        if query.dense is not None:
+            requests.append(_request(qdrant.Query.Nearest(query.dense.tolist(), fields.DENSE), query, condition))
         if query.sparse.indices:
             requests.append(_request(qdrant.Query.Nearest(_sparse(query.sparse), fields.BM25), query, condition))
         shard = self._shard(number).shard

@@ -106,7 +106,9 @@ class ServerIndex(VectorIndex):
     async def search(self, collection: CollectionId, query: SearchQuery) -> list[FoundPassage]:
         name = _name(collection)
         condition = _filter(query.conditions)
-        requests = [_request(query.dense.tolist(), fields.DENSE, query, condition)]
+        requests = []
+        if query.dense is not None:
+            requests.append(_request(query.dense.tolist(), fields.DENSE, query, condition))
         if query.sparse.indices:
             requests.append(_request(_sparse(query.sparse), fields.BM25, query, condition))
         with self._translated(collection):
