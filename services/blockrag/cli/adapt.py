@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from blockrag.cli import console
+from blockrag.cli import adapt_pear, console
 from blockrag.cli.console import JsonOption
 from blockrag.errors import SetupError
 
@@ -185,3 +185,6 @@ def _describe(metrics: StepMetrics) -> str:
     left = f"{int(metrics.eta_seconds // 60)}:{int(metrics.eta_seconds % 60):02d} left"
     speed = f"{metrics.tokens_per_second:,.0f} tokens/s"
     return "  ".join([f"step {metrics.step}/{metrics.steps}", *losses, speed, left])
+
+
+adapt_pear.register(app)

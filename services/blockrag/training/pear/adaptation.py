@@ -19,6 +19,8 @@ PUBLISHED_SHARE = 30 / 1024
 """Heads re-weighted of Llama-2-7B's."""
 LEAST_HEADS = 4
 """Heads re-weighted of a model so small that the published share would be fewer."""
+LEAST_CHANGE = 1e-5
+"""Δπ below it is rounding: a head that does nothing is not one that suppresses."""
 
 OnProgress = Callable[[str, float, float | None], None]
 """Stage, share of it done, loss of the proxy task where there is one."""
@@ -29,8 +31,8 @@ class PearConfig:
     """What to do. The defaults are the published ones, under the mask that is served."""
 
     heads: int | None = None
-    """Most heads to re-weight; None: the published share, at least ``LEAST_HEADS``. Those without a positive Δπ are
-    left out. To choose: sweep 5 to 40 of 1,024 and compare answers; the proxy loss falls with every head more."""
+    """Most heads to re-weight, of those with a positive Δπ; None: the published share, at least ``LEAST_HEADS``.
+    To choose: sweep 5 to 40 of 1,024 and compare answers; the proxy loss falls with every head more."""
     mask: Mask = "block"
     """Mask under which heads are chosen and coefficients learned."""
     mean: Mean = "batch"
@@ -118,11 +120,16 @@ def adapt(
     )
     before = {mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS}
     watch.stop("score before")
-    chosen = [item for item in detections[config.mask].ranked()[: min(wanted, heads.count)] if item[2] > 0]
+    chosen = suppressing(detections[config.mask])[:wanted]
     record = None
     if chosen and learning:
         record = _learn_and_fold(model, chosen, candidates, config, before, watch, on_progress)
     return PearReport(detections, correlations, before, record, watch.seconds)
+
+
+def suppressing(detection: Detection) -> list[tuple[int, int, float]]:
+    """(layer, head, Δπ) of the heads whose replacement raises π, strongest first."""
+    return [item for item in detection.ranked() if item[2] > LEAST_CHANGE]
 
 
 def _learn_and_fold(

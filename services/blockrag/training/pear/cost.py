@@ -41,22 +41,19 @@ def folding_cost(
     fold(model, coefficients)
     folded = [view.clone() for view in views]
     ids = torch.arange(tokens, device=model.device)[None] % int(model.config.vocab_size)
-    counts, sizes, times = [], [], []
+    weights = (original, folded)
+    counts, sizes, times = [0, 0], [0, 0], []
     for number in range(pairs + 1):  # the first pair counts and warms up
-        pair = []
-        for weights in (original, folded):
-            for view, values in zip(views, weights, strict=True):
-                view.copy_(values)
+        pair = [0.0, 0.0]
+        for which in (0, 1) if number % 2 else (1, 0):
+            _set(views, weights[which])
             if number == 0:
-                with _Counter() as counter:
-                    model(ids, use_cache=False)
-                counts.append(counter.operations)
-                sizes.append(sum(parameter.numel() for parameter in model.parameters()))
-            pair.append(_seconds(model, ids))
+                counts[which] = _operations(model, ids)
+                sizes[which] = sum(parameter.numel() for parameter in model.parameters())
+            pair[which] = _seconds(model, ids)
         if number:
             times.append(pair)
-    for view, values in zip(views, original, strict=True):
-        view.copy_(values)
+    _set(views, original)
     return FoldingCost(
         parameters=(sizes[0], sizes[1]),
         operations=(counts[0], counts[1]),
@@ -74,6 +71,17 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
         return func(*args, **(kwargs or {}))
+
+
+def _set(views: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
+    for view, values in zip(views, weights, strict=True):
+        view.copy_(values)
+
+
+def _operations(model: PreTrainedModel, ids: torch.Tensor) -> int:
+    with _Counter() as counter:
+        model(ids, use_cache=False)
+    return counter.operations
 
 
 def _seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
