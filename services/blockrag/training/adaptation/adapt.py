@@ -78,7 +78,7 @@ def adapt_block(
         "template": prepared.source.template.to_dict(),
         "data": [{"file": path.name, "sha256": file_sha256(path)} for path in data_files(config.data)],
         "dev": config.dev.name if config.dev else None,
-        "recipe": config.recipe(),
+        "recipe": {**config.recipe(), "passage_tokens": prepared.source.passage_tokens},
     }
     with run.opened(identity):
         return _Adaptation(config, prepared, workers, run, identity, on_progress).run()

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from blockrag.errors import BundleError
+from blockrag.modeling.template import READER_TEMPLATE
+from blockrag.training.adaptation.templates import INSTRUCTION, REFUSAL, default_template, read_template
+from tests.models import make_tiny_tokenizer
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+THINKING = CHATML.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+)
+
+
+def chat_tokenizer(chat_template: str) -> PreTrainedTokenizerFast:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def test_plain_checkpoints_get_a_plain_template_with_tokens_of_their_own() -> None:
+    tokenizer = make_tiny_tokenizer()
+
+    template = default_template(tokenizer)
+
+    assert template.instruction == INSTRUCTION  # this tokenizer adds no BOS by itself
+    assert template.end == "<|end|>"
+    assert template.refusal == REFUSAL
+    assert REFUSAL in template.instruction
+    assert tokenizer.decode(template.answer_ids(tokenizer, "blue")) == " blue<|end|>"
+    assert tokenizer.decode(template.final_ids(tokenizer, "Why?")) == "Question: Why?\nAnswer:"
+
+
+def test_bos_opens_the_instruction_alone_where_the_tokenizer_puts_it() -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]
+    )
+
+    template = default_template(tokenizer)
+
+    assert template.instruction_ids(tokenizer)[0] == tokenizer.bos_token_id
+    assert template.instruction_ids(tokenizer).count(1) == 1
+    assert 1 not in template.passage_ids(tokenizer, "title", "text")
+    assert 1 not in template.final_ids(tokenizer, "question")
+
+
+def test_a_chat_keeps_its_turns_and_passages_stand_inside_the_users() -> None:
+    tokenizer = chat_tokenizer(CHATML)
+
+    template = default_template(tokenizer)
+
+    assert template.instruction == "<|im_start|>user\n" + INSTRUCTION
+    assert "<|im_" not in template.passage
+    assert template.final == "Question: {question}<|im_end|>\n<|im_start|>assistant\n"
+    assert (template.answer_prefix, template.end) == ("", "<|im_end|>")
+    asked = template.instruction + template.passage.format(title="T", text="x") + template.final.format(question="Q")
+    content = INSTRUCTION + "Title: T\nx\n\nQuestion: Q"
+    messages = [{"role": "user", "content": content}]
+    assert asked == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_a_chat_with_bos_and_a_space_before_the_answer() -> None:
+    template = default_template(chat_tokenizer(INST))
+
+    assert template.instruction == "<|begin|>[INST] " + INSTRUCTION
+    assert template.final == "Question: {question} [/INST]"
+    assert (template.answer_prefix, template.end) == (" ", "<|end|>")
+
+
+def test_a_model_that_thinks_is_told_not_to() -> None:
+    assert default_template(chat_tokenizer(THINKING)).final.endswith("<think>\n\n</think>\n\n")
+
+
+def test_chat_templates_that_fail_or_show_nothing() -> None:
+    with pytest.raises(BundleError, match=r"fails: boom; give a template file"):
+        default_template(chat_tokenizer("{{ raise_exception('boom') }}"))
+    with pytest.raises(BundleError, match="no turns to put passages into"):
+        default_template(chat_tokenizer("nothing of the messages"))
+
+
+def test_a_tokenizer_without_an_end_needs_a_file() -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.eos_token = None
+
+    with pytest.raises(BundleError, match="names no eos_token"):
+        default_template(tokenizer)
+
+
+def test_a_template_file(tmp_path: Path) -> None:
+    path = tmp_path / "template.json"
+    path.write_text(json.dumps(READER_TEMPLATE.to_dict()), encoding="utf-8")
+
+    assert read_template(path) == READER_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"end": None}, "end must be texts"),
+        ({"passage": "no field"}, r"passage lacks \{text\}"),
+        ({"final": "no field"}, r"final lacks \{question\}"),
+        ({"other": "x"}, "exactly the keys instruction, passage, final"),
+    ],
+)
+def test_a_bad_template_file(tmp_path: Path, change: dict[str, object], problem: str) -> None:
+    path = tmp_path / "template.json"
+    path.write_text(json.dumps({**READER_TEMPLATE.to_dict(), **change}), encoding="utf-8")
+
+    with pytest.raises(BundleError, match=rf"template\.json: .*{problem}"):
+        read_template(path)
+
+
+def test_a_template_file_that_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "template.json").write_text("{", encoding="utf-8")
+
+    with pytest.raises(BundleError, match=r"template\.json"):
+        read_template(tmp_path / "template.json")
+    with pytest.raises(BundleError, match=r"absent\.json"):
+        read_template(tmp_path / "absent.json")
