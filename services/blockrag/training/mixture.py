@@ -22,9 +22,13 @@ class Mixture:
     """Share of contexts made up from random facts and keys."""
     same_kind: float = 0.65
     """Share of contexts of intros whose articles stand in one table."""
-    refusal: float = 0.08
-    """Share of questions whose passage is left out of the context; the answer is the template's refusal."""
-    cloze: float = 0.4
+    refusal: float = 0.09
+    """Share of pattern and made-up questions whose passage is left out of the context; the answer is the template's
+    refusal."""
+    people_refusal: float = 0.015
+    """The same share of people's questions. A reader this small is seldom sure of an answer to them, and with 8 % of
+    them refused in training, refusing was its likeliest answer to nearly all."""
+    cloze: float = 0.6
     """Chance of a passage to have one of its sentences asked with a span left out."""
     key_value: float = 0.25
     """Share of made-up contexts that are keys and values."""

@@ -41,7 +41,7 @@ class PeopleSource:
             answerable = [(q.text, q.answers[0]) for q in paragraph.questions if q.answers[0] in text]
             draft.asked += random.sample(answerable, min(4, len(answerable)))
         random.shuffle(draft.asked)
-        if hidden and hidden.questions and random.random() < self._mixture.refusal * shape.questions:
+        if hidden and hidden.questions and random.random() < self._mixture.people_refusal * shape.questions:
             question = random.choice(hidden.questions)
             if not any(question.answers[0] in passage.text for passage in draft.passages):
                 draft.asked.insert(0, (question.text, None))

@@ -243,7 +243,7 @@ def _model(config: ReaderTrainingConfig) -> LlamaForCausalLM:
     if config.start_from is None:
         return LlamaForCausalLM(config.shape.config()).to(config.device)
     model = LlamaForCausalLM.from_pretrained(config.start_from / "decoder", dtype=torch.float32, local_files_only=True)
-    return model.to(config.device)  # type: ignore[no-any-return]
+    return model.to(config.device)
 
 
 def _tokenizer(config: ReaderTrainingConfig, data: ReaderData) -> TemplateTokenizer:

@@ -99,6 +99,7 @@ class SheetSource:
 
     def _fact(self, kind: int, title: str, random: Random) -> tuple[str, str, str]:
         """Statement, question and answer."""
+        forms: tuple[str, ...]
         if kind < len(_NAMED):
             noun, value = _NAMED[kind], self._name(random)
             forms = _PERSON_ASKED if noun in _PEOPLE and random.random() < 0.8 else _ASKED

@@ -59,7 +59,7 @@ def test_no_dev_passage_is_trained_on(data_dir: Path) -> None:
 @pytest.mark.parametrize("kind", ["articles", "people", "texts", "sheets"])
 def test_contexts_show_the_answer_or_refuse(data_dir: Path, tokenizer: TemplateTokenizer, kind: str) -> None:
     shares = {name: float(name == kind) for name in ("articles", "people", "texts", "sheets")}
-    sampler = _sampler(data_dir, tokenizer, Mixture(**shares))
+    sampler = _sampler(data_dir, tokenizer, Mixture(**shares, people_refusal=0.08))
     refusal = READER_TEMPLATE.answer_ids(tokenizer, READER_TEMPLATE.refusal)
     refused = answered = 0
     for seed in range(80):
