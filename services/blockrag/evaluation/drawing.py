@@ -31,7 +31,7 @@ class DrawnQuestion:
     distractors: tuple[Piece, ...]
     """At least one fewer than the most passages asked for."""
     absent: tuple[Piece, ...]
-    """What is shown without gold: no piece of a gold passage is among them."""
+    """What is shown without gold: no piece of a gold passage is among them. Empty where that is not asked."""
     place: float
     """Where the gold piece stands, in [0, 1)."""
 
@@ -40,10 +40,6 @@ class DrawnQuestion:
         index = int(self.place * count) if place is None else place
         others = self.distractors[: count - 1]
         return (*others[:index], self.gold, *others[index:])
-
-    def passages_without_gold(self, count: int) -> tuple[Piece, ...]:
-        """``count`` passages, none of them gold."""
-        return self.absent[:count]
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,14 @@ class Draw:
 
 
 def draw_questions(
-    data: QuestionData, pieces: PieceMaker, *, count: int, most_passages: int, distractors: Distractors, seed: int = 0
+    data: QuestionData,
+    pieces: PieceMaker,
+    *,
+    count: int,
+    most_passages: int,
+    absent_passages: int,
+    distractors: Distractors,
+    seed: int = 0,
 ) -> Draw:
     """The first ``count`` questions of ``data`` that have an answer and a gold passage, with their distractors.
 
@@ -67,7 +70,9 @@ def draw_questions(
     distractor; one of another passage that does is none either, but for ``same``, where the file itself says that
     the passages answer something else.
 
-    Raises ``DataError`` where there is no question to ask or there are fewer passages than ``most_passages``.
+    ``absent_passages``: how many are shown without the gold one; 0: that is not asked.
+
+    Raises ``DataError`` where there is no question to ask or there are fewer passages than are to be shown.
     """
     usable = [question for question in data.questions if question.gold and question.answers]
     if not usable:
@@ -76,7 +81,7 @@ def draw_questions(
     without_gold = data.questions.index(chosen[-1]) + 1 - len(chosen)
     source = _Source(data, pieces, chosen, distractors)
     drawn = tuple(
-        _draw(question, source, most_passages, Random(f"{seed} {number} {question.id}"))
+        _draw(question, source, most_passages - 1, absent_passages, Random(f"{seed} {number} {question.id}"))
         for number, question in enumerate(chosen)
     )
     return Draw(drawn, without_gold)
@@ -101,14 +106,14 @@ class _Source:
     def pieces(self, number: int) -> tuple[Piece, ...]:
         return self.make.pieces(self.data.passages[number])
 
-    def candidates(self, question: SourceQuestion, gold: Piece, random: Random) -> Iterator[tuple[int, Piece]]:
-        """Number of the passage and piece, best distractor first; possibly with repetitions."""
+    def candidates(self, question: SourceQuestion, random: Random) -> Iterator[tuple[int, Piece]]:
+        """Number of the passage and piece, best distractor first; the gold piece and repetitions among them."""
         if self._rank is not None:
             for place in self._rank(question.text):
                 yield self._ranked[place]
         elif self.kind == "same":
             near = [(number, self._nearest(number, question)) for number in question.same_kind]
-            own = [(number, piece) for number in question.gold for piece in self.pieces(number) if piece != gold]
+            own = [(number, piece) for number in question.gold for piece in self.pieces(number)]
             found = [(number, piece) for number, piece in (*near, *own) if piece is not None]
             yield from random.sample(found, len(found))
         for number in _in_random_order(len(self.data.passages), random):
@@ -121,7 +126,7 @@ class _Source:
         return nearest_piece(pieces, question.text) if pieces else None
 
 
-def _draw(question: SourceQuestion, source: _Source, most: int, random: Random) -> DrawnQuestion:
+def _draw(question: SourceQuestion, source: _Source, beside: int, without: int, random: Random) -> DrawnQuestion:
     own = [piece for number in question.gold for piece in source.pieces(number)]
     if not own:
         raise DataError(f"{source.data.name}: question {question.id}: the gold passage has no text")
@@ -131,19 +136,22 @@ def _draw(question: SourceQuestion, source: _Source, most: int, random: Random) 
     same_kind = set(question.same_kind) if source.kind == "same" else set()
     distractors: dict[Piece, None] = {}
     absent: dict[Piece, None] = {}
-    for number, piece in source.candidates(question, gold, random):
+    candidates = source.candidates(question, random)
+    while len(distractors) < beside or len(absent) < without:
+        candidate = next(candidates, None)
+        if candidate is None:
+            shown = max(beside + 1, without)
+            raise DataError(f"{source.data.name}: too few passages to show {shown} with question {question.id}")
+        number, piece = candidate
         # A redirect gives an article a second url: its intro is the gold passage again.
         is_own = source.data.passages[number].text in texts
-        if piece == gold or (number not in same_kind and contains(piece.text, question.answers)):
+        believed = number in same_kind and not is_own
+        if piece == gold or (not believed and contains(piece.text, question.answers)):
             continue
-        if len(distractors) < most - 1 and (not is_own or number in question.gold):
+        if len(distractors) < beside and (not is_own or number in question.gold):
             distractors[piece] = None
-        if len(absent) < most and not is_own:
+        if len(absent) < without and not is_own:
             absent[piece] = None
-        if len(distractors) >= most - 1 and len(absent) == most:
-            break
-    else:
-        raise DataError(f"{source.data.name}: {most} passages are asked for, and there are too few to show")
     return DrawnQuestion(question, gold, holds_answer, tuple(distractors), tuple(absent), place)
 
 

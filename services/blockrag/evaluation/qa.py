@@ -135,5 +135,5 @@ def make_prompt(question: DrawnQuestion, condition: Condition) -> Prompt:
     elif condition.gold:
         shown = question.passages(condition.passages, condition.place)
     else:
-        shown = question.passages_without_gold(condition.passages)
+        shown = question.absent
     return Prompt(shown, question.source.text)

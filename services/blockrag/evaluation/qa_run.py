@@ -88,6 +88,7 @@ def run_qa(
         PieceMaker(bundle.template, bundle.load_tokenizer(), bundle.passage_tokens),
         count=options.questions,
         most_passages=plan.most_passages,
+        absent_passages=plan.passages if plan.absent else 0,
         distractors=kind,
         seed=options.seed,
     )

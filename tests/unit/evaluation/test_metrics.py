@@ -50,3 +50,14 @@ def test_contains() -> None:
     assert contains("It was the Denver Broncos who won.", ["Denver Broncos"])
     assert not contains("Denver", ["Denver Broncos"])
     assert not contains("anything", ["the", ""])
+
+
+def test_published_example() -> None:
+    """The partial match of the metric card of Hugging Face's ``squad``, which wraps the official script: 66.67 both."""
+    pairs = [
+        ("1976", ["1976"]),
+        ("Beyonce", ["Beyoncé and Bruno Mars"]),
+        ("climate change", ["climate change"]),
+    ]
+    assert 100 * sum(exact_match(*pair) for pair in pairs) / 3 == pytest.approx(66.66666666666667)
+    assert 100 * sum(f1(*pair) for pair in pairs) / 3 == pytest.approx(66.66666666666667)

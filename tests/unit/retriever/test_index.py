@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -257,6 +258,15 @@ async def test_without_words_only_the_dense_search_counts(index: VectorIndex) ->
 
     assert [item.passage.ordinal for item in best] == [0, 1]
     assert [item.score for item in best] == [1 / 61, 1 / 62]
+
+
+async def test_without_a_vector_only_bm25_counts(index: VectorIndex) -> None:
+    await index.stage(
+        HOME, [embedded("near", "v1", 0, near=0, terms=[2]), embedded("near", "v1", 1, near=1, terms=[1])]
+    )
+    await index.commit(HOME, document("near", "v1", 2))
+    found = await index.search(HOME, replace(query(near=0, terms=[1]), dense=None))
+    assert [item.passage.ordinal for item in found] == [1]
 
 
 async def test_limits(index: VectorIndex) -> None:
