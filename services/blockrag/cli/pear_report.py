@@ -52,8 +52,13 @@ def write_files(folder: Path, report: PearReport, content: dict[str, Any]) -> tu
 
 
 def draw_heat_map(report: PearReport, file: Path) -> None:
-    """Layer × head for both masks, one scale; re-weighted heads are marked. Raises SetupError without matplotlib."""
+    """Layer × head for both masks, one scale; re-weighted heads are marked. Raises SetupError without matplotlib.
+
+    The scale is logarithmic outside its middle hundredth: heads that copy have changes a hundred times those that
+    suppress.
+    """
     try:
+        from matplotlib.colors import SymLogNorm
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SetupError("the heat map needs matplotlib: pip install 'blockrag[plots]'") from error
@@ -61,16 +66,17 @@ def draw_heat_map(report: PearReport, file: Path) -> None:
     layers, heads = maps["full"].shape
     limit = max(1e-9, *(float(values.abs().max()) for values in maps.values()))
     figure = Figure(figsize=(2 * min(8, 2.5 + 0.3 * heads), min(10, 1.8 + 0.3 * layers)), layout="constrained")
-    image = None
+    scale = SymLogNorm(linthresh=limit / 100, vmin=-limit, vmax=limit)
+    images = []
     for axes, (condition, values) in zip(figure.subplots(1, 2), maps.items(), strict=True):
-        image = axes.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        images.append(axes.imshow(values.numpy(), cmap="RdBu_r", norm=scale, aspect="auto"))
         axes.set(title=f"{condition} mask", xlabel="head", ylabel="layer")
         axes.set_xticks(range(0, heads, max(1, heads // 8)))
         axes.set_yticks(range(0, layers, max(1, layers // 8)))
         if report.record is not None:
             chosen = report.record.heads
             axes.scatter([item.head for item in chosen], [item.layer for item in chosen], c="black", marker=".", s=16)
-    figure.colorbar(image, ax=figure.axes, label="Δπ (red: suppresses copying)")
+    figure.colorbar(images[0], ax=figure.axes, label="Δπ (red: suppresses copying)")
     figure.suptitle(f"rank correlation {report.correlations['full / block']:.2f}", fontsize=10)
     figure.savefig(file, dpi=130)
 

@@ -118,7 +118,9 @@ def adapt(
     correlations["full, same prompts / block"] = rank_correlation(
         detections["full, same prompts"].delta_pi, detections["block"].delta_pi
     )
-    before = {mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS}
+    before: dict[str, ProxyScore] = {
+        mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS
+    }
     watch.stop("score before")
     chosen = suppressing(detections[config.mask])[:wanted]
     record = None
@@ -156,7 +158,9 @@ def _learn_and_fold(
         HeadCoefficient(layer, head, tau, change) for (layer, head, change), tau in zip(chosen, taus, strict=True)
     )
     fold(model, coefficients)
-    after = {mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS}
+    after: dict[str, ProxyScore] = {
+        mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS
+    }
     watch.stop("score after")
     return PearRecord(
         heads=coefficients,

@@ -65,8 +65,8 @@ def folding_cost(
 
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
@@ -79,7 +79,8 @@ def _set(views: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None
 
 
 def _operations(model: PreTrainedModel, ids: torch.Tensor) -> int:
-    with _Counter() as counter:
+    counter = _Counter()
+    with counter:
         model(ids, use_cache=False)
     return counter.operations
 

@@ -143,13 +143,15 @@ def rank_correlation(first: Tensor, second: Tensor) -> float:
 def _ranks(values: Tensor) -> Tensor:
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
+    ranks: Tensor = (last - (counts - 1) / 2)[inverse]
+    return ranks
 
 
 def _score(logits: Tensor, targets: Tensor) -> Tensor:
     """π of each row, float64."""
     chosen = logits.gather(1, targets[:, None])[:, 0].double()
-    return chosen - logits.mean(1, dtype=torch.float32).double()
+    score: Tensor = chosen - logits.mean(1, dtype=torch.float32).double()
+    return score
 
 
 def _clean_run(model: PreTrainedModel, heads: AttentionHeads, task: ProxyTask, tokens: Tensor, mean: Mean) -> _CleanRun:
