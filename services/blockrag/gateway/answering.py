@@ -126,8 +126,13 @@ class Answering:
         context = current.child_context()
         request_id = context.request_id
         passages = await self._passages(question, context, timings, deadline)
-        yield GenerateResponse(request_id=request_id, retrieved=Retrieved(passages=passages))
-        plan = await self._plan(question, passages, context, timings, deadline)
+        # Under way while the passages are sent.
+        planning = asyncio.create_task(self._plan(question, passages, context, timings, deadline))
+        try:
+            yield GenerateResponse(request_id=request_id, retrieved=Retrieved(passages=passages))
+            plan = await planning
+        finally:
+            await _ended(planning)
         request = _decode_request(question, plan)
         pieces: list[str] = []
         finish: DecodeFinish | None = None
@@ -243,6 +248,15 @@ class Answering:
                     request_logger(__name__, context).warning(
                         "decoder lost before the first token, retrying: %s", known
                     )
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    """Stops a task that nobody waits for any more."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait([task])
+    elif not task.cancelled():
+        task.exception()  # raised to whom it concerns already
 
 
 def _decode_request(question: Question, plan: PlanResponse) -> DecodeRequest:

@@ -162,11 +162,14 @@ class DecoderClient(RemoteService):
     """The decoder."""
 
     name = "decoder"
+    _streaming: Any = None
 
     async def decode(self, request: decoder_pb2.DecodeRequest) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
         """Streams an answer; closing the stream cancels the work."""
         handle = self._handle or await self._connect()
-        responses = handle.options(stream=True, **_TRANSPORT).Decode.remote(request)
+        # Options make a handle anew, so this one is kept.
+        self._streaming = self._streaming or handle.options(stream=True, **_TRANSPORT).Decode
+        responses = self._streaming.remote(request)
         finished = False
         try:
             async for response in responses:

@@ -23,6 +23,7 @@ from blockrag.v1.common_pb2 import (
     Passage,
     RequestContext,
 )
+from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
 from blockrag.v1.rag_pb2 import GenerateRequest, GenerateResponse, GivenPassage
 
 from .fakes import FakeDecoder, FakePlanner, FakeSearcher, forever
@@ -220,3 +221,27 @@ async def test_retrieve_alone() -> None:
         response = await answering().retrieve(search, current, Deadline(1000))
     assert [passage.passage_id for passage in response.passages] == ["p0", "p1", "p2"]
     assert [stage.stage for stage in response.stages] == ["retrieve", "total"]
+
+
+async def test_the_plan_is_made_while_the_passages_are_sent() -> None:
+    """The client's reading of the first message does not delay the plan; leaving then stops it."""
+    started, ended = asyncio.Event(), asyncio.Event()
+
+    class SlowPlanner(FakePlanner):
+        async def plan(self, request: PlanRequest) -> PlanResponse:
+            started.set()
+            try:
+                await forever()
+            finally:
+                ended.set()
+            raise AssertionError
+
+    question = validation.check_generate(GenerateRequest(question="Where?"), LIMITS)
+    with request_span() as current:
+        timings = Timings(received=time.perf_counter())
+        events = answering(planner=SlowPlanner()).answer(question, current, timings, Deadline(question.timeout_ms))
+        assert (await anext(events)).HasField("retrieved")
+        async with asyncio.timeout(5):
+            await started.wait()
+        await events.aclose()
+    assert ended.is_set()
