@@ -120,10 +120,10 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: flo
     """
     new, heads, _ = query.shape
     kv_heads = keys.shape[0]
-    if new > 1 and new * (heads // kv_heads) * total >= _TILED_FROM and onednn_available(query.device):
-        if keys.dtype == torch.bfloat16 or query.dtype == torch.float32:
-            _attend_tiled(query, keys, values, total, scaling, out)
-            return
+    onednn = onednn_available(query.device) and (keys.dtype == torch.bfloat16 or query.dtype == torch.float32)
+    if onednn and new > 1 and new * (heads // kv_heads) * total >= _TILED_FROM:
+        _attend_tiled(query, keys, values, total, scaling, out)
+        return
     query, keys, values = query.to(keys.dtype), keys[:, :total], values[:, :total]
     if new == 1:
         # nothing to mask; a group's heads stand in for query positions, so that K and V are read once
@@ -219,7 +219,7 @@ def _exponentials(scores: Tensor, shift: bool) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _causal(size: int, spare: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of ``size`` tokens' own slots and of ``spare`` ones after; [size, 1, size + spare]."""
+    """What is added to the scores of ``size`` tokens' own slots and of ``spare`` after; [size, 1, size + spare]."""
     above = torch.ones(size, size + spare, dtype=torch.bool).triu_(1)
     return torch.zeros(size, size + spare, dtype=dtype).masked_fill_(above, float("-inf")).unsqueeze(1)
 
