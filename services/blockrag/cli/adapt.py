@@ -23,11 +23,7 @@ if TYPE_CHECKING:
     from blockrag.training.adaptation.metrics import StepMetrics
 
 app = typer.Typer(no_args_is_help=True, help="Adapt checkpoints and bundles.")
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps the commands' names while there is only one."""
+adapt_pear.register(app)
 
 
 @app.command(epilog="Example: blockrag adapt block --model ~/models/Llama-3.2-1B --data qa.jsonl --out my-bundle")

@@ -19,7 +19,7 @@ from blockrag.modeling.verify import verify_bundle
 from blockrag.training.adaptation.adapt import adapt_block
 from blockrag.training.adaptation.config import BlockAdaptConfig
 from blockrag.training.adaptation.metrics import StepMetrics, open_tensorboard
-from tests.models import make_tiny_bundle, make_tiny_checkpoint, make_tiny_tokenizer
+from tests.models import make_tiny_bundle, make_tiny_checkpoint, make_tiny_model, make_tiny_tokenizer
 from tests.unit.training.adaptation.conftest import colour_rows, write_rows
 
 Make = Callable[..., BlockAdaptConfig]
@@ -35,14 +35,14 @@ def largest_difference(first: Path, second: Path) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def answered(bundle: Bundle, question: str, passages: list[tuple[str, str]], mode: str) -> str:
-    """The greedy answer over slots, with cached blocks or in one piece."""
+def answered(bundle: Bundle, mode: str) -> list[int]:
+    """Ids of the greedy answer over slots, with cached blocks or in one piece; at most 15."""
     model, tokenizer = SlotModel.load(bundle), bundle.load_tokenizer()
     blocks = [bundle.template.instruction_ids(tokenizer)]
-    blocks += [bundle.template.passage_ids(tokenizer, title, text) for title, text in passages]
-    final = bundle.template.final_ids(tokenizer, question)
+    blocks.append(bundle.template.passage_ids(tokenizer, "Brod", "The gate of Brod is red. It is old."))
+    final = bundle.template.final_ids(tokenizer, "What colour is the gate of Brod?")
     if mode == "block":
-        encoded = model.encode(blocks, [str(number) for number in range(len(blocks))])
+        encoded = model.encode(blocks, ["instruction", "passage"])
         state = model.new_sequence([model.to_resident(block) for block in encoded], len(final) + 16)
         pending = final
     else:
@@ -55,35 +55,40 @@ def answered(bundle: Bundle, question: str, passages: list[tuple[str, str]], mod
             break
         answer.append(token)
         pending = [token]
-    return str(tokenizer.decode(answer)).strip()
+    return answer
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_a_checkpoint_learns_to_answer_from_cached_blocks_and_in_full(
+def test_a_checkpoint_learns_under_both_masks_and_serves_cached_blocks(
     family: str, config: Make, tmp_path: Path
 ) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / family, family=family, max_position_embeddings=512)
     progress: list[StepMetrics] = []
+    recipe = config(
+        model=checkpoint,
+        steps=30,
+        batch_size=6,
+        micro_batch=6,
+        learning_rate=5e-3,
+        max_passages=2,
+        gradient_checkpointing=False,
+    )
 
-    out = adapt_block(config(model=checkpoint, steps=40, batch_size=8, micro_batch=8), on_progress=progress.append)
+    out = adapt_block(recipe, on_progress=progress.append)
 
     first, last = progress[0].dev, progress[-1].dev
     assert first is not None and last is not None
-    assert last.block_loss < 0.6 * first.block_loss
-    assert last.full_loss < 0.6 * first.full_loss
-    assert progress[-1].step == progress[-1].steps == 40
+    assert last.block_loss < 0.4 * first.block_loss
+    assert last.full_loss < 0.4 * first.full_loss
+    assert progress[-1].step == progress[-1].steps == 30
     assert progress[-1].tokens_per_second > 0 and progress[-1].eta_seconds == 0
     assert progress[5].eta_seconds > 0
     report = verify_bundle(out)
     assert report.passed, report.checks
-    bundle = load_bundle(out)
     for mode in ("block", "full"):
-        # seen in every training sample: after so few steps an answer's form is learnt, if not yet which colour
-        said = answered(
-            bundle, "What colour is the gate of Brod?", [("Brod", "The gate of Brod is red. It is old.")], mode
-        )
-        assert said and not said.startswith("<|")
+        # so few steps teach an answer's form, one word and then the end, if not yet which word
+        assert 1 <= len(answered(load_bundle(out), mode)) <= 12
 
 
 def test_the_bundle_says_what_was_done(config: Make, data: Path) -> None:
@@ -137,8 +142,6 @@ def largest_difference_to_start(bundle: Path, checkpoint: Path) -> float:
 
 
 def test_bf16_trains_and_the_checkpoints_own_type_is_written(config: Make, tmp_path: Path) -> None:
-    from tests.models import make_tiny_model
-
     half = tmp_path / "half"
     make_tiny_model(max_position_embeddings=512).to(torch.bfloat16).save_pretrained(half)
     make_tiny_tokenizer().save_pretrained(half)
