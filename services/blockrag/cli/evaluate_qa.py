@@ -42,7 +42,7 @@ def qa(
     ] = 0,
     absent: Annotated[bool, typer.Option(help="Ask also with the right passage left out.")] = True,
     seed: SeedOption = 0,
-    max_answer_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Longest answer.")] = 32,
+    max_answer_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Longest answer.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights, K and V.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="Directory for qa.json, qa.md, answers.jsonl, places.png.")] = None,

@@ -40,7 +40,7 @@ class SlotReader:
     """Answers prompts with one bundle. Not thread-safe."""
 
     def __init__(
-        self, bundle: Bundle, model: SlotModel, *, max_answer_tokens: int = 32, kept_bytes: int = 2**30
+        self, bundle: Bundle, model: SlotModel, *, max_answer_tokens: int = 64, kept_bytes: int = 2**30
     ) -> None:
         """``kept_bytes``: encoded blocks kept for later calls, the longest unused ones are dropped."""
         self.bundle = bundle

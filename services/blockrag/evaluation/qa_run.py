@@ -40,7 +40,7 @@ class QaOptions:
     """Places of the gold passage to compare, evenly spread over the passages; 0: none."""
     absent: bool = True
     seed: int = 0
-    max_answer_tokens: int = 32
+    max_answer_tokens: int = 64
     device: str = "cpu"
     dtype: str = "float32"
     """Of weights, and of K and V."""
