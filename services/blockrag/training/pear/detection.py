@@ -13,9 +13,9 @@ and every head's output, and (for "live") K and V of the tokens before. A replac
 residual stream, and only from its own layer on. So all heads of a layer times all samples are one batch of single
 tokens that enters at that layer: the layers below are passed through, the prefix is never run again, and with frozen
 heads no attention is computed at all. For L layers of H heads that is L·H·N single tokens through L/2 layers on
-average instead of L·H·N prompts of 2n tokens through L layers, a factor of 4n. An 8B model with 1,024 heads and the
-published 240 prompts: 246,000 tokens through half of the model, 2·10^15 operations, seconds on a GPU of 4·10^14 per
-second; the published code runs five full passes per head.
+average instead of L·H·N prompts of 2n tokens through L layers, a factor of 4n. For an 8B
+model with 1,024 heads and the published 240 prompts that is 246,000 tokens through half of the model, 2·10^15
+operations: by count well under a minute on a GPU (not measured). The published code runs several full passes per head.
 
 Source: PEAR (arXiv 2409.19745), §3.1 and its code, which takes the mean over the batch; the text, over the sequence.
 """
