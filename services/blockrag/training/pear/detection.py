@@ -12,10 +12,10 @@ All heads in minutes: the clean run is done once and leaves, for the one positio
 and every head's output, and (for "live") K and V of the tokens before. A replaced head changes only this position's
 residual stream, and only from its own layer on. So all heads of a layer times all samples are one batch of single
 tokens that enters at that layer: the layers below are passed through, the prefix is never run again, and with frozen
-heads no attention is computed at all. For L layers of H heads that is L·H·N single tokens through L/2 layers on
-average instead of L·H·N prompts of 2n tokens through L layers, a factor of 4n. For an 8B
-model with 1,024 heads and the published 240 prompts that is 246,000 tokens through half of the model, 2·10^15
-operations: by count well under a minute on a GPU (not measured). The published code runs several full passes per head.
+heads it is not even attended to. For L layers of H heads and N prompts of 2n tokens that is L·H·N single tokens
+through L/2 layers on average instead of L·H·N prompts through L layers, a factor of 4n. For an 8B model with 1,024
+heads and the published 240 prompts: 246,000 tokens through half of the model, 2·10^15 operations; by count well under
+a minute on a GPU (not measured). The published code runs several full passes per head.
 
 Source: PEAR (arXiv 2409.19745), §3.1 and its code, which takes the mean over the batch; the text, over the sequence.
 """
