@@ -143,12 +143,9 @@ def _supervisor_environment(settings: Settings) -> dict[str, str]:
         # is a wake-up. What computes has threads of its own.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        # Threads that spin for long while they wait take the cores from the other services: at 4,096 cached tokens on
-        # two busy cores, 411 ms to the first token against 70. Those that never spin are woken 50 µs late for every
-        # operator. A spin of some 20 µs bridges the gaps inside of a forward pass; ACTIVE lets libgomp keep to it where
-        # it has made more threads than there are cores.
-        "OMP_WAIT_POLICY": "ACTIVE",
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "2000"),
+        # Threads that spin while they wait take the cores from the other services: at 4,096 cached tokens on two busy
+        # cores, 411 ms to the first token against 70.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",
