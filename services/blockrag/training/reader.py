@@ -21,6 +21,8 @@ from typing import Literal
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from blockrag.modeling.bundle import load_bundle
+from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.template import READER_TEMPLATE, PromptTemplate
 from blockrag.training.allocator import keep_freed_memory
 from blockrag.training.attention import register as register_attention
@@ -242,8 +244,10 @@ def _fraction(config: ReaderTrainingConfig, state: Checkpoint) -> float:
 def _model(config: ReaderTrainingConfig) -> LlamaForCausalLM:
     if config.start_from is None:
         return LlamaForCausalLM(config.shape.config()).to(config.device)
-    model = LlamaForCausalLM.from_pretrained(config.start_from / "decoder", dtype=torch.float32, local_files_only=True)
-    return model.to(config.device)
+    model = load_stock_model(load_bundle(config.start_from), device=config.device)
+    if not isinstance(model, LlamaForCausalLM):
+        raise ValueError(f"{config.start_from}: {type(model).__name__}; readers are Llamas, see adapt block for others")
+    return model
 
 
 def _tokenizer(config: ReaderTrainingConfig, data: ReaderData) -> TemplateTokenizer:
