@@ -209,7 +209,7 @@ class _Adaptation:
 
     def _finish(self, state: RunState, before: DevScores | None, after: DevScores | None) -> Path:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self._trainer.model, options=options)
+        weights: dict[str, Any] = get_model_state_dict(self._trainer.model, options=options)
         if self._workers.rank == 0:
             scores = {name: found for name, found in (("before", before), ("after", after)) if found is not None}
             training = {

@@ -46,8 +46,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        moved = (tensor.to(device) for tensor in (self.input_ids, self.position_ids, self.segments, self.targets))
-        return Batch(*moved, tokens=self.tokens)
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            segments=self.segments.to(device),
+            targets=self.targets.to(device),
+            tokens=self.tokens,
+        )
 
 
 def make_batch(samples: Sequence[Sample], multiple: int = 1) -> Batch:

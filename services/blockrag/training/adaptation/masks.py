@@ -60,7 +60,7 @@ def dense_mask(segments: Tensor) -> Tensor:
 def flex_mask(segments: Tensor) -> BlockMask:
     """The rule as FlexAttention's tiles; T should be a multiple of ``FLEX_MULTIPLE``."""
     rows, width = segments.shape
-    return create_block_mask(visible(segments), rows, None, width, width, device=segments.device)  # type: ignore[arg-type]
+    return create_block_mask(visible(segments), rows, None, width, width, device=segments.device)
 
 
 def flex_attention(

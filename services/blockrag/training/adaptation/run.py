@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn, optim
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from blockrag.errors import DataError, SetupError
 from blockrag.training.adaptation.workers import Workers
@@ -82,10 +84,10 @@ class RunFolder:
         try:
             state = RunState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
             weights, moments = get_state_dict(model, optimizer)
-            stored = {"model": weights, "optimizer": moments}
+            stored: dict[str, Any] = {"model": weights, "optimizer": moments}
             with _quiet():
-                dcp.load(stored, checkpoint_id=folder, no_dist=self._workers.size == 1)
-        except (OSError, ValueError, TypeError, KeyError, dcp.CheckpointException) as error:
+                load(stored, checkpoint_id=folder, no_dist=self._workers.size == 1)
+        except (OSError, ValueError, TypeError, KeyError, CheckpointException) as error:
             raise DataError(
                 f"{folder}: the checkpoint cannot be read: {error}; delete it to go on before it"
             ) from error
@@ -103,7 +105,7 @@ class RunFolder:
         weights, moments = get_state_dict(model, optimizer)
         stored = {"model": weights, "optimizer": moments}
         with _quiet():
-            dcp.save(stored, checkpoint_id=staged, no_dist=self._workers.size == 1)
+            save(stored, checkpoint_id=staged, no_dist=self._workers.size == 1)
         if self._workers.rank == 0:
             (staged / _STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)

@@ -84,7 +84,7 @@ class BlockTrainer:
                     sums["distillation"] += float(divergence.detach())
                     loss = loss + self._config.distillation * divergence
                 teacher = logits.detach()
-                (loss * scale).backward()  # type: ignore[no-untyped-call]
+                (loss * scale).backward()
         norm = self._update(learning_rate)
         block, full, divergence_sum = (self._workers.sum(torch.tensor(list(sums.values()))) / answers).tolist()
         return StepLosses(
@@ -105,10 +105,11 @@ class BlockTrainer:
         for number in range(rank, rounds * size, size):
             # every worker makes as many passes, because each one gathers the others' parameters
             batch = make_batch([samples[number % len(samples)]], self._attention.multiple).to(self._workers.device)
-            scores = [score_answers(self._logits(batch, mask), batch.targets) for mask in ("block", "full")]
+            block = score_answers(self._logits(batch, "block"), batch.targets)
+            full = score_answers(self._logits(batch, "full"), batch.targets)
             if number < len(samples):
-                values = [batch.answer_tokens, *(score.loss for score in scores), *(score.exact for score in scores)]
-                sums += torch.tensor([float(value) for value in values], dtype=torch.float64)
+                found = torch.stack([block.loss, full.loss, block.exact, full.exact]).double().cpu()
+                sums += torch.cat([torch.tensor([float(batch.answer_tokens)]), found])
         answers, block_loss, full_loss, block_exact, full_exact = self._workers.sum(sums).tolist()
         return DevScores(
             block_loss=block_loss / answers,
