@@ -169,9 +169,6 @@ class CompressorSettings(_Section):
     """Compressor replicas."""
     chunk_tokens: Positive = 16
     """Tokens of a chunk in plans and citations."""
-    in_gateway: bool = True
-    """Plan answers inside the gateway's process, which saves a call before the first token; the application still
-    serves its own RPCs. false sends every plan to the application."""
 
 
 class DecoderSettings(_Section):

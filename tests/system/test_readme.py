@@ -83,7 +83,7 @@ def test_the_tour(environment: dict[str, str]) -> None:
     assert "Usage(" in answered.stdout
     assert "stopped" in _checked(last, environment)
     (ask,) = (output for command, output in outputs.items() if "--trace" in command)
-    for service in ("gateway", "retriever", "decoder"):
+    for service in ("gateway", "retriever", "compressor", "decoder"):
         assert service in ask, ask
     (listed,) = (output for command, output in outputs.items() if command.startswith("blockrag list"))
     assert "README.md" not in listed

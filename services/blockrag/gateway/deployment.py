@@ -14,17 +14,14 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
 from blockrag.access import Tenants, protect
-from blockrag.compressor.plans import Planner
-from blockrag.compressor.tokenizing import PassageTokenizer
 from blockrag.configured import configured_bundle
 from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.gateway import remote, validation
 from blockrag.gateway.admission import Admission
-from blockrag.gateway.answering import Answering, Deadline, PlanMaker, Timings
+from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import call_metadata, count_answer, observed, request_context
-from blockrag.gateway.planning import InProcessPlanner
 from blockrag.gateway.spool import receive_content, receive_header, refused_gently
 from blockrag.gateway.warming import Warming
 from blockrag.grpc_status import translate_errors
@@ -48,8 +45,7 @@ class Gateway:
         protect(settings)
         limits = settings.gateway
         bundle = configured_bundle(settings)
-        tokenizer = bundle.load_tokenizer()
-        splitter = PassageSplitter(bundle.template, tokenizer, settings.ingest.passage_tokens)
+        splitter = PassageSplitter(bundle.template, bundle.load_tokenizer(), settings.ingest.passage_tokens)
         retriever = remote.RetrieverClient(serve.get_app_handle)
         compressor = remote.CompressorClient(serve.get_app_handle)
         kv_cache = remote.KvCacheClient(serve.get_app_handle)
@@ -59,12 +55,8 @@ class Gateway:
         self._tenants = Tenants(limits.tenants)
         self._answers = Admission("answers are in progress", limits.max_inflight)
         self._ingests = Admission("documents are being received", MAX_INGESTS)
-        planner: PlanMaker = compressor
-        if settings.compressor.in_gateway:
-            passages = PassageTokenizer(tokenizer, bundle.template)
-            planner = InProcessPlanner(Planner(passages, bundle.max_context_tokens, settings.compressor.chunk_tokens))
         self._answering = Answering(
-            retriever, planner, decoder, bundle.fingerprint, record_text=settings.telemetry.record_text
+            retriever, compressor, decoder, bundle.fingerprint, record_text=settings.telemetry.record_text
         )
         self._corpus = Corpus(
             retriever,
