@@ -30,6 +30,7 @@ def reader(
     masks: Annotated[
         Literal["both", "full"], typer.Option(help="full: never train under the block mask, for comparison.")
     ] = "both",
+    learning_rate: Annotated[float, typer.Option(help="Peak; 1e-3 to go on from a bundle.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: JsonOption = False,
@@ -47,6 +48,7 @@ def reader(
             steps=steps,
             start_from=start_from,
             masks=masks,
+            learning_rate=learning_rate,
             seed=seed,
             device=device,
         )
