@@ -39,8 +39,9 @@ class BundleSettings(_Section):
     """Where models compute: auto, cpu, cuda or cuda:N. auto takes a GPU when Ray gives the replica one."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations. float32 on a CPU; bfloat16 on a GPU."""
-    kv_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of cached K and V. bfloat16 halves the cache and costs one rounding."""
+    kv_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of cached K and V, and of the attention over them. bfloat16 takes half the memory of float32, and costs
+    one rounding."""
 
 
 class ClusterSettings(_Section):

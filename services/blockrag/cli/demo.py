@@ -92,8 +92,6 @@ def _demo_settings(settings: Settings, state_dir: Path) -> Settings:
     return settings.model_copy(
         update={
             "cluster": cluster,
-            # Half the bytes: the corpus has nearly 400,000 tokens.
-            "bundle": settings.bundle.model_copy(update={"kv_dtype": "bfloat16"}),
             "kv_cache": settings.kv_cache.model_copy(update={"budget_mb": _BUDGET_MB}),
             "retriever": settings.retriever.model_copy(update={"threads": 2}),
         }

@@ -38,7 +38,7 @@ def test_every_key_has_its_documentation_and_limits() -> None:
 
     assert all(lines[number - 1].startswith("  # ") for number in keys)
     assert (
-        "  # Type of cached K and V. bfloat16 halves the cache and costs one rounding. Allowed: one of float32,"
+        "  # Type of cached K and V, and of the attention over them. bfloat16 takes half the memory of float32, and"
         in lines
     )
     assert max(map(len, lines)) <= 120
