@@ -11,7 +11,8 @@ import grpc
 import pytest
 from ray import serve
 
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from blockrag.configured import configured_bundle
+from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings
 from blockrag.telemetry import new_traceparent, read_trace, trace_directory, trace_id_of
 from blockrag.telemetry.trace_files import StoredSpan
@@ -23,8 +24,8 @@ _KV_CACHE = (("application", "kv_cache"),)
 
 
 @pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return load_bundle(DEFAULT_BUNDLE)
+def bundle(cluster: Cluster) -> Bundle:
+    return configured_bundle(cluster.settings)
 
 
 @pytest.fixture

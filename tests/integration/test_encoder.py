@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.configured import configured_bundle
 from blockrag.v1.encoder_pb2 import EncodeBlocksRequest, GetEncoderStatusRequest, TokenBlock
 from blockrag.v1.encoder_pb2_grpc import EncoderServiceStub
 from tests.integration.conftest import Cluster
@@ -21,7 +21,7 @@ async def rpc(cluster: Cluster) -> AsyncIterator[EncoderServiceStub]:
         yield EncoderServiceStub(channel)
 
 
-async def test_blocks_are_encoded_together_and_described(rpc: EncoderServiceStub) -> None:
+async def test_blocks_are_encoded_together_and_described(rpc: EncoderServiceStub, cluster: Cluster) -> None:
     before = await rpc.GetEncoderStatus(GetEncoderStatusRequest(), metadata=METADATA)
     lengths = [1, 30, 7]
     blocks = [TokenBlock(key=f"k{length}", token_ids=range(20, 20 + length)) for length in lengths]
@@ -34,7 +34,7 @@ async def test_blocks_are_encoded_together_and_described(rpc: EncoderServiceStub
     assert after.encoded_blocks - before.encoded_blocks == 3
     assert after.encoded_tokens - before.encoded_tokens == 38
     assert 1 <= after.batches - before.batches <= 3
-    assert after.bundle_fingerprint == load_bundle(DEFAULT_BUNDLE, verify_files=False).fingerprint
+    assert after.bundle_fingerprint == configured_bundle(cluster.settings).fingerprint
     assert after.device == "cpu"
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import ray
 
+from blockrag.configured import configured_bundle
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.client import KvCacheClient
 from blockrag.kv_cache.ring import HashRing, shard_names
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.types import BlockRequest
 from blockrag.v1.common_pb2 import PromptBlock, RequestContext
@@ -46,7 +46,7 @@ _SEEDS = itertools.count()
 
 @pytest.fixture(scope="module")
 def keys(cluster: Cluster) -> KeyMaker:
-    bundle = load_bundle(DEFAULT_BUNDLE, verify_files=False)
+    bundle = configured_bundle(cluster.settings)
     return KeyMaker(bundle.fingerprint, cluster.settings.kv_cache.secret.encode())
 
 
@@ -83,20 +83,29 @@ async def status(rpc: KvCacheServiceStub) -> GetKvCacheStatusResponse:
     return await rpc.GetKvCacheStatus(GetKvCacheStatusRequest(), metadata=METADATA)
 
 
-async def test_blocks_are_encoded_once_and_read_from_shared_memory(cache: KvCacheClient, keys: KeyMaker) -> None:
+def assert_same_slots(found: np.ndarray, expected: np.ndarray) -> None:
+    """Equal up to one rounding to bfloat16, which numpy holds as the upper half of a float32."""
+    assert found.dtype == expected.dtype == np.uint16
+    values, wanted = ((half.astype(np.uint32) << 16).view(np.float32) for half in (found, expected))
+    np.testing.assert_allclose(values, wanted, rtol=2**-7, atol=1e-4)
+
+
+async def test_blocks_are_encoded_once_and_read_from_shared_memory(
+    cache: KvCacheClient, keys: KeyMaker, cluster: Cluster
+) -> None:
     # One token: so small that Ray keeps it out of the object store.
     blocks = fresh_blocks(keys, 6) + fresh_blocks(keys, 1, tokens=1)
     first = await cache.fetch(blocks)
     second = await cache.fetch(blocks)
     assert [fetched.tier for fetched in first] == ["encoded"] * 7
     assert [fetched.tier for fetched in second] == ["store"] * 7
-    model = SlotModel.load(load_bundle(DEFAULT_BUNDLE, verify_files=False))
+    model = SlotModel.load(configured_bundle(cluster.settings))
     for request, fetched in zip(blocks, second, strict=True):
         [expected] = model.encode([request.token_ids.tolist()], [request.key])
         assert fetched.block.key == request.key
         np.testing.assert_array_equal(fetched.block.token_ids, request.token_ids)
-        np.testing.assert_allclose(fetched.block.keys, expected.keys, atol=1e-4)
-        np.testing.assert_allclose(fetched.block.values, expected.values, atol=1e-4)
+        assert_same_slots(fetched.block.keys, expected.keys)
+        assert_same_slots(fetched.block.values, expected.values)
         assert not fetched.block.keys.flags.writeable
 
 
@@ -177,7 +186,7 @@ async def test_warming_pinning_and_purging_over_grpc(
         WarmBlocksRequest(context=CONTEXT, blocks=prompt_blocks(blocks), pin=True), metadata=METADATA
     )
     assert (warmed.hits, warmed.encoded, warmed.over_budget) == (0, 10, False)
-    assert warmed.encoded_bytes > 10 * 24 * 6000
+    assert warmed.encoded_bytes > 10 * 24 * 3000
     again = await rpc.WarmBlocks(WarmBlocksRequest(context=CONTEXT, blocks=prompt_blocks(blocks)), metadata=METADATA)
     assert (again.hits, again.encoded) == (10, 0)
     found = await rpc.LookupBlocks(
@@ -222,7 +231,7 @@ async def test_bad_requests_name_their_field(rpc: KvCacheServiceStub) -> None:
 async def test_objects_survive_the_encoder_and_waiting_encodes_are_retried(
     cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
 ) -> None:
-    held = fresh_blocks(keys, 8)
+    held = fresh_blocks(keys, 8, tokens=100)  # Ray keeps objects of less than 100 KB out of the object store
     await rpc.WarmBlocks(WarmBlocksRequest(context=CONTEXT, blocks=prompt_blocks(held)), metadata=METADATA)
     waiting = fresh_blocks(keys, 40, tokens=200)
     pids = replica_pids("encoder", "EncoderPool")
@@ -252,7 +261,7 @@ async def test_a_dead_shard_is_a_miss_and_no_error(
     after = await cache.fetch(blocks)
     assert {fetched.block.key for fetched in after if fetched.tier == "encoded"} == dead
     for fetched in after:
-        np.testing.assert_allclose(fetched.block.keys, before[fetched.block.key], atol=1e-4)
+        assert_same_slots(fetched.block.keys, before[fetched.block.key])
     assert (await cache.poll_purges()).reset
     assert not (await cache.poll_purges()).reset
     assert (await status(rpc)).shards == 2
