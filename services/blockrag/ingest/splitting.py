@@ -126,13 +126,16 @@ class PassageSplitter:
         return self._counter.estimate(text)
 
     def _checked(self, chunks: list[str], tokens: int) -> Iterator[str]:
+        # The library keeps separators that Python counts as space (U+001F), and nothing else is in such a chunk.
+        chunks = [chunk for chunk in chunks if chunk.strip()]
         # The estimate is off by a token at times: what does not fit is split again, counting truly.
         for chunk, count in zip(chunks, self._counter.text_counts(chunks), strict=True):
             if count <= tokens:
                 yield chunk
             else:
                 for part in TextSplitter.from_callback(self._counter.text_count, tokens).chunks(chunk):
-                    yield from self._halved(part, tokens)
+                    if part.strip():
+                        yield from self._halved(part, tokens)
 
     def _halved(self, text: str, tokens: int) -> Iterator[str]:
         # The splitter takes for granted that a longer text has more tokens; a byte-level merge may break that.

@@ -100,6 +100,7 @@ def test_no_text_gives_no_passage() -> None:
     piece=st.integers(1, 300),
 )
 @example(title="", text="a <|passage|> b <|end|>" * 9, tokens=16, piece=300)
+@example(title="", text="\x1f", tokens=16, piece=1)
 @example(title="t" * 60, text="👩‍👩‍👧‍👦" * 20, tokens=16, piece=1)
 def test_everything_is_in_one_passage_and_every_block_fits(
     tokenizer: PreTrainedTokenizerFast, markdown: bool, title: str, text: str, tokens: int, piece: int
