@@ -290,6 +290,7 @@ async def test_clients_that_leave_free_their_slots(client: BlockragClient, colle
             decoder = (await client.describe()).decoder
             if decoder["running"] == decoder["waiting"] == decoder["used_slots"] == 0:
                 break
+    assert decoder["used_slots"] == 0
 
 
 async def test_too_much_load_is_refused_with_a_hint_and_passes(client: BlockragClient, collection: str) -> None:
