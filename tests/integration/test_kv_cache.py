@@ -62,7 +62,7 @@ async def rpc(cluster: Cluster) -> AsyncIterator[KvCacheServiceStub]:
 
 
 def fresh_blocks(keys: KeyMaker, number: int, *, tokens: int = 24, document_id: str = "") -> list[BlockRequest]:
-    """Blocks that no test has asked for before; 24 tokens of the bundled reader are more than Ray sends inline."""
+    """Blocks that no test has asked for before."""
     random = np.random.default_rng(next(_SEEDS))
     blocks = []
     for _ in range(number):
@@ -231,7 +231,8 @@ async def test_bad_requests_name_their_field(rpc: KvCacheServiceStub) -> None:
 async def test_objects_survive_the_encoder_and_waiting_encodes_are_retried(
     cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
 ) -> None:
-    held = fresh_blocks(keys, 8, tokens=100)  # Ray keeps objects of less than 100 KB out of the object store
+    # Ray sends results of less than 100 KB along with the reply: blocks on both sides of that.
+    held = [*fresh_blocks(keys, 4, tokens=8), *fresh_blocks(keys, 4, tokens=100)]
     await rpc.WarmBlocks(WarmBlocksRequest(context=CONTEXT, blocks=prompt_blocks(held)), metadata=METADATA)
     waiting = fresh_blocks(keys, 40, tokens=200)
     pids = replica_pids("encoder", "EncoderPool")

@@ -118,11 +118,14 @@ class KvCacheShard:
             # The owner knows where the object is and how large; fetching it here would copy it between nodes.
             location = get_local_object_locations([ref]).get(ref, {})
             if not location.get("node_ids"):
-                await ref  # an error, which is raised, or a block so small that it was sent along
+                # An error, which is raised; or a block so small that Ray sent it along instead of storing it. Put by
+                # this process it is in the object store and needs no other process to stay.
+                block = await ref
+                return EncodedObject(ray.put(block), block.nbytes + block.token_ids.nbytes)
         except asyncio.CancelledError:
             response.cancel()
             raise
-        return EncodedObject(ref, int(location.get("object_size") or request.token_ids.nbytes))
+        return EncodedObject(ref, int(location["object_size"]))
 
 
 class KvCache:
