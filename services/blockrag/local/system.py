@@ -20,6 +20,22 @@ from blockrag.local.preflight import check_machine
 from blockrag.local.state import SystemState, read_state
 from blockrag.settings import ENVIRONMENT_PREFIX, Settings
 
+SERVICE_ENVIRONMENT = {
+    # A leaked reference would keep its object for the life of the process: make it an exception.
+    "RAY_allow_out_of_band_object_ref_serialization": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Requests, routing and our code in one event loop per replica: each hand-over between threads that it saves is a
+    # wake-up. What computes has threads of its own.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Threads that spin while they wait take the cores from the other services: at 4,096 cached tokens on two busy
+    # cores, 411 ms to the first token against 70.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Environment of every service's process, wherever it runs; the image sets the same."""
+
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.1
@@ -136,18 +152,7 @@ def _supervisor_environment(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-        # A leaked reference would keep its object for the life of the process: make it an exception.
-        "RAY_allow_out_of_band_object_ref_serialization": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Requests, routing and our code in one event loop per replica: each hand-over between threads that it saves
-        # is a wake-up. What computes has threads of its own.
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        # Threads that spin while they wait take the cores from the other services: at 4,096 cached tokens on two busy
-        # cores, 411 ms to the first token against 70.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
+        **SERVICE_ENVIRONMENT,
         "PYTHONWARNINGS": "ignore",
     }
     environment.pop("RAY_ADDRESS", None)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from blockrag.local.system import SERVICE_ENVIRONMENT
 from blockrag.settings import ENVIRONMENT_PREFIX
 from tests.unit.deploy.files import REPOSITORY, of_kind, rendered
 
@@ -160,7 +161,7 @@ def test_the_environment_is_rays_and_no_setting(stages: list[Stage]) -> None:
     environment = stages[-1].environment()
 
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-    assert environment["RAY_allow_out_of_band_object_ref_serialization"] == "0"
+    assert environment.items() >= SERVICE_ENVIRONMENT.items()
     assert not [name for name in environment if name.startswith(ENVIRONMENT_PREFIX)]
 
 
