@@ -22,6 +22,13 @@ class ChunkForm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHUNK_FORM_COMPRESSED: _ClassVar[ChunkForm]
     CHUNK_FORM_DROPPED: _ClassVar[ChunkForm]
 
+class BlockForm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BLOCK_FORM_UNSPECIFIED: _ClassVar[BlockForm]
+    BLOCK_FORM_FULL: _ClassVar[BlockForm]
+    BLOCK_FORM_COMPRESSED: _ClassVar[BlockForm]
+    BLOCK_FORM_CHUNKS: _ClassVar[BlockForm]
+
 class ConditionOperator(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CONDITION_OPERATOR_UNSPECIFIED: _ClassVar[ConditionOperator]
@@ -44,6 +51,10 @@ CHUNK_FORM_UNSPECIFIED: ChunkForm
 CHUNK_FORM_EXPANDED: ChunkForm
 CHUNK_FORM_COMPRESSED: ChunkForm
 CHUNK_FORM_DROPPED: ChunkForm
+BLOCK_FORM_UNSPECIFIED: BlockForm
+BLOCK_FORM_FULL: BlockForm
+BLOCK_FORM_COMPRESSED: BlockForm
+BLOCK_FORM_CHUNKS: BlockForm
 CONDITION_OPERATOR_UNSPECIFIED: ConditionOperator
 CONDITION_OPERATOR_IN: ConditionOperator
 CONDITION_OPERATOR_NOT_IN: ConditionOperator
@@ -65,6 +76,20 @@ class RequestContext(_message.Message):
     traceparent: str
     deadline_unix_ms: int
     def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., traceparent: _Optional[str] = ..., deadline_unix_ms: _Optional[int] = ...) -> None: ...
+
+class Compression(_message.Message):
+    __slots__ = ("off", "rate", "max_context_tokens", "max_ttft_ms", "policy")
+    OFF_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    off: bool
+    rate: float
+    max_context_tokens: int
+    max_ttft_ms: float
+    policy: str
+    def __init__(self, off: _Optional[bool] = ..., rate: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., max_ttft_ms: _Optional[float] = ..., policy: _Optional[str] = ...) -> None: ...
 
 class MetadataCondition(_message.Message):
     __slots__ = ("key", "operator", "values")
@@ -97,14 +122,16 @@ class Passage(_message.Message):
     def __init__(self, passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., document_version: _Optional[str] = ..., ordinal: _Optional[int] = ..., title: _Optional[str] = ..., text: _Optional[str] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., score: _Optional[float] = ...) -> None: ...
 
 class ChunkDecision(_message.Message):
-    __slots__ = ("start_token", "end_token", "form")
+    __slots__ = ("start_token", "end_token", "form", "text")
     START_TOKEN_FIELD_NUMBER: _ClassVar[int]
     END_TOKEN_FIELD_NUMBER: _ClassVar[int]
     FORM_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
     start_token: int
     end_token: int
     form: ChunkForm
-    def __init__(self, start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., form: _Optional[_Union[ChunkForm, str]] = ...) -> None: ...
+    text: str
+    def __init__(self, start_token: _Optional[int] = ..., end_token: _Optional[int] = ..., form: _Optional[_Union[ChunkForm, str]] = ..., text: _Optional[str] = ...) -> None: ...
 
 class StageTime(_message.Message):
     __slots__ = ("stage", "milliseconds")
@@ -115,7 +142,7 @@ class StageTime(_message.Message):
     def __init__(self, stage: _Optional[str] = ..., milliseconds: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "cached_tokens", "l1_tokens", "store_tokens", "encoded_tokens", "prefill_tokens", "completion_tokens")
+    __slots__ = ("prompt_tokens", "cached_tokens", "l1_tokens", "store_tokens", "encoded_tokens", "prefill_tokens", "completion_tokens", "context_tokens", "compressed_chunks")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     L1_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +150,8 @@ class Usage(_message.Message):
     ENCODED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     cached_tokens: int
     l1_tokens: int
@@ -130,7 +159,9 @@ class Usage(_message.Message):
     encoded_tokens: int
     prefill_tokens: int
     completion_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., l1_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., encoded_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
+    context_tokens: int
+    compressed_chunks: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., l1_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., encoded_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., compressed_chunks: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "seed", "stop")
@@ -147,11 +178,15 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PromptBlock(_message.Message):
-    __slots__ = ("token_ids", "document_id", "collection")
+    __slots__ = ("token_ids", "document_id", "collection", "chunk_tokens", "forms")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FORMS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     document_id: str
     collection: str
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., document_id: _Optional[str] = ..., collection: _Optional[str] = ...) -> None: ...
+    chunk_tokens: int
+    forms: _containers.RepeatedScalarFieldContainer[ChunkForm]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., document_id: _Optional[str] = ..., collection: _Optional[str] = ..., chunk_tokens: _Optional[int] = ..., forms: _Optional[_Iterable[_Union[ChunkForm, str]]] = ...) -> None: ...

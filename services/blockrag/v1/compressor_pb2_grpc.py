@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CompressorServiceStub:
-    """CompressorService turns retrieved passages and a question into a plan of blocks under a token budget.
+    """CompressorService turns retrieved passages and a question into a plan of blocks under a budget.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class CompressorServiceStub:
 
 
 class CompressorServiceServicer:
-    """CompressorService turns retrieved passages and a question into a plan of blocks under a token budget.
+    """CompressorService turns retrieved passages and a question into a plan of blocks under a budget.
     """
 
     def Plan(self, request, context):
@@ -87,7 +87,7 @@ def add_CompressorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CompressorService:
-    """CompressorService turns retrieved passages and a question into a plan of blocks under a token budget.
+    """CompressorService turns retrieved passages and a question into a plan of blocks under a budget.
     """
 
     @staticmethod

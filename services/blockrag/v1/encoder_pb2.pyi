@@ -8,12 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TokenBlock(_message.Message):
-    __slots__ = ("key", "token_ids")
+    __slots__ = ("key", "token_ids", "form")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FORM_FIELD_NUMBER: _ClassVar[int]
     key: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, key: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    form: _common_pb2.BlockForm
+    def __init__(self, key: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., form: _Optional[_Union[_common_pb2.BlockForm, str]] = ...) -> None: ...
 
 class EncodeBlocksRequest(_message.Message):
     __slots__ = ("context", "blocks")

@@ -21,8 +21,22 @@ class TenantUsage(_message.Message):
     bytes: int
     def __init__(self, tenant: _Optional[str] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
+class FormUsage(_message.Message):
+    __slots__ = ("form", "blocks", "bytes", "hits", "misses")
+    FORM_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    form: str
+    blocks: int
+    bytes: int
+    hits: int
+    misses: int
+    def __init__(self, form: _Optional[str] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ...) -> None: ...
+
 class GetKvCacheStatusResponse(_message.Message):
-    __slots__ = ("blocks", "bytes", "budget_bytes", "pinned_blocks", "hits", "misses", "joined", "evictions", "expirations", "lost", "shards", "tenants")
+    __slots__ = ("blocks", "bytes", "budget_bytes", "pinned_blocks", "hits", "misses", "joined", "evictions", "expirations", "lost", "shards", "tenants", "forms")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +49,7 @@ class GetKvCacheStatusResponse(_message.Message):
     LOST_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     TENANTS_FIELD_NUMBER: _ClassVar[int]
+    FORMS_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     bytes: int
     budget_bytes: int
@@ -47,7 +62,8 @@ class GetKvCacheStatusResponse(_message.Message):
     lost: int
     shards: int
     tenants: _containers.RepeatedCompositeFieldContainer[TenantUsage]
-    def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., evictions: _Optional[int] = ..., expirations: _Optional[int] = ..., lost: _Optional[int] = ..., shards: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ...) -> None: ...
+    forms: _containers.RepeatedCompositeFieldContainer[FormUsage]
+    def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., evictions: _Optional[int] = ..., expirations: _Optional[int] = ..., lost: _Optional[int] = ..., shards: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., forms: _Optional[_Iterable[_Union[FormUsage, _Mapping]]] = ...) -> None: ...
 
 class LookupBlocksRequest(_message.Message):
     __slots__ = ("keys",)
@@ -100,14 +116,16 @@ class PurgeDocumentsResponse(_message.Message):
     def __init__(self, blocks: _Optional[int] = ...) -> None: ...
 
 class WarmBlocksRequest(_message.Message):
-    __slots__ = ("context", "blocks", "pin")
+    __slots__ = ("context", "blocks", "pin", "forms")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
+    FORMS_FIELD_NUMBER: _ClassVar[int]
     context: _common_pb2.RequestContext
     blocks: _containers.RepeatedCompositeFieldContainer[_common_pb2.PromptBlock]
     pin: bool
-    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[_common_pb2.PromptBlock, _Mapping]]] = ..., pin: _Optional[bool] = ...) -> None: ...
+    forms: _containers.RepeatedScalarFieldContainer[_common_pb2.BlockForm]
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[_common_pb2.PromptBlock, _Mapping]]] = ..., pin: _Optional[bool] = ..., forms: _Optional[_Iterable[_Union[_common_pb2.BlockForm, str]]] = ...) -> None: ...
 
 class WarmBlocksResponse(_message.Message):
     __slots__ = ("hits", "encoded", "encoded_bytes", "over_budget")
