@@ -1,7 +1,9 @@
-"""Keys of block KV: two requests share an entry exactly when the key's inputs are equal.
+"""Keys of cached blocks: two requests share an entry exactly when the key's inputs are equal.
 
-Inputs: the block's token ids, its form, the bundle's fingerprint (weights with PEAR folded, dtype, template) and the
-tenant's salt. The salt is made by the server from a secret, so a tenant can neither guess nor reach another's entries.
+Inputs: the block's token ids, its form, the bundle's fingerprint (weights with PEAR folded, dtype, template; for the
+compressed forms its compression fingerprint, which counts the chunk encoder, the projector and the chunks' size too)
+and the tenant's salt. The salt is made by the server from a secret, so a tenant can neither guess nor reach another's
+entries.
 """
 
 from __future__ import annotations
@@ -10,12 +12,11 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-BlockForm = Literal["full"]
-"""``full``: one slot per token."""
+from blockrag.types import FULL, BlockForm
 
 _KEY_BYTES = 20
 
@@ -24,19 +25,25 @@ _KEY_BYTES = 20
 class KeyMaker:
     """Makes keys for one bundle.
 
-    Pure and deterministic across processes and machines for equal ``bundle_fingerprint`` and ``secret``.
+    Pure and deterministic across processes and machines for equal fingerprints and ``secret``.
     """
 
     bundle_fingerprint: str
     secret: bytes = field(repr=False)
+    compression_fingerprint: str = ""
+    """Empty: the bundle has nothing to compress with."""
 
-    def block_key(self, tenant: str, token_ids: Sequence[int], form: BlockForm = "full") -> str:
-        """Key of one block, 40 hex digits.
+    def block_key(self, tenant: str, token_ids: Sequence[int] | NDArray[np.int32], form: BlockForm = FULL) -> str:
+        """Key of one block in one form, 40 hex digits.
 
-        ``token_ids`` in [0, 2**32); their number is part of the key, so no block's key equals its prefix's.
+        ``token_ids`` in [0, 2**32); their number is part of the key, so no block's key equals its prefix's. Raises
+        ValueError for a compressed form where the bundle has none.
         """
+        fingerprint = self.bundle_fingerprint if form == FULL else self.compression_fingerprint
+        if not fingerprint:
+            raise ValueError(f"no key for the form {form}: the bundle does not compress")
         digest = hashlib.blake2b(digest_size=_KEY_BYTES, key=self._salt(tenant), person=b"blockrag-kv-1")
-        for part in (self.bundle_fingerprint, form, str(len(token_ids))):
+        for part in (fingerprint, str(form), str(len(token_ids))):
             digest.update(len(part).to_bytes(4, "little"))
             digest.update(part.encode())
         digest.update(np.asarray(token_ids, dtype="<u4").tobytes())

@@ -3,9 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class BlockForm:
+    """What of a block is kept: each form is an object of its own, and none depends on a question."""
+
+    kind: Literal["full", "compressed", "chunks"]
+    """``full``: a slot per token. ``compressed``: a slot per chunk. ``chunks``: the chunks' embeddings, no slots."""
+    chunk_tokens: int = 0
+    """Tokens of a chunk; 0 for ``full``."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "full") != (self.chunk_tokens == 0) or self.chunk_tokens < 0:
+            raise ValueError(f"a block in form {self.kind!r} with chunks of {self.chunk_tokens} tokens")
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.chunk_tokens}" if self.chunk_tokens else self.kind
+
+    def size(self, tokens: int) -> int:
+        """Slots, or chunk embeddings, of a block of ``tokens``."""
+        return -(-tokens // self.chunk_tokens) if self.chunk_tokens else tokens
+
+
+FULL = BlockForm("full")
 
 
 @dataclass(frozen=True)
@@ -21,7 +46,8 @@ class BlockKV:
     token_ids: NDArray[np.int32]
     """Tokens of the block, shape [n]."""
     keys: NDArray[np.float32] | NDArray[np.uint16]
-    """Unrotated K, shape [layers, kv_heads, n, head_dim]; uint16 holds the bits of bfloat16."""
+    """Unrotated K, shape [layers, kv_heads, slots, head_dim]; uint16 holds the bits of bfloat16. There are n slots, in
+    the compressed form one for each chunk."""
     values: NDArray[np.float32] | NDArray[np.uint16]
     """V, same shape and type as ``keys``."""
 
@@ -37,6 +63,27 @@ class BlockKV:
 
 
 @dataclass(frozen=True)
+class ChunkEmbeddings:
+    """A block's chunk embeddings, as one immutable object of the object store; read-only like ``BlockKV``."""
+
+    key: str
+    """Cache key, see ``blockrag.keys``."""
+    token_ids: NDArray[np.int32]
+    """Tokens of the block, shape [n]."""
+    embeddings: NDArray[np.float32]
+    """One row for each chunk, shape [chunks, width of the chunk encoder]."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the embeddings."""
+        return int(self.embeddings.nbytes)
+
+
+CachedBlock = BlockKV | ChunkEmbeddings
+"""What the cache keeps of a block, depending on its form."""
+
+
+@dataclass(frozen=True)
 class BlockRequest:
     """One block that somebody needs."""
 
@@ -48,3 +95,10 @@ class BlockRequest:
     document_id: str = ""
     traceparent: str = ""
     """W3C trace context of whoever asks; no part of the block's identity."""
+    form: BlockForm = FULL
+    """In which form; part of the key."""
+
+    @property
+    def size(self) -> int:
+        """Slots, or chunk embeddings, that the block has in its form."""
+        return self.form.size(int(self.token_ids.size))
