@@ -1,7 +1,6 @@
-"""Plans without learned compression: expand what fits, by retrieval score, and drop the rest.
+"""How much of a prompt passages may take, and which of them fit: by retrieval score, the rest is dropped.
 
-REFRAG (arXiv 2509.01092, section 2) decides chunk by chunk; a plan already speaks in chunks, and here all chunks of a
-passage share one fate, because a passage's block KV is cached whole.
+Without compression that is the whole plan. With it, ``expansion`` goes on chunk by chunk.
 """
 
 from __future__ import annotations
@@ -48,10 +47,12 @@ class PassageDecision:
     dropped_reason: str = ""
 
 
-def expand_what_fits(passage_tokens: Sequence[int], budget_tokens: int) -> list[PassageDecision]:
-    """Expands passages, best first, while they fit; a passage that does not fit is dropped with the reason.
+def expand_what_fits(
+    passage_tokens: Sequence[int], budget_tokens: int, *, compressed: bool = False
+) -> list[PassageDecision]:
+    """Takes passages, best first, while they fit; a passage that does not fit is dropped with the reason.
 
-    ``passage_tokens`` holds the tokens of each candidate's block. A smaller passage further down may still fit after
+    ``passage_tokens`` holds the tokens of each candidate's block, or the slots that it takes ``compressed``. A smaller passage further down may still fit after
     a larger one was dropped: the budget is used rather than the order kept.
     """
     decisions = []
@@ -61,11 +62,7 @@ def expand_what_fits(passage_tokens: Sequence[int], budget_tokens: int) -> list[
             left -= tokens
             decisions.append(PassageDecision(in_prompt=True))
         else:
-            reason = f"over the token budget: needs {tokens}, {left} of {budget_tokens} left"
+            how = " even compressed" if compressed else ""
+            reason = f"over the token budget: needs {tokens}{how}, {left} of {budget_tokens} left"
             decisions.append(PassageDecision(in_prompt=False, dropped_reason=reason))
     return decisions
-
-
-def chunk_bounds(tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
-    """Start and end of each chunk of a block; the last one may be shorter. Covers all tokens in order."""
-    return [(start, min(start + chunk_tokens, tokens)) for start in range(0, tokens, chunk_tokens)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from blockrag.compressor.planning import PromptBudget, chunk_bounds, expand_what_fits
+from blockrag.compressor.planning import PromptBudget, expand_what_fits
 from blockrag.compressor.tokenizing import PassageTokenizer
 from blockrag.errors import InvalidRequestError
+from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.v1 import common_pb2, compressor_pb2
 
 

@@ -2,9 +2,13 @@
 
 ::
 
-    manifest.json      format, name, version, template, sizes, SHA-256 of every file, quality, training; optionally
-                       pear, the coefficients that are folded into the weights whenever they are loaded
-    decoder/           a Hugging Face checkpoint with its tokenizer
+    manifest.json           format, name, version, template, sizes, SHA-256 of every file, quality, training;
+                            optionally pear, the coefficients that are folded into the weights whenever they are
+                            loaded, and refrag, what chunks are compressed with
+    decoder/                a Hugging Face checkpoint with its tokenizer
+    chunk_encoder/          with refrag: a Hugging Face encoder, which may bring its tokenizer
+    projector.safetensors   with refrag: from a chunk embedding to an input embedding of the decoder
+    policy-NAME.safetensors with refrag: policies that choose the chunks to expand
     MODEL_CARD.md
 """
 
@@ -24,6 +28,8 @@ from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
 from blockrag.modeling.pear import PearRecord
+from blockrag.modeling.refrag.parts import check_fingerprints, check_parts, is_refrag_file
+from blockrag.modeling.refrag.record import CHUNK_ENCODER_DIR, PROJECTOR_FILE, RefragRecord
 from blockrag.modeling.template import PromptTemplate
 
 FORMAT = 1
@@ -44,7 +50,7 @@ _KEYS: dict[str, type] = {
     "quality": dict,
     "training": dict,
 }
-_OPTIONAL_KEYS: dict[str, type] = {"pear": dict}
+_OPTIONAL_KEYS: dict[str, type] = {"pear": dict, "refrag": dict}
 _REQUIRED_FILES = ("decoder/config.json", "decoder/tokenizer.json")
 
 
@@ -57,7 +63,7 @@ class Bundle:
     version: str
     template: PromptTemplate
     chunk_tokens: int
-    """Tokens of a chunk."""
+    """Tokens of a chunk (k); the last one of a block may have fewer."""
     passage_tokens: int
     """Most tokens of a passage's block."""
     max_context_tokens: int
@@ -72,6 +78,8 @@ class Bundle:
     training: Mapping[str, Any] = field(default_factory=dict)
     pear: PearRecord | None = None
     """Coefficients of heads; ``load_stock_model`` folds them into the weights."""
+    refrag: RefragRecord | None = None
+    """What chunks are compressed with, if the bundle can compress."""
 
     @property
     def decoder_dir(self) -> Path:
@@ -79,22 +87,71 @@ class Bundle:
         return self.path / "decoder"
 
     @property
-    def fingerprint(self) -> str:
-        """40 hex digits over everything that K and V depend on: checkpoint files, template, dtypes, coefficients.
+    def chunk_encoder_dir(self) -> Path:
+        """Directory of the chunk encoder, when ``refrag`` is there."""
+        return self.path / CHUNK_ENCODER_DIR
 
-        Not over the bundle's place, name, quality or model card.
+    @property
+    def projector_file(self) -> Path:
+        """The projector's weights, when ``refrag`` is there."""
+        return self.path / PROJECTOR_FILE
+
+    def policy_file(self, name: str) -> Path:
+        """Weights of the policy ``name``. Raises BundleError when the bundle has no such policy."""
+        policies = self.refrag.policies if self.refrag is not None else {}
+        if name not in policies:
+            known = ", ".join(policies) or "none"
+            raise BundleError(f"{self.path}: no policy {name!r}; the bundle's policies: {known}")
+        return self.path / policies[name].file
+
+    @property
+    def fingerprint(self) -> str:
+        """40 hex digits over everything that K and V of full blocks depend on: decoder, template, dtypes.
+
+        Not over the bundle's place, name, quality, model card or what it compresses chunks with.
         """
+        return _hashed({**self._decoder_content(), "compute_dtype": self.compute_dtype, "kv_dtype": self.kv_dtype})
+
+    @property
+    def decoder_fingerprint(self) -> str:
+        """40 hex digits over the decoder's files, its coefficients and the template: what was trained, in any dtype."""
+        return _hashed(self._decoder_content())
+
+    @property
+    def compression_fingerprint(self) -> str:
+        """40 hex digits over everything that compressed blocks and chunk embeddings depend on.
+
+        Raises BundleError when the bundle has no chunk compression.
+        """
+        return _hashed({"fingerprint": self.fingerprint, **self._compression_content()})
+
+    @property
+    def policy_basis(self) -> str:
+        """40 hex digits over what a policy was trained with: decoder, chunk encoder, projector and k, in any dtype.
+
+        Raises BundleError when the bundle has no chunk compression.
+        """
+        return _hashed({"decoder": self.decoder_fingerprint, **self._compression_content()})
+
+    def _decoder_content(self) -> dict[str, Any]:
         content: dict[str, Any] = {
             "format": FORMAT,
             "files": {name: self.files[name] for name in sorted(self.files) if name.startswith("decoder/")},
             "template": self.template.to_dict(),
-            "compute_dtype": self.compute_dtype,
-            "kv_dtype": self.kv_dtype,
         }
         if self.pear is not None:
             content["pear"] = sorted((head.layer, head.head, float(head.tau)) for head in self.pear.heads)
-        encoded = json.dumps(content, sort_keys=True, ensure_ascii=True).encode()
-        return hashlib.blake2b(encoded, digest_size=20, person=b"blockrag-bundle").hexdigest()
+        return content
+
+    def _compression_content(self) -> dict[str, Any]:
+        if self.refrag is None:
+            raise BundleError(f"{self.path}: the bundle has no chunk compression (refrag)")
+        return {
+            "chunk_tokens": self.chunk_tokens,
+            "alignment": self.refrag.alignment,
+            "pooling": self.refrag.pooling,
+            "parts": {name: self.files[name] for name in sorted(self.files) if is_refrag_file(name)},
+        }
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """The bundle's tokenizer. Raises BundleError when it does not fit the decoder or the template."""
@@ -133,7 +190,7 @@ def load_bundle(
     vocab_size = config.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size <= 0:
         raise BundleError(f"{root / 'decoder' / 'config.json'}: no vocab_size")
-    return Bundle(
+    bundle = Bundle(
         path=root.resolve(),
         name=manifest["name"],
         version=manifest["version"],
@@ -148,7 +205,11 @@ def load_bundle(
         quality=manifest["quality"],
         training=manifest["training"],
         pear=PearRecord.from_dict(manifest["pear"], str(root / "manifest.json")) if "pear" in manifest else None,
+        refrag=_read_refrag(root, manifest, files, config, verify_files) if "refrag" in manifest else None,
     )
+    if bundle.refrag is not None:
+        check_fingerprints(root, bundle.refrag, bundle.decoder_fingerprint, bundle.policy_basis)
+    return bundle
 
 
 def file_sha256(path: Path) -> str:
@@ -207,6 +268,27 @@ def _read_template(root: Path, values: dict[str, Any]) -> PromptTemplate:
     if not values["end"]:
         raise BundleError(f"{path}: template.end is empty")
     return PromptTemplate(**values)
+
+
+def _read_refrag(
+    root: Path, manifest: Mapping[str, Any], files: Mapping[str, str], config: Mapping[str, Any], verify_files: bool
+) -> RefragRecord:
+    record = RefragRecord.from_dict(manifest["refrag"], str(root / "manifest.json"))
+    check_parts(
+        root,
+        record,
+        files,
+        encoder_config=_read_json(root / CHUNK_ENCODER_DIR / "config.json"),
+        decoder_config=config,
+        chunk_tokens=manifest["chunk_tokens"],
+        read_weights=verify_files,
+    )
+    return record
+
+
+def _hashed(content: Mapping[str, Any]) -> str:
+    encoded = json.dumps(content, sort_keys=True, ensure_ascii=True).encode()
+    return hashlib.blake2b(encoded, digest_size=20, person=b"blockrag-bundle").hexdigest()
 
 
 def _check_files(root: Path, listed: dict[str, Any], *, verify_files: bool) -> dict[str, str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
 from blockrag.errors import BundleError, DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from blockrag.modeling.attention import ATTENTION_NAME, Capture, RaggedBatch, Segment
 from blockrag.modeling.bundle import DTYPES, Bundle
+from blockrag.modeling.loading import check_finite, check_missing, no_progress_bar
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.pear import fold
 from blockrag.modeling.rotary import IdentityRotary, RotaryTable
@@ -265,34 +264,18 @@ def load_stock_model(
     if dtype is None:
         raise ValueError(f"compute_dtype {compute_dtype!r}: must be one of {', '.join(DTYPES)}")
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, info = AutoModelForCausalLM.from_pretrained(
                 bundle.decoder_dir, dtype=dtype, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BundleError(f"{bundle.decoder_dir}: the decoder does not load: {error}") from error
-    # transformers fills what is missing with random numbers
-    absent = sorted(str(name) for name in info["missing_keys"])
-    if absent:
-        raise BundleError(f"{bundle.decoder_dir}: weights are missing: {', '.join(absent[:8])}")
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise BundleError(f"{bundle.decoder_dir}: NaN or infinity in {name}")
+    check_missing(bundle.decoder_dir, info["missing_keys"])
+    check_finite(bundle.decoder_dir, model.named_parameters())
     if bundle.pear is not None:
         fold(model, bundle.pear.heads)
     loaded: PreTrainedModel = model.train(False).to(device)
     return loaded
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _segments(items: Sequence[tuple[SequenceState | None, NDArray[np.int64]]]) -> tuple[Segment, ...]:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.compressor.planning import PromptBudget, chunk_bounds, expand_what_fits
+from blockrag.compressor.planning import PromptBudget, expand_what_fits
 from blockrag.errors import PromptTooLongError
 
 
@@ -19,13 +19,6 @@ def test_what_is_expanded_fits_and_what_is_dropped_did_not(tokens: list[int], bu
 
 def test_a_dropped_passage_says_what_it_needed() -> None:
     assert expand_what_fits([100, 60, 20], 125)[1].dropped_reason == "over the token budget: needs 60, 25 of 125 left"
-
-
-@given(st.integers(min_value=0, max_value=500), st.integers(min_value=1, max_value=64))
-def test_chunks_cover_the_block_in_order(tokens: int, chunk: int) -> None:
-    bounds = chunk_bounds(tokens, chunk)
-    assert [position for start, end in bounds for position in range(start, end)] == list(range(tokens))
-    assert all(end - start == chunk for start, end in bounds[:-1])
 
 
 def test_the_request_may_lower_the_budget_but_not_raise_it() -> None:

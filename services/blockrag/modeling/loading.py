@@ -1,0 +1,50 @@
+"""What loading any Hugging Face model needs: quiet, and no weight left to chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from blockrag.errors import BundleError
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers shows no progress bar inside, whatever it does outside."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def no_load_report() -> Iterator[None]:
+    """transformers lists no weights inside that are missing or left over; who loads must look at what is missing."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def check_missing(where: Path, missing: Iterable[object]) -> None:
+    """Raises BundleError when weights are missing: transformers fills them with random numbers."""
+    absent = sorted(str(name) for name in missing)
+    if absent:
+        raise BundleError(f"{where}: weights are missing: {', '.join(absent[:8])}")
+
+
+def check_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises BundleError naming the first tensor with NaN or infinity."""
+    for name, tensor in tensors:
+        if not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"{where}: NaN or infinity in {name}")

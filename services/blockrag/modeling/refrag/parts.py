@@ -1,0 +1,93 @@
+"""The files that a bundle compresses chunks with, checked against each other and against the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from blockrag.errors import BundleError
+from blockrag.modeling.loading import check_finite
+from blockrag.modeling.refrag.record import CHUNK_ENCODER_DIR, PROJECTOR_FILE, RefragRecord
+
+
+def is_refrag_file(name: str) -> bool:
+    """Whether the file belongs to what turns chunks into input embeddings: chunk encoder and projector."""
+    return name == PROJECTOR_FILE or name.startswith(f"{CHUNK_ENCODER_DIR}/")
+
+
+def check_parts(
+    root: Path,
+    record: RefragRecord,
+    files: Mapping[str, str],
+    *,
+    encoder_config: Mapping[str, Any],
+    decoder_config: Mapping[str, Any],
+    chunk_tokens: int,
+    read_weights: bool,
+) -> None:
+    """Raises BundleError for a missing file, widths or a vocabulary that do not fit, and, with ``read_weights``, NaN.
+
+    Sizes are read from the configurations and the weights' headers.
+    """
+    needed = [f"{CHUNK_ENCODER_DIR}/config.json", f"{CHUNK_ENCODER_DIR}/model.safetensors", PROJECTOR_FILE]
+    if record.alignment == "text":
+        needed.append(f"{CHUNK_ENCODER_DIR}/tokenizer.json")
+    needed += [policy.file for policy in record.policies.values()]
+    for name in needed:
+        if name not in files:
+            raise BundleError(f"{root / 'manifest.json'}: files lacks {name}")
+    encoder = root / CHUNK_ENCODER_DIR / "config.json"
+    width = encoder_config.get("hidden_size")
+    if width != record.encoder_width:
+        raise BundleError(f"{encoder}: width {width}, where the manifest's refrag has {record.encoder_width}")
+    if record.alignment == "tokens":
+        for key, least, what in (
+            ("vocab_size", int(decoder_config["vocab_size"]), "the decoder's tokens"),
+            ("max_position_embeddings", chunk_tokens, "the tokens of a chunk"),
+        ):
+            found = encoder_config.get(key)
+            if not isinstance(found, int) or found < least:
+                raise BundleError(f"{encoder}: {key} {found}, fewer than {what} ({least})")
+    projector = root / PROJECTOR_FILE
+    shapes = _shapes(projector)
+    first, second = shapes.get("first.weight", [0, 0]), shapes.get("second.weight", [0, 0])
+    if first[-1] != record.encoder_width or second[0] != decoder_config.get("hidden_size"):
+        raise BundleError(
+            f"{projector}: projects {first[-1]} to {second[0]} numbers, where the chunk encoder gives "
+            f"{record.encoder_width} and the decoder takes {decoder_config.get('hidden_size')}"
+        )
+    if read_weights:
+        for name in files:
+            if name.endswith(".safetensors") and (is_refrag_file(name) or name in needed):
+                check_finite(root / name, load_file(root / name).items())
+
+
+def check_fingerprints(root: Path, record: RefragRecord, decoder: str, basis: str) -> None:
+    """Raises BundleError when the projector or a policy was trained with other weights than those beside it.
+
+    ``decoder`` and ``basis`` are the bundle's ``decoder_fingerprint`` and ``policy_basis``.
+    """
+    if record.decoder != decoder:
+        raise BundleError(
+            f"{root}: the projector and the chunk encoder were trained with the decoder {record.decoder[:12]}, "
+            f"the bundle's is {decoder[:12]}: adapt them to it (blockrag adapt refrag)"
+        )
+    for name, policy in record.policies.items():
+        if policy.basis != basis:
+            raise BundleError(
+                f"{root / policy.file}: the policy {name!r} was trained with other parts ({policy.basis[:12]}) than "
+                f"the bundle's decoder, chunk encoder and projector ({basis[:12]}): train it again "
+                "(blockrag adapt refrag --stage policy)"
+            )
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: {error}") from error

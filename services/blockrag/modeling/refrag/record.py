@@ -1,0 +1,106 @@
+"""What a bundle's manifest says of its chunk compression: ``refrag``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from blockrag.errors import BundleError
+
+Alignment = Literal["tokens", "text"]
+"""``tokens``: the chunk encoder reads the decoder's token ids. ``text``: it reads each chunk's text."""
+Pooling = Literal["mean", "cls"]
+"""``mean`` of a chunk's states, or the state of its first position (``cls``)."""
+ALIGNMENTS: tuple[Alignment, ...] = get_args(Alignment)
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+CHUNK_ENCODER_DIR = "chunk_encoder"
+PROJECTOR_FILE = "projector.safetensors"
+
+_POLICY_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+
+
+def policy_file(name: str) -> str:
+    """File of a policy within a bundle."""
+    return f"policy-{name}.safetensors"
+
+
+@dataclass(frozen=True)
+class PolicyRecord:
+    """One policy of a bundle."""
+
+    query: bool
+    """Whether it sees the question."""
+    file: str
+    basis: str
+    """The bundle's ``policy_basis`` that it was trained with."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """How it was trained and what was measured."""
+
+
+@dataclass(frozen=True)
+class RefragRecord:
+    """The manifest's ``refrag``."""
+
+    alignment: Alignment
+    pooling: Pooling
+    encoder_width: int
+    """Numbers of a chunk embedding."""
+    decoder: str
+    """``decoder_fingerprint`` of the decoder that the chunk encoder and the projector were trained with."""
+    policies: Mapping[str, PolicyRecord] = field(default_factory=dict)
+    training: tuple[Mapping[str, Any], ...] = ()
+    """The stages of training, in order."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest, as JSON has it."""
+        return {**asdict(self), "training": [dict(stage) for stage in self.training]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> RefragRecord:
+        """Read a manifest's ``refrag``. Raises BundleError naming ``where`` and the problem."""
+        _check_keys(cls, values, f"{where}: refrag")
+        if values["alignment"] not in ALIGNMENTS:
+            raise BundleError(f"{where}: refrag: alignment {values['alignment']!r}, not one of {', '.join(ALIGNMENTS)}")
+        if values["pooling"] not in POOLINGS:
+            raise BundleError(f"{where}: refrag: pooling {values['pooling']!r}, not one of {', '.join(POOLINGS)}")
+        width = values["encoder_width"]
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            raise BundleError(f"{where}: refrag: encoder_width must be a positive integer")
+        if not isinstance(values["decoder"], str):
+            raise BundleError(f"{where}: refrag: decoder must be a fingerprint")
+        stages, policies = values["training"], values["policies"]
+        if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+            raise BundleError(f"{where}: refrag: training must be a list of objects")
+        if not isinstance(policies, dict):
+            raise BundleError(f"{where}: refrag: policies must be an object")
+        return cls(
+            alignment=values["alignment"],
+            pooling=values["pooling"],
+            encoder_width=width,
+            decoder=values["decoder"],
+            policies={name: _read_policy(name, policy, where) for name, policy in policies.items()},
+            training=tuple(stages),
+        )
+
+
+def _read_policy(name: str, values: Any, where: str) -> PolicyRecord:
+    place = f"{where}: refrag: policy {name!r}"
+    if not _POLICY_NAME.fullmatch(name):
+        raise BundleError(f"{place}: a name is made of a-z, 0-9, - and _")
+    if not isinstance(values, dict):
+        raise BundleError(f"{place}: must be an object")
+    _check_keys(PolicyRecord, values, place)
+    kinds = {"query": bool, "file": str, "basis": str, "facts": dict}
+    for key, kind in kinds.items():
+        if not isinstance(values[key], kind):
+            raise BundleError(f"{place}: {key} must be of type {kind.__name__}")
+    return PolicyRecord(**values)
+
+
+def _check_keys(record: type, values: Mapping[str, Any], place: str) -> None:
+    names = {item.name for item in fields(record)}
+    if set(values) != names:
+        raise BundleError(f"{place}: wrong keys: {', '.join(sorted(set(values) ^ names))}")
