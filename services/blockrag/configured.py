@@ -40,4 +40,5 @@ def configured_device(settings: Settings, *, granted: bool = True) -> str:
 
 def configured_keys(settings: Settings, bundle: Bundle) -> KeyMaker:
     """Makes the keys of the bundle's blocks."""
-    return KeyMaker(bundle.fingerprint, settings.kv_cache.secret.encode())
+    compression = bundle.compression_fingerprint if bundle.refrag is not None else ""
+    return KeyMaker(bundle.fingerprint, settings.kv_cache.secret.encode(), compression)

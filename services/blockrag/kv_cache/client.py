@@ -17,17 +17,17 @@ from blockrag.errors import DataError, UnavailableError
 from blockrag.kv_cache.messages import AcquiredBlock, FetchedBlock, PurgeLog
 from blockrag.kv_cache.shards import ShardGroup, patiently
 from blockrag.kv_cache.tasks import gather_or_cancel
-from blockrag.types import BlockKV, BlockRequest
+from blockrag.types import BlockRequest, CachedBlock
 
 LOST_RETRIES = 2
 """How often an object that cannot be read is asked for again."""
 
-ReadObjects = Callable[[list[Any], float], Awaitable[list[BlockKV | None]]]
+ReadObjects = Callable[[list[Any], float], Awaitable[list[CachedBlock | None]]]
 """Reads the objects of references within so many seconds, in order; None for one that is lost or late."""
 
 
 class KvCacheClient:
-    """The decoder's way to the cache: a ``BlockSource``."""
+    """Another service's way to the cache: the decoder's ``BlockSource``, the compressor's source of embeddings."""
 
     def __init__(self, shards: ShardGroup, read_objects: ReadObjects) -> None:
         self._shards = shards
@@ -107,6 +107,6 @@ def _left(give_up: float) -> float:
     return max(0.0, give_up - time.monotonic())
 
 
-def _check(block: BlockKV, request: BlockRequest) -> None:
+def _check(block: CachedBlock, request: BlockRequest) -> None:
     if block.key != request.key or not np.array_equal(block.token_ids, request.token_ids):
         raise DataError(f"block {request.key}: the cache answered with another block")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -27,14 +28,14 @@ from blockrag.grpc_status import as_known_error, original_error, translate_error
 from blockrag.kv_cache.client import KvCacheClient
 from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
 from blockrag.kv_cache.metrics import ShardMetrics
-from blockrag.kv_cache.requests import block_requests, document_ids, status_response
+from blockrag.kv_cache.requests import block_forms, block_requests, document_ids, status_response, warm_response
 from blockrag.kv_cache.ring import HashRing, shard_names
 from blockrag.kv_cache.shard import CacheShard, EncodedObject
 from blockrag.kv_cache.shards import Shard, ShardGroup
 from blockrag.kv_cache.store import BlockStore
 from blockrag.settings import AppArgs, Settings, load_settings
 from blockrag.telemetry import setup_telemetry, span
-from blockrag.types import BlockKV, BlockRequest
+from blockrag.types import BlockRequest, CachedBlock
 from blockrag.v1 import common_pb2, kv_cache_pb2
 
 APP = "kv_cache"
@@ -111,7 +112,7 @@ class KvCacheShard:
         if self._encoder is None:
             self._encoder = serve.get_deployment_handle("EncoderPool", app_name="encoder").options(_by_reference=True)
         handle = self._encoder.options(session_id=request.key)
-        response = cast("DeploymentResponse[BlockKV]", handle.encode_block.remote(request))
+        response = cast("DeploymentResponse[CachedBlock]", handle.encode_block.remote(request))
         try:
             ref = await response._to_object_ref()
             await _exists(ref)
@@ -134,7 +135,9 @@ class KvCache:
     def __init__(self, settings: Settings, *shards: DeploymentHandle[Any]) -> None:
         setup_telemetry(APP, settings)
         protect(settings)
-        self._keys = configured_keys(settings, configured_bundle(settings))
+        bundle = configured_bundle(settings)
+        self._keys = configured_keys(settings, bundle)
+        self._chunk_tokens = bundle.chunk_tokens if bundle.refrag is not None else 0
         self._budget_bytes = settings.kv_cache.budget_mb * _MIB
         names = shard_names(len(shards))
         self._shards = _shard_group({name: partial(_same, shard) for name, shard in zip(names, shards, strict=True)})
@@ -151,17 +154,14 @@ class KvCache:
     async def WarmBlocks(
         self, request: kv_cache_pb2.WarmBlocksRequest, grpc_context: RayServegRPCContext | None = None
     ) -> kv_cache_pb2.WarmBlocksResponse:
-        """Encodes blocks ahead of time."""
-        with span("warm_blocks", request.context, blocks=len(request.blocks)) as current:
-            requests = block_requests(self._keys, request.context, request.blocks)
-            outcome = await self._shards.warm(requests, request.pin)
-            current.set(hits=outcome.hits, encoded=outcome.encoded)
-        return kv_cache_pb2.WarmBlocksResponse(
-            hits=outcome.hits,
-            encoded=outcome.encoded,
-            encoded_bytes=outcome.encoded_bytes,
-            over_budget=outcome.over_budget,
-        )
+        """Encodes blocks ahead of time, in every form asked for."""
+        forms = block_forms(request.forms, self._chunk_tokens)
+        with span("warm_blocks", request.context, blocks=len(request.blocks), forms=len(forms)) as current:
+            by_form = [block_requests(self._keys, request.context, request.blocks, form) for form in forms]
+            outcome = await self._shards.warm(list(itertools.chain.from_iterable(by_form)), request.pin)
+            response = warm_response(by_form, outcome)
+            current.set(hits=response.hits, encoded=response.encoded)
+        return response
 
     @translate_errors
     async def LookupBlocks(
@@ -222,13 +222,13 @@ def connect(settings: Settings) -> KvCacheClient:
     return KvCacheClient(_shard_group(resolvers), read_objects)
 
 
-async def read_objects(refs: list[Any], timeout_s: float) -> list[BlockKV | None]:
+async def read_objects(refs: list[Any], timeout_s: float) -> list[CachedBlock | None]:
     """Objects of the store, zero-copy, in one call; None for what is lost or late."""
     # In a thread: an object of another node, or one that was spilled, takes its time.
     return await asyncio.to_thread(_read_objects, refs, min(timeout_s, _READ_TIMEOUT_S))
 
 
-def _read_objects(refs: list[Any], timeout_s: float) -> list[BlockKV | None]:
+def _read_objects(refs: list[Any], timeout_s: float) -> list[CachedBlock | None]:
     try:
         return list(ray.get(refs, timeout=timeout_s))
     except (ObjectLostError, GetTimeoutError):
@@ -237,9 +237,9 @@ def _read_objects(refs: list[Any], timeout_s: float) -> list[BlockKV | None]:
         return [_read_object(ref) if ref in here else None for ref in refs]
 
 
-def _read_object(ref: Any) -> BlockKV | None:
+def _read_object(ref: Any) -> CachedBlock | None:
     try:
-        block: BlockKV = ray.get(ref, timeout=_READ_TIMEOUT_S)
+        block: CachedBlock = ray.get(ref, timeout=_READ_TIMEOUT_S)
     except (ObjectLostError, GetTimeoutError):
         return None
     return block

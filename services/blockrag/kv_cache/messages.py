@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from blockrag.types import BlockKV
+from blockrag.types import CachedBlock
 
 Tier = Literal["store", "encoded"]
 """``store``: the block was held already. ``encoded``: a forward pass ran for it, started by this request or joined."""
@@ -30,7 +30,7 @@ class AcquiredBlock:
 
     key: str
     ref: list[Any]
-    """One ``ObjectRef`` to a ``BlockKV``; in a list, so that Ray hands over the reference and not the object."""
+    """One ``ObjectRef`` to a ``CachedBlock``; in a list, so that Ray hands over the reference and not the object."""
     tier: Tier
     nbytes: int
     """Bytes of the object in the store."""
@@ -40,9 +40,9 @@ class AcquiredBlock:
 
 @dataclass(frozen=True)
 class FetchedBlock:
-    """A block whose KV can be read in this process."""
+    """A block that can be read in this process."""
 
-    block: BlockKV
+    block: CachedBlock
     """Arrays are read-only views of the object store."""
     tier: Tier
 
@@ -63,7 +63,8 @@ class WarmOutcome:
     """What warming did."""
 
     hits: int = 0
-    encoded: int = 0
+    encoded: frozenset[str] = frozenset()
+    """Keys of the blocks that were encoded."""
     encoded_bytes: int = 0
     over_budget: bool = False
     """True when a block was evicted or refused for want of room."""
@@ -71,7 +72,7 @@ class WarmOutcome:
     def __add__(self, other: WarmOutcome) -> WarmOutcome:
         return WarmOutcome(
             self.hits + other.hits,
-            self.encoded + other.encoded,
+            self.encoded | other.encoded,
             self.encoded_bytes + other.encoded_bytes,
             self.over_budget or other.over_budget,
         )
@@ -83,6 +84,24 @@ class TenantUsage:
 
     blocks: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class FormUsage:
+    """What happened since the shard's start, and what is held, in one form."""
+
+    blocks: int = 0
+    nbytes: int = 0
+    hits: int = 0
+    misses: int = 0
+
+    def __add__(self, other: FormUsage) -> FormUsage:
+        return FormUsage(
+            self.blocks + other.blocks,
+            self.nbytes + other.nbytes,
+            self.hits + other.hits,
+            self.misses + other.misses,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,3 +120,5 @@ class ShardStats:
     expirations: int
     lost: int
     tenants: dict[str, TenantUsage] = field(default_factory=dict)
+    forms: dict[str, FormUsage] = field(default_factory=dict)
+    """By the form's name."""

@@ -8,16 +8,25 @@ encoded (given to all who wait).
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from blockrag.errors import UnavailableError
-from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, Tier, WarmOutcome
+from blockrag.kv_cache.messages import (
+    AcquiredBlock,
+    DocumentId,
+    FormUsage,
+    PurgeLog,
+    ShardStats,
+    Tier,
+    WarmOutcome,
+)
 from blockrag.kv_cache.single_flight import SingleFlight
 from blockrag.kv_cache.store import BlockStore
 from blockrag.kv_cache.tasks import gather_or_cancel
-from blockrag.types import BlockRequest
+from blockrag.types import BlockForm, BlockRequest
 
 ENCODE_ATTEMPTS = 4
 """How often a block is sent to the encoder when its replicas die."""
@@ -54,8 +63,8 @@ class CacheShard:
 
     def __init__(self, store: BlockStore, encode: Encode, *, warm_concurrency: int = WARM_CONCURRENCY) -> None:
         self.store = store
-        self.hits = 0
-        self.misses = 0
+        self.hits: Counter[BlockForm] = Counter()
+        self.misses: Counter[BlockForm] = Counter()
         self.joined = 0
         self._encode = encode
         self._flights: SingleFlight[_Acquired] = SingleFlight()
@@ -91,7 +100,7 @@ class CacheShard:
             block, over_budget = await self._encoded(request, pin)
         if joined:
             return WarmOutcome(hits=1, over_budget=over_budget)
-        return WarmOutcome(encoded=1, encoded_bytes=block.nbytes, over_budget=over_budget)
+        return WarmOutcome(encoded=frozenset([request.key]), encoded_bytes=block.nbytes, over_budget=over_budget)
 
     def report_lost(self, keys: Sequence[str], generations: Sequence[int] | None = None) -> int:
         """Forgets blocks whose objects could not be read; how many. A newer object of the same key stays."""
@@ -128,20 +137,28 @@ class CacheShard:
             nbytes=store.nbytes,
             budget_bytes=store.budget_bytes,
             pinned_blocks=store.pinned_blocks,
-            hits=self.hits,
-            misses=self.misses,
+            hits=self.hits.total(),
+            misses=self.misses.total(),
             joined=self.joined,
             evictions=store.evictions,
             expirations=store.expirations,
             lost=store.lost,
             tenants=store.tenants(),
+            forms=self._forms(),
         )
+
+    def _forms(self) -> dict[str, FormUsage]:
+        held = self.store.forms()
+        return {
+            str(form): held.get(form, FormUsage()) + FormUsage(hits=self.hits[form], misses=self.misses[form])
+            for form in sorted({*held, *self.hits, *self.misses}, key=str)
+        }
 
     def _held(self, request: BlockRequest, *, pin: bool) -> AcquiredBlock | None:
         entry = self.store.get(request.key, document_of(request), pin=pin)
         if entry is None:
             return None
-        self.hits += 1
+        self.hits[request.form] += 1
         return AcquiredBlock(request.key, [entry.ref], "store", entry.nbytes, entry.generation)
 
     async def _encoded(self, request: BlockRequest, pin: bool) -> _Acquired:
@@ -149,7 +166,7 @@ class CacheShard:
         if key in self._flights:
             self.joined += 1
         else:
-            self.misses += 1
+            self.misses[request.form] += 1
             self._encodings[key] = _Encoding()
         encoding = self._encodings[key]
         document = document_of(request)
@@ -168,7 +185,7 @@ class CacheShard:
         tier: Tier = "encoded"
         if not encoding.documents:  # purged meanwhile: whoever waits may use it, nobody keeps it
             return _Acquired(AcquiredBlock(key, [ref], tier, nbytes), over_budget=False)
-        outcome = self.store.put(key, ref, nbytes, request.tenant, encoding.documents, encoding.pins)
+        outcome = self.store.put(key, ref, nbytes, request.tenant, encoding.documents, encoding.pins, request.form)
         generation = outcome.entry.generation if outcome.entry else 0
         over_budget = outcome.entry is None or outcome.evicted > 0
         return _Acquired(AcquiredBlock(key, [ref], tier, nbytes, generation), over_budget)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockrag.kv_cache.messages import DocumentId, TenantUsage
+from blockrag.kv_cache.messages import DocumentId, FormUsage, TenantUsage
 from blockrag.kv_cache.purge_log import Departed, PurgeJournal, process_start
+from blockrag.types import FULL, BlockForm
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Entry:
     pins: set[DocumentId]
     """Documents that keep it: neither evicted nor expired while there is one."""
     generation: int
+    form: BlockForm
     last_use: float = 0.0
 
 
@@ -86,6 +88,7 @@ class BlockStore:
         self._entries: dict[str, Entry] = {}
         self._lru: OrderedDict[str, None] = OrderedDict()
         self._tenants: dict[str, _Tenant] = {}
+        self._forms: dict[BlockForm, FormUsage] = {}
         self._documents: dict[DocumentId, set[str]] = {}
         self._generations = itertools.count(process_start())
 
@@ -106,6 +109,10 @@ class BlockStore:
         """What each tenant holds."""
         return {name: TenantUsage(tenant.blocks, tenant.nbytes) for name, tenant in self._tenants.items()}
 
+    def forms(self) -> dict[BlockForm, FormUsage]:
+        """What is held in each form; hits and misses are not counted here."""
+        return dict(self._forms)
+
     def get(self, key: str, document: DocumentId, *, pin: bool = False) -> Entry | None:
         """The entry, made the most recently used and noted as part of the document; None: not held."""
         self.expire()
@@ -119,7 +126,14 @@ class BlockStore:
         return entry
 
     def put(
-        self, key: str, ref: Any, nbytes: int, tenant: str, documents: Iterable[DocumentId], pins: Iterable[DocumentId]
+        self,
+        key: str,
+        ref: Any,
+        nbytes: int,
+        tenant: str,
+        documents: Iterable[DocumentId],
+        pins: Iterable[DocumentId],
+        form: BlockForm = FULL,
     ) -> PutOutcome:
         """Stores a block, after making room: first among the tenant's own blocks when it is over its share.
 
@@ -139,7 +153,7 @@ class BlockStore:
         while self.nbytes + nbytes > self.budget_bytes:
             self._evict(next(iter(self._lru)))
             evicted += 1
-        entry = Entry(key, ref, nbytes, tenant, set(), set(), next(self._generations))
+        entry = Entry(key, ref, nbytes, tenant, set(), set(), next(self._generations), form)
         self._insert(entry)
         for document in documents:
             self._link(entry, document)
@@ -227,6 +241,7 @@ class BlockStore:
         tenant.blocks += 1
         tenant.nbytes += entry.nbytes
         self.nbytes += entry.nbytes
+        self._forms[entry.form] = self._forms.get(entry.form, FormUsage()) + FormUsage(1, entry.nbytes)
 
     def _remove(self, key: str) -> None:
         entry = self._entries.pop(key, None)
@@ -238,6 +253,7 @@ class BlockStore:
         tenant.blocks -= 1
         tenant.nbytes -= entry.nbytes
         self.nbytes -= entry.nbytes
+        self._forms[entry.form] += FormUsage(-1, -entry.nbytes)
         if entry.pins:
             tenant.pinned_bytes -= entry.nbytes
         if not tenant.blocks:

@@ -4,9 +4,24 @@ import pytest
 
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.messages import DocumentId, ShardStats, TenantUsage
-from blockrag.kv_cache.requests import block_requests, document_ids, status_response
-from blockrag.v1.common_pb2 import PromptBlock, RequestContext
+from blockrag.kv_cache.messages import DocumentId, FormUsage, ShardStats, TenantUsage, WarmOutcome
+from blockrag.kv_cache.requests import (
+    block_form,
+    block_forms,
+    block_requests,
+    document_ids,
+    status_response,
+    warm_response,
+)
+from blockrag.types import FULL, BlockForm
+from blockrag.v1.common_pb2 import (
+    BLOCK_FORM_CHUNKS,
+    BLOCK_FORM_COMPRESSED,
+    BLOCK_FORM_FULL,
+    PromptBlock,
+    RequestContext,
+)
+from blockrag.v1.common_pb2 import BlockForm as BlockFormValue
 from blockrag.v1.kv_cache_pb2 import DocumentRef
 
 KEYS = KeyMaker("fingerprint", b"secret")
@@ -48,11 +63,56 @@ def test_documents_are_the_tenants() -> None:
 
 def test_shards_are_summed_up() -> None:
     stats = [
-        ShardStats(2, 20, 50, 1, 3, 4, 5, 6, 7, 8, {"a": TenantUsage(1, 10), "b": TenantUsage(1, 10)}),
-        ShardStats(1, 10, 50, 0, 1, 1, 1, 1, 1, 1, {"b": TenantUsage(1, 10)}),
+        ShardStats(
+            *(2, 20, 50, 1, 3, 4, 5, 6, 7, 8),
+            {"a": TenantUsage(1, 10), "b": TenantUsage(1, 10)},
+            {"full": FormUsage(1, 15, 2, 3), "chunks-8": FormUsage(1, 5, 1, 1)},
+        ),
+        ShardStats(1, 10, 50, 0, 1, 1, 1, 1, 1, 1, {"b": TenantUsage(1, 10)}, {"full": FormUsage(1, 10, 1, 1)}),
     ]
     status = status_response(stats, 150)
     assert (status.blocks, status.bytes, status.budget_bytes, status.pinned_blocks) == (3, 30, 150, 1)
     assert (status.hits, status.misses, status.joined) == (4, 5, 6)
     assert (status.evictions, status.expirations, status.lost, status.shards) == (7, 8, 9, 2)
     assert [(tenant.tenant, tenant.blocks, tenant.bytes) for tenant in status.tenants] == [("a", 1, 10), ("b", 2, 20)]
+    assert [(form.form, form.blocks, form.bytes, form.hits, form.misses) for form in status.forms] == [
+        ("chunks-8", 1, 5, 1, 1),
+        ("full", 2, 25, 3, 4),
+    ]
+
+
+def test_blocks_are_asked_for_in_each_form_once() -> None:
+    assert block_forms([], 8) == [FULL]
+    asked = [BLOCK_FORM_CHUNKS, BLOCK_FORM_FULL, BLOCK_FORM_COMPRESSED, BLOCK_FORM_CHUNKS]
+    assert block_forms(asked, 8) == [BlockForm("chunks", 8), FULL, BlockForm("compressed", 8)]
+
+
+@pytest.mark.parametrize("form", [BLOCK_FORM_COMPRESSED, BLOCK_FORM_CHUNKS])
+def test_a_bundle_that_does_not_compress_has_the_full_form_only(form: BlockFormValue) -> None:
+    assert block_forms([BLOCK_FORM_FULL], 0) == [FULL]
+    with pytest.raises(InvalidRequestError, match=r"forms\[1\]: the bundle has no chunk encoder"):
+        block_forms([BLOCK_FORM_FULL, form], 0)
+
+
+def test_an_unknown_form_is_named() -> None:
+    with pytest.raises(InvalidRequestError, match=r"blocks\[3\]\.form: 77 is unknown"):
+        block_form(77, 8, "blocks[3].form")  # type: ignore[arg-type]
+
+
+def test_the_form_is_part_of_the_request_and_of_its_key() -> None:
+    keys = KeyMaker("fingerprint", b"secret", "compression")
+    form = BlockForm("compressed", 2)
+    [block] = block_requests(keys, CONTEXT, [PromptBlock(token_ids=[1, 2, 3])], form)
+    assert block.form == form
+    assert block.size == 2
+    assert block.key == keys.block_key("t", [1, 2, 3], form) != keys.block_key("t", [1, 2, 3])
+
+
+def test_a_block_is_a_hit_when_every_form_of_it_is() -> None:
+    keys = KeyMaker("fingerprint", b"secret", "compression")
+    blocks = [PromptBlock(token_ids=[number]) for number in (1, 2, 2, 3)]
+    by_form = [block_requests(keys, CONTEXT, blocks, form) for form in (FULL, BlockForm("chunks", 2))]
+    encoded = {by_form[0][0].key, by_form[1][0].key, by_form[1][3].key}
+    response = warm_response(by_form, WarmOutcome(3, frozenset(encoded), 300, True))
+    assert (response.hits, response.encoded, response.encoded_bytes, response.over_budget) == (1, 2, 300, True)
+    assert warm_response([[]], WarmOutcome()).hits == 0

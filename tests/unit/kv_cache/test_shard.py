@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from blockrag.errors import InvalidRequestError, UnavailableError
-from blockrag.kv_cache.messages import DocumentId, WarmOutcome
+from blockrag.kv_cache.messages import DocumentId, FormUsage, WarmOutcome
 from blockrag.kv_cache.shard import ENCODE_ATTEMPTS, CacheShard
 from blockrag.kv_cache.store import BlockStore
+from blockrag.types import BlockForm
 from tests.unit.kv_cache.parts import SIZE, Encoder, request, requests, settle
 
 DOCUMENT = DocumentId("t", "c", "d")
@@ -152,7 +154,7 @@ async def test_warming_encodes_a_bounded_number_at_a_time() -> None:
     first, second = await asyncio.gather(shard.warm(blocks, False), shard.warm(blocks, False))
     assert encoder.most_running == 8
     assert len(encoder.encoded) == 300
-    assert first + second == WarmOutcome(hits=300, encoded=300, encoded_bytes=300 * SIZE)
+    assert first + second == WarmOutcome(300, frozenset(encoder.encoded), 300 * SIZE)
 
 
 async def test_warming_leaves_the_way_free_for_requests() -> None:
@@ -172,7 +174,7 @@ async def test_warming_pins_what_is_held_already_and_what_it_encodes() -> None:
     shard = make_shard(Encoder())
     await shard.acquire(requests("a"))
     outcome = await shard.warm(requests("aab"), True)
-    assert outcome == WarmOutcome(hits=1, encoded=1, encoded_bytes=SIZE)
+    assert outcome == WarmOutcome(1, frozenset("b"), SIZE)
     assert shard.stats().pinned_blocks == 2
     assert shard.set_pins([DOCUMENT], False) == 2
     assert shard.stats().pinned_blocks == 0
@@ -238,3 +240,24 @@ async def test_nothing_is_left_behind_by_requests_that_were_cancelled() -> None:
     assert shard.purged_since(cursor).keys == []
     encoder.go.set()
     assert [block.tier for block in await shard.acquire(requests("abc"))] == ["encoded"] * 3
+
+
+async def test_forms_of_a_block_are_counted_and_purged_together() -> None:
+    shard = make_shard(Encoder())
+    compressed, chunks = BlockForm("compressed", 8), BlockForm("chunks", 8)
+    forms = [request("full"), replace(request("small"), form=compressed), replace(request("tiny"), form=chunks)]
+    await shard.acquire(forms)
+    await shard.acquire(forms[1:2])
+    assert shard.stats().forms == {
+        "chunks-8": FormUsage(1, SIZE, 0, 1),
+        "compressed-8": FormUsage(1, SIZE, 1, 1),
+        "full": FormUsage(1, SIZE, 0, 1),
+    }
+    assert (shard.stats().hits, shard.stats().misses) == (1, 3)
+    assert shard.purge([DOCUMENT]) == 3
+    assert {form: usage.blocks for form, usage in shard.stats().forms.items()} == {
+        "chunks-8": 0,
+        "compressed-8": 0,
+        "full": 0,
+    }
+    assert set(shard.purged_since(shard.purged_since(0).cursor - 3).keys) == {"full", "small", "tiny"}

@@ -1,0 +1,78 @@
+"""What a request asks of compression, checked against what the bundle can do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from blockrag.errors import InvalidRequestError
+from blockrag.v1 import common_pb2
+
+RETRIEVAL = "retrieval"
+"""The policy that every bundle has: the best passages' chunks first."""
+_PREFERRED = ("query", "blind")
+_BUDGETS = ("rate", "max_context_tokens", "max_ttft_ms")
+
+
+@dataclass(frozen=True)
+class CompressionAbility:
+    """What a bundle can compress with."""
+
+    bundle_name: str
+    chunk_tokens: int
+    """Tokens of a chunk (k): the highest rate."""
+    policies: frozenset[str] | None
+    """Names of the bundle's own policies; None: the bundle has nothing to compress with."""
+
+
+@dataclass(frozen=True)
+class CompressionRequest:
+    """A valid request for compression."""
+
+    kind: Literal["rate", "max_context_tokens", "max_ttft_ms"]
+    limit: float
+    """In the unit of ``kind``: tokens per slot, slots, milliseconds."""
+    policy: str
+    """Who chooses the chunks that stay word for word."""
+
+
+def read_compression(
+    message: common_pb2.Compression, mode: common_pb2.AttentionMode, ability: CompressionAbility
+) -> CompressionRequest | None:
+    """The request in ``message``; None: nothing is to be compressed.
+
+    Raises ``InvalidRequestError`` naming the field: a value out of range, an unknown policy, a bundle that cannot
+    compress, an attention mode without cached blocks.
+    """
+    kind = message.WhichOneof("budget")
+    if kind is None or kind == "off":
+        if message.policy and kind is None:
+            raise InvalidRequestError("compression", "needs one of rate, max_context_tokens and max_ttft_ms, or off")
+        return None
+    if ability.policies is None:
+        raise InvalidRequestError(
+            "compression", f"the bundle {ability.bundle_name!r} has no chunk encoder, so it cannot compress"
+        )
+    if (mode or common_pb2.ATTENTION_MODE_BLOCK) != common_pb2.ATTENTION_MODE_BLOCK:
+        raise InvalidRequestError("compression", "is possible with attention_mode block only")
+    limit = float(getattr(message, kind))
+    if kind == "rate" and not 1.0 <= limit <= ability.chunk_tokens:  # refuses NaN as well
+        raise InvalidRequestError(
+            "compression.rate",
+            f"is {limit:g}; must be from 1 to {ability.chunk_tokens}, the tokens of the bundle's chunks",
+        )
+    if kind == "max_context_tokens" and limit < 1:
+        raise InvalidRequestError("compression.max_context_tokens", "must be at least 1")
+    if kind == "max_ttft_ms" and not (limit > 0 and math.isfinite(limit)):
+        raise InvalidRequestError("compression.max_ttft_ms", "must be a number above 0")
+    return CompressionRequest(kind, limit, _policy(message.policy, ability.policies))
+
+
+def _policy(asked: str, known: frozenset[str]) -> str:
+    if not asked:
+        return next((name for name in _PREFERRED if name in known), RETRIEVAL)
+    if asked != RETRIEVAL and asked not in known:
+        choices = ", ".join((*sorted(known), RETRIEVAL))
+        raise InvalidRequestError("compression.policy", f"is {asked!r}; the bundle has {choices}")
+    return asked

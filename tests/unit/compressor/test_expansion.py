@@ -1,0 +1,147 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockrag.compressor.compression import CompressionRequest
+from blockrag.compressor.expansion import (
+    PrefillCost,
+    Room,
+    affordable_slots,
+    chunk_lengths,
+    expand,
+    retrieval_logits,
+    room_for,
+)
+from blockrag.errors import InvalidRequestError
+from blockrag.modeling.refrag.chunks import chunk_bounds, chunk_count
+
+PASSAGES = st.lists(st.integers(min_value=1, max_value=200), min_size=1, max_size=20)
+CHUNK = st.integers(min_value=1, max_value=16)
+PLENTY = 10**6
+
+
+def planned(
+    passages: list[int], chunk: int, request: CompressionRequest, most: int, timed: int, seed: int
+) -> tuple[Room, np.ndarray, np.ndarray, np.ndarray]:
+    """The room, and of the chunks of passages that are in: logits, lengths, which are expanded."""
+    room = room_for(passages, chunk, request, most, timed)
+    kept = [tokens for tokens, decision in zip(passages, room.decisions, strict=True) if decision.in_prompt]
+    lengths = chunk_lengths(kept, chunk)
+    logits = np.random.default_rng(seed).normal(size=len(lengths)).astype(np.float32)
+    return room, logits, lengths, expand(logits, lengths, room.extra_slots)
+
+
+def slots_of(lengths: np.ndarray, expanded: np.ndarray) -> int:
+    return int(np.where(expanded, lengths, 1).sum())
+
+
+class TestExpand:
+    @given(st.lists(st.tuples(st.integers(1, 16), st.floats(-5, 5, width=32)), max_size=60), st.integers(0, 400))
+    def test_never_beyond_the_room_and_highest_logits_first(self, chunks: list[tuple[int, float]], extra: int) -> None:
+        lengths = np.array([length for length, _ in chunks], dtype=np.int64)
+        logits = np.array([logit for _, logit in chunks], dtype=np.float32)
+        expanded = expand(logits, lengths, extra)
+        assert (lengths[expanded] - 1).sum() <= extra
+        if expanded.any() and not expanded.all():
+            assert logits[expanded].min() >= logits[~expanded].max()
+            # The next in line did not fit.
+            after = [place for place in np.argsort(-logits, kind="stable") if not expanded[place]]
+            assert (lengths[expanded] - 1).sum() + lengths[after[0]] - 1 > extra
+
+    @given(st.lists(st.integers(1, 16), min_size=1, max_size=40), st.integers(0, 200), st.integers(0, 200))
+    def test_more_room_only_adds_chunks(self, lengths: list[int], extra: int, more: int) -> None:
+        logits = np.random.default_rng(len(lengths)).normal(size=len(lengths)).astype(np.float32)
+        few = expand(logits, np.array(lengths), extra)
+        many = expand(logits, np.array(lengths), extra + more)
+        assert (many | ~few).all()
+
+
+class TestRate:
+    @given(PASSAGES, CHUNK, st.floats(1, 16), st.integers(0, 2**32 - 1))
+    def test_it_is_reached_unless_everything_is_compressed_already(
+        self, passages: list[int], chunk: int, rate: float, seed: int
+    ) -> None:
+        request = CompressionRequest("rate", min(rate, chunk), "query")
+        room, _, lengths, expanded = planned(passages, chunk, request, PLENTY, 0, seed)
+        assert all(decision.in_prompt for decision in room.decisions)
+        slots = slots_of(lengths, expanded)
+        assert not expanded[lengths > 1].any() or sum(passages) / slots >= request.limit - 1e-9
+
+    @given(PASSAGES, CHUNK)
+    def test_one_expands_everything(self, passages: list[int], chunk: int) -> None:
+        room, _, lengths, expanded = planned(passages, chunk, CompressionRequest("rate", 1.0, "q"), PLENTY, 0, 0)
+        assert room.everything
+        assert expanded.all()
+        assert slots_of(lengths, expanded) == sum(passages)
+
+    def test_the_highest_drops_nothing(self) -> None:
+        room = room_for([9, 1, 17], 8, CompressionRequest("rate", 8.0, "q"), PLENTY, 0)
+        assert [decision.in_prompt for decision in room.decisions] == [True] * 3
+        assert room.extra_slots == 0
+
+    def test_the_models_positions_hold_in_any_case(self) -> None:
+        room = room_for([80, 80, 80], 8, CompressionRequest("rate", 2.0, "q"), 25, 0)
+        assert [decision.in_prompt for decision in room.decisions] == [True, True, False]
+        assert room.extra_slots == 5
+
+
+class TestTokenBudget:
+    @given(PASSAGES, CHUNK, st.integers(1, 1500), st.integers(0, 2000), st.integers(0, 2**32 - 1))
+    def test_never_over_budget(self, passages: list[int], chunk: int, budget: int, most: int, seed: int) -> None:
+        request = CompressionRequest("max_context_tokens", budget, "query")
+        room, _, lengths, expanded = planned(passages, chunk, request, most, 0, seed)
+        assert slots_of(lengths, expanded) <= min(budget, most)
+        if room.everything:
+            assert expanded.all()
+
+    def test_what_does_not_fit_even_compressed_is_dropped_with_the_reason(self) -> None:
+        room = room_for([64, 64, 8], 8, CompressionRequest("max_context_tokens", 9, "q"), PLENTY, 0)
+        assert [decision.in_prompt for decision in room.decisions] == [True, False, True]
+        assert room.decisions[1].dropped_reason == "over the token budget: needs 8 even compressed, 1 of 9 left"
+
+
+class TestTimeBudget:
+    @given(st.floats(0.1, 500), st.floats(0, 50), st.floats(0, 1), st.floats(0, 100), st.integers(0, 40))
+    def test_what_is_afforded_comes_in_time(
+        self, limit: float, base: float, slot: float, spent: float, instruction: int
+    ) -> None:
+        cost = PrefillCost(base, slot)
+        try:
+            slots = affordable_slots(cost, limit, spent, instruction)
+        except InvalidRequestError as error:
+            assert error.field == "compression.max_ttft_ms"
+            assert limit < spent + base + instruction * slot
+        else:
+            assert spent + base + (slots + instruction) * slot <= limit + 1e-6 * (1 + limit)
+
+    def test_the_slots_bound_the_passages(self) -> None:
+        room = room_for([64, 64], 8, CompressionRequest("max_ttft_ms", 50.0, "q"), PLENTY, 30)
+        assert room.extra_slots == 14
+        assert room_for([64, 64], 8, CompressionRequest("max_ttft_ms", 50.0, "q"), 20, 30).extra_slots == 4
+
+    def test_a_time_that_the_question_alone_takes_is_refused(self) -> None:
+        with pytest.raises(InvalidRequestError, match="the question without any passage takes about 13 ms"):
+            affordable_slots(PrefillCost(8.0, 0.1), 12.0, 5.0, 1)
+
+
+@given(PASSAGES, CHUNK)
+def test_chunk_lengths_are_those_of_the_chunks(passages: list[int], chunk: int) -> None:
+    bounds = itertools.chain.from_iterable(chunk_bounds(tokens, chunk) for tokens in passages)
+    assert chunk_lengths(passages, chunk).tolist() == [end - start for start, end in bounds]
+
+
+@given(PASSAGES, CHUNK, st.integers(0, 500))
+def test_retrieval_expands_the_best_passages_first(passages: list[int], chunk: int, extra: int) -> None:
+    logits = retrieval_logits(passages, chunk)
+    expanded = expand(logits, chunk_lengths(passages, chunk), extra)
+    assert expanded.tolist() == sorted(expanded.tolist(), reverse=True)
+    assert len(expanded) == sum(chunk_count(tokens, chunk) for tokens in passages)
+
+
+def test_no_passages() -> None:
+    room = room_for([], 8, CompressionRequest("rate", 4.0, "q"), PLENTY, 0)
+    assert room.everything
+    assert expand(np.zeros(0, dtype=np.float32), chunk_lengths([], 8), 5).tolist() == []
