@@ -1,0 +1,159 @@
+"""What a policy sees of a chunk beside its embedding: where it stands, what its tokens look like, and what it shares
+with the question.
+
+Everything is computed from token ids, in numpy, in well under a millisecond for twenty passages. A question's tokens
+are weighted by how few of the candidates hold them (BM25's inverse document frequency over the candidates alone): the
+name that one passage holds counts, the "was" that all hold does not. No statistics of a corpus are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PLACE_FEATURES = ("rank", "inverse rank", "place", "inverse place", "last of its passage", "length")
+"""Known without the question: where a chunk stands in the sequence."""
+QUESTION_FEATURES = (
+    "digits",
+    "capitals",
+    "passage's overlap",
+    "passage's overlap relative to the best",
+    "inverse rank by overlap",
+    "passage's overlap in pairs of tokens",
+    "chunk's overlap",
+    "overlap of the chunk before",
+    "overlap of the chunk after",
+)
+FEATURES = (*PLACE_FEATURES, *QUESTION_FEATURES)
+"""Names of the columns that ``chunk_features`` gives."""
+
+_WORD_STARTS = "Ġ▁ "
+_DIGITS = frozenset("0123456789")
+_CAPITALS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+@dataclass(frozen=True)
+class TokenTraits:
+    """What tokens look like, by id; bool [vocabulary]."""
+
+    digit: NDArray[np.bool_]
+    """Whether there is a digit in it."""
+    capital: NDArray[np.bool_]
+    """Whether it begins with a capital letter."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> TokenTraits:
+        """Of a transformers fast tokenizer; computed once, it reads the whole vocabulary."""
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        size = max(vocabulary.values(), default=-1) + 1
+        digit, capital = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
+        for text, number in vocabulary.items():
+            digit[number] = not _DIGITS.isdisjoint(text)
+            capital[number] = text.lstrip(_WORD_STARTS)[:1] in _CAPITALS
+        return cls(digit, capital)
+
+
+def chunk_features(
+    passages: Sequence[Sequence[int]],
+    question: Sequence[int],
+    chunk_tokens: int,
+    traits: TokenTraits,
+    ranks: Sequence[int] | None = None,
+) -> NDArray[np.float32]:
+    """Features of every chunk of every passage, in order; float32 [chunks, len(FEATURES)], all from 0 to about 1.
+
+    ``passages`` are the token ids of the passages' blocks, ``question`` those of the final block (empty: what depends
+    on it is 0). ``ranks[i]`` is the place that retrieval gave passage i, 0 the best; None: passages come in that
+    order. Raises ValueError for an empty passage.
+    """
+    lengths = np.array([len(passage) for passage in passages], dtype=np.int64)
+    if not len(lengths):
+        return np.zeros((0, len(FEATURES)), dtype=np.float32)
+    if chunk_tokens < 1 or lengths.min() < 1:
+        raise ValueError("a chunk and a passage have at least one token")
+    counts = -(-lengths // chunk_tokens)
+    owner = np.repeat(np.arange(len(lengths)), counts)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(np.cumsum(lengths) - lengths, counts) + index * chunk_tokens
+    sizes = np.minimum(lengths[owner] - index * chunk_tokens, chunk_tokens)
+    tokens = np.concatenate([np.asarray(passage, dtype=np.int64) for passage in passages])
+    rank = (np.arange(len(lengths)) if ranks is None else np.asarray(ranks, dtype=np.int64))[owner]
+    columns = [
+        np.log1p(rank) / 3.0,
+        1.0 / (1.0 + rank),
+        index / np.maximum(counts[owner] - 1, 1),
+        1.0 / (1.0 + index),
+        index == counts[owner] - 1,
+        sizes / chunk_tokens,
+        np.add.reduceat(_look_up(traits.digit, tokens), starts) / sizes,
+        np.add.reduceat(_look_up(traits.capital, tokens), starts) / sizes,
+        *_overlaps(tokens, np.asarray(question, dtype=np.int64), np.cumsum(lengths) - lengths, starts, owner),
+    ]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def _look_up(trait: NDArray[np.bool_], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    # a decoder may have more rows than its tokenizer has tokens
+    known = tokens < len(trait)
+    found: NDArray[np.float32] = np.where(known, trait[np.where(known, tokens, 0)], False).astype(np.float32)
+    return found
+
+
+def _overlaps(
+    tokens: NDArray[np.int64],
+    question: NDArray[np.int64],
+    passage_starts: NDArray[np.int64],
+    chunk_starts: NDArray[np.int64],
+    owner: NDArray[np.int64],
+) -> list[NDArray[np.float64]]:
+    """The last seven columns: overlaps as shares of the question's whole weight; zero where it has none."""
+    chunks, passages = len(owner), len(passage_starts)
+    nothing = [np.zeros(chunks) for _ in range(7)]
+    if not question.size:
+        return nothing
+    same = tokens[:, None] == question[None, :]
+    held = np.logical_or.reduceat(same, passage_starts, axis=0)
+    weight = _rarity(held, passages)
+    # a token that stands twice in the question counts once
+    weight[np.setdiff1d(np.arange(question.size), np.unique(question, return_index=True)[1])] = 0.0
+    if not weight.sum():
+        return nothing
+    whole = held @ weight / weight.sum()
+    best = whole.max()
+    order = (whole[None, :] > whole[:, None]).sum(axis=1)
+    own = np.logical_or.reduceat(same, chunk_starts, axis=0) @ weight / weight.sum()
+    first = np.diff(owner, prepend=-1) != 0
+    before = np.where(first, 0.0, np.roll(own, 1))
+    after = np.where(np.roll(first, -1), 0.0, np.roll(own, -1))
+    return [
+        whole[owner],
+        whole[owner] / best if best else nothing[0],
+        1.0 / (1.0 + order[owner]),
+        _pairs(same, passage_starts, passages)[owner],
+        own,
+        before,
+        after,
+    ]
+
+
+def _pairs(same: NDArray[np.bool_], passage_starts: NDArray[np.int64], passages: int) -> NDArray[np.float64]:
+    """Overlap of each passage with the question's pairs of neighbouring tokens, relative to the best."""
+    if same.shape[1] < 2 or len(same) < 2:
+        return np.zeros(passages)
+    both = np.zeros((len(same), same.shape[1] - 1), dtype=np.bool_)
+    both[:-1] = same[:-1, :-1] & same[1:, 1:]
+    both[passage_starts[1:] - 1] = False
+    held = np.logical_or.reduceat(both, passage_starts, axis=0)
+    found: NDArray[np.float64] = held @ _rarity(held, passages)
+    return found / found.max() if found.max() else found
+
+
+def _rarity(held: NDArray[np.bool_], passages: int) -> NDArray[np.float64]:
+    """BM25's inverse document frequency of each column of ``held`` [passages, tokens]; 0 where none holds it."""
+    holders = held.sum(axis=0)
+    weight: NDArray[np.float64] = np.log1p((passages - holders + 0.5) / (holders + 0.5)) * (holders > 0)
+    return weight
