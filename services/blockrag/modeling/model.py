@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from blockrag.modeling.loading import check_finite, check_missing, no_progress_b
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.pear import fold
 from blockrag.modeling.rotary import IdentityRotary, RotaryTable
-from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena
+from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.types import BlockKV
 
@@ -45,6 +45,8 @@ class SlotModel:
         self.num_kv_heads = facts.shape.num_kv_heads
         self.head_dim = facts.shape.head_dim
         self.vocab_size = facts.vocab_size
+        self.width = int(model.config.hidden_size)
+        """Numbers of an input embedding."""
         self.max_positions = facts.max_positions
         """Longest slot list, prompt and answer together."""
         self.end_token_ids = frozenset(end_token_ids)
@@ -125,27 +127,36 @@ class SlotModel:
         if not blocks:
             return []
         token_ids = [self._checked(block) for block in blocks]
-        for ids in token_ids:
-            self._check_length(len(ids))
-        total = sum(map(len, token_ids))
-        shape = (self.num_layers, self.num_kv_heads, total, self.head_dim)
-        options: dict[str, Any] = {"dtype": self.kv_dtype, "device": self.device}
-        capture = Capture(keys=torch.empty(shape, **options), values=torch.empty(shape, **options))
-        segments = _segments([(None, ids) for ids in token_ids])
-        self._run(token_ids, segments, capture)
-        captured_keys, captured_values = capture.keys.cpu(), capture.values.cpu()
-        encoded = []
-        for segment, ids, key in zip(segments, token_ids, keys, strict=True):
-            span = slice(segment.start, segment.start + segment.length)
-            encoded.append(
-                BlockKV(
-                    key=key,
-                    token_ids=ids.astype(np.int32),
-                    keys=_to_numpy(captured_keys[:, :, span]),
-                    values=_to_numpy(captured_values[:, :, span]),
-                )
-            )
-        return encoded
+        return self._encode({"input_ids": self._as_input(token_ids)}, [len(ids) for ids in token_ids], token_ids, keys)
+
+    @torch.inference_mode()
+    def encode_embeddings(
+        self, inputs: Sequence[Tensor], token_ids: Sequence[Sequence[int]], keys: Sequence[str]
+    ) -> list[BlockKV]:
+        """Encode blocks that are given as input embeddings [m, width], one slot each, in one ragged forward pass.
+
+        ``token_ids[i]`` are the tokens that block i stands for, of any number. Compressed blocks come from projected
+        chunk embeddings; ``composing.mixed_inputs`` makes blocks of chunks and tokens. Raises InvalidRequestError for
+        an empty block, another width, NaN or infinity, PromptTooLongError as ``encode``.
+        """
+        if not len(inputs) == len(token_ids) == len(keys):
+            raise ValueError(f"{len(inputs)} inputs, {len(token_ids)} blocks and {len(keys)} keys")
+        if not inputs:
+            return []
+        checked = [self._checked(block) for block in token_ids]
+        for rows in inputs:
+            if rows.ndim != 2 or rows.shape[0] == 0 or rows.shape[1] != self.width:
+                raise InvalidRequestError("embeddings", f"{list(rows.shape)} where [slots, {self.width}] is needed")
+            if not bool(torch.isfinite(rows).all()):
+                raise InvalidRequestError("embeddings", "NaN or infinity in an input embedding")
+        rows = torch.cat([rows.to(self.device, self.compute_dtype) for rows in inputs])
+        return self._encode({"inputs_embeds": rows.unsqueeze(0)}, [len(rows) for rows in inputs], checked, keys)
+
+    @torch.inference_mode()
+    def embed_tokens(self, token_ids: Sequence[int]) -> Tensor:
+        """Input embeddings of tokens, [n, width]. Raises InvalidRequestError as ``encode``."""
+        embedded: Tensor = self._model.get_input_embeddings()(self._as_input([self._checked(token_ids)]))[0]
+        return embedded
 
     @torch.inference_mode()
     def to_resident(self, block: BlockKV) -> ResidentBlock:
@@ -160,8 +171,8 @@ class SlotModel:
         return ResidentBlock(key=block.key, keys=self._from_numpy(block.keys), values=self._from_numpy(block.values))
 
     @torch.inference_mode()
-    def new_sequence(self, blocks: Sequence[ResidentBlock], capacity: int) -> SequenceState:
-        """Compose a slot list: slot i of all blocks' slots stands at position i.
+    def new_sequence(self, blocks: Sequence[Slots], capacity: int) -> SequenceState:
+        """Compose a slot list from blocks and slices of blocks: slot i of all their slots stands at position i.
 
         ``capacity`` further slots are reserved for what ``forward`` appends. Raises PromptTooLongError when the whole
         does not fit the model's positions.
@@ -191,15 +202,41 @@ class SlotModel:
                 )
         if not work:
             return torch.empty(0, self.vocab_size)
-        segments = _segments([(state, ids) for (state, _), ids in zip(work, token_ids, strict=True)])
-        logits = self._run(token_ids, segments, None)
+        segments = _segments([(state, len(ids)) for (state, _), ids in zip(work, token_ids, strict=True)])
+        logits = self._run({"input_ids": self._as_input(token_ids)}, segments, None)
         for (state, _), ids in zip(work, token_ids, strict=True):
             state.advance(len(ids))
         return logits
 
-    def _run(
-        self, token_ids: Sequence[NDArray[np.int64]], segments: tuple[Segment, ...], capture: Capture | None
-    ) -> Tensor:
+    def _encode(
+        self,
+        inputs: Mapping[str, Tensor],
+        lengths: Sequence[int],
+        token_ids: Sequence[NDArray[np.int64]],
+        keys: Sequence[str],
+    ) -> list[BlockKV]:
+        for length in lengths:
+            self._check_length(length)
+        shape = (self.num_layers, self.num_kv_heads, sum(lengths), self.head_dim)
+        options: dict[str, Any] = {"dtype": self.kv_dtype, "device": self.device}
+        capture = Capture(keys=torch.empty(shape, **options), values=torch.empty(shape, **options))
+        segments = _segments([(None, length) for length in lengths])
+        self._run(inputs, segments, capture)
+        captured_keys, captured_values = capture.keys.cpu(), capture.values.cpu()
+        encoded = []
+        for segment, ids, key in zip(segments, token_ids, keys, strict=True):
+            span = slice(segment.start, segment.start + segment.length)
+            encoded.append(
+                BlockKV(
+                    key=key,
+                    token_ids=ids.astype(np.int32),
+                    keys=_to_numpy(captured_keys[:, :, span]),
+                    values=_to_numpy(captured_values[:, :, span]),
+                )
+            )
+        return encoded
+
+    def _run(self, inputs: Mapping[str, Tensor], segments: tuple[Segment, ...], capture: Capture | None) -> Tensor:
         longest = max(segment.first_position + segment.length for segment in segments)
         table = self.rotary.phases(longest)
         phases = [table[segment.first_position : segment.first_position + segment.length] for segment in segments]
@@ -209,14 +246,16 @@ class SlotModel:
             last_layer=self.num_layers - 1,
             capture=capture,
         )
-        inputs = torch.from_numpy(np.concatenate(token_ids)).to(self.device).unsqueeze(0)
         last = torch.tensor([segment.start + segment.length - 1 for segment in segments], device=self.device)
         if capture is not None:
-            self._model.model(input_ids=inputs, use_cache=False, slot_batch=batch)
+            self._model.model(**inputs, use_cache=False, slot_batch=batch)
             return torch.empty(0)
-        output = self._model(input_ids=inputs, use_cache=False, slot_batch=batch, logits_to_keep=last)
+        output = self._model(**inputs, use_cache=False, slot_batch=batch, logits_to_keep=last)
         logits: Tensor = output.logits[0]
         return logits.float()
+
+    def _as_input(self, token_ids: Sequence[NDArray[np.int64]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(token_ids)).to(self.device).unsqueeze(0)
 
     def _checked(self, tokens: Sequence[int]) -> NDArray[np.int64]:
         ids = np.asarray(tokens, dtype=np.int64)
@@ -278,11 +317,11 @@ def load_stock_model(
     return loaded
 
 
-def _segments(items: Sequence[tuple[SequenceState | None, NDArray[np.int64]]]) -> tuple[Segment, ...]:
+def _segments(items: Sequence[tuple[SequenceState | None, int]]) -> tuple[Segment, ...]:
     segments, start = [], 0
-    for state, ids in items:
-        segments.append(Segment(start=start, length=len(ids), state=state))
-        start += len(ids)
+    for state, length in items:
+        segments.append(Segment(start=start, length=length, state=state))
+        start += length
     return tuple(segments)
 
 

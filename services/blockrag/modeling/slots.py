@@ -1,4 +1,4 @@
-"""Slots: a block's slots on the device, and the slot list of a running sequence.
+"""Slots: a block's slots on the device, pieces of them, and the slot list of a running sequence.
 
 A slot holds one position's K before rotation and V, for all layers. A prompt is a slot list: slot i stands at
 position i, and its key is rotated by i when it is placed, once; nothing is ever un-rotated.
@@ -53,6 +53,38 @@ class ResidentBlock:
         return int(self.keys.nbytes + self.values.nbytes)
 
 
+@dataclass(frozen=True)
+class SlotSlice:
+    """Consecutive slots of a resident block; their keys and values are views of it."""
+
+    block: ResidentBlock
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= self.block.num_slots:
+            raise ValueError(f"slots {self.start} to {self.stop} of a block of {self.block.num_slots}")
+
+    @property
+    def num_slots(self) -> int:
+        """Positions that the slice takes in a prompt."""
+        return self.stop - self.start
+
+    @property
+    def keys(self) -> Tensor:
+        """Unrotated K in pair order, [layers, kv_heads, stop - start, head_dim]."""
+        return self.block.keys[:, :, self.start : self.stop]
+
+    @property
+    def values(self) -> Tensor:
+        """V, same shape."""
+        return self.block.values[:, :, self.start : self.stop]
+
+
+Slots = ResidentBlock | SlotSlice
+"""What a prompt is composed of."""
+
+
 class SlotArena:
     """Buffers of released sequences, kept for the next ones: fresh memory costs a page fault every 4 KiB."""
 
@@ -91,7 +123,7 @@ class SequenceState:
     Made by ``SlotModel.new_sequence``, extended by ``SlotModel.forward``. Not thread-safe.
     """
 
-    def __init__(self, arena: SlotArena, blocks: Sequence[ResidentBlock], capacity: int, rotary: RotaryTable) -> None:
+    def __init__(self, arena: SlotArena, blocks: Sequence[Slots], capacity: int, rotary: RotaryTable) -> None:
         self._arena = arena
         self._num_slots = sum(block.num_slots for block in blocks)
         self._capacity = self._num_slots + capacity
@@ -139,7 +171,7 @@ class SequenceState:
         if getattr(self, "_buffer", None) is not None:
             self.release()
 
-    def _place(self, blocks: Sequence[ResidentBlock], rotary: RotaryTable) -> None:
+    def _place(self, blocks: Sequence[Slots], rotary: RotaryTable) -> None:
         if not blocks:
             return
         placed = self._slots[:, :, :, : self._num_slots]
