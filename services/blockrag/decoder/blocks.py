@@ -10,16 +10,21 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from blockrag.decoder.l1 import L1Cache, L1Entry
+from blockrag.encoder.forms import FormEncoder
 from blockrag.errors import DataError, UnavailableError
 from blockrag.kv_cache.messages import FetchedBlock, Tier
-from blockrag.types import BlockKV, BlockRequest
+from blockrag.types import BlockKV, BlockRequest, CachedBlock
 
 if TYPE_CHECKING:
     from blockrag.modeling.model import SlotModel
+    from blockrag.modeling.refrag.compression import ChunkCompressor
     from blockrag.modeling.slots import ResidentBlock
+
+BlockTier = Literal["l1", "store", "encoded"]
+"""Where a prompt's block was found; the last two as in ``blockrag.kv_cache.messages.Tier``."""
 
 
 class BlockSource(Protocol):
@@ -36,31 +41,24 @@ class EncodingBlockSource:
     ``SlotModel.encode`` shares nothing that changes with ``SlotModel.forward``, so the engine's model can be used.
     """
 
-    def __init__(self, model: SlotModel) -> None:
-        self._model = model
+    def __init__(self, model: SlotModel, compressor: ChunkCompressor | None = None) -> None:
+        """``compressor``: for compressed blocks; None where the bundle has none."""
+        self._encoder = FormEncoder(model, compressor)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="decoder-encode")
 
     async def fetch(self, requests: list[BlockRequest]) -> list[FetchedBlock]:
         loop = asyncio.get_running_loop()
-        blocks = await loop.run_in_executor(self._executor, self._encode, requests)
+        blocks = await loop.run_in_executor(self._executor, self._encoder.encode, requests)
         return [FetchedBlock(block, "encoded") for block in blocks]
-
-    def _encode(self, requests: list[BlockRequest]) -> list[BlockKV]:
-        token_ids = [request.token_ids.tolist() for request in requests]
-        return self._model.encode(token_ids, [request.key for request in requests])
 
 
 @dataclass(frozen=True)
 class LoadedBlocks:
     """A prompt's blocks, pinned in the L1 until ``BlockLoader.release``."""
 
-    entries: tuple[L1Entry, ...]
-    l1_tokens: int
-    """Slots of blocks that were in the L1."""
-    store_tokens: int
-    """Slots of blocks that came from the object store."""
-    encoded_tokens: int
-    """Slots of blocks that were encoded for this request."""
+    entries: tuple[L1Entry, ...] = ()
+    tiers: tuple[BlockTier, ...] = ()
+    """Where each was found."""
 
     @property
     def blocks(self) -> tuple[ResidentBlock, ...]:
@@ -95,8 +93,8 @@ class BlockLoader:
         Raises what the source raises, and ``DataError`` for a block that is not what was asked for.
         """
         entries = self._l1.acquire([request.key for request in requests])
+        tiers: list[BlockTier] = ["l1"] * len(entries)
         missing = {request.key: request for request, entry in zip(requests, entries, strict=True) if entry is None}
-        slots: dict[Tier, int] = {"store": 0, "encoded": 0}
         if missing:
             try:
                 fetched = await self._fetch(missing, traceparent)
@@ -105,12 +103,9 @@ class BlockLoader:
                 raise
             for place, request in enumerate(requests):
                 if entries[place] is None:
-                    block, tier, listed = fetched[request.key]
+                    block, tiers[place], listed = fetched[request.key]
                     entries[place] = self._l1.insert(block, listed=listed)
-                    slots[tier] += block.num_slots
-        pinned = tuple(entry for entry in entries if entry is not None)
-        total = sum(entry.block.num_slots for entry in pinned)
-        return LoadedBlocks(pinned, total - sum(slots.values()), slots["store"], slots["encoded"])
+        return LoadedBlocks(tuple(entry for entry in entries if entry is not None), tuple(tiers))
 
     def release(self, loaded: LoadedBlocks) -> None:
         """Unpin a prompt's blocks; from any thread."""
@@ -164,11 +159,9 @@ class BlockLoader:
     async def _run(self, fetch: _Fetch, requests: list[BlockRequest]) -> dict[str, tuple[ResidentBlock, Tier]]:
         try:
             fetched = await self._source.fetch(requests)
-            for request, item in zip(requests, fetched, strict=True):
-                if item.block.key != request.key or item.block.num_slots != len(request.token_ids):
-                    raise DataError(f"the cache answered block {request.key} with another one")
+            blocks = [_checked(request, item.block) for request, item in zip(requests, fetched, strict=True)]
             loop = asyncio.get_running_loop()
-            residents = await loop.run_in_executor(self._executor, self._convert, fetched)
+            residents = await loop.run_in_executor(self._executor, self._convert, blocks)
             return {block.key: (block, item.tier) for block, item in zip(residents, fetched, strict=True)}
         except asyncio.CancelledError as error:
             self._unlist(fetch)
@@ -180,8 +173,8 @@ class BlockLoader:
             self._unlist(fetch)
             raise
 
-    def _convert(self, fetched: list[FetchedBlock]) -> list[ResidentBlock]:
-        return [self._to_resident(item.block) for item in fetched]
+    def _convert(self, blocks: list[BlockKV]) -> list[ResidentBlock]:
+        return [self._to_resident(block) for block in blocks]
 
     def _leave(self, fetch: _Fetch) -> None:
         fetch.waiters -= 1
@@ -194,6 +187,12 @@ class BlockLoader:
         for key in fetch.keys:
             if self._fetches.get(key) is fetch:
                 del self._fetches[key]
+
+
+def _checked(request: BlockRequest, block: CachedBlock) -> BlockKV:
+    if not isinstance(block, BlockKV) or block.key != request.key or block.num_slots != request.size:
+        raise DataError(f"the cache answered block {request.key} with another one")
+    return block
 
 
 def _retrieve(task: asyncio.Task[dict[str, tuple[ResidentBlock, Tier]]]) -> None:

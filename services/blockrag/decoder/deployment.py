@@ -15,6 +15,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 from blockrag.access import protect
 from blockrag.configured import configured_bundle, configured_device
+from blockrag.decoder.cost import measure_prefills
 from blockrag.decoder.runtime import assemble, warm_up
 from blockrag.grpc_status import translate_errors
 from blockrag.kv_cache.deployment import connect
@@ -45,6 +46,7 @@ class Decoder:
         warm_up(model)
         self._cache = connect(settings)
         self._runtime = assemble(bundle, model, self._cache, settings)
+        measure_prefills(model, self._runtime.meter)
         self._runtime.engine.start()
         self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
 

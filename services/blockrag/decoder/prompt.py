@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from blockrag.decoder.sampling import SamplingParams
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
-from blockrag.types import BlockRequest
+from blockrag.types import FULL, BlockForm, BlockRequest
 from blockrag.v1 import common_pb2, decoder_pb2
 
 MODE_NAMES = {
@@ -19,6 +19,26 @@ MODE_NAMES = {
     common_pb2.ATTENTION_MODE_FULL: "full",
     common_pb2.ATTENTION_MODE_NONE: "none",
 }
+_IN_PROMPT = {common_pb2.CHUNK_FORM_EXPANDED: True, common_pb2.CHUNK_FORM_COMPRESSED: False}
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """One block of a prompt: as it is, or a mixture of its expanded and its compressed chunks."""
+
+    full: BlockRequest | None
+    """None: no chunk is expanded."""
+    compressed: BlockRequest | None = None
+    """None: no chunk is compressed."""
+    expanded: tuple[bool, ...] = ()
+    """Of each chunk, for a mixture; empty: the full block as it is."""
+    slots: int = 0
+    """Positions in the prompt."""
+
+    @property
+    def requests(self) -> tuple[BlockRequest, ...]:
+        """The forms of the block that are needed."""
+        return tuple(request for request in (self.full, self.compressed) if request is not None)
 
 
 @dataclass(frozen=True)
@@ -27,20 +47,31 @@ class Prompt:
 
     mode: str
     """block, full or none; a tag of metrics and spans."""
-    blocks: tuple[BlockRequest, ...]
+    parts: tuple[PromptPart, ...]
     """Blocks to compose, in order; empty unless in block mode."""
     token_ids: tuple[int, ...]
     """Tokens to prefill behind them."""
     slots: int
-    """Tokens of the whole prompt."""
+    """Slots of the whole prompt."""
     sampling: SamplingParams
 
+    @property
+    def requests(self) -> tuple[BlockRequest, ...]:
+        """Every block that is needed, each in the forms that are needed."""
+        return tuple(request for part in self.parts for request in part.requests)
 
-def read_prompt(request: decoder_pb2.DecodeRequest, keys: KeyMaker, vocab_size: int) -> Prompt:
+    @property
+    def composed_slots(self) -> int:
+        """Slots of the blocks."""
+        return sum(part.slots for part in self.parts)
+
+
+def read_prompt(request: decoder_pb2.DecodeRequest, keys: KeyMaker, vocab_size: int, chunk_tokens: int = 0) -> Prompt:
     """Check a request and take it apart.
 
-    In block mode each block is one to compose from the caches. In the other modes all blocks are tokens to prefill,
-    in front of the final block's. Raises ``InvalidRequestError``.
+    In block mode each block is one to compose from the caches, or a mixture of its chunks; ``chunk_tokens`` are those
+    of the bundle's chunks, 0 when it cannot compress. In the other modes all blocks are tokens to prefill, in front of
+    the final block's. Raises ``InvalidRequestError``.
     """
     mode = request.attention_mode or common_pb2.ATTENTION_MODE_BLOCK
     if mode not in MODE_NAMES:
@@ -50,23 +81,63 @@ def read_prompt(request: decoder_pb2.DecodeRequest, keys: KeyMaker, vocab_size: 
         _token_ids(f"blocks[{place}].token_ids", block.token_ids, vocab_size)
         for place, block in enumerate(request.blocks)
     ]
-    slots = sum(map(len, blocks)) + len(final)
     sampling = _sampling(request.sampling)
     if mode != common_pb2.ATTENTION_MODE_BLOCK:
+        for place, block in enumerate(request.blocks):
+            if block.forms:
+                raise InvalidRequestError(f"blocks[{place}].forms", "can be given with attention_mode block only")
         whole = np.concatenate([*blocks, final])
-        return Prompt(MODE_NAMES[mode], (), tuple(whole.tolist()), slots, sampling)
-    tenant = request.context.tenant
-    requests = tuple(
-        BlockRequest(
-            key=keys.block_key(tenant, token_ids),  # type: ignore[arg-type]  # an array is a sequence of ints here
+        return Prompt(MODE_NAMES[mode], (), tuple(whole.tolist()), len(whole), sampling)
+    parts = tuple(
+        _part(f"blocks[{place}]", block, token_ids, request.context.tenant, keys, chunk_tokens)
+        for place, (block, token_ids) in enumerate(zip(request.blocks, blocks, strict=True))
+    )
+    slots = sum(part.slots for part in parts) + len(final)
+    return Prompt(MODE_NAMES[mode], parts, tuple(final.tolist()), slots, sampling)
+
+
+def _part(
+    field: str,
+    block: common_pb2.PromptBlock,
+    token_ids: NDArray[np.int32],
+    tenant: str,
+    keys: KeyMaker,
+    chunk_tokens: int,
+) -> PromptPart:
+    def wanted(form: BlockForm) -> BlockRequest:
+        return BlockRequest(
+            key=keys.block_key(tenant, token_ids, form),
             token_ids=token_ids,
             tenant=tenant,
             collection=block.collection,
             document_id=block.document_id,
+            form=form,
         )
-        for block, token_ids in zip(request.blocks, blocks, strict=True)
+
+    if not block.forms:
+        return PromptPart(wanted(FULL), slots=len(token_ids))
+    if not chunk_tokens:
+        raise InvalidRequestError(f"{field}.forms", "the bundle has no chunk encoder, so no chunk can be compressed")
+    if block.chunk_tokens != chunk_tokens:
+        raise InvalidRequestError(
+            f"{field}.chunk_tokens", f"is {block.chunk_tokens}; the bundle's chunks have {chunk_tokens} tokens"
+        )
+    compressed = BlockForm("compressed", chunk_tokens)
+    if len(block.forms) != compressed.size(len(token_ids)):
+        raise InvalidRequestError(
+            f"{field}.forms",
+            f"holds {len(block.forms)}, where {len(token_ids)} tokens have {compressed.size(len(token_ids))} chunks",
+        )
+    if not all(form in _IN_PROMPT for form in block.forms):
+        raise InvalidRequestError(f"{field}.forms", "every chunk must be expanded or compressed")
+    expanded = tuple(_IN_PROMPT[form] for form in block.forms)
+    sizes = (min(chunk_tokens, len(token_ids) - start) for start in range(0, len(token_ids), chunk_tokens))
+    return PromptPart(
+        full=wanted(FULL) if any(expanded) else None,
+        compressed=None if all(expanded) else wanted(compressed),
+        expanded=expanded,
+        slots=sum(size if keep else 1 for size, keep in zip(sizes, expanded, strict=True)),
     )
-    return Prompt(MODE_NAMES[mode], requests, tuple(final.tolist()), slots, sampling)
 
 
 def _sampling(message: common_pb2.Sampling) -> SamplingParams:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blockrag.configured import configured_keys
 from blockrag.decoder.blocks import BlockLoader, BlockSource
+from blockrag.decoder.cost import PrefillMeter
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
 from blockrag.decoder.scheduler import EngineLimits
 from blockrag.decoder.service import DecodeService, ModelDescription
-from blockrag.keys import KeyMaker
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.settings import Settings
@@ -32,6 +33,7 @@ class Runtime:
     engine: Engine
     loader: BlockLoader
     l1: L1Cache
+    meter: PrefillMeter
 
 
 def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Settings) -> Runtime:
@@ -53,11 +55,14 @@ def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Se
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,
         device=str(model.device),
+        chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else 0,
     )
-    keys = KeyMaker(bundle.fingerprint, settings.kv_cache.secret.encode())
+    keys = configured_keys(settings, bundle)
+    meter = PrefillMeter()
     # As many may wait for their blocks as may wait for a place or run: no more could be served after it anyway.
     max_loading = decoder.max_waiting + decoder.max_sequences
-    return Runtime(DecodeService(engine, loader, l1, keys, description, max_loading=max_loading), engine, loader, l1)
+    service = DecodeService(engine, loader, l1, keys, description, meter, max_loading=max_loading)
+    return Runtime(service, engine, loader, l1, meter)
 
 
 def warm_up(model: SlotModel) -> None:

@@ -12,7 +12,7 @@ from blockrag.decoder.stopping import StopScanner
 from blockrag.errors import BlockragError
 
 if TYPE_CHECKING:
-    from blockrag.modeling.slots import ResidentBlock, SequenceState
+    from blockrag.modeling.slots import SequenceState, Slots
 
 Reason = Literal["end", "stop", "length"]
 """``end``: the model ended its answer; ``stop``: a stop string; ``length``: max_tokens."""
@@ -28,8 +28,8 @@ class GenerationRequest:
 
     request_id: str
     """For logs."""
-    blocks: tuple[ResidentBlock, ...]
-    """Cached part of the prompt, in order; empty when the whole prompt is prefilled."""
+    blocks: tuple[Slots, ...]
+    """Cached part of the prompt, blocks and slices of blocks, in order; empty when the whole prompt is prefilled."""
     token_ids: tuple[int, ...]
     """Tokens to prefill behind the blocks; at least one."""
     sampling: SamplingParams

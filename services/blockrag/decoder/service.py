@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from blockrag.decoder.blocks import BlockLoader, LoadedBlocks
+from blockrag.decoder.composing import ComposedPrompt, compose
+from blockrag.decoder.cost import MOST_PREFILL_TOKENS, PrefillMeter
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
 from blockrag.decoder.prompt import Prompt, read_prompt
@@ -20,7 +22,7 @@ from blockrag.telemetry import metrics, span
 from blockrag.v1 import common_pb2, decoder_pb2
 
 _RETRY_AFTER_MS = 250
-_NOTHING_LOADED = LoadedBlocks((), 0, 0, 0)
+_NOTHING_LOADED = LoadedBlocks()
 _REASONS = {
     "end": common_pb2.FINISH_REASON_END,
     "stop": common_pb2.FINISH_REASON_STOP,
@@ -37,6 +39,8 @@ class ModelDescription:
     vocab_size: int
     max_positions: int
     device: str
+    chunk_tokens: int = 0
+    """Tokens of a chunk; 0: the bundle cannot compress."""
 
 
 class DecodeService:
@@ -49,6 +53,7 @@ class DecodeService:
         l1: L1Cache,
         keys: KeyMaker,
         model: ModelDescription,
+        meter: PrefillMeter,
         *,
         max_loading: int,
     ) -> None:
@@ -57,6 +62,7 @@ class DecodeService:
         self._l1 = l1
         self._keys = keys
         self._model = model
+        self._meter = meter
         self._max_loading = max_loading
         self._loading = 0
 
@@ -67,21 +73,24 @@ class DecodeService:
         ``OverloadedError``, ``DeadlineError``, ``UnavailableError`` and what fetching blocks raises.
         """
         deadline = _deadline(request.context.deadline_unix_ms)
-        prompt = read_prompt(request, self._keys, self._model.vocab_size)
+        prompt = read_prompt(request, self._keys, self._model.vocab_size, self._model.chunk_tokens)
         self._engine.check(prompt.slots, prompt.sampling.max_tokens)
         started = time.monotonic()
         loaded = await self._load(request, prompt, deadline)
         fetch_seconds = time.monotonic() - started
         stream = TokenStream()
-        generation = GenerationRequest(
-            request_id=request.context.request_id,
-            blocks=loaded.blocks,
-            token_ids=prompt.token_ids,
-            sampling=prompt.sampling,
-            deadline=deadline,
-            released=partial(self._loader.release, loaded),
-        )
         try:
+            composed = compose(prompt.parts, loaded, self._model.chunk_tokens)
+            metrics.KV_CACHE_QUERY_TOKENS.inc(prompt.composed_slots, tier="l1")
+            metrics.KV_CACHE_HIT_TOKENS.inc(composed.l1_slots, tier="l1")
+            generation = GenerationRequest(
+                request_id=request.context.request_id,
+                blocks=composed.blocks,
+                token_ids=prompt.token_ids,
+                sampling=prompt.sampling,
+                deadline=deadline,
+                released=partial(self._loader.release, loaded),
+            )
             sequence = self._engine.submit(generation, stream)
         except BaseException:
             self._loader.release(loaded)
@@ -95,7 +104,8 @@ class DecodeService:
                     yield decoder_pb2.DecodeResponse(text=event.text, tokens=event.tokens)
                     event = await stream.read()
                     last = _observe_pace(event, last, prompt.mode)
-                response = _finished(event, event.finish, prompt, loaded, fetch_seconds)
+                response = _finished(event, event.finish, prompt, composed, fetch_seconds)
+                self._measure(prompt, event.finish)
                 decoding.set(completion_tokens=event.finish.completion_tokens, finish_reason=event.finish.reason)
             yield response
             metrics.GENERATED_TOKENS.inc(response.finish.usage.completion_tokens, attention_mode=prompt.mode)
@@ -104,7 +114,7 @@ class DecodeService:
 
     def status(self) -> decoder_pb2.GetDecoderStatusResponse:
         """What this replica holds and does."""
-        engine, l1 = self._engine.stats(), self._l1.stats()
+        engine, l1, fit = self._engine.stats(), self._l1.stats(), self._meter.fit()
         return decoder_pb2.GetDecoderStatusResponse(
             bundle_fingerprint=self._model.fingerprint,
             bundle_name=self._model.bundle_name,
@@ -120,6 +130,9 @@ class DecodeService:
             l1_budget_bytes=l1.budget_bytes,
             l1_hits=l1.hits,
             l1_misses=l1.misses,
+            prefill_base_ms=fit.base_ms,
+            prefill_slot_ms=fit.slot_ms,
+            measured_prefills=fit.prefills,
         )
 
     def record_gauges(self) -> None:
@@ -130,31 +143,31 @@ class DecodeService:
         metrics.KV_CACHE_USAGE_PERC.set(l1.bytes / l1.budget_bytes, tier="l1")
         metrics.KV_CACHE_USAGE_PERC.set(engine.used_slots / engine.total_slots, tier="slots")
 
+    def _measure(self, prompt: Prompt, finish: Finish) -> None:
+        if prompt.parts and len(prompt.token_ids) <= MOST_PREFILL_TOKENS:
+            seconds = finish.stages.compose + finish.stages.prefill
+            self._meter.record(prompt.composed_slots, 1000 * seconds)
+
     async def _load(self, request: decoder_pb2.DecodeRequest, prompt: Prompt, deadline: float | None) -> LoadedBlocks:
-        if not prompt.blocks:
+        if not prompt.parts:
             return _NOTHING_LOADED
         if self._loading >= self._max_loading:
             raise OverloadedError(f"{self._loading} requests are waiting for their blocks", _RETRY_AFTER_MS)
         limit = asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
         self._loading += 1
         try:
-            with span("kv_fetch", request.context, blocks=len(prompt.blocks)) as fetching:
+            requests = prompt.requests
+            with span("kv_fetch", request.context, blocks=len(requests)) as fetching:
                 async with limit:
-                    loaded = await self._loader.load(prompt.blocks, fetching.traceparent)
-                fetching.set(
-                    l1_tokens=loaded.l1_tokens,
-                    store_tokens=loaded.store_tokens,
-                    encoded_tokens=loaded.encoded_tokens,
-                )
+                    loaded = await self._loader.load(requests, fetching.traceparent)
+                fetching.set(**{f"{tier}_blocks": loaded.tiers.count(tier) for tier in ("l1", "store", "encoded")})
+                return loaded
         except TimeoutError as error:
             if not limit.expired():
                 raise
             raise DeadlineError("the deadline passed while the passages' blocks were fetched") from error
         finally:
             self._loading -= 1
-        metrics.KV_CACHE_QUERY_TOKENS.inc(prompt.slots - len(prompt.token_ids), tier="l1")
-        metrics.KV_CACHE_HIT_TOKENS.inc(loaded.l1_tokens, tier="l1")
-        return loaded
 
 
 def _deadline(unix_ms: int) -> float | None:
@@ -168,7 +181,7 @@ def _deadline(unix_ms: int) -> float | None:
 
 
 def _finished(
-    event: Event, finish: Finish, prompt: Prompt, loaded: LoadedBlocks, fetch_seconds: float
+    event: Event, finish: Finish, prompt: Prompt, composed: ComposedPrompt, fetch_seconds: float
 ) -> decoder_pb2.DecodeResponse:
     stages = finish.stages
     times = {
@@ -185,12 +198,13 @@ def _finished(
             reason=_REASONS[finish.reason],
             usage=common_pb2.Usage(
                 prompt_tokens=prompt.slots,
-                cached_tokens=loaded.l1_tokens + loaded.store_tokens,
-                l1_tokens=loaded.l1_tokens,
-                store_tokens=loaded.store_tokens,
-                encoded_tokens=loaded.encoded_tokens,
+                cached_tokens=composed.l1_slots + composed.store_slots,
+                l1_tokens=composed.l1_slots,
+                store_tokens=composed.store_slots,
+                encoded_tokens=composed.encoded_slots,
                 prefill_tokens=len(prompt.token_ids),
                 completion_tokens=finish.completion_tokens,
+                compressed_chunks=sum(part.expanded.count(False) for part in prompt.parts),
             ),
             stages=[common_pb2.StageTime(stage=stage, milliseconds=1000 * seconds) for stage, seconds in times.items()],
         ),

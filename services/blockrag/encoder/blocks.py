@@ -1,4 +1,4 @@
-"""What the encoder accepts, and the forward pass that it batches."""
+"""What the encoder accepts, and the forward passes that it batches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from blockrag.encoder.batcher import Batcher
+from blockrag.encoder.forms import FormEncoder
 from blockrag.encoder.metrics import record_batch
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.model import SlotModel
-from blockrag.types import BlockKV, BlockRequest
+from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.types import FULL, BlockForm, BlockRequest, CachedBlock
 
 
 def check_token_ids(
@@ -33,30 +35,42 @@ def check_token_ids(
 
 
 class BlockEncoder:
-    """Encodes blocks in batches of a bounded number of tokens, on one thread of its own."""
+    """Encodes blocks, in any form, in batches of a bounded number of tokens, on one thread of its own."""
 
-    def __init__(self, model: SlotModel, *, max_batch_tokens: int, batch_wait_ms: float, threads: int) -> None:
+    def __init__(
+        self,
+        model: SlotModel,
+        compressor: ChunkCompressor | None = None,
+        *,
+        max_batch_tokens: int,
+        batch_wait_ms: float,
+        threads: int,
+    ) -> None:
+        """``compressor``: for the compressed forms; None where the bundle has none."""
         self.model = model
+        self._forms = FormEncoder(model, compressor)
         executor = ThreadPoolExecutor(
             1, thread_name_prefix="encoder", initializer=torch.set_num_threads, initargs=(threads,)
         )
-        self._batcher: Batcher[BlockRequest, BlockKV] = Batcher(
+        self._batcher: Batcher[BlockRequest, CachedBlock] = Batcher(
             self._forward, max_size=max_batch_tokens, wait_s=batch_wait_ms / 1000, executor=executor
         )
         self.stats = self._batcher.stats
 
-    def check(self, token_ids: NDArray[np.integer[Any]], *, field: str = "token_ids") -> None:
-        """Raises ``InvalidRequestError`` for a block that cannot be encoded."""
+    def check(self, token_ids: NDArray[np.integer[Any]], form: BlockForm = FULL, *, block: str = "") -> None:
+        """Raises ``InvalidRequestError`` for a block that cannot be encoded; ``block`` names it, like "blocks[2]."."""
         model = self.model
-        check_token_ids(token_ids, vocab_size=model.vocab_size, max_positions=model.max_positions, field=field)
+        self._forms.check_form(form, f"{block}form")
+        check_token_ids(
+            token_ids, vocab_size=model.vocab_size, max_positions=model.max_positions, field=f"{block}token_ids"
+        )
 
-    async def encode(self, request: BlockRequest) -> BlockKV:
-        """The block's KV, in arrays of its own."""
-        self.check(request.token_ids)
+    async def encode(self, request: BlockRequest) -> CachedBlock:
+        """The block in its form, in arrays of its own."""
+        self.check(request.token_ids, request.form)
         return await self._batcher.submit(request, int(request.token_ids.size))
 
-    def _forward(self, requests: Sequence[BlockRequest]) -> list[BlockKV]:
-        blocks = [request.token_ids.tolist() for request in requests]
-        encoded = self.model.encode(blocks, [request.key for request in requests])
-        record_batch([len(block) for block in blocks])
+    def _forward(self, requests: Sequence[BlockRequest]) -> list[CachedBlock]:
+        encoded = self._forms.encode(requests)
+        record_batch(requests)
         return encoded

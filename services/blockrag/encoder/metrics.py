@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter as TallyOfForms
 from collections.abc import Sequence
 from typing import Any
 
 from blockrag.telemetry.metrics import ENCODED_TOKENS, Counter, Histogram
+from blockrag.types import BlockRequest
 
 BATCH_BUCKETS_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -18,11 +20,13 @@ class _TokenHistogram(Histogram):
 
 
 ENCODE_BATCH_TOKENS = _TokenHistogram("blockrag_encode_batch_tokens", "Tokens of an encoder's forward pass.")
-ENCODED_BLOCKS = Counter("blockrag_encoded_blocks", "Blocks encoded.")
+ENCODED_BLOCKS = Counter("blockrag_encoded_blocks", "Blocks encoded.", ("form",))
 
 
-def record_batch(sizes: Sequence[int]) -> None:
-    """Counts one forward pass over blocks of these many tokens."""
-    ENCODE_BATCH_TOKENS.observe(sum(sizes))
-    ENCODED_TOKENS.inc(sum(sizes))
-    ENCODED_BLOCKS.inc(len(sizes))
+def record_batch(requests: Sequence[BlockRequest]) -> None:
+    """Counts one batch of blocks."""
+    tokens = sum(int(request.token_ids.size) for request in requests)
+    ENCODE_BATCH_TOKENS.observe(tokens)
+    ENCODED_TOKENS.inc(tokens)
+    for form, blocks in TallyOfForms(str(request.form) for request in requests).items():
+        ENCODED_BLOCKS.inc(blocks, form=form)

@@ -29,7 +29,7 @@ async def test_blocks_come_in_order_and_are_counted_by_tier() -> None:
     loader.release(await loader.load([block_request("b", 3)]))
     loaded = await loader.load([block_request("a", 5), block_request("b", 3), block_request("c", 2)])
     assert [block.key for block in loaded.blocks] == ["a", "b", "c"]
-    assert (loaded.l1_tokens, loaded.store_tokens, loaded.encoded_tokens) == (3, 7, 0)
+    assert loaded.tiers == ("store", "l1", "store")
     assert source.calls == [["b"], ["a", "c"]]
     assert l1.stats().pinned_blocks == 3
     loader.release(loaded)
@@ -56,7 +56,7 @@ async def test_a_block_wanted_by_many_is_fetched_once() -> None:
     loaded = [*await asyncio.gather(*waiting), await overlapping]
     assert source.calls == [["a"], ["b"]]
     assert len({id(item.blocks[0]) for item in loaded}) == 1
-    assert all(item.encoded_tokens == 4 * len(item.entries) for item in loaded)
+    assert all(item.tiers == ("encoded",) * len(item.entries) for item in loaded)
     for item in loaded:
         loader.release(item)
     assert l1.stats().pinned_blocks == 0
@@ -98,7 +98,7 @@ async def test_an_error_reaches_all_who_wait_and_the_next_one_tries_again() -> N
     results = await asyncio.gather(*(loader.load([block_request("a")]) for _ in range(3)), return_exceptions=True)
     assert all(isinstance(result, UnavailableError) for result in results)
     source.error = None
-    assert (await loader.load([block_request("a")])).store_tokens == 4
+    assert (await loader.load([block_request("a")])).tiers == ("store",)
     assert l1.stats().pinned_blocks == 1
 
 
@@ -156,6 +156,6 @@ async def test_encoding_in_this_process_gives_the_models_blocks() -> None:
     loader = BlockLoader(L1Cache(2**20, 60), EncodingBlockSource(model), model.to_resident)
     request = BlockRequest("k", block_request("k").token_ids + 7, "public")
     loaded = await loader.load([request])
-    assert loaded.encoded_tokens == 4
+    assert loaded.tiers == ("encoded",)
     (expected,) = model.encode([[7, 7, 7, 7]], ["k"])
     assert loaded.blocks[0].values.numpy() == pytest.approx(expected.values, abs=1e-6)
