@@ -14,7 +14,7 @@ import fcntl
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +33,9 @@ METRICS = "metrics.jsonl"
 _RUN = "run.json"
 _STATE = "state.json"
 _PREFIX = "checkpoint-"
+
+Optimizers = optim.Optimizer | Sequence[optim.Optimizer]
+"""One optimizer, or several that share a model's parameters."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class RunFolder:
             self._check(identity)
             yield
 
-    def restore(self, model: nn.Module, optimizer: optim.Optimizer) -> RunState:
+    def restore(self, model: nn.Module, optimizer: Optimizers) -> RunState:
         """Load the last checkpoint into ``model`` and ``optimizer``; the state of a new run where there is none.
 
         Raises DataError naming a checkpoint that cannot be read.
@@ -95,7 +98,7 @@ class RunFolder:
         self._cut_metrics(state.step)
         return state
 
-    def save(self, model: nn.Module, optimizer: optim.Optimizer, state: RunState) -> None:
+    def save(self, model: nn.Module, optimizer: Optimizers, state: RunState) -> None:
         """Write a checkpoint and drop the one before; a kill at any moment leaves one of them whole."""
         folder = self._checkpoint(state.step)
         staged = folder.with_name(f".{folder.name}")

@@ -1,0 +1,141 @@
+"""What decides a run of ``blockrag adapt refrag``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from blockrag.errors import SetupError
+from blockrag.modeling.refrag.record import POOLINGS, Alignment, Pooling
+
+Stage = Literal["reconstruction", "pretrain", "mixed", "policy", "tune"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+SMALL_ENCODER = "small"
+"""The chunk encoder that needs no download: a two-layer BERT over the decoder's own tokens."""
+
+
+@dataclass(frozen=True)
+class RefragConfig:
+    """One stage. Each stage takes the bundle of the one before and writes one of its own."""
+
+    bundle: Path
+    """The bundle to start from; without chunk compression, the stage makes a new chunk encoder and projector."""
+    out: Path
+    """The bundle to make. The run itself lives beside it, in ``run_dir``."""
+    stage: Stage
+    text: tuple[Path, ...] = ()
+    """JSONL(.gz) files of long texts, ``{title, text}`` or ``{title, paragraphs}``, or directories of such."""
+    data: tuple[Path, ...] = ()
+    """JSONL(.gz) files of question rows, as ``adapt block`` reads them."""
+    reader_data: Path | None = None
+    """A directory that readers are trained from scratch on (``blockrag train reader``): its texts and its questions
+    stand beside or instead of ``text`` and ``data``."""
+    name: str = ""
+    """The bundle's name; empty: that of the bundle it starts from."""
+    chunk_tokens: int | None = None
+    """Tokens of a chunk (k); None: the bundle's."""
+    encoder: str = ""
+    """``small``, or the directory of a Hugging Face encoder; empty: the bundle's, or ``small``."""
+    pooling: Pooling | None = None
+    """How a chunk's states become one vector; None: the bundle's, or ``mean``."""
+    minutes: float | None = None
+    """Time budget of the steps. Pauses and measurements do not count."""
+    steps: int | None = None
+    """Budget in steps, for runs that must be reproducible. Exactly one of ``minutes`` and ``steps`` is given."""
+    tokens_per_step: int = 5000
+    """Context and target tokens of a step, over all workers, about."""
+    learning_rate: float = 2e-3
+    """Peak, of chunk encoder and projector."""
+    decoder_learning_rate: float = 4e-4
+    """Peak, of the decoder: it has learnt already. 2e-5 suits billions of parameters."""
+    warmup_steps: int = 50
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """``muon`` for matrices, with AdamW for the rest, learns faster in small models; several workers need ``adamw``."""
+    curriculum: bool = True
+    """Reconstruction from one chunk to many; without it, all lengths are as likely from the start (an ablation)."""
+    train_decoder: bool = False
+    """Reconstruction with the decoder learning too, where a small one that is frozen learns nothing."""
+    max_passages: int = 10
+    """Most passages of a context of text or question rows."""
+    text_share: float = 0.2
+    """Share of next-paragraph samples among a tuning's tokens, where it has texts: what was learnt there is kept."""
+    expanded_share: float = 0.2
+    """Share of compositions with every chunk expanded, in the stages ``mixed`` and ``tune``."""
+    full_share: float = 0.12
+    """Share of samples read whole under the full mask, in the same stages: the reader keeps serving that mode."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the forward pass (autocast); weights and optimiser stay in float32."""
+    parts: int = 2
+    """Parts that a step is cut into: shared out to the workers, and on a CPU to threads of one core each. More parts
+    take less memory."""
+    dev_samples: int = 64
+    """Held-out samples to measure on."""
+    eval_steps: int = 200
+    """Steps between two measurements; start and end are always measured."""
+    checkpoint_steps: int = 100
+    """Steps between two checkpoints: what a kill costs at most."""
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self._require(self.stage in STAGES, "stage", f"must be one of {', '.join(STAGES)}")
+        self._require(self.pooling is None or self.pooling in POOLINGS, "pooling", f"must be {' or '.join(POOLINGS)}")
+        if (self.minutes is None) == (self.steps is None):
+            raise SetupError("give exactly one of minutes and steps")
+        self._require(self.minutes is None or self.minutes > 0, "minutes", "must be positive")
+        for field in ("tokens_per_step", "max_passages", "parts", "eval_steps", "checkpoint_steps"):
+            self._require(getattr(self, field) >= 1, field, "must be at least 1")
+        for field in ("steps", "chunk_tokens"):
+            self._require(getattr(self, field) is None or getattr(self, field) >= 1, field, "must be at least 1")
+        for field in ("learning_rate", "decoder_learning_rate"):
+            self._require(getattr(self, field) > 0, field, "must be positive")
+        for field in ("warmup_steps", "dev_samples"):
+            self._require(getattr(self, field) >= 0, field, "must not be negative")
+        for field in ("text_share", "expanded_share", "full_share"):
+            self._require(0 <= getattr(self, field) <= 1, field, "must be from 0 to 1")
+        if self.stage in ("reconstruction", "pretrain", "mixed") and not (self.text or self.reader_data):
+            raise SetupError(f"stage {self.stage}: needs texts (--text, or --reader-data)")
+        if self.stage in ("policy", "tune") and not (self.data or self.reader_data):
+            raise SetupError(f"stage {self.stage}: needs questions (--data, or --reader-data)")
+
+    @property
+    def run_dir(self) -> Path:
+        """Checkpoints, metrics.jsonl and run.json; several workers need to share it."""
+        return self.out.parent / f"{self.out.name}.run"
+
+    @property
+    def alignment(self) -> Alignment:
+        """How a new chunk encoder reads chunks."""
+        return "tokens" if self.encoder in ("", SMALL_ENCODER) else "text"
+
+    def recipe(self) -> dict[str, Any]:
+        """The values that decide the result, beside bundle and data: a run continues only under the same ones."""
+        names = (
+            "stage",
+            "chunk_tokens",
+            "encoder",
+            "pooling",
+            "minutes",
+            "steps",
+            "tokens_per_step",
+            "learning_rate",
+            "decoder_learning_rate",
+            "warmup_steps",
+            "optimizer",
+            "curriculum",
+            "train_decoder",
+            "max_passages",
+            "text_share",
+            "expanded_share",
+            "full_share",
+            "precision",
+            "parts",
+            "dev_samples",
+            "seed",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def _require(self, condition: bool, field: str, problem: str) -> None:
+        if not condition:
+            raise SetupError(f"{field} {getattr(self, field)!r}: {problem}")

@@ -1,0 +1,111 @@
+"""What a stage starts from: the bundle's decoder, and its chunk encoder and projector or new ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from blockrag.errors import SetupError
+from blockrag.modeling.bundle import Bundle, load_bundle
+from blockrag.modeling.model import load_stock_model
+from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.projector import Projector
+from blockrag.modeling.refrag.record import Alignment, Pooling
+from blockrag.training.refrag.composed import ComposedDecoder
+from blockrag.training.refrag.config import SMALL_ENCODER, RefragConfig
+from blockrag.training.refrag.reader import RefragReader
+
+
+_SMALL_WIDTH = 768
+"""Widest small encoder; narrower where the decoder is."""
+_HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checked starting point; no weights are loaded yet."""
+
+    bundle: Bundle
+    chunk_tokens: int
+    """k"""
+    alignment: Alignment
+    pooling: Pooling
+
+    @property
+    def fresh(self) -> bool:
+        """Whether chunk encoder and projector are to be made."""
+        return self.bundle.refrag is None
+
+
+def open_start(config: RefragConfig) -> Start:
+    """Check what ``config`` names. Raises SetupError where it contradicts the bundle, BundleError for a bad bundle."""
+    if config.out.exists():
+        raise SetupError(f"{config.out}: exists already")
+    bundle = load_bundle(config.bundle, verify_files=False)
+    if config.encoder not in ("", SMALL_ENCODER) and not (Path(config.encoder) / "config.json").is_file():
+        raise SetupError(f"encoder {config.encoder!r}: neither {SMALL_ENCODER!r} nor a directory with config.json")
+    record = bundle.refrag
+    k = config.chunk_tokens or bundle.chunk_tokens
+    if k > bundle.passage_tokens:
+        raise SetupError(f"chunk_tokens {k}: longer than a passage ({bundle.passage_tokens} tokens)")
+    if record is None:
+        return Start(bundle, k, config.alignment, config.pooling or "mean")
+    wanted: dict[str, tuple[Any, Any]] = {
+        "chunk_tokens": (k, bundle.chunk_tokens),
+        "pooling": (config.pooling or record.pooling, record.pooling),
+        "encoder": (config.encoder, ""),
+    }
+    for name, (asked, there) in wanted.items():
+        if asked != there:
+            raise SetupError(f"{name} {asked!r}: {bundle.path} has a chunk encoder already, trained otherwise")
+    return Start(bundle, k, record.alignment, record.pooling)
+
+
+def load_reader(start: Start, config: RefragConfig) -> tuple[RefragReader, PreTrainedTokenizerFast]:
+    """Decoder, chunk encoder and projector in float32 on ``config.device``, and the bundle's tokenizer.
+
+    New parts are random from ``config.seed``; the small encoder's word embeddings start from the decoder's.
+    """
+    torch.manual_seed(config.seed)
+    bundle = start.bundle
+    tokenizer = bundle.load_tokenizer()
+    model = load_stock_model(bundle, device=config.device)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    model.requires_grad_(True)
+    decoder = ComposedDecoder(model)
+    decoder_tokenizer = tokenizer if start.alignment == "text" else None
+    if not start.fresh:
+        encoder = ChunkEncoder.from_pretrained(
+            bundle.chunk_encoder_dir, start.alignment, start.pooling, decoder_tokenizer
+        )
+        projector = Projector.load(bundle.projector_file)
+    elif start.alignment == "tokens":
+        embeddings = model.get_input_embeddings().weight.detach()
+        width = min(decoder.width, _SMALL_WIDTH)
+        encoder = ChunkEncoder.for_tokens(
+            embeddings.shape[0],
+            embeddings,
+            width=width,
+            heads=max(1, width // _HEAD_WIDTH),
+            max_chunk=max(64, start.chunk_tokens),
+            pooling=start.pooling,
+        )
+        projector = Projector(encoder.width, decoder.width)
+    else:
+        encoder = ChunkEncoder.from_pretrained(config.encoder, "text", start.pooling, decoder_tokenizer)
+        projector = Projector(encoder.width, decoder.width)
+    if encoder.alignment == "tokens" and start.chunk_tokens > encoder.max_chunk_tokens:
+        raise SetupError(f"chunk_tokens {start.chunk_tokens}: the chunk encoder reads {encoder.max_chunk_tokens}")
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # a resumed run draws no other numbers
+    encoder.trainable = True
+    projector.requires_grad_(True)
+    reader = RefragReader(decoder, encoder, projector, start.chunk_tokens)
+    return reader.to(config.device).eval(), tokenizer

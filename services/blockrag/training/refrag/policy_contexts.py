@@ -1,0 +1,166 @@
+"""What a policy is rewarded by: a frozen decoder that reads targets behind compositions of captured blocks.
+
+The blocks of a context are read once in both forms; every mask afterwards costs one final pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.model import load_stock_model
+from blockrag.modeling.refrag.chunks import chunk_bounds
+from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.modeling.refrag.policy import PolicyInput, make_policy_input
+from blockrag.modeling.refrag.policy_features import TokenTraits
+from blockrag.training.contexts import Branch
+from blockrag.training.refrag.composed import ComposedDecoder, ComposedPrompt, SlotBank
+
+Masks = NDArray[np.bool_]
+"""[masks, chunks]: one row per mask over the chunks of all passages, true where a chunk is expanded."""
+
+
+@dataclass(frozen=True)
+class CapturedContext:
+    """The blocks of a context, read in both forms."""
+
+    passages: tuple[tuple[int, ...], ...]
+    """Token ids of the passages' blocks."""
+    embeddings: tuple[Tensor, ...]
+    """Chunk embeddings of each passage, [m, encoder width]."""
+    bank: SlotBank
+    """Of the instruction block (where there is one), the full blocks and the compressed blocks."""
+    instructed: bool
+    chunk_tokens: int
+
+    @property
+    def chunks(self) -> int:
+        return sum(map(len, self.embeddings))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the passages."""
+        return sum(map(len, self.passages))
+
+    @property
+    def costs(self) -> NDArray[np.int64]:
+        """Slots that expanding each chunk adds, [chunks]."""
+        return expansion_costs(self.passages, self.chunk_tokens)
+
+    def prompt(self, branch: Branch, mask: NDArray[np.bool_]) -> ComposedPrompt:
+        """The composed prompt of a mask [chunks], with one question or target behind it."""
+        lead = [self.bank.block(0)] if self.instructed else []
+        return ComposedPrompt(np.concatenate([*lead, *self._pieces(mask)]), (branch,))
+
+    def without_passages(self, branch: Branch) -> ComposedPrompt:
+        """The prompt of the instruction alone."""
+        slots = self.bank.block(0) if self.instructed else np.zeros(0, np.int64)
+        return ComposedPrompt(slots, (branch,))
+
+    def _pieces(self, mask: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+        offset = 1 if self.instructed else 0
+        pieces, at = [], 0
+        for number, passage in enumerate(self.passages):
+            full = self.bank.block(offset + number)
+            short = self.bank.block(offset + len(self.passages) + number)
+            for chunk, (start, end) in enumerate(chunk_bounds(len(passage), self.chunk_tokens)):
+                pieces.append(full[start:end] if mask[at + chunk] else short[chunk : chunk + 1])
+            at += len(short)
+        return pieces
+
+
+class PolicyReader:
+    """A bundle's decoder, chunk encoder and projector, frozen. Threads may share it."""
+
+    def __init__(self, decoder: ComposedDecoder, compressor: ChunkCompressor, traits: TokenTraits) -> None:
+        self.decoder = decoder.requires_grad_(False)
+        self.compressor = compressor
+        self.traits = traits
+
+    @classmethod
+    def load(cls, bundle: Bundle, device: str | torch.device = "cpu") -> PolicyReader:
+        """Raises BundleError for a bundle without chunk compression."""
+        compressor = ChunkCompressor.load(bundle, device)
+        decoder = ComposedDecoder(load_stock_model(bundle, device=device, compute_dtype="float32"))
+        return cls(decoder, compressor, TokenTraits.of(bundle.load_tokenizer()))
+
+    @torch.no_grad()
+    def capture(self, instruction: Sequence[int], passages: Sequence[Sequence[int]]) -> CapturedContext:
+        """Read the blocks of a context; ``instruction`` may be empty, passages there are at least one."""
+        embeddings = self.compressor.embed(passages)
+        opening = [instruction] if instruction else []
+        bank = SlotBank.join(
+            [
+                self.decoder.encode([*opening, *passages]),
+                self.decoder.encode_embeddings(self.compressor.project(embeddings)),
+            ]
+        )
+        return CapturedContext(
+            passages=tuple(map(tuple, passages)),
+            embeddings=tuple(embeddings),
+            bank=bank,
+            instructed=bool(instruction),
+            chunk_tokens=self.compressor.chunk_tokens,
+        )
+
+    def see(self, context: CapturedContext, question: Sequence[int], ranks: Sequence[int] | None) -> PolicyInput:
+        """What a policy sees of a context and a final block; ``ranks`` as in ``make_policy_input``."""
+        asked = self.compressor.embed([question])[0] if question else context.embeddings[0][:0]
+        return make_policy_input(
+            context.passages,
+            context.embeddings,
+            question,
+            asked,
+            chunk_tokens=context.chunk_tokens,
+            traits=self.traits,
+            ranks=ranks,
+        )
+
+    @torch.no_grad()
+    def losses(self, context: CapturedContext, branch: Branch, masks: Masks) -> Tensor:
+        """Nats per target token under each mask, float32 [masks] on the CPU."""
+        prompts = [context.prompt(branch, mask) for mask in masks]
+        return self.prompt_losses(context, prompts)
+
+    @torch.no_grad()
+    def prompt_losses(self, context: CapturedContext, prompts: Sequence[ComposedPrompt]) -> Tensor:
+        """Nats per target token of prompts over the context's slots, one branch each; float32 [prompts]."""
+        found = self.decoder.answer_losses(context.bank, prompts)
+        return found.cpu() / torch.tensor([float(len(prompt.branches[0].answer)) for prompt in prompts])
+
+    @torch.no_grad()
+    def chunk_losses(self, passages: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """How hard each chunk is to predict: nats per token under the decoder's block pass, [chunks].
+
+        A block's first token, which nothing predicts, is left out; a chunk of it alone has 0.
+        """
+        nothing = SlotBank(self.decoder.encode([]).slots, ())
+        empty = np.zeros(0, np.int64)
+        found: list[float] = []
+        for passage in passages:
+            if len(passage) == 1:
+                found.append(0.0)
+                continue
+            branch = Branch(list(passage[:1]), list(passage[1:]))
+            states = self.decoder.final(nothing, [ComposedPrompt(empty, (branch,))])
+            losses = F.cross_entropy(self.decoder.logits(states), states.targets, reduction="none").cpu().numpy()
+            tokens = np.concatenate([[0.0], losses])
+            for start, end in chunk_bounds(len(passage), self.compressor.chunk_tokens):
+                own = tokens[max(1, start) : end]
+                found.append(float(own.mean()) if own.size else 0.0)
+        return np.array(found, dtype=np.float32)
+
+
+def expansion_costs(passages: Sequence[Sequence[int]], chunk_tokens: int) -> NDArray[np.int64]:
+    """Slots that expanding each chunk of ``passages`` adds: its tokens less the one slot it has anyway; [chunks]."""
+    return np.array(
+        [end - start - 1 for passage in passages for start, end in chunk_bounds(len(passage), chunk_tokens)],
+        dtype=np.int64,
+    )

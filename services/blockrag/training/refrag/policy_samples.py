@@ -1,0 +1,144 @@
+"""Prompts that a policy learns from: contexts with questions, and texts with their next paragraph.
+
+A step's prompts are a pure function of (seed, step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from transformers import PreTrainedTokenizerFast
+
+from blockrag.modeling.template import PromptTemplate
+from blockrag.training.adaptation.samples import SampleSource
+from blockrag.training.contexts import Branch, Context, ContextSampler
+from blockrag.training.drafts import BatchShape
+from blockrag.training.refrag.masks import passage_ranking
+from blockrag.training.refrag.samples import split_instruction
+from blockrag.training.refrag.texts import PassageSource, text_start
+
+Kind = Literal["answers", "text"]
+
+_NUMBER_WEIGHT = 2.0
+"""How much likelier a question with a number in its answer is asked: numbers are what compression loses first."""
+_RANK_NOISE = 0.3
+"""Share of passages that a question's ranking puts elsewhere: retrieval is not always right, nor always wrong."""
+
+
+@dataclass(frozen=True)
+class PolicyContext:
+    """Passages, and what is asked of them."""
+
+    instruction: tuple[int, ...]
+    passages: tuple[tuple[int, ...], ...]
+    branches: tuple[Branch, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    """For each branch, the place that retrieval gave each passage."""
+    kind: Kind
+
+
+class PolicySamples:
+    """Draws the contexts of a step."""
+
+    def __init__(
+        self,
+        *,
+        sampler: ContextSampler | None,
+        rows: SampleSource | None,
+        texts: PassageSource | None,
+        template: PromptTemplate,
+        tokenizer: PreTrainedTokenizerFast,
+        text_share: float,
+        max_passages: int,
+        passage_tokens: int,
+        questions: int,
+        seed: int,
+    ) -> None:
+        """Questions come from ``sampler`` and ``rows`` in turn; ``questions`` is how many a context is asked at most.
+
+        ``text_share`` of the contexts are texts, all where there are no questions, none where there are no texts.
+        """
+        self._sampler = sampler
+        self._rows = rows
+        self._texts = texts
+        self._instruction = tuple(template.instruction_ids(tokenizer))
+        self._refusal = tuple(template.answer_ids(tokenizer, template.refusal))
+        self._digits = {
+            number
+            for text, number in tokenizer.get_vocab().items()
+            if any(character in "0123456789" for character in text)
+        }
+        asked = sampler is not None or rows is not None
+        self._text_share = 0.0 if texts is None else text_share if asked else 1.0
+        self._max_passages = max_passages
+        self._passage_tokens = passage_tokens
+        self._questions = questions
+        self._seed = seed
+
+    def step(self, step: int, contexts: int) -> list[PolicyContext]:
+        """The contexts of a step."""
+        random = Random(f"{self._seed}/{step}")
+        found: list[PolicyContext] = []
+        while len(found) < contexts:
+            number = step * contexts + len(found)
+            context = self.text(random) if random.random() < self._text_share else self.asked(number, random)
+            if context is not None:
+                found.append(context)
+        return found
+
+    def asked(self, number: int, random: Random) -> PolicyContext | None:
+        """A context with questions that its passages answer; None where it has none."""
+        if self._sampler is None or (self._rows is not None and number % 2):
+            return self.row(number, random)
+        passages = max(2, self._max_passages - random.choice((0, 0, 0, 2, 5)))
+        context = self._sampler.sample(BatchShape(passages, self._passage_tokens), random)
+        branches = [branch for branch in context.branches if tuple(branch.answer) != self._refusal]
+        return self.of(context, self._sample(branches, random), random)
+
+    def row(self, number: int, random: Random) -> PolicyContext | None:
+        """Sample ``number`` of the question rows."""
+        assert self._rows is not None
+        sample = self._rows.sample(number)
+        branch = Branch(list(sample.prompt), list(sample.answer))
+        return self.of(Context([list(block) for block in sample.blocks], [branch]), [branch], random)
+
+    def of(self, context: Context, branches: Sequence[Branch], random: Random) -> PolicyContext | None:
+        """A context as a policy's; None without passages or branches."""
+        instruction, passages = split_instruction(context, self._instruction)
+        if not branches or not passages:
+            return None
+        ranks = tuple(_ranks(passages, branch, random) for branch in branches)
+        return PolicyContext(instruction, passages, tuple(branches), ranks, "answers")
+
+    def text(self, random: Random) -> PolicyContext:
+        """Passages of one text, and the next one as the target."""
+        assert self._texts is not None
+        drawn = self._texts.draw(random.randint(2, self._max_passages + 1), random, least=2)
+        start = min(text_start(drawn[0], drawn[1:]), len(drawn[-1]) - 1)
+        branch = Branch(list(drawn[-1][:start]), list(drawn[-1][start:]))
+        passages = tuple(map(tuple, drawn[:-1]))
+        return PolicyContext(self._instruction, passages, (branch,), (tuple(range(len(passages))),), "text")
+
+    def _sample(self, branches: list[Branch], random: Random) -> list[Branch]:
+        """Up to the wanted number of branches, those with a number in the answer more often."""
+        keys = {
+            place: random.random() ** (1 / (_NUMBER_WEIGHT if not self._digits.isdisjoint(branch.answer) else 1.0))
+            for place, branch in enumerate(branches)
+        }
+        return [branches[place] for place in sorted(keys, key=keys.__getitem__, reverse=True)[: self._questions]]
+
+
+def _ranks(passages: Sequence[Sequence[int]], branch: Branch, random: Random) -> tuple[int, ...]:
+    """Places of the passages in a ranking for the question, with some passages put anywhere."""
+    order = passage_ranking(passages, branch.prompt)
+    moved = [number for number in order if random.random() < _RANK_NOISE]
+    kept = [number for number in order if number not in moved]
+    for number in moved:
+        kept.insert(random.randint(0, len(kept)), number)
+    ranks = [0] * len(kept)
+    for rank, number in enumerate(kept):
+        ranks[number] = rank
+    return tuple(ranks)

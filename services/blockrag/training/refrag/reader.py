@@ -1,0 +1,157 @@
+"""Decoder, chunk encoder and projector together: what the samples of a step's part say about their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.chunks import chunk_bounds
+from blockrag.modeling.refrag.projector import Projector
+from blockrag.training.loss import linear_cross_entropy
+from blockrag.training.refrag.composed import ComposedDecoder, ComposedPrompt, FinalStates, SlotBank
+from blockrag.training.refrag.samples import Kind, RefragSample, View, view_slots
+
+
+@dataclass(frozen=True)
+class SampleLosses:
+    """Losses of the target tokens of samples, N of them."""
+
+    total: Tensor
+    """Scalar: the sum of weights times losses; carries gradients."""
+    losses: Tensor
+    """[N] float32, nats."""
+    kinds: NDArray[np.str_]
+    """[N]: the kind of the sample that each target belongs to."""
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """What the views of samples get right, one row per branch, in order."""
+
+    losses: Tensor
+    """[branches] float32: nats of the whole target."""
+    tokens: Tensor
+    """[branches] int64: tokens of the target."""
+    right: Tensor
+    """[branches] int64: target tokens that are the likeliest ones after those before them."""
+
+
+class RefragReader(nn.Module):
+    """A reader of compositions. ``forward`` is the only way in, so that its parameters can be sharded as a whole."""
+
+    def __init__(
+        self, decoder: ComposedDecoder, encoder: ChunkEncoder, projector: Projector, chunk_tokens: int
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.encoder = encoder
+        self.projector = projector
+        self.chunk_tokens = chunk_tokens
+        """k"""
+
+    def forward(
+        self, samples: Sequence[RefragSample], weights: Mapping[Kind, float] | None
+    ) -> SampleLosses | SampleScores:
+        """Losses of all targets, each weighted by its kind's weight; without ``weights``, scores."""
+        states = self._states(samples)
+        if weights is None:
+            return self._scores(states)
+        kinds = np.array(
+            [s.kind for s in samples for view in s.views for branch in view.branches for _ in branch.answer]
+        )
+        weighted = torch.tensor([weights[kind] for kind in kinds], dtype=torch.float32, device=states.hidden.device)
+        head = self.decoder.head
+        hidden = states.hidden
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        total, losses = linear_cross_entropy(hidden, head, states.targets, weighted)
+        return SampleLosses(total, losses, kinds)
+
+    def _states(self, samples: Sequence[RefragSample]) -> FinalStates:
+        full_ids, full_at = _full_blocks(samples)
+        compressed_ids, compressed_at = _compressed_blocks(samples)
+        banks = [self.decoder.encode(full_ids)]
+        if compressed_ids:
+            banks.append(self.decoder.encode_embeddings(self._input_embeddings(compressed_ids)))
+        bank = SlotBank.join(banks)
+        prompts = []
+        for number, sample in enumerate(samples):
+            lead = full_at.get((number, -1))
+            opening = [] if lead is None else [bank.block(lead)]
+            full = [_block(bank, full_at.get((number, p))) for p in range(len(sample.passages))]
+            short = [_block(bank, compressed_at.get((number, p)), len(full_ids)) for p in range(len(sample.passages))]
+            for view in sample.views:
+                passages = view_slots(full, short, view.mask, self.chunk_tokens)
+                prompts.append(_prompt(sample, view, [*opening, *passages]))
+        return self.decoder.final(bank, prompts)
+
+    def _input_embeddings(self, blocks: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Projected chunk embeddings of each block, [m, width]."""
+        bounds = [chunk_bounds(len(block), self.chunk_tokens) for block in blocks]
+        chunks = [block[start:end] for block, pieces in zip(blocks, bounds, strict=True) for start, end in pieces]
+        return list(self.projector(self.encoder(chunks)).split([len(pieces) for pieces in bounds]))
+
+    def _scores(self, states: FinalStates) -> SampleScores:
+        logits = self.decoder.logits(states)
+        losses = F.cross_entropy(logits, states.targets, reduction="none")
+        right = (logits.argmax(-1) == states.targets).long()
+        count = int(states.branches.max()) + 1
+        empty = torch.zeros(count, dtype=torch.long, device=losses.device)
+        return SampleScores(
+            losses=torch.zeros(count, device=losses.device).index_add(0, states.branches, losses),
+            tokens=empty.index_add(0, states.branches, torch.ones_like(right)),
+            right=empty.index_add(0, states.branches, right),
+        )
+
+
+def _full_blocks(samples: Sequence[RefragSample]) -> tuple[list[Sequence[int]], dict[tuple[int, int], int]]:
+    """Blocks of which tokens are read, and where each is: by sample and passage, -1 for what opens the prompt."""
+    blocks: list[Sequence[int]] = []
+    places: dict[tuple[int, int], int] = {}
+    for number, sample in enumerate(samples):
+        if sample.whole:
+            opening = [*sample.instruction, *(token for passage in sample.passages for token in passage)]
+        else:
+            opening = list(sample.instruction)
+        if opening:
+            places[number, -1] = len(blocks)
+            blocks.append(opening)
+        for place, passage in enumerate(sample.passages):
+            if any(view.mask[place].any() for view in sample.views if place < len(view.mask)):
+                places[number, place] = len(blocks)
+                blocks.append(passage)
+    return blocks, places
+
+
+def _compressed_blocks(samples: Sequence[RefragSample]) -> tuple[list[Sequence[int]], dict[tuple[int, int], int]]:
+    """The same for passages of which a chunk is read compressed."""
+    blocks: list[Sequence[int]] = []
+    places: dict[tuple[int, int], int] = {}
+    for number, sample in enumerate(samples):
+        for place, passage in enumerate(sample.passages):
+            if any(not view.mask[place].all() for view in sample.views if place < len(view.mask)):
+                places[number, place] = len(blocks)
+                blocks.append(passage)
+    return blocks, places
+
+
+def _block(bank: SlotBank, number: int | None, offset: int = 0) -> NDArray[np.int64] | None:
+    return None if number is None else bank.block(number + offset)
+
+
+def _prompt(sample: RefragSample, view: View, blocks: Sequence[NDArray[np.int64]]) -> ComposedPrompt:
+    slots = np.concatenate(blocks) if blocks else np.zeros(0, np.int64)
+    if not sample.gaps or sample.whole:
+        return ComposedPrompt(slots, view.branches)
+    # the gap before a block moves it and all that follow
+    first = 0 if sample.instruction else 1
+    skipped = np.cumsum(sample.gaps[first : first + len(blocks)])
+    moved = np.repeat(skipped, [len(block) for block in blocks])
+    return ComposedPrompt(slots, view.branches, positions=np.arange(len(slots)) + moved)

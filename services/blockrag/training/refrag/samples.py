@@ -1,0 +1,305 @@
+"""What the stages learn from: contexts whose passages are read in one or several compositions.
+
+A step's samples are a pure function of (seed, step, progress), so a resumed run sees what an uninterrupted one would
+have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockrag.training.adaptation.samples import SampleSource
+from blockrag.training.contexts import Branch, Context, ContextSampler
+from blockrag.training.drafts import BatchShape
+from blockrag.training.mixture import Mixture, batch_shape
+from blockrag.training.refrag.config import RefragConfig
+from blockrag.training.refrag.masks import (
+    Mask,
+    MaskSampler,
+    all_places,
+    constant_mask,
+    fill_budget,
+    random_rate,
+)
+from blockrag.training.refrag.texts import PassageSource, text_start
+
+Kind = Literal["text", "answers"]
+
+_CURRICULUM_BASE = 3.0
+"""At the start of reconstruction, a sample twice as long is this many times as rare; at its end, as frequent."""
+_PIECES = 4
+"""Most short samples of one passage in reconstruction."""
+_VIEWS = 4
+"""Most compositions of a text."""
+_GROUPS = (1, 2, 3, 6)
+"""How many questions share a composition; a policy sees one, but the passages are then read for few of them."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One composition of a sample's passages and what is read behind it."""
+
+    mask: Mask
+    """Of the first ``len(mask)`` passages; the others are not in the prompt."""
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class RefragSample:
+    """A context in several compositions."""
+
+    instruction: tuple[int, ...]
+    """Ids of the instruction block; may be empty."""
+    passages: tuple[tuple[int, ...], ...]
+    views: tuple[View, ...]
+    kind: Kind
+    whole: bool = False
+    """Read instruction and passages as one block, without block mask and compression; views then have no mask."""
+    gaps: tuple[int, ...] = ()
+    """Positions left empty before the instruction and before each passage; empty: none."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the blocks and of everything that is read behind them."""
+        asked = sum(len(b.prompt) + len(b.answer) for view in self.views for b in view.branches)
+        return len(self.instruction) + sum(map(len, self.passages)) + asked
+
+
+class SampleMaker(Protocol):
+    """Makes a step's samples."""
+
+    def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
+        """Samples of ``step`` with ``tokens`` tokens, about, at ``progress`` (0 to 1) of the run."""
+        ...
+
+
+class Reconstruction:
+    """A run of chunks, compressed, and the same text as the answer to an empty question."""
+
+    def __init__(
+        self, source: PassageSource, instruction: Sequence[int], prompt: Sequence[int], config: RefragConfig, k: int
+    ) -> None:
+        """``prompt``: the final block of an empty question."""
+        self._source = source
+        self._instruction = tuple(instruction)
+        self._prompt = list(prompt)
+        self._config = config
+        self._k = k
+
+    def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
+        random = Random(f"{self._config.seed}/{step}")
+        samples: list[RefragSample] = []
+        while tokens > 0:
+            for passage in self._source.draw(self._config.max_passages, random):
+                chunks = self.draw_length(len(passage), progress, random)
+                # cutting passages out of texts costs more than a short sample does: several are taken of each
+                for _ in range(max(1, min(_PIECES, len(passage) // (2 * chunks * self._k)))):
+                    samples.append(self.sample(passage, chunks, random))
+                    tokens -= samples[-1].tokens
+        return samples
+
+    def draw_length(self, tokens: int, progress: float, random: Random) -> int:
+        """Chunks of a sample: powers of two whose shares are a geometric sequence, rising or falling with progress."""
+        lengths = [2**n for n in range(max(1, (tokens // self._k)).bit_length())]
+        ratio = _CURRICULUM_BASE ** (2 * progress - 1) if self._config.curriculum else 1.0
+        return random.choices(lengths, [ratio**n for n in range(len(lengths))])[0]
+
+    def sample(self, passage: Sequence[int], chunks: int, random: Random) -> RefragSample:
+        """``chunks`` chunks of a passage's block, from one drawn at random on."""
+        last = max(0, -(-len(passage) // self._k) - chunks)
+        start = self._k * random.randint(0, last)
+        piece = tuple(passage[start : start + self._k * chunks])
+        view = View(constant_mask([piece], self._k, False), (Branch(self._prompt, list(piece)),))
+        return RefragSample(self._instruction, (piece,), (view,), "text")
+
+
+class NextPassage:
+    """Passages of one text, and after several of them the next one as the target."""
+
+    def __init__(self, source: PassageSource, instruction: Sequence[int], config: RefragConfig, k: int) -> None:
+        self._source = source
+        self._instruction = tuple(instruction)
+        self._config = config
+        self._k = k
+        self._mixed = config.stage != "pretrain"
+
+    def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
+        random = Random(f"{self._config.seed}/{step}")
+        samples: list[RefragSample] = []
+        while tokens > 0:
+            samples.append(self.sample(random))
+            tokens -= samples[-1].tokens
+        return samples
+
+    def sample(self, random: Random) -> RefragSample:
+        """A context whose passages are targets too, each behind those before it."""
+        passages = self._source.draw(random.randint(2, self._config.max_passages + 1), random, least=2)
+        start = text_start(passages[0], passages[1:])
+        last = len(passages) - 1
+        ends = {last, *random.sample(range(1, last + 1), min(last, _VIEWS))}
+        context = tuple(map(tuple, passages[:-1]))
+        if self._mixed and random.random() < self._config.full_share:
+            view = View((), (_target(passages[last], start),))
+            return RefragSample(self._instruction, context, (view,), "text", whole=True)
+        views = [View(self._mask(passages[:end], random), (_target(passages[end], start),)) for end in sorted(ends)]
+        return RefragSample(self._instruction, context, tuple(views), "text")
+
+    def context(self, random: Random) -> RefragSample:
+        """As many passages as a context may have, compressed, and the one after them as the only target."""
+        passages = self._source.draw(self._config.max_passages + 1, random, least=2)
+        target = _target(passages[-1], text_start(passages[0], passages[1:]))
+        context = tuple(map(tuple, passages[:-1]))
+        view = View(constant_mask(context, self._k, False), (target,))
+        return RefragSample(self._instruction, context, (view,), "text")
+
+    def _mask(self, passages: Sequence[Sequence[int]], random: Random) -> Mask:
+        if not self._mixed or random.random() < 0.3:
+            return constant_mask(passages, self._k, False)
+        if random.random() < self._config.expanded_share:
+            return constant_mask(passages, self._k, True)
+        places = all_places(passages, self._k)
+        random.shuffle(places)
+        return fill_budget(passages, self._k, random_rate(self._k, random), places)
+
+
+class ContextSource(Protocol):
+    """Draws contexts with questions."""
+
+    def contexts(self, step: int, progress: float, random: Random, tokens: int) -> list[Context]: ...
+
+
+class ReaderContexts:
+    """Contexts of the data that readers are trained on from scratch."""
+
+    def __init__(self, sampler: ContextSampler, mixture: Mixture) -> None:
+        self._sampler = sampler
+        self._mixture = mixture
+
+    def contexts(self, step: int, progress: float, random: Random, tokens: int) -> list[Context]:
+        shape = batch_shape(random, 1.0, self._mixture)  # long contexts: their reader has learnt already
+        found: list[Context] = []
+        while tokens > 0:
+            found.append(self._sampler.sample(shape, random))
+            tokens -= context_tokens(found[-1])
+        return found
+
+
+class RowContexts:
+    """Contexts of question rows, as ``adapt block`` samples them: one question each."""
+
+    def __init__(self, source: SampleSource, per_step: int) -> None:
+        """``per_step``: samples that a step takes; fixed, so that the step says which they are."""
+        self._source = source
+        self._per_step = per_step
+
+    def contexts(self, step: int, progress: float, random: Random, tokens: int) -> list[Context]:
+        first = step * self._per_step
+        return [self.context(number) for number in range(first, first + self._per_step)]
+
+    def context(self, number: int) -> Context:
+        """Sample ``number`` as a context."""
+        sample = self._source.sample(number)
+        blocks = [list(block) for block in sample.blocks]
+        return Context(blocks, [Branch(list(sample.prompt), list(sample.answer))])
+
+
+class Questions:
+    """Contexts with questions in drawn compositions, and a share of next-paragraph samples."""
+
+    def __init__(
+        self,
+        sources: Sequence[ContextSource],
+        texts: NextPassage | None,
+        instruction: Sequence[int],
+        config: RefragConfig,
+        k: int,
+    ) -> None:
+        """``sources`` take turns."""
+        self._sources = sources
+        self._texts = texts
+        self._instruction = tuple(instruction)
+        self._config = config
+        self._masks = MaskSampler(k, config.expanded_share)
+
+    def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
+        random = Random(f"{self._config.seed}/{step}")
+        samples: list[RefragSample] = []
+        room = int(self._config.text_share * tokens) if self._texts is not None else 0
+        source = self._sources[step % len(self._sources)]
+        turn = step // len(self._sources)
+        contexts = source.contexts(turn, progress, random, tokens - room)
+        samples += [self.sample(context, random) for context in contexts]
+        while room > 0 and self._texts is not None:
+            samples.append(self._texts.sample(random))
+            room -= samples[-1].tokens
+        return samples
+
+    def sample(self, context: Context, random: Random) -> RefragSample:
+        """A context in compositions that are drawn for a few of its questions at a time."""
+        instruction, passages = split_instruction(context, self._instruction)
+        if not passages or random.random() < self._config.full_share:
+            view = View((), tuple(context.branches))
+            return RefragSample(instruction, passages, (view,), "answers", whole=True)
+        branches = list(context.branches)
+        random.shuffle(branches)
+        views = []
+        while branches:
+            size = random.choice(_GROUPS)
+            group, branches = branches[:size], branches[size:]
+            views.append(View(self._masks.draw(passages, group, random), tuple(group)))
+        gaps = context.gaps[: len(passages) + 1] if context.gaps else ()
+        return RefragSample(instruction, passages, tuple(views), "answers", gaps=gaps)
+
+
+def split_instruction(
+    context: Context, instruction: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The instruction block and the passages of a context."""
+    blocks = tuple(map(tuple, context.blocks))
+    if blocks and instruction and blocks[0] == tuple(instruction):
+        return blocks[0], blocks[1:]
+    return (), blocks
+
+
+def context_tokens(context: Context) -> int:
+    """Tokens of a context and of its questions."""
+    asked = sum(len(branch.prompt) + len(branch.answer) for branch in context.branches)
+    return sum(map(len, context.blocks)) + asked
+
+
+def probe_shape(config: RefragConfig, passage_tokens: int) -> BatchShape:
+    """Shape of the held-out contexts that a tuning is measured on."""
+    return BatchShape(config.max_passages, passage_tokens)
+
+
+def view_slots(
+    full: Sequence[NDArray[np.int64] | None],
+    compressed: Sequence[NDArray[np.int64] | None],
+    mask: Mask,
+    k: int,
+) -> list[NDArray[np.int64]]:
+    """Slots of each passage under ``mask``, from its full block's and its compressed block's slots."""
+    composed = []
+    for number, expanded in enumerate(mask):
+        pieces = []
+        for chunk, shown in enumerate(expanded):
+            whole, short = full[number], compressed[number]
+            if shown:
+                assert whole is not None
+                pieces.append(whole[chunk * k : (chunk + 1) * k])
+            else:
+                assert short is not None
+                pieces.append(short[chunk : chunk + 1])
+        composed.append(np.concatenate(pieces))
+    return composed
+
+
+def _target(passage: Sequence[int], start: int) -> Branch:
+    start = min(start, len(passage) - 1)
+    return Branch(list(passage[:start]), list(passage[start:]))

@@ -1,0 +1,140 @@
+"""What each stage learns from and is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from transformers import PreTrainedTokenizerFast
+
+from blockrag.errors import SetupError
+from blockrag.modeling.template import PromptTemplate
+from blockrag.training.adaptation.rows import Row, data_files, read_rows
+from blockrag.training.adaptation.samples import SampleLimits, SampleSource
+from blockrag.training.contexts import ContextSampler
+from blockrag.training.data import ReaderData, load_reader_data
+from blockrag.training.mixture import Mixture
+from blockrag.training.refrag.config import RefragConfig
+from blockrag.training.refrag.opening import Start
+from blockrag.training.refrag.samples import (
+    ContextSource,
+    NextPassage,
+    Questions,
+    ReaderContexts,
+    Reconstruction,
+    RowContexts,
+    SampleMaker,
+    probe_shape,
+)
+from blockrag.training.refrag.scores import ProbeGroup, question_probes, reconstruction_probes, text_probes
+from blockrag.training.refrag.texts import PassageSource, Text, hold_out, read_texts, reader_texts
+
+_HELD_OUT_ROWS = 0.1
+_MAX_PROMPT = 4096
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Texts and questions, read and checked."""
+
+    texts: tuple[Sequence[Text], Sequence[Text]]
+    """To train on, and held out."""
+    rows: tuple[Sequence[Row], Sequence[Row]]
+    reader: ReaderData | None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage's samples."""
+
+    maker: SampleMaker
+    probes: list[ProbeGroup]
+
+
+def load_data(config: RefragConfig) -> StageData:
+    """Read what ``config`` names. Raises SetupError naming the file and the problem."""
+    reader: ReaderData | None = None
+    if config.reader_data is not None:
+        try:
+            reader = load_reader_data(config.reader_data)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise SetupError(str(error)) from error
+    texts = read_texts(config.text) if config.text else []
+    if reader is not None:
+        texts = [*texts, *reader_texts(reader)]
+    rows = read_rows(config.data) if config.data and config.stage == "tune" else []
+    count = min(config.dev_samples, int(_HELD_OUT_ROWS * len(rows)))
+    chosen = set(Random(f"{config.seed}/held out").sample(range(len(rows)), count))
+    return StageData(
+        texts=hold_out(texts) if texts else ((), ()),
+        rows=([row for n, row in enumerate(rows) if n not in chosen], [rows[n] for n in sorted(chosen)]),
+        reader=reader,
+    )
+
+
+def files_of(config: RefragConfig) -> list[Path]:
+    """Every file that the stage's samples depend on."""
+    files = data_files(config.text) + data_files(config.data)
+    if config.reader_data is not None:
+        files += sorted(path for path in config.reader_data.glob("*/*.gz") if path.is_file())
+    return files
+
+
+def plan_stage(config: RefragConfig, start: Start, data: StageData, tokenizer: PreTrainedTokenizerFast) -> StagePlan:
+    """Samples and held-out samples of ``config.stage``."""
+    template, k = start.bundle.template, start.chunk_tokens
+    instruction = template.instruction_ids(tokenizer)
+
+    def passages(texts: Sequence[Text]) -> PassageSource:
+        return PassageSource(texts, tokenizer, template, start.bundle.passage_tokens)
+
+    train, held = data.texts
+    if config.stage == "reconstruction":
+        prompt = template.final_ids(tokenizer, "")
+        learning = Reconstruction(passages(train), instruction, prompt, config, k)
+        return StagePlan(learning, reconstruction_probes(learning, passages(held), config.dev_samples))
+    following = NextPassage(passages(train), instruction, config, k) if train else None
+    probes = []
+    if train:
+        measured = NextPassage(passages(held), instruction, config, k)
+        probes = text_probes(measured, config.dev_samples, k)
+    if config.stage != "tune":
+        assert following is not None
+        return StagePlan(following, probes)
+    sources: list[ContextSource] = []
+    if data.reader is not None:
+        sampler = ContextSampler(data.reader, tokenizer, template, Mixture())
+        sources.append(ReaderContexts(sampler, Mixture()))
+        shape = probe_shape(config, start.bundle.passage_tokens)
+        asked = sampler.probes(shape, config.dev_samples, Random(config.seed))
+        for name, contexts in asked.items():
+            probes += question_probes(contexts, instruction, k, name)
+    if data.rows[0]:
+        sources.append(_row_contexts(config, start, data.rows[0], tokenizer, template, config.seed))
+    if data.rows[1]:
+        dev = _row_contexts(config, start, data.rows[1], tokenizer, template, f"{config.seed}/dev")
+        contexts = [dev.context(number) for number in range(len(data.rows[1]))]
+        probes += question_probes(contexts, instruction, k, "rows")
+    return StagePlan(Questions(sources, following, instruction, config, k), probes)
+
+
+def _row_contexts(
+    config: RefragConfig,
+    start: Start,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    template: PromptTemplate,
+    seed: int | str,
+) -> RowContexts:
+    limits = SampleLimits(
+        min_passages=1,
+        max_passages=config.max_passages,
+        passage_tokens=start.bundle.passage_tokens,
+        max_tokens=min(_MAX_PROMPT, start.bundle.max_context_tokens),
+        refusal_share=0.1,
+    )
+    # rows differ in length, and the step alone must say which it takes: counted by the longest they may be
+    longest = config.max_passages * start.bundle.passage_tokens
+    return RowContexts(SampleSource(rows, tokenizer, template, limits, seed), max(1, config.tokens_per_step // longest))

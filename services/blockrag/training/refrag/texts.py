@@ -1,0 +1,164 @@
+"""Long texts as passages: what reconstruction and next-paragraph training read.
+
+One JSON object per line, with ``title`` and either ``text`` or a list ``paragraphs``; other keys are ignored.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from blockrag.errors import SetupError
+from blockrag.modeling.template import PromptTemplate
+from blockrag.training.adaptation.rows import data_files
+from blockrag.training.data import ReaderData
+from blockrag.training.passages import DecodingTokenizer, sentences
+
+_HELD_OUT_SHARE = 50
+"""One text in this many is held out."""
+_TRIES = 200
+
+
+@dataclass(frozen=True)
+class Text:
+    """A titled text."""
+
+    title: str
+    paragraphs: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return sum(map(len, self.paragraphs))
+
+
+def read_texts(paths: Sequence[Path]) -> list[Text]:
+    """All texts, in order. Raises SetupError naming file and line of the first bad one, or when there is none."""
+    files = data_files(paths)
+    texts = [text for file in files for text in _read(file)]
+    if not texts:
+        raise SetupError(f"{', '.join(map(str, files))}: no texts")
+    return texts
+
+
+def reader_texts(data: ReaderData) -> list[Text]:
+    """The articles and documents that readers are trained on; what development asks about is not among them."""
+    articles = [Text(article.title, (article.text,)) for article in data.articles.values()]
+    documents = [Text(doc.title, doc.paragraphs) for found in data.documents.values() for doc in found]
+    return articles + documents
+
+
+def hold_out(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
+    """Texts to train on and texts to measure on, by their content. Raises SetupError for a single text."""
+    if len(texts) < 2:
+        raise SetupError("a single text: at least two are needed, one to measure on")
+    held = [_digest(text) % _HELD_OUT_SHARE == 0 for text in texts]
+    if not any(held) or all(held):
+        chosen = min(range(len(texts)), key=lambda number: _digest(texts[number]))
+        held = [number == chosen for number in range(len(texts))]
+    train = [text for text, out in zip(texts, held, strict=True) if not out]
+    return train, [text for text, out in zip(texts, held, strict=True) if out]
+
+
+class PassageSource:
+    """Draws consecutive passages of one text."""
+
+    def __init__(
+        self, texts: Sequence[Text], tokenizer: DecodingTokenizer, template: PromptTemplate, passage_tokens: int
+    ) -> None:
+        """``passage_tokens`` is the most tokens of a passage's block."""
+        self._texts = texts
+        self._weights = list(accumulate(text.size for text in texts))
+        self._tokenizer = tokenizer
+        self._template = template
+        self._passage_tokens = passage_tokens
+
+    def draw(self, count: int, random: Random, least: int = 1) -> list[list[int]]:
+        """Ids of ``least`` to ``count`` passages that follow each other, from a place drawn at random.
+
+        Raises SetupError when no text seems to have that many.
+        """
+        for _ in range(_TRIES):
+            text = random.choices(self._texts, cum_weights=self._weights)[0]
+            passages = self._cut(text, count, random)
+            if len(passages) >= least:
+                return passages
+        raise SetupError(f"{_TRIES} texts one after another have fewer than {least} passages")
+
+    def _cut(self, text: Text, count: int, random: Random) -> list[list[int]]:
+        template, tokenizer = self._template, self._tokenizer
+        room = self._passage_tokens - len(template.passage_ids(tokenizer, text.title, ""))
+        pieces: list[list[str]] = []
+        left = 0
+        for sentence in self._sentences(text, random):
+            tokens = len(tokenizer(" " + sentence, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            if tokens > room:
+                continue
+            if tokens > left:
+                if len(pieces) == count:
+                    break
+                pieces.append([])
+                left = room
+            pieces[-1].append(sentence)
+            left -= tokens
+        return [template.passage_ids(tokenizer, text.title, " ".join(piece)) for piece in pieces]
+
+    def _sentences(self, text: Text, random: Random) -> Iterator[str]:
+        first = random.randrange(len(text.paragraphs))
+        opening = sentences(text.paragraphs[first])
+        yield from opening[random.randrange(len(opening)) if len(text.paragraphs) > 1 else 0 :]
+        for paragraph in text.paragraphs[first + 1 :]:
+            yield from sentences(paragraph)
+
+
+def text_start(passage: Sequence[int], others: Sequence[Sequence[int]]) -> int:
+    """Where a passage's own text begins: after what all passages of its text open with. At least 1."""
+    return max(1, min((_common(passage, other) for other in others), default=1))
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    for place, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return place
+    return min(len(first), len(second))
+
+
+def _digest(text: Text) -> int:
+    return zlib.crc32(f"{text.title}\n{text.paragraphs[0]}".encode())
+
+
+def _read(path: Path) -> Iterator[Text]:
+    opened = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _parse(f"{path}:{number}", line)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise SetupError(f"{path}: {error}") from error
+
+
+def _parse(place: str, line: str) -> Text:
+    try:
+        values: Any = json.loads(line)
+    except ValueError as error:
+        raise SetupError(f"{place}: no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise SetupError(f"{place}: a text must be a JSON object")
+    title = values.get("title", "")
+    parts = values["paragraphs"] if "paragraphs" in values else [values.get("text")]
+    if not isinstance(title, str):
+        raise SetupError(f"{place}: title must be a text")
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise SetupError(f"{place}: needs text, or paragraphs as a list of texts")
+    kept = tuple(clean for clean in (" ".join(part.split()) for part in parts) if clean)
+    if not kept:
+        raise SetupError(f"{place}: the text is empty")
+    return Text(title.rpartition("/")[2], kept)

@@ -1,0 +1,186 @@
+"""One step of a stage: the parts of its samples, their gradients, the update."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn, optim
+
+from blockrag.errors import SetupError
+from blockrag.training.adaptation.workers import Workers, whole
+from blockrag.training.optimizer import build_optimizers
+from blockrag.training.refrag.config import RefragConfig
+from blockrag.training.refrag.reader import RefragReader, SampleLosses, SampleScores
+from blockrag.training.refrag.samples import Kind, RefragSample
+
+_CLIP = 1.0
+_TEXT_WEIGHT = 0.5
+"""Weight of texts beside answers, both taken per token."""
+_KINDS: tuple[Kind, ...] = ("text", "answers")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, over all workers."""
+
+    losses: dict[str, float]
+    """Nats per target token, by kind."""
+    gradient_norm: float
+    tokens: int
+
+
+class RefragTrainer:
+    """Trains a reader of compositions. Every worker has one; on a CPU a single worker uses a thread per part."""
+
+    def __init__(self, reader: RefragReader, config: RefragConfig, workers: Workers) -> None:
+        """Freezes what the stage leaves alone. Raises SetupError for a configuration that several workers cannot run."""
+        self.reader = reader
+        self._config = config
+        self._workers = workers
+        self._device = workers.device.type
+        if config.parts % workers.size:
+            raise SetupError(f"parts {config.parts}: no multiple of {workers.size} workers")
+        if config.optimizer == "muon" and workers.size > 1:
+            raise SetupError("optimizer 'muon': several workers share every matrix out; choose adamw")
+        decoder_learns = config.stage != "reconstruction" or config.train_decoder
+        reader.decoder.requires_grad_(decoder_learns)
+        reader.to(workers.device)
+        workers.shard(reader, reader.decoder.model.model.layers)
+        self._rates = self._build_optimizers(decoder_learns)
+        self.optimizers: list[optim.Optimizer] = [optimizer for optimizer, _ in self._rates]
+        self._parameters = [parameter for parameter in reader.parameters() if parameter.requires_grad]
+        self._pool = ThreadPoolExecutor(config.parts, initializer=torch.set_num_threads, initargs=(1,))
+
+    def step(self, samples: Sequence[RefragSample], factor: float) -> StepResult:
+        """One update from a step's samples, which every worker is given whole; ``factor`` is on the learning rates."""
+        parts = split_parts(samples, self._config.parts)
+        mine = parts[self._workers.rank :: self._workers.size]
+        counts = count_targets(samples)
+        weights = _weights(counts)
+        sums = {kind: 0.0 for kind in _KINDS}
+        if self._workers.size == 1 and self._device == "cpu":
+            results = self._threaded(mine, weights)
+        else:
+            results = [self._backward(part, weights) for part in mine]
+        for result in results:
+            losses = result.losses.detach().cpu()
+            for kind in _KINDS:
+                sums[kind] += float(losses[torch.from_numpy(result.kinds == kind)].double().sum())
+        norm = self._update(factor)
+        totals = self._workers.sum(torch.tensor([sums[kind] for kind in _KINDS], dtype=torch.float64)).tolist()
+        return StepResult(
+            losses={kind: total / counts[kind] for kind, total in zip(_KINDS, totals, strict=True) if counts[kind]},
+            gradient_norm=norm,
+            tokens=sum(sample.tokens for sample in samples),
+        )
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[RefragSample]) -> SampleScores:
+        """Scores of all samples, in order; every worker computes all of them."""
+        tokens = max(1, self._config.tokens_per_step // self._config.parts)
+        batches: list[list[RefragSample]] = [[]]
+        for sample in samples:
+            if batches[-1] and sum(s.tokens for s in batches[-1]) + sample.tokens > tokens:
+                batches.append([])
+            batches[-1].append(sample)
+        if self._workers.size == 1 and self._device == "cpu":
+            found = list(self._pool.map(self._score, batches))
+        else:
+            found = [self._score(batch) for batch in batches]
+        return SampleScores(
+            losses=torch.cat([scores.losses for scores in found]).cpu(),
+            tokens=torch.cat([scores.tokens for scores in found]).cpu(),
+            right=torch.cat([scores.right for scores in found]).cpu(),
+        )
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def _threaded(self, parts: Sequence[list[RefragSample]], weights: Mapping[Kind, float]) -> list[SampleLosses]:
+        def run(part: list[RefragSample]) -> tuple[SampleLosses, tuple[Tensor | None, ...]]:
+            result = self._losses(part, weights)
+            return result, torch.autograd.grad(result.total, self._parameters, allow_unused=True)
+
+        results = list(self._pool.map(run, [part for part in parts if part]))
+        # Summed in the order of the parts, so that the result does not depend on which thread was faster.
+        for number, parameter in enumerate(self._parameters):
+            found = [gradients[number] for _, gradients in results]
+            present = [gradient for gradient in found if gradient is not None]
+            parameter.grad = torch.stack(present).sum(0) if present else None
+        return [result for result, _ in results]
+
+    def _backward(self, part: list[RefragSample], weights: Mapping[Kind, float]) -> SampleLosses:
+        result = self._losses(part, weights)
+        # FSDP2 averages the workers' gradients; the weights are those of a sum over the whole step
+        (result.total * self._workers.size).backward()  # type: ignore[no-untyped-call]
+        return result
+
+    def _losses(self, part: list[RefragSample], weights: Mapping[Kind, float]) -> SampleLosses:
+        with self._autocast():
+            result = self.reader(part, weights)
+        assert isinstance(result, SampleLosses)
+        return result
+
+    def _score(self, samples: Sequence[RefragSample]) -> SampleScores:
+        with torch.no_grad(), self._autocast():
+            result = self.reader(samples, None)
+        assert isinstance(result, SampleScores)
+        return result
+
+    def _autocast(self) -> torch.autocast:
+        # Autocast's cache of half-precision weights is shared between threads, and so would the graphs be.
+        enabled = self._config.precision == "bf16"
+        return torch.autocast(self._device, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+    def _update(self, factor: float) -> float:
+        norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, _CLIP)))
+        for optimizer, rate in self._rates:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _build_optimizers(self, decoder_learns: bool) -> list[tuple[optim.Optimizer, float]]:
+        """Optimizers with their peak learning rates. A chunk encoder that came trained learns as slowly as a decoder."""
+        config, reader = self._config, self.reader
+        slow = nn.ModuleList([reader.decoder] if decoder_learns else [])
+        fast = nn.ModuleList([reader.projector])
+        (slow if reader.encoder.alignment == "text" else fast).append(reader.encoder)
+        return [
+            (optimizer, rate)
+            for modules, rate in ((slow, config.decoder_learning_rate), (fast, config.learning_rate))
+            if len(modules)
+            for optimizer in build_optimizers(modules, config.optimizer, rate)
+        ]
+
+
+def split_parts(samples: Sequence[RefragSample], parts: int) -> list[list[RefragSample]]:
+    """Samples in parts of about as many tokens each; long ones are dealt first."""
+    found: list[list[RefragSample]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for sample in sorted(samples, key=lambda sample: -sample.tokens):
+        least = sizes.index(min(sizes))
+        found[least].append(sample)
+        sizes[least] += sample.tokens
+    return found
+
+
+def count_targets(samples: Sequence[RefragSample]) -> Counter[str]:
+    """Target tokens by kind."""
+    counts: Counter[str] = Counter()
+    for sample in samples:
+        counts[sample.kind] += sum(len(branch.answer) for view in sample.views for branch in view.branches)
+    return counts
+
+
+def _weights(counts: Mapping[str, int]) -> dict[Kind, float]:
+    """Weight of a target token by kind, so that the loss is a sum of means."""
+    both = all(counts.get(kind) for kind in _KINDS)
+    shares: dict[Kind, float] = {"text": _TEXT_WEIGHT if both else 1.0, "answers": 1.0}
+    return {kind: share / max(1, counts.get(kind, 0)) for kind, share in shares.items()}
