@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -24,7 +26,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import create_bundle
+from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig
+from blockrag.modeling.refrag.projector import Projector
+from blockrag.modeling.refrag.record import Alignment, Pooling
+from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
 from blockrag.modeling.template import READER_TEMPLATE
 
 TINY_VOCAB = 300
@@ -106,4 +114,56 @@ def make_tiny_bundle(path: Path, *, family: str = "llama", seed: int = 0, **over
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_tiny_checkpoint(Path(folder) / "checkpoint", family=family, seed=seed, **overrides)
         create_bundle(checkpoint, path, READER_TEMPLATE, name="tiny", passage_tokens=64)
+    return path
+
+
+def make_tiny_refrag_bundle(
+    path: Path,
+    *,
+    chunk_tokens: int = 4,
+    alignment: Alignment = "tokens",
+    pooling: Pooling = "mean",
+    policies: tuple[str, ...] = ("query", "blind"),
+    family: str = "llama",
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """A bundle that compresses chunks, with random parts, at ``path``; returns ``path``.
+
+    Projected chunk embeddings are as large as the decoder's own. Of ``policies``, "query" sees the question.
+    """
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        plain = load_bundle(make_tiny_bundle(Path(folder) / "plain", family=family, seed=seed, **overrides))
+        if alignment == "tokens":
+            encoder = ChunkEncoder.for_tokens(
+                TINY_VOCAB, None, width=16, layers=1, heads=2, max_chunk=max(8, chunk_tokens), pooling=pooling
+            )
+        else:
+            config = BertConfig(
+                vocab_size=TINY_VOCAB,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=64,
+            )
+            encoder = ChunkEncoder(
+                BertModel(config, add_pooling_layer=False),
+                alignment="text",
+                pooling=pooling,
+                tokenizer=make_tiny_tokenizer(),
+                decoder_tokenizer=plain.load_tokenizer(),
+            )
+        projector = Projector(16, _SIZES["hidden_size"])
+        for layer in (projector.first, projector.second):
+            torch.nn.init.normal_(layer.weight, std=0.2)
+        made = {}
+        for name in policies:
+            policy = ChunkPolicy(PolicyConfig(encoder_width=16, query=name == "query", width=12, hidden=16))
+            torch.nn.init.normal_(policy.score.weight)
+            made[name] = PolicyPart(policy, facts={"steps": 0})
+        write_refrag(
+            plain, path, encoder=encoder, projector=projector, policies=made, chunk_tokens=chunk_tokens, name="tiny"
+        )
     return path

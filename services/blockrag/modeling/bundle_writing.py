@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,13 @@ def create_bundle(
     driven over slots.
     """
     source, target = Path(model_dir).expanduser(), Path(out).expanduser()
-    if target.exists():
-        raise BundleError(f"{target}: exists already")
     facts = _inspect(source)
     if max_context_tokens is not None and max_context_tokens > facts.max_positions:
         raise BundleError(f"{source}: {max_context_tokens} context tokens, where the model has {facts.max_positions}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with staged(target) as staging:
         _copy_checkpoint(source, staging / "decoder")
         if model_card:
             (staging / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
-        files = sorted(path for path in (staging / "decoder").iterdir() if path.is_file())
         manifest = {
             "format": FORMAT,
             "name": name or source.resolve().name,
@@ -74,17 +70,57 @@ def create_bundle(
             "chunk_tokens": chunk_tokens,
             "passage_tokens": passage_tokens,
             "max_context_tokens": max_context_tokens or facts.max_positions,
-            "files": {path.relative_to(staging).as_posix(): file_sha256(path) for path in files},
+            "files": digests(staging, "decoder"),
             "quality": dict(quality or {}),
             "training": dict(training or {}),
         }
-        (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_manifest(staging, manifest)
         load_bundle(staging, verify_files=False).load_tokenizer()
+    return load_bundle(target, verify_files=False)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A directory beside ``target`` that becomes it when the body succeeds and vanishes when it fails.
+
+    Raises BundleError when ``target`` exists.
+    """
+    if target.exists():
+        raise BundleError(f"{target}: exists already")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield staging
         staging.chmod(0o755)
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return load_bundle(target, verify_files=False)
+
+
+def digests(root: Path, *names: str) -> dict[str, str]:
+    """SHA-256 of the files ``names``, and of the files in the directories among them, by path within ``root``."""
+    found = (path for name in names for path in ((root / name).iterdir() if (root / name).is_dir() else [root / name]))
+    return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(found) if path.is_file()}
+
+
+def copy_files(bundle: Bundle, target: Path, names: Iterable[str]) -> None:
+    """Copy files of a bundle to the same places within ``target``."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.path / name, target / name)
+
+
+def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
+    """Write ``manifest.json``."""
+    (root / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def with_section(card: str, heading: str, body: Iterable[str]) -> str:
+    """A model card whose section ``heading`` ("## …") has these lines; it is put last when it was not there."""
+    before, _, rest = card.partition(heading)
+    _, mark, after = rest.partition("\n## ")
+    parts = [before.rstrip(), "\n".join([heading, "", *body]), f"## {after.rstrip()}" if mark else ""]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write_pear(bundle: Bundle, record: PearRecord, out: str | Path | None) -> Bundle:
@@ -92,8 +128,14 @@ def write_pear(bundle: Bundle, record: PearRecord, out: str | Path | None) -> Bu
 
     Only the manifest and the model card differ; the weights stay as they are and are folded when they are loaded. The
     manifest's quality is emptied, because it was measured with other effective weights. A kill leaves the bundle with
-    or without the coefficients, never in between. Raises BundleError when ``out`` exists.
+    or without the coefficients, never in between. Raises BundleError when ``out`` exists, and for a bundle whose chunk
+    compression was trained with the present weights.
     """
+    if bundle.refrag is not None:
+        raise BundleError(
+            f"{bundle.path}: its chunk compression was trained with the decoder's present weights: apply PEAR first, "
+            "then blockrag adapt refrag"
+        )
     manifest = json.loads((bundle.path / "manifest.json").read_text(encoding="utf-8"))
     manifest.update(pear=record.to_dict(), quality={})
     card = bundle.path / "MODEL_CARD.md"
@@ -104,21 +146,11 @@ def write_pear(bundle: Bundle, record: PearRecord, out: str | Path | None) -> Bu
         _replace(card, described)
         return load_bundle(bundle.path, verify_files=False, **options)
     target = Path(out).expanduser()
-    if target.exists():
-        raise BundleError(f"{target}: exists already")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        for name in bundle.files:
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.path / name, staging / name)
-        (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    with staged(target) as staging:
+        copy_files(bundle, staging, bundle.files)
+        write_manifest(staging, manifest)
         (staging / card.name).write_text(described, encoding="utf-8")
         load_bundle(staging, verify_files=False)
-        staging.chmod(0o755)
-        staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return load_bundle(target, verify_files=False, **options)
 
 
@@ -130,9 +162,7 @@ def _describe_pear(card: str, record: PearRecord) -> str:
     losses = [
         f"{mask} mask {record.before[mask].loss:.3f} to {record.after[mask].loss:.3f} nats" for mask in record.before
     ]
-    lines = (
-        _PEAR_HEADING,
-        "",
+    body = (
         f"Detected and learned under the {record.mask} mask; loss of copying random tokens: {'; '.join(losses)}. "
         "Scores above were measured before.",
         "",
@@ -140,8 +170,7 @@ def _describe_pear(card: str, record: PearRecord) -> str:
         "|---|---|---|---|",
         *rows,
     )
-    before = card.split(_PEAR_HEADING)[0].rstrip()
-    return (before + "\n\n" if before else "") + "\n".join(lines) + "\n"
+    return with_section(card, _PEAR_HEADING, body)
 
 
 def _replace(path: Path, text: str) -> None:

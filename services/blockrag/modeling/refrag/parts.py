@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from blockrag.errors import BundleError
 from blockrag.modeling.loading import check_finite
+from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.record import CHUNK_ENCODER_DIR, PROJECTOR_FILE, RefragRecord
 
 
@@ -60,9 +61,17 @@ def check_parts(
             f"{projector}: projects {first[-1]} to {second[0]} numbers, where the chunk encoder gives "
             f"{record.encoder_width} and the decoder takes {decoder_config.get('hidden_size')}"
         )
+    for name, policy in record.policies.items():
+        config = ChunkPolicy.load(root / policy.file).config
+        if config.encoder_width != record.encoder_width or config.query != policy.query:
+            raise BundleError(
+                f"{root / policy.file}: a policy for {config.encoder_width} numbers a chunk that "
+                f"{'sees' if config.query else 'does not see'} the question, where the manifest's policy {name!r} "
+                f"needs {record.encoder_width} and {'sees' if policy.query else 'does not see'} it"
+            )
     if read_weights:
         for name in files:
-            if name.endswith(".safetensors") and (is_refrag_file(name) or name in needed):
+            if name.endswith(".safetensors") and is_refrag_file(name):
                 check_finite(root / name, load_file(root / name).items())
 
 
