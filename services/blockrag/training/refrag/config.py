@@ -105,6 +105,11 @@ class RefragConfig:
         return self.out.parent / f"{self.out.name}.run"
 
     @property
+    def decoder_learns(self) -> bool:
+        """Whether the stage changes the decoder."""
+        return self.stage != "reconstruction" or self.train_decoder
+
+    @property
     def alignment(self) -> Alignment:
         """How a new chunk encoder reads chunks."""
         return "tokens" if self.encoder in ("", SMALL_ENCODER) else "text"

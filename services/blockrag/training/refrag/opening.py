@@ -19,7 +19,6 @@ from blockrag.training.refrag.composed import ComposedDecoder
 from blockrag.training.refrag.config import SMALL_ENCODER, RefragConfig
 from blockrag.training.refrag.reader import RefragReader
 
-
 _SMALL_WIDTH = 768
 """Widest small encoder; narrower where the decoder is."""
 _HEAD_WIDTH = 64

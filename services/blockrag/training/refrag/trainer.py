@@ -37,7 +37,7 @@ class RefragTrainer:
     """Trains a reader of compositions. Every worker has one; on a CPU a single worker uses a thread per part."""
 
     def __init__(self, reader: RefragReader, config: RefragConfig, workers: Workers) -> None:
-        """Freezes what the stage leaves alone. Raises SetupError for a configuration that several workers cannot run."""
+        """Freezes what the stage leaves alone. Raises SetupError for what several workers cannot run."""
         self.reader = reader
         self._config = config
         self._workers = workers
@@ -46,11 +46,10 @@ class RefragTrainer:
             raise SetupError(f"parts {config.parts}: no multiple of {workers.size} workers")
         if config.optimizer == "muon" and workers.size > 1:
             raise SetupError("optimizer 'muon': several workers share every matrix out; choose adamw")
-        decoder_learns = config.stage != "reconstruction" or config.train_decoder
-        reader.decoder.requires_grad_(decoder_learns)
+        reader.decoder.requires_grad_(config.decoder_learns)
         reader.to(workers.device)
         workers.shard(reader, reader.decoder.model.model.layers)
-        self._rates = self._build_optimizers(decoder_learns)
+        self._rates = self._build_optimizers()
         self.optimizers: list[optim.Optimizer] = [optimizer for optimizer, _ in self._rates]
         self._parameters = [parameter for parameter in reader.parameters() if parameter.requires_grad]
         self._pool = ThreadPoolExecutor(config.parts, initializer=torch.set_num_threads, initargs=(1,))
@@ -61,7 +60,7 @@ class RefragTrainer:
         mine = parts[self._workers.rank :: self._workers.size]
         counts = count_targets(samples)
         weights = _weights(counts)
-        sums = {kind: 0.0 for kind in _KINDS}
+        sums = dict.fromkeys(_KINDS, 0.0)
         if self._workers.size == 1 and self._device == "cpu":
             results = self._threaded(mine, weights)
         else:
@@ -146,10 +145,10 @@ class RefragTrainer:
             optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _build_optimizers(self, decoder_learns: bool) -> list[tuple[optim.Optimizer, float]]:
-        """Optimizers with their peak learning rates. A chunk encoder that came trained learns as slowly as a decoder."""
+    def _build_optimizers(self) -> list[tuple[optim.Optimizer, float]]:
+        """Optimizers with their peak learning rates. An encoder that came trained learns as slowly as the decoder."""
         config, reader = self._config, self.reader
-        slow = nn.ModuleList([reader.decoder] if decoder_learns else [])
+        slow = nn.ModuleList([reader.decoder] if config.decoder_learns else [])
         fast = nn.ModuleList([reader.projector])
         (slow if reader.encoder.alignment == "text" else fast).append(reader.encoder)
         return [
