@@ -168,8 +168,11 @@ class CompressorSettings(_Section):
 
     replicas: Positive = 1
     """Compressor replicas."""
-    chunk_tokens: Positive = 16
-    """Tokens of a chunk in plans and citations."""
+    threads: Positive = 1
+    """CPU threads of the policy and of the question's chunk encoder, per replica; used with compression only."""
+    embeddings_mb: Positive = 64
+    """Chunk embeddings kept in the replica's own memory, in MiB; a passage of 128 tokens takes 16 KiB with the
+    bundled reader."""
 
 
 class DecoderSettings(_Section):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from blockrag.errors import InvalidRequestError
 from blockrag.v1 import common_pb2
+
+if TYPE_CHECKING:
+    from blockrag.modeling.bundle import Bundle
 
 RETRIEVAL = "retrieval"
 """The policy that every bundle has: the best passages' chunks first."""
@@ -24,6 +27,12 @@ class CompressionAbility:
     """Tokens of a chunk (k): the highest rate."""
     policies: frozenset[str] | None
     """Names of the bundle's own policies; None: the bundle has nothing to compress with."""
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> CompressionAbility:
+        """What ``bundle`` can do."""
+        policies = None if bundle.refrag is None else frozenset(bundle.refrag.policies)
+        return cls(bundle.name, bundle.chunk_tokens, policies)
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,57 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+
 from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
 from blockrag.access import protect
+from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.costs import DecoderCosts
+from blockrag.compressor.embeddings import EmbeddingCache
+from blockrag.compressor.mixing import Mixer
 from blockrag.compressor.plans import Planner
+from blockrag.compressor.rating import ChunkRater
 from blockrag.compressor.tokenizing import PassageTokenizer
-from blockrag.configured import configured_bundle
+from blockrag.compressor.words import ChunkWords
+from blockrag.configured import configured_bundle, configured_keys
+from blockrag.decoder.detokenizer import detokenizer_factory
+from blockrag.gateway.remote import DecoderClient
 from blockrag.grpc_status import translate_errors
+from blockrag.kv_cache.client import KvCacheClient
+from blockrag.kv_cache.deployment import connect
+from blockrag.modeling.bundle import Bundle
 from blockrag.settings import AppArgs, Settings, load_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.v1 import compressor_pb2
+
+_MIB = 2**20
+_UPKEEP_PERIOD_S = 1.0
+"""How often purges are asked for."""
+
+_logger = logging.getLogger(__name__)
 
 
 class Compressor:
     """Serves ``blockrag.v1.CompressorService``."""
 
-    def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         setup_telemetry("compressor", settings)
         protect(settings)
-        bundle = configured_bundle(settings)
-        tokenizer = PassageTokenizer(bundle.load_tokenizer(), bundle.template)
-        self._planner = Planner(tokenizer, bundle.max_context_tokens, settings.compressor.chunk_tokens)
+        bundle = configured_bundle(settings, verify_files=True)
+        tokenizer = bundle.load_tokenizer()
+        words = ChunkWords(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
+        self._upkeep: asyncio.Task[None] | None = None
+        self._planner = Planner(
+            PassageTokenizer(tokenizer, bundle.template),
+            bundle.max_context_tokens,
+            CompressionAbility.of(bundle),
+            words,
+            self._mixer(bundle, settings) if bundle.refrag is not None else None,
+        )
 
     @translate_errors
     async def Plan(
@@ -32,7 +60,7 @@ class Compressor:
     ) -> compressor_pb2.PlanResponse:
         """Decides what of each passage enters the prompt."""
         with span("plan", request.context, candidates=len(request.passages)) as current:
-            response = self._planner.plan(request)
+            response = await self._planner.plan(request)
             current.set(prompt_tokens=response.prompt_tokens)
             return response
 
@@ -42,6 +70,40 @@ class Compressor:
     ) -> compressor_pb2.TokenizePassagesResponse:
         """Gives the passages' blocks without a question."""
         return self._planner.tokenize(request)
+
+    async def check_health(self) -> None:
+        """Has Serve replace a replica whose upkeep ended."""
+        if self._upkeep is not None and self._upkeep.done():
+            raise RuntimeError("the upkeep task ended")
+
+    def _mixer(self, bundle: Bundle, settings: Settings) -> Mixer:
+        cache = connect(settings)
+        embeddings = EmbeddingCache(cache, settings.compressor.embeddings_mb * _MIB)
+        self._upkeep = asyncio.get_running_loop().create_task(_follow_purges(cache, embeddings))
+        costs = DecoderCosts(DecoderClient(serve.get_app_handle).status)
+        return Mixer(
+            bundle.chunk_tokens,
+            ChunkRater.load(bundle),
+            embeddings,
+            configured_keys(settings, bundle),
+            costs,
+            threads=settings.compressor.threads,
+        )
+
+
+async def _follow_purges(cache: KvCacheClient, embeddings: EmbeddingCache) -> None:
+    """Forgets embeddings of documents that were changed or deleted."""
+    while True:
+        await asyncio.sleep(_UPKEEP_PERIOD_S)
+        try:
+            purged = await cache.poll_purges()
+        except Exception:
+            _logger.exception("asking for purges failed; it is tried again")
+            continue
+        if purged.reset:
+            embeddings.clear()
+        else:
+            embeddings.purge(purged.keys)
 
 
 def build(args: AppArgs) -> Application:

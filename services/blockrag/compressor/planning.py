@@ -52,8 +52,8 @@ def expand_what_fits(
 ) -> list[PassageDecision]:
     """Takes passages, best first, while they fit; a passage that does not fit is dropped with the reason.
 
-    ``passage_tokens`` holds the tokens of each candidate's block, or the slots that it takes ``compressed``. A smaller passage further down may still fit after
-    a larger one was dropped: the budget is used rather than the order kept.
+    ``passage_tokens`` holds the tokens of each candidate's block, or the slots that it takes ``compressed``. A smaller
+    passage further down may still fit after a larger one was dropped: the budget is used rather than the order kept.
     """
     decisions = []
     left = budget_tokens

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from blockrag.compressor.planning import PromptBudget, expand_what_fits
+import numpy as np
+from numpy.typing import NDArray
+
+from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression
+from blockrag.compressor.mixing import Candidates, Mixer, Mixture
+from blockrag.compressor.planning import PassageDecision, PromptBudget, expand_what_fits
 from blockrag.compressor.tokenizing import PassageTokenizer
+from blockrag.compressor.words import ChunkWords
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.v1 import common_pb2, compressor_pb2
@@ -12,17 +18,29 @@ from blockrag.v1 import common_pb2, compressor_pb2
 class Planner:
     """Makes plans for one bundle."""
 
-    def __init__(self, tokenizer: PassageTokenizer, max_positions: int, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PassageTokenizer,
+        max_positions: int,
+        ability: CompressionAbility,
+        words: ChunkWords,
+        mixer: Mixer | None = None,
+    ) -> None:
+        """``mixer``: None where the bundle cannot compress."""
         self._tokenizer = tokenizer
         self._max_positions = max_positions
-        self._chunk_tokens = chunk_tokens
+        self._ability = ability
+        self._chunk_tokens = ability.chunk_tokens
+        self._words = words
+        self._mixer = mixer
 
-    def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
-        """The plan of a request; passages keep the request's order.
+    async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
+        """The plan of a request; passages keep the request's order. Without compression it is made at once.
 
-        Raises ``InvalidRequestError`` for a passage without text and ``PromptTooLongError`` when the question alone
-        does not fit.
+        Raises ``InvalidRequestError`` for a passage without text and what cannot be compressed, ``PromptTooLongError``
+        when the question alone does not fit, and what the services raise that compression needs.
         """
+        compression = read_compression(request.compression, request.attention_mode, self._ability)
         final_ids = self._tokenizer.final_ids(request.question)
         budget = PromptBudget(
             max_positions=self._max_positions,
@@ -35,27 +53,29 @@ class Planner:
         none = request.attention_mode == common_pb2.ATTENTION_MODE_NONE
         passages = [] if none else list(request.passages)
         blocks = [self._block(passage) for passage in passages]
-        decisions = expand_what_fits([len(ids) for ids in blocks], left)
+        if compression is None:
+            mixture = None
+            decisions = expand_what_fits([len(ids) for ids in blocks], left)
+        else:
+            mixture = await self._mixture(request, compression, blocks, final_ids, left)
+            decisions = mixture.decisions
         response = compressor_pb2.PlanResponse(
             instruction_token_ids=self._tokenizer.instruction_ids,
             final_token_ids=final_ids,
             prompt_tokens=len(self._tokenizer.instruction_ids) + len(final_ids),
+            chunk_tokens=self._chunk_tokens,
         )
-        for passage, ids, decision in zip(passages, blocks, decisions, strict=True):
-            form = common_pb2.CHUNK_FORM_EXPANDED if decision.in_prompt else common_pb2.CHUNK_FORM_DROPPED
+        for place, (passage, ids, decision) in enumerate(zip(passages, blocks, decisions, strict=True)):
             response.passages.add(
                 passage_id=passage.passage_id,
                 document_id=passage.document_id,
                 token_ids=ids,
-                chunks=[
-                    common_pb2.ChunkDecision(start_token=start, end_token=end, form=form)
-                    for start, end in chunk_bounds(len(ids), self._chunk_tokens)
-                ],
+                chunks=self._chunks(ids, decision, mixture.expanded[place] if mixture else None),
                 in_prompt=decision.in_prompt,
                 dropped_reason=decision.dropped_reason,
             )
             if decision.in_prompt:
-                response.prompt_tokens += len(ids)
+                response.prompt_tokens += _slots(response.passages[place]) if mixture else len(ids)
         return response
 
     def tokenize(self, request: compressor_pb2.TokenizePassagesRequest) -> compressor_pb2.TokenizePassagesResponse:
@@ -69,7 +89,48 @@ class Planner:
             )
         return response
 
+    async def _mixture(
+        self,
+        request: compressor_pb2.PlanRequest,
+        compression: CompressionRequest,
+        blocks: list[tuple[int, ...]],
+        final_ids: list[int],
+        most_slots: int,
+    ) -> Mixture:
+        assert self._mixer is not None, "a bundle that cannot compress was refused"
+        document_ids = [passage.document_id for passage in request.passages]
+        instruction_tokens = len(self._tokenizer.instruction_ids)
+        candidates = Candidates(blocks, document_ids, instruction_tokens, final_ids, most_slots)
+        return await self._mixer.mix(request, compression, candidates)
+
+    def _chunks(
+        self, ids: tuple[int, ...], decision: PassageDecision, expanded: NDArray[np.bool_] | None
+    ) -> list[common_pb2.ChunkDecision]:
+        """What becomes of each chunk; with its words when compression was asked for (``expanded`` is not None)."""
+        bounds = chunk_bounds(len(ids), self._chunk_tokens)
+        if expanded is None:
+            form = common_pb2.CHUNK_FORM_EXPANDED if decision.in_prompt else common_pb2.CHUNK_FORM_DROPPED
+            return [common_pb2.ChunkDecision(start_token=start, end_token=end, form=form) for start, end in bounds]
+        if decision.in_prompt:
+            forms = [
+                common_pb2.CHUNK_FORM_EXPANDED if keep else common_pb2.CHUNK_FORM_COMPRESSED
+                for keep in expanded.tolist()
+            ]
+        else:
+            forms = [common_pb2.CHUNK_FORM_DROPPED] * len(bounds)
+        return [
+            common_pb2.ChunkDecision(start_token=start, end_token=end, form=form, text=text)
+            for (start, end), form, text in zip(bounds, forms, self._words.of(ids), strict=True)
+        ]
+
     def _block(self, passage: common_pb2.Passage) -> tuple[int, ...]:
         if not passage.text:
             raise InvalidRequestError("passages", f"passage {passage.passage_id!r} has no text")
         return self._tokenizer.passage_ids(passage.title, passage.text)
+
+
+def _slots(planned: compressor_pb2.PassagePlan) -> int:
+    return sum(
+        chunk.end_token - chunk.start_token if chunk.form == common_pb2.CHUNK_FORM_EXPANDED else 1
+        for chunk in planned.chunks
+    )

@@ -1,0 +1,108 @@
+"""Chunk embeddings that this replica has at hand: the cache keeps them for the cluster, this for the next plan."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from blockrag.errors import DataError
+from blockrag.kv_cache.messages import FetchedBlock
+from blockrag.types import BlockRequest, CachedBlock, ChunkEmbeddings
+
+
+class EmbeddingSource(Protocol):
+    """Where missing embeddings come from: the cluster's cache, which has them encoded."""
+
+    async def fetch(self, requests: Sequence[BlockRequest]) -> list[FetchedBlock]:
+        """The blocks, in the order asked. Raises ``BlockragError`` kinds."""
+        ...
+
+
+class EmbeddingCache:
+    """Least recently used embeddings within a byte budget. All calls from one event loop.
+
+    One prompt's embeddings may exceed the budget; then they are not kept.
+    """
+
+    def __init__(self, source: EmbeddingSource, budget_bytes: int) -> None:
+        self._source = source
+        self._budget = budget_bytes
+        self._held: OrderedDict[str, Tensor] = OrderedDict()
+        self._nbytes = 0
+        self._coming: list[set[str]] = []
+        """Of each fetch under way, the keys that may be kept."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._nbytes
+
+    async def get(self, requests: Sequence[BlockRequest]) -> list[Tensor]:
+        """Embeddings of each block, float32 [chunks, width], in order. When all are here, the loop is not given up.
+
+        Raises what the source raises, and ``DataError`` for a block that is not what was asked for.
+        """
+        found: dict[str, Tensor] = {}
+        missing: dict[str, BlockRequest] = {}
+        for request in requests:
+            held = self._held.get(request.key)
+            if held is None:
+                missing[request.key] = request
+            else:
+                self._held.move_to_end(request.key)
+                found[request.key] = held
+        if missing:
+            found.update(await self._fetch(missing))
+        return [found[request.key] for request in requests]
+
+    def purge(self, keys: Iterable[str]) -> None:
+        """Forget embeddings, those on their way included."""
+        gone = set(keys)
+        for coming in self._coming:
+            coming -= gone
+        for key in gone & self._held.keys():
+            self._drop(key)
+
+    def clear(self) -> None:
+        """Forget all embeddings, those on their way included."""
+        for coming in self._coming:
+            coming.clear()
+        self._held.clear()
+        self._nbytes = 0
+
+    async def _fetch(self, missing: dict[str, BlockRequest]) -> dict[str, Tensor]:
+        may_stay = set(missing)
+        self._coming.append(may_stay)
+        try:
+            fetched = await self._source.fetch(list(missing.values()))
+        finally:
+            self._coming = [coming for coming in self._coming if coming is not may_stay]
+        found = {
+            request.key: _embeddings(request, item.block)
+            for request, item in zip(missing.values(), fetched, strict=True)
+        }
+        for key in may_stay:
+            self._keep(key, found[key])
+        return found
+
+    def _keep(self, key: str, embeddings: Tensor) -> None:
+        if key in self._held:  # another plan fetched it meanwhile
+            return
+        self._held[key] = embeddings
+        self._nbytes += embeddings.nbytes
+        while self._nbytes > self._budget:
+            self._drop(next(iter(self._held)))
+
+    def _drop(self, key: str) -> None:
+        self._nbytes -= self._held.pop(key).nbytes
+
+
+def _embeddings(request: BlockRequest, block: CachedBlock) -> Tensor:
+    if not isinstance(block, ChunkEmbeddings) or len(block.embeddings) != request.size:
+        raise DataError(f"the cache answered chunk embeddings {request.key} with another block")
+    # a copy: what comes from the object store is read-only, and stays there as long as somebody refers to it
+    return torch.tensor(block.embeddings)

@@ -1,0 +1,69 @@
+"""How much each chunk of a prompt deserves to be read word for word: a bundle's policies at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from blockrag.errors import BundleError, DataError
+from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.modeling.refrag.policy import ChunkPolicy, make_policy_input
+from blockrag.modeling.refrag.policy_features import TokenTraits
+
+
+class ChunkRater:
+    """A bundle's policies and its chunk encoder, for the question. Not thread-safe: one thread computes."""
+
+    def __init__(self, compressor: ChunkCompressor, policies: Mapping[str, ChunkPolicy], traits: TokenTraits) -> None:
+        self._compressor = compressor
+        self._policies = dict(policies)
+        self._traits = traits
+
+    @classmethod
+    def load(cls, bundle: Bundle) -> ChunkRater:
+        """Load what a bundle that can compress chooses chunks with, on the CPU. Raises ``BundleError``."""
+        if bundle.refrag is None:
+            raise BundleError(f"{bundle.path}: the bundle has no chunk compression (refrag)")
+        policies = {name: ChunkPolicy.load(bundle.policy_file(name)) for name in bundle.refrag.policies}
+        return cls(ChunkCompressor.load(bundle), policies, TokenTraits.of(bundle.load_tokenizer()))
+
+    def rate(
+        self,
+        policy: str,
+        passages: Sequence[Sequence[int]],
+        embeddings: Sequence[Tensor],
+        question: Sequence[int],
+        ranks: Sequence[int],
+    ) -> NDArray[np.float32]:
+        """A logit for every chunk of all passages, in order, float32 [chunks].
+
+        ``passages``: token ids of their blocks; ``embeddings``: of each one's chunks; ``question``: token ids of the
+        final block, seen by policies that see the question; ``ranks``: each passage's place among the retrieved.
+        Raises ``DataError`` when what comes out is no number.
+        """
+        chosen = self._policies[policy]
+        asked = list(question) if chosen.config.query else []
+        with torch.inference_mode():
+            if asked:
+                [question_embeddings] = self._compressor.embed([asked])
+            else:
+                question_embeddings = torch.empty(0, self._compressor.encoder_width)
+            logits = chosen.rate(
+                make_policy_input(
+                    passages,
+                    embeddings,
+                    asked,
+                    question_embeddings,
+                    chunk_tokens=self._compressor.chunk_tokens,
+                    traits=self._traits,
+                    ranks=ranks,
+                )
+            )
+        if not np.isfinite(logits).all():
+            raise DataError(f"the policy {policy!r} gave a logit that is no finite number")
+        return logits

@@ -1,0 +1,251 @@
+"""Plans with a real tiny bundle and embeddings that are encoded in process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.costs import DecoderCosts
+from blockrag.compressor.embeddings import EmbeddingCache
+from blockrag.compressor.mixing import Mixer
+from blockrag.compressor.plans import Planner
+from blockrag.compressor.rating import ChunkRater
+from blockrag.compressor.tokenizing import PassageTokenizer
+from blockrag.compressor.words import ChunkWords
+from blockrag.decoder.detokenizer import detokenizer_factory
+from blockrag.encoder.forms import FormEncoder
+from blockrag.errors import InvalidRequestError, PromptTooLongError
+from blockrag.keys import KeyMaker
+from blockrag.kv_cache.messages import FetchedBlock
+from blockrag.modeling.bundle import Bundle, load_bundle
+from blockrag.modeling.model import SlotModel
+from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.types import BlockRequest
+from blockrag.v1.common_pb2 import (
+    ATTENTION_MODE_BLOCK,
+    ATTENTION_MODE_NONE,
+    CHUNK_FORM_COMPRESSED,
+    CHUNK_FORM_DROPPED,
+    CHUNK_FORM_EXPANDED,
+    Compression,
+    Passage,
+    RequestContext,
+)
+from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
+from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
+from tests.models import make_tiny_bundle
+from tests.refrag_bundles import make_refrag_bundle
+
+CHUNK = 4
+TEXTS = [
+    "the capital of the country is the largest city of the land",
+    "it was founded in the year when there was",
+    "Übergröße – naïve café, 1,234.5 and \U0001f600 signs",
+    "x",
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return load_bundle(make_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def bundle(plain: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("bundle") / "compressing"
+    return make_refrag_bundle(plain, out, width=16, chunk_tokens=CHUNK, decoder_width=32)
+
+
+class Encoding:
+    """The cache and the encoder in one."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._encoder = FormEncoder(SlotModel.load(bundle), ChunkCompressor.load(bundle))
+        self.fetched: list[BlockRequest] = []
+
+    async def fetch(self, requests: Sequence[BlockRequest]) -> list[FetchedBlock]:
+        self.fetched += requests
+        return [FetchedBlock(block, "encoded") for block in self._encoder.encode(requests)]
+
+
+async def decoder_status() -> GetDecoderStatusResponse:
+    return GetDecoderStatusResponse(prefill_base_ms=10.0, prefill_slot_ms=0.5, measured_prefills=9)
+
+
+@pytest.fixture(scope="module")
+def source(bundle: Bundle) -> Encoding:
+    return Encoding(bundle)
+
+
+@pytest.fixture
+def planner(bundle: Bundle, source: Encoding) -> Planner:
+    source.fetched.clear()
+    keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint)
+    mixer = Mixer(CHUNK, ChunkRater.load(bundle), EmbeddingCache(source, 2**20), keys, DecoderCosts(decoder_status))
+    return make_planner(bundle, mixer)
+
+
+def make_planner(bundle: Bundle, mixer: Mixer | None) -> Planner:
+    tokenizer = bundle.load_tokenizer()
+    words = ChunkWords(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
+    return Planner(
+        PassageTokenizer(tokenizer, bundle.template),
+        bundle.max_context_tokens,
+        CompressionAbility.of(bundle),
+        words,
+        mixer,
+    )
+
+
+def request(compression: Compression | None = None, **fields: object) -> PlanRequest:
+    values = {"attention_mode": ATTENTION_MODE_BLOCK, "max_tokens": 8, "collection": "c", **fields}
+    return PlanRequest(
+        context=RequestContext(tenant="t", traceparent="trace"),
+        question="when was the largest city founded",
+        passages=[
+            Passage(passage_id=f"p{place}", document_id=f"d{place}", title="title", text=text)
+            for place, text in enumerate(TEXTS)
+        ],
+        compression=compression,
+        **values,  # type: ignore[arg-type]
+    )
+
+
+def slots(plan: PlanResponse) -> int:
+    return plan.prompt_tokens - len(plan.instruction_token_ids) - len(plan.final_token_ids)
+
+
+def tokens(plan: PlanResponse) -> int:
+    return sum(len(passage.token_ids) for passage in plan.passages if passage.in_prompt)
+
+
+def forms(plan: PlanResponse) -> list[list[int]]:
+    return [[chunk.form for chunk in passage.chunks] for passage in plan.passages]
+
+
+async def test_without_compression_nothing_is_asked_of_the_cache(planner: Planner, source: Encoding) -> None:
+    with pytest.raises(StopIteration) as finished:
+        planner.plan(request()).send(None)  # at once: the event loop is not given up
+    plan: PlanResponse = finished.value.value
+    assert source.fetched == []
+    assert slots(plan) == tokens(plan)
+    assert {form for passage in forms(plan) for form in passage} == {CHUNK_FORM_EXPANDED}
+    assert not any(chunk.text for passage in plan.passages for chunk in passage.chunks)
+    assert plan.chunk_tokens == CHUNK
+    assert await planner.plan(request(Compression(off=True))) == plan
+
+
+async def test_a_rate_is_reached_and_the_policy_sees_embeddings_from_the_cache(
+    planner: Planner, source: Encoding
+) -> None:
+    plan = await planner.plan(request(Compression(rate=2)))
+    assert tokens(plan) / slots(plan) >= 2
+    chosen = {form for passage in forms(plan) for form in passage}
+    assert chosen == {CHUNK_FORM_EXPANDED, CHUNK_FORM_COMPRESSED}
+    assert [(block.document_id, block.collection, block.tenant, str(block.form)) for block in source.fetched] == [
+        (f"d{place}", "c", "t", "chunks-4") for place in range(4)
+    ]
+    again = await planner.plan(request(Compression(rate=2)))
+    assert len(source.fetched) == 4
+    assert again == plan
+
+
+@pytest.mark.parametrize("compression", [Compression(rate=1), Compression(max_context_tokens=10_000)])
+async def test_where_everything_fits_the_plan_is_the_one_without_compression(
+    planner: Planner, source: Encoding, compression: Compression
+) -> None:
+    off, on = await planner.plan(request()), await planner.plan(request(compression))
+    for passage in on.passages:
+        for chunk in passage.chunks:
+            chunk.ClearField("text")
+    assert on == off
+    assert source.fetched == []
+
+
+async def test_the_highest_rate_compresses_everything_and_asks_no_policy(planner: Planner, source: Encoding) -> None:
+    plan = await planner.plan(request(Compression(rate=CHUNK)))
+    assert {form for passage in forms(plan) for form in passage} == {CHUNK_FORM_COMPRESSED}
+    assert slots(plan) == sum(len(passage.chunks) for passage in plan.passages)
+    assert source.fetched == []
+
+
+async def test_retrieval_reads_the_best_passages_word_for_word(planner: Planner, source: Encoding) -> None:
+    plan = await planner.plan(request(Compression(rate=2, policy="retrieval")))
+    order = list(itertools.chain.from_iterable(forms(plan)))
+    first = order.index(CHUNK_FORM_COMPRESSED)
+    assert set(order[first:]) == {CHUNK_FORM_COMPRESSED}
+    assert source.fetched == []
+
+
+async def test_only_the_query_policy_sees_the_question(planner: Planner) -> None:
+    async def chosen(policy: str, question: str) -> list[list[int]]:
+        wanted = request(Compression(rate=2, policy=policy))
+        wanted.question = question
+        return forms(await planner.plan(wanted))
+
+    questions = ("of the country", "in the year when", "Übergröße café", "x")
+    assert len({str(await chosen("blind", question)) for question in questions}) == 1
+    assert len({str(await chosen("query", question)) for question in questions}) > 1
+
+
+async def test_a_time_becomes_slots_by_the_decoders_cost(planner: Planner) -> None:
+    # 10 ms for the question, half a millisecond for each slot; the instruction block has one
+    plan = await planner.plan(request(Compression(max_ttft_ms=35), spent_ms=5.0))
+    assert slots(plan) <= 39
+    assert slots(plan) > 39 - CHUNK
+    with pytest.raises(InvalidRequestError, match="the question without any passage takes about 16 ms"):
+        await planner.plan(request(Compression(max_ttft_ms=14), spent_ms=5.0))
+
+
+async def test_what_does_not_fit_even_compressed_is_dropped_the_worst_first(planner: Planner) -> None:
+    plan = await planner.plan(request(Compression(max_context_tokens=20)))
+    assert slots(plan) <= 20
+    assert plan.passages[0].in_prompt
+    dropped = [passage for passage in plan.passages if not passage.in_prompt]
+    assert dropped
+    for passage in dropped:
+        assert "even compressed" in passage.dropped_reason
+        assert {chunk.form for chunk in passage.chunks} == {CHUNK_FORM_DROPPED}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(budget=st.integers(1, 300), bound=st.integers(0, 200), policy=st.sampled_from(["query", "blind", "retrieval"]))
+async def test_no_plan_is_over_its_budget(planner: Planner, budget: int, bound: int, policy: str) -> None:
+    compression = Compression(max_context_tokens=budget, policy=policy)
+    plan = await planner.plan(request(compression, max_context_tokens=bound))
+    assert slots(plan) <= (min(budget, bound) if bound else budget)
+
+
+async def test_the_words_of_the_chunks_are_the_passage(planner: Planner) -> None:
+    plan = await planner.plan(request(Compression(rate=3)))
+    for passage, text in zip(plan.passages, TEXTS, strict=True):
+        assert "".join(chunk.text for chunk in passage.chunks) == f" title {text}"
+        assert [chunk.start_token for chunk in passage.chunks] == list(range(0, len(passage.token_ids), CHUNK))
+
+
+async def test_no_passages_and_modes_without_blocks(planner: Planner) -> None:
+    empty = request(Compression(rate=2))
+    empty.ClearField("passages")
+    assert (await planner.plan(empty)).passages == []
+    with pytest.raises(InvalidRequestError, match="attention_mode block only"):
+        await planner.plan(request(Compression(rate=2), attention_mode=ATTENTION_MODE_NONE))
+
+
+async def test_a_bundle_that_cannot_compress_plans_without_and_refuses_with(plain: Bundle) -> None:
+    planner = make_planner(plain, None)
+    assert (await planner.plan(request())).chunk_tokens == plain.chunk_tokens
+    with pytest.raises(InvalidRequestError, match="has no chunk encoder"):
+        await planner.plan(request(Compression(rate=2)))
+
+
+async def test_a_question_that_does_not_fit_is_refused_before_anything_is_fetched(
+    planner: Planner, source: Encoding
+) -> None:
+    with pytest.raises(PromptTooLongError):
+        await planner.plan(request(Compression(rate=2), max_tokens=5000))
+    assert source.fetched == []
