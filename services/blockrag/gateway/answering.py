@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from blockrag.errors import DeadlineError, UnavailableError
+from blockrag.gateway.overhead import Overhead
 from blockrag.gateway.validation import Question, Search
 from blockrag.grpc_status import as_known_error
 from blockrag.telemetry import Span, request_logger, span, trace_id_of
 from blockrag.v1.common_pb2 import (
     ATTENTION_MODE_NONE,
+    CHUNK_FORM_COMPRESSED,
     Passage,
     PromptBlock,
     RequestContext,
@@ -104,6 +106,8 @@ class Answering:
     bundle_fingerprint: str
     record_text: bool = False
     """Write questions into spans."""
+    overhead: Overhead = field(default_factory=Overhead)
+    """What answers take beside retrieval and the decoder."""
 
     async def retrieve(self, search: Search, current: Span, deadline: Deadline) -> RetrieveResponse:
         """Searches without answering; ``current`` is the request's span."""
@@ -149,6 +153,8 @@ class Answering:
         if finish is None:
             raise UnavailableError("the decoder ended its answer without saying why; ask again")
         timings.stage_ms.update((stage.stage, stage.milliseconds) for stage in finish.stages)
+        self.overhead.record(timings.time_to_first_token_ms, timings.stage_ms)
+        finish.usage.context_tokens = sum(len(planned.token_ids) for planned in plan.passages if planned.in_prompt)
         _describe(current, finish.usage, timings)
         completion = Completion(
             answer="".join(pieces),
@@ -216,6 +222,10 @@ class Answering:
                 max_context_tokens=question.max_context_tokens,
                 max_tokens=question.sampling.max_tokens,
             )
+            if question.compression is not None:
+                request.compression.CopyFrom(question.compression)
+                request.collection = question.collection
+                request.spent_ms = (started - timings.received) * 1000 + self.overhead.milliseconds
             plan = await deadline.wait(self.planner.plan(request))
         timings.stage_ms["plan"] = (time.perf_counter() - started) * 1000
         return plan
@@ -265,9 +275,13 @@ def _decode_request(question: Question, plan: PlanResponse) -> DecodeRequest:
         if planned.in_prompt:
             # Given passages have no document, and so belong to no collection.
             collection = question.collection if planned.document_id else ""
-            blocks.append(
-                PromptBlock(token_ids=planned.token_ids, document_id=planned.document_id, collection=collection)
-            )
+            block = PromptBlock(token_ids=planned.token_ids, document_id=planned.document_id, collection=collection)
+            if question.compression is not None:
+                forms = [chunk.form for chunk in planned.chunks]
+                if CHUNK_FORM_COMPRESSED in forms:
+                    block.chunk_tokens = plan.chunk_tokens
+                    block.forms.extend(forms)
+            blocks.append(block)
     return DecodeRequest(
         blocks=blocks,
         final_token_ids=plan.final_token_ids,

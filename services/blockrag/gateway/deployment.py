@@ -14,6 +14,7 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
 from blockrag.access import Tenants, protect
+from blockrag.compressor.compression import CompressionAbility
 from blockrag.configured import configured_bundle
 from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.gateway import remote, validation
@@ -23,7 +24,7 @@ from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import call_metadata, count_answer, observed, request_context
 from blockrag.gateway.spool import receive_content, receive_header, refused_gently
-from blockrag.gateway.warming import Warming
+from blockrag.gateway.warming import ALL_FORMS, Warming
 from blockrag.grpc_status import translate_errors
 from blockrag.ingest import PassageSplitter, prepare_documents
 from blockrag.retriever.identity import check_document_id
@@ -51,6 +52,7 @@ class Gateway:
         kv_cache = remote.KvCacheClient(serve.get_app_handle)
         decoder = remote.DecoderClient(serve.get_app_handle)
         self._limits = limits
+        self._ability = CompressionAbility.of(bundle)
         self._trace_directory = trace_directory(settings)
         self._tenants = Tenants(limits.tenants)
         self._answers = Admission("answers are in progress", limits.max_inflight)
@@ -64,7 +66,7 @@ class Gateway:
             functools.partial(prepare_documents, splitter=splitter),
             settings.ingest.batch_passages,
         )
-        self._warming = Warming(retriever, compressor, kv_cache)
+        self._warming = Warming(retriever, compressor, kv_cache, ALL_FORMS if bundle.refrag is not None else ())
         self._describing = Describing(
             retriever=retriever,
             encoder=remote.EncoderClient(serve.get_app_handle),
@@ -85,7 +87,7 @@ class Gateway:
         timings = Timings(received=time.perf_counter())
         context = request_context(grpc_context, self._tenant(grpc_context))
         with observed("RagService", "Generate", context) as current:
-            question = validation.check_generate(request, self._limits)
+            question = validation.check_generate(request, self._limits, self._ability)
             deadline = Deadline(question.timeout_ms)
             context.deadline_unix_ms = deadline.unix_ms
             with self._answers.slot():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from google.protobuf.struct_pb2 import Value
 
+from blockrag.compressor.compression import CompressionAbility, read_compression
 from blockrag.errors import InvalidRequestError
 from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
 from blockrag.settings import GatewaySettings
@@ -54,6 +55,8 @@ class Question:
     """0: only the model's own limit counts."""
     given: tuple[rag_pb2.GivenPassage, ...]
     """Passages that the caller brought; when there are any, nothing is retrieved."""
+    compression: common_pb2.Compression | None = None
+    """None: off."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Search:
     filter: tuple[MetadataCondition, ...]
 
 
-def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings) -> Question:
-    """Raises ``InvalidRequestError`` naming the first field that cannot be."""
+def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ability: CompressionAbility) -> Question:
+    """Raises ``InvalidRequestError`` naming the first field that cannot be; ``ability``: of the server's bundle."""
     text = check_question("question", request.question, limits.max_question_chars)
     modes = (common_pb2.ATTENTION_MODE_BLOCK, common_pb2.ATTENTION_MODE_FULL, common_pb2.ATTENTION_MODE_NONE)
     mode = request.attention_mode or common_pb2.ATTENTION_MODE_BLOCK
@@ -78,6 +81,7 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings) ->
         raise InvalidRequestError("passages", "cannot be given with attention_mode none, which uses no passages")
     if request.HasField("max_context_tokens") and request.max_context_tokens == 0:
         raise InvalidRequestError("max_context_tokens", "must be at least 1; leave it out for no limit")
+    compressing = read_compression(request.compression, mode, ability) is not None
     return Question(
         text=text,
         collection=check_collection(request.collection),
@@ -88,6 +92,7 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings) ->
         timeout_ms=_check_timeout(request, limits),
         max_context_tokens=request.max_context_tokens,
         given=given,
+        compression=request.compression if compressing else None,
     )
 
 

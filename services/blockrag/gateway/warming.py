@@ -8,7 +8,18 @@ from typing import Protocol
 
 from blockrag.errors import NotFoundError
 from blockrag.v1 import compressor_pb2, corpus_pb2, kv_cache_pb2, retriever_pb2
-from blockrag.v1.common_pb2 import Passage, PromptBlock, RequestContext
+from blockrag.v1.common_pb2 import (
+    BLOCK_FORM_CHUNKS,
+    BLOCK_FORM_COMPRESSED,
+    BLOCK_FORM_FULL,
+    BlockForm,
+    Passage,
+    PromptBlock,
+    RequestContext,
+)
+
+ALL_FORMS = (BLOCK_FORM_FULL, BLOCK_FORM_COMPRESSED, BLOCK_FORM_CHUNKS)
+"""What passages are warmed in where the bundle can compress."""
 
 _SCAN_DOCUMENTS = 200
 _GROUP_DOCUMENTS = 64
@@ -47,6 +58,8 @@ class Warming:
     source: PassageSource
     tokenizer: BlockTokenizer
     cache: BlockWarmer
+    forms: Sequence[BlockForm] = ()
+    """Of the passages' blocks; empty: full only."""
 
     async def warm(
         self, collection: str, document_ids: Sequence[str], pin: bool, context: RequestContext
@@ -125,7 +138,9 @@ class Warming:
         if progress.done == 0:
             shared = [PromptBlock(token_ids=tokenized.instruction_token_ids)]
             await self.cache.warm_blocks(kv_cache_pb2.WarmBlocksRequest(context=context, blocks=shared, pin=pin))
-        warmed = await self.cache.warm_blocks(kv_cache_pb2.WarmBlocksRequest(context=context, blocks=blocks, pin=pin))
+        warmed = await self.cache.warm_blocks(
+            kv_cache_pb2.WarmBlocksRequest(context=context, blocks=blocks, pin=pin, forms=self.forms)
+        )
         progress.done += len(passages)
         progress.hits += warmed.hits
         progress.encoded_bytes += warmed.encoded_bytes

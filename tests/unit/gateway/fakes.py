@@ -196,6 +196,7 @@ class FakeCache:
         self.purged: list[tuple[str, str]] = []
         self.held: set[tuple[int, ...]] = set()
         self.batches: list[int] = []
+        self.forms: list[list[int]] = []
         self.pinned = 0
 
     async def purge_documents(self, request: kv_cache_pb2.PurgeDocumentsRequest) -> kv_cache_pb2.PurgeDocumentsResponse:
@@ -204,6 +205,7 @@ class FakeCache:
 
     async def warm_blocks(self, request: kv_cache_pb2.WarmBlocksRequest) -> kv_cache_pb2.WarmBlocksResponse:
         self.batches.append(len(request.blocks))
+        self.forms.append(list(request.forms))
         self.pinned += len(request.blocks) if request.pin else 0
         blocks = {tuple(block.token_ids) for block in request.blocks}
         hits = len(blocks & self.held)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from blockrag.compressor.compression import CompressionAbility
 from blockrag.errors import DeadlineError, InvalidRequestError, UnavailableError
 from blockrag.gateway import validation
 from blockrag.gateway.answering import STAGES, Answering, Deadline, Timings
@@ -19,7 +20,11 @@ from blockrag.v1.common_pb2 import (
     ATTENTION_MODE_BLOCK,
     ATTENTION_MODE_FULL,
     ATTENTION_MODE_NONE,
+    CHUNK_FORM_COMPRESSED,
+    CHUNK_FORM_EXPANDED,
     FINISH_REASON_END,
+    ChunkDecision,
+    Compression,
     Passage,
     RequestContext,
 )
@@ -29,6 +34,7 @@ from blockrag.v1.rag_pb2 import GenerateRequest, GenerateResponse, GivenPassage
 from .fakes import FakeDecoder, FakePlanner, FakeSearcher, forever
 
 LIMITS = GatewaySettings()
+ABILITY = CompressionAbility("reader", 2, frozenset({"query"}))
 PASSAGES = [
     Passage(passage_id=f"p{place}", document_id=f"d{place}", title=f"T{place}", text="a b c", score=1 / (place + 1))
     for place in range(10)
@@ -42,7 +48,7 @@ def request_span() -> Iterator[Span]:
 
 
 async def collect(answering: Answering, **fields: Any) -> list[GenerateResponse]:
-    question = validation.check_generate(GenerateRequest(**{"question": "Where?", **fields}), LIMITS)
+    question = validation.check_generate(GenerateRequest(**{"question": "Where?", **fields}), LIMITS, ABILITY)
     with request_span() as current:
         timings = Timings(received=time.perf_counter())
         events = answering.answer(question, current, timings, Deadline(question.timeout_ms))
@@ -181,7 +187,7 @@ async def test_the_deadline_stops_the_decoder() -> None:
 
 async def test_a_client_that_leaves_stops_the_decoder() -> None:
     decoder = FakeDecoder(words=["word "] * 1000)
-    question = validation.check_generate(GenerateRequest(question="q"), LIMITS)
+    question = validation.check_generate(GenerateRequest(question="q"), LIMITS, ABILITY)
     with request_span() as current:
         events = answering(decoder=decoder).answer(question, current, Timings(0.0), Deadline(10_000))
         seen = [await anext(events) for _ in range(3)]
@@ -236,7 +242,7 @@ async def test_the_plan_is_made_while_the_passages_are_sent() -> None:
                 ended.set()
             raise AssertionError
 
-    question = validation.check_generate(GenerateRequest(question="Where?"), LIMITS)
+    question = validation.check_generate(GenerateRequest(question="Where?"), LIMITS, ABILITY)
     with request_span() as current:
         timings = Timings(received=time.perf_counter())
         events = answering(planner=SlowPlanner()).answer(question, current, timings, Deadline(question.timeout_ms))
@@ -245,3 +251,61 @@ async def test_the_plan_is_made_while_the_passages_are_sent() -> None:
             await started.wait()
         await events.aclose()
     assert ended.is_set()
+
+
+class MixingPlanner(FakePlanner):
+    """Compresses the second chunk of every other passage; chunks have two tokens."""
+
+    async def plan(self, request: PlanRequest) -> PlanResponse:
+        response = await super().plan(request)
+        response.chunk_tokens = 2
+        for place, planned in enumerate(response.passages):
+            second = CHUNK_FORM_EXPANDED if place % 2 else CHUNK_FORM_COMPRESSED
+            del planned.chunks[:]
+            planned.chunks.extend(
+                [
+                    ChunkDecision(start_token=0, end_token=2, form=CHUNK_FORM_EXPANDED, text="a b"),
+                    ChunkDecision(start_token=2, end_token=3, form=second, text=" c"),
+                ]
+            )
+        return response
+
+
+async def test_mixtures_reach_the_decoder_and_are_cited_with_their_words() -> None:
+    planner, decoder = MixingPlanner(), FakeDecoder()
+    events = await collect(
+        answering(planner=planner, decoder=decoder), top_k=3, collection="c", compression=Compression(rate=1.5)
+    )
+    [asked] = planner.requests
+    assert asked.compression == Compression(rate=1.5)
+    assert asked.collection == "c"
+    instruction, mixed, whole, third = decoder.requests[0].blocks
+    assert (list(mixed.forms), mixed.chunk_tokens) == ([CHUNK_FORM_EXPANDED, CHUNK_FORM_COMPRESSED], 2)
+    for block in (instruction, whole):
+        assert (list(block.forms), block.chunk_tokens) == ([], 0)
+    assert (third.document_id, third.collection) == ("d2", "c")
+    done = events[-1].completion
+    assert [chunk.text for chunk in done.citations[0].chunks] == ["a b", " c"]
+    assert [chunk.form for chunk in done.citations[0].chunks] == list(mixed.forms)
+
+
+async def test_without_compression_the_plan_hears_nothing_of_it() -> None:
+    planner, decoder = FakePlanner(), FakeDecoder()
+    await collect(answering(planner=planner, decoder=decoder), compression=Compression(off=True))
+    [asked] = planner.requests
+    assert not asked.HasField("compression")
+    assert (asked.collection, asked.spent_ms) == ("", 0.0)
+    assert not any(block.forms for block in decoder.requests[0].blocks)
+
+
+async def test_the_passages_tokens_are_counted_before_compression() -> None:
+    events = await collect(answering(planner=FakePlanner(fits=2)), top_k=4)
+    assert events[-1].completion.usage.context_tokens == 6
+
+
+async def test_a_plan_for_a_latency_hears_what_is_spent_elsewhere() -> None:
+    planner = FakePlanner()
+    service = answering(planner=planner)
+    service.overhead.record(50.0, {})
+    await collect(service, compression=Compression(max_ttft_ms=100))
+    assert 50.0 < planner.requests[0].spent_ms < 100.0

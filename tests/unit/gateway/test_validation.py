@@ -11,14 +11,16 @@ from google.protobuf.struct_pb2 import Struct, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockrag.compressor.compression import CompressionAbility
 from blockrag.errors import InvalidRequestError
 from blockrag.gateway import validation
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2
-from blockrag.v1.common_pb2 import MetadataCondition
+from blockrag.v1.common_pb2 import Compression, MetadataCondition
 from blockrag.v1.rag_pb2 import GenerateRequest, GivenPassage, RetrieveRequest
 
 LIMITS = GatewaySettings(max_top_k=100, default_top_k=5, default_max_tokens=48, max_timeout_ms=10_000)
+ABILITY = CompressionAbility("reader", 8, frozenset({"query"}))
 IN = common_pb2.CONDITION_OPERATOR_IN
 AT_LEAST = common_pb2.CONDITION_OPERATOR_AT_LEAST
 
@@ -36,7 +38,7 @@ def condition(**fields: Any) -> list[MetadataCondition]:
 
 
 def test_defaults_are_filled_in() -> None:
-    question = validation.check_generate(GenerateRequest(question=" Where? "), LIMITS)
+    question = validation.check_generate(GenerateRequest(question=" Where? "), LIMITS, ABILITY)
     assert question.text == "Where?"
     assert question.collection == "default"
     assert question.top_k == 5
@@ -47,6 +49,19 @@ def test_defaults_are_filled_in() -> None:
     assert question.sampling.temperature == 0.0
     assert question.sampling.top_p == 1.0
     assert 0 <= question.sampling.seed < 2**53
+
+
+def test_compression_is_checked_against_the_bundle() -> None:
+    asked = Compression(rate=4, policy="retrieval")
+    assert (
+        validation.check_generate(GenerateRequest(question="q", compression=asked), LIMITS, ABILITY).compression
+        == asked
+    )
+    off = GenerateRequest(question="q", compression=Compression(off=True))
+    assert validation.check_generate(off, LIMITS, ABILITY).compression is None
+    with pytest.raises(InvalidRequestError, match="cannot compress"):
+        plain = CompressionAbility("plain", 8, None)
+        validation.check_generate(GenerateRequest(question="q", compression=asked), LIMITS, plain)
 
 
 def test_what_is_given_is_kept() -> None:
@@ -62,7 +77,7 @@ def test_what_is_given_is_kept() -> None:
         timeout_ms=500,
         filter=condition(key="year", operator=AT_LEAST, values=[number(1990)]),
     )
-    question = validation.check_generate(request, LIMITS)
+    question = validation.check_generate(request, LIMITS, ABILITY)
     assert question.collection == "almanac"
     assert question.top_k == 7
     assert question.sampling.seed == 2**63
@@ -72,12 +87,15 @@ def test_what_is_given_is_kept() -> None:
 
 
 def test_two_questions_draw_different_seeds() -> None:
-    seeds = {validation.check_generate(GenerateRequest(question="q"), LIMITS).sampling.seed for _ in range(8)}
+    seeds = {validation.check_generate(GenerateRequest(question="q"), LIMITS, ABILITY).sampling.seed for _ in range(8)}
     assert len(seeds) == 8
 
 
 def test_a_longer_timeout_than_the_servers_is_shortened() -> None:
-    assert validation.check_generate(GenerateRequest(question="q", timeout_ms=99_999_999), LIMITS).timeout_ms == 10_000
+    assert (
+        validation.check_generate(GenerateRequest(question="q", timeout_ms=99_999_999), LIMITS, ABILITY).timeout_ms
+        == 10_000
+    )
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -134,7 +152,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("fields", "field"), BAD, ids=[f"{field}-{index}" for index, (_, field) in enumerate(BAD)])
 def test_bad_questions(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
-        validation.check_generate(GenerateRequest(**{"question": "q", **fields}), LIMITS)
+        validation.check_generate(GenerateRequest(**{"question": "q", **fields}), LIMITS, ABILITY)
     assert refused.value.field == field
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from blockrag.errors import NotFoundError
-from blockrag.gateway.warming import Warming
-from blockrag.v1.common_pb2 import Passage, RequestContext
+from blockrag.gateway.warming import ALL_FORMS, Warming
+from blockrag.v1.common_pb2 import BlockForm, Passage, RequestContext
 from blockrag.v1.corpus_pb2 import WarmResponse
 from blockrag.v1.retriever_pb2 import StoredDocument
 
@@ -27,9 +29,13 @@ def index_of(passages_per_document: list[int]) -> FakeIndex:
 
 
 async def warm(
-    index: FakeIndex, cache: FakeCache, ids: list[str] | None = None, pin: bool = False
+    index: FakeIndex,
+    cache: FakeCache,
+    ids: list[str] | None = None,
+    pin: bool = False,
+    forms: Sequence[BlockForm] = (),
 ) -> list[WarmResponse]:
-    warming = Warming(index, FakeTokenizer(), cache)
+    warming = Warming(index, FakeTokenizer(), cache, forms)
     return [step async for step in warming.warm("default", ids or [], pin, CONTEXT)]
 
 
@@ -67,3 +73,9 @@ async def test_an_unknown_document_is_named() -> None:
 async def test_nothing_to_do() -> None:
     (step,) = await warm(index_of([]), FakeCache())
     assert (step.done, step.total) == (0, 0)
+
+
+async def test_passages_are_warmed_in_every_form_and_what_all_prompts_share_in_one() -> None:
+    cache = FakeCache()
+    await warm(index_of([2]), cache, forms=ALL_FORMS)
+    assert cache.forms == [[], list(ALL_FORMS)]

@@ -1,0 +1,32 @@
+"""What the first token of an answer takes beside retrieval and the decoder's own work."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Mapping
+
+_KEPT = 32
+_ELSEWHERE = ("retrieve", "compose", "prefill")
+"""Stages that a plan under a latency budget knows or predicts itself."""
+
+
+class Overhead:
+    """The median, over the latest answers, of planning, fetching, waiting and the calls between services.
+
+    A plan for a latency needs it: time that is spent there cannot be spent on slots. Not for several threads.
+    """
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque(maxlen=_KEPT)
+
+    def record(self, time_to_first_token_ms: float, stage_ms: Mapping[str, float]) -> None:
+        """Count one answer; one without a first token says nothing."""
+        if time_to_first_token_ms > 0:
+            known = sum(stage_ms.get(stage, 0.0) for stage in _ELSEWHERE)
+            self._latest.append(max(0.0, time_to_first_token_ms - known))
+
+    @property
+    def milliseconds(self) -> float:
+        """Typical overhead; 0 before the first answer."""
+        return statistics.median(self._latest) if self._latest else 0.0
