@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +71,8 @@ class PolicyTrainingConfig:
     """Steps between two measurements; start and end are always measured."""
     checkpoint_steps: int = 25
     """Steps between two checkpoints: what a kill costs at most."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the frozen reader; the policy is in float32."""
     threads: int = 2
     """On a CPU: threads, each reading contexts of its own with one core."""
     seed: int = 0
@@ -111,7 +113,7 @@ class PolicyTrainingConfig:
         """The values that decide the result, beside bundle and data."""
         names = (
             *("query", "minutes", "steps", "contexts", "questions", "max_passages", "learning_rate", "warmup_steps"),
-            *("dev_contexts", "seed"),
+            *("dev_contexts", "precision", "seed"),
         )
         chosen = {name: getattr(self, name) for name in names}
         return {**chosen, "text_share": self.chosen_text_share, "ppo": asdict(self.ppo)}
@@ -148,7 +150,7 @@ def train_policy(
     if config.out.exists():
         raise SetupError(f"{config.out}: exists already")
     bundle = load_bundle(config.bundle, verify_files=False)
-    reader = PolicyReader.load(bundle, config.device)
+    reader = PolicyReader.load(bundle, config.device, bf16=config.precision == "bf16")
     data = load_policy_data(config, bundle)
     torch.manual_seed(config.seed)
     policy = ChunkPolicy(PolicyConfig(reader.compressor.encoder_width, config.query)).to(config.device)

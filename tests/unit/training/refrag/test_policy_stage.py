@@ -1,0 +1,140 @@
+"""Training a policy with a frozen reader, from data to bundle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blockrag.errors import BundleError, SetupError
+from blockrag.modeling.bundle import load_bundle
+from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.policy import ChunkPolicy
+from blockrag.modeling.refrag.projector import Projector
+from blockrag.modeling.refrag.writing import write_refrag
+from blockrag.training.refrag.policy_stage import PolicyMetrics, PolicyTrainingConfig, train_policy
+from tests.models import TINY_VOCAB, make_tiny_bundle
+from tests.unit.training.conftest import write_lines
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stage")
+    torch.manual_seed(0)
+    encoder, projector = ChunkEncoder.for_tokens(TINY_VOCAB, None, width=16, heads=2), Projector(16, 32)
+    plain = load_bundle(make_tiny_bundle(folder / "plain"))
+    write_refrag(plain, folder / "bundle", encoder=encoder, projector=projector, chunk_tokens=4, training=())
+    return folder / "bundle"
+
+
+def _config(bundle: Path, out: Path, data_dir: Path | None = None) -> PolicyTrainingConfig:
+    return PolicyTrainingConfig(
+        bundle=bundle,
+        out=out,
+        reader_data=data_dir,
+        text=() if data_dir else (out,),
+        steps=4,
+        contexts=2,
+        questions=2,
+        max_passages=3,
+        dev_contexts=2,
+        checkpoint_steps=2,
+        eval_steps=2,
+        threads=1,
+        precision="fp32",
+    )
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("query", [True, False])
+def test_a_resumed_run_equals_an_uninterrupted_one(query: bool, bundle: Path, data_dir: Path, tmp_path: Path) -> None:
+    whole, cut = (
+        replace(_config(bundle, tmp_path / name, data_dir), query=query, text_share=0.5) for name in ("whole", "cut")
+    )
+    seen: list[PolicyMetrics] = []
+    train_policy(whole, seen.append)
+    assert [metrics.step for metrics in seen] == [0, 1, 2, 3, 4]
+    assert [metrics.dev is not None for metrics in seen] == [True, False, True, False, True]
+    assert seen[-1].dev is not None and {score.kind for score in seen[-1].dev.scores} == {"answers", "text"}
+    assert all(metrics.update is not None and metrics.draws % 8 == 0 for metrics in seen[1:])
+
+    def stop(metrics: PolicyMetrics) -> None:
+        if metrics.step == 3:
+            raise _StopError
+
+    with pytest.raises(_StopError):
+        train_policy(cut, stop)
+    resumed: list[int] = []
+    train_policy(cut, lambda metrics: resumed.append(metrics.step))
+    assert resumed == [3, 4]
+    name = "query" if query else "blind"
+    one, other = (load_file(tmp_path / run / f"policy-{name}.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert any(float(tensor.abs().max()) > 0 for key, tensor in one.items() if key.startswith("score"))
+    # what is written beside: one line per step, and the facts in the manifest
+    lines = [json.loads(line) for line in (cut.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    record = load_bundle(tmp_path / "cut").refrag
+    assert record is not None
+    facts = record.policies[name].facts
+    assert facts["steps"] == 4 and facts["held_out"]["before"] == lines[0]["dev"]
+    assert facts["held_out"]["after"] == lines[-1]["dev"]
+
+
+def test_a_second_policy_stands_beside_the_first(bundle: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "question": f"What is the number of town {number}?",
+            "answers": [str(number * 37)],
+            "passages": [
+                {"title": f"town {number}", "text": f"Its number is {number * 37}.", "gold": True},
+                {"title": "river", "text": "The river is long. It has no number.", "gold": False},
+            ],
+        }
+        for number in range(30)
+    ]
+    write_lines(tmp_path / "rows.jsonl.gz", rows)
+    write_lines(
+        tmp_path / "books.jsonl.gz",
+        [{"title": f"book {n}", "paragraphs": [f"Part {p} of book {n} is here." for p in range(9)]} for n in range(4)],
+    )
+    blind = replace(_config(bundle, tmp_path / "one"), query=False, steps=1, text=(tmp_path / "books.jsonl.gz",))
+    first = train_policy(blind)
+    both = replace(
+        _config(first, tmp_path / "two"), steps=1, data=(tmp_path / "rows.jsonl.gz",), text=(), name="numbers"
+    )
+    made = load_bundle(train_policy(both))
+    assert made.refrag is not None
+    assert {name: policy.query for name, policy in made.refrag.policies.items()} == {"blind": False, "numbers": True}
+    for policy in made.refrag.policies.values():
+        assert ChunkPolicy.load(made.path / policy.file).config.encoder_width == 16
+    assert made.fingerprint == load_bundle(bundle).fingerprint
+
+
+def test_what_cannot_be_trained_is_refused(bundle: Path, data_dir: Path, tmp_path: Path) -> None:
+    config = _config(bundle, tmp_path / "out", data_dir)
+    plain = make_tiny_bundle(tmp_path / "plain")
+    with pytest.raises(BundleError, match="no chunk compression"):
+        train_policy(replace(config, bundle=plain))
+    with pytest.raises(SetupError, match="exists already"):
+        train_policy(replace(config, out=plain))
+    with pytest.raises(SetupError, match="missing"):
+        train_policy(replace(config, reader_data=tmp_path))
+    with pytest.raises(SetupError, match="exactly one"):
+        replace(config, minutes=1.0)
+    for change in ({"contexts": 0}, {"learning_rate": 0.0}, {"text_share": 1.5}):
+        with pytest.raises(SetupError, match=next(iter(change))):
+            replace(config, **change)
+    with pytest.raises(SetupError, match="needs questions"):
+        replace(config, reader_data=None)
+    train_policy(replace(config, steps=1, contexts=1, dev_contexts=1))
+    (tmp_path / "out.run").rename(tmp_path / "other.run")
+    with pytest.raises(SetupError, match="holds another run"):
+        train_policy(replace(config, out=tmp_path / "other", seed=1))
