@@ -35,7 +35,10 @@ def verify(
     store: Annotated[bool, typer.Option(help="Send blocks through Ray's object store too.")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """The correctness gate: full mode against the stock model, block mode against an explicit mask. Exits with 1."""
+    """The correctness gate: full mode against the stock model, block mode against an explicit mask. Exits with 1.
+
+    A bundle that compresses chunks is checked for mixtures of full and compressed blocks too.
+    """
     from blockrag.modeling.bundle import DEFAULT_BUNDLE
     from blockrag.modeling.verify import verify_bundle
 
@@ -99,16 +102,25 @@ def show(path: BundleArgument = None, as_json: JsonOption = False) -> None:
             "fingerprint": bundle.fingerprint,
             "max_context_tokens": bundle.max_context_tokens,
             "passage_tokens": bundle.passage_tokens,
+            "chunk_tokens": bundle.chunk_tokens,
             "template": bundle.template.to_dict(),
             "quality": dict(bundle.quality),
             "training": dict(bundle.training),
+            "pear": bundle.pear.to_dict() if bundle.pear is not None else None,
+            "refrag": None,
         }
+        if bundle.refrag is not None:
+            facts["refrag"] = {
+                "fingerprint": bundle.compression_fingerprint,
+                "policy_basis": bundle.policy_basis,
+                **bundle.refrag.to_dict(),
+            }
         if as_json:
             console.print_json(facts)
             return
         table = Table.grid(padding=(0, 2))
         for key, value in facts.items():
-            shown = json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, dict) else str(value)
+            shown = json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, dict) else str(value or "none")
             table.add_row(key, shown)
         console.out.print(table)
 

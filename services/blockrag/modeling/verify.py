@@ -1,8 +1,9 @@
 """The correctness gate of a model: ``blockrag bundle verify``.
 
 Slot attention is compared with the stock transformers model, layer by layer: full mode with a plain forward pass,
-block mode with one forward pass under the explicit block mask and global positions. A bundle that passes gives the
-same answers from cached blocks as the mask would.
+block mode with one forward pass under the explicit block mask and global positions; for a bundle that compresses
+chunks, mixtures of full and compressed blocks too (``blockrag.modeling.refrag.verify``). A bundle that passes gives
+the same answers from cached blocks as the mask would.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.modeling.bundle import Bundle, load_bundle
+from blockrag.modeling.differences import Check, Difference, traced
 from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.model import SlotModel, load_stock_model
+from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.modeling.refrag.verify import MixtureGate
 from blockrag.types import BlockKV
 
 ThroughStore = Callable[[BlockKV], BlockKV]
@@ -37,20 +39,6 @@ SENTENCES = (
 )
 """Text of no source; only its tokens matter."""
 QUESTION = "When was the first observatory opened, and by whom?"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison."""
-
-    name: str
-    max_difference: float
-    """Largest absolute difference of logits, or of the hidden states that differ first."""
-    tolerance: float
-    """Largest difference allowed here: a fraction of the reference's largest value."""
-    passed: bool
-    first_difference: str
-    """Where it first differs, like "layer 3 (encode)" or "logits"; empty when it passed."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +81,10 @@ def verify_bundle(
         relative=relative,
     )
     shuffler = random.Random(seed)
+    mixtures = None
+    if bundle.refrag is not None:
+        compressor = ChunkCompressor.load(bundle, device)
+        mixtures = MixtureGate(gate.stock, gate.model, compressor, relative)
     checks = []
     for source, blocks, final in _prompts(bundle, gate.model, texts or SENTENCES, shuffler):
         shuffled = list(range(len(blocks)))
@@ -105,6 +97,8 @@ def verify_bundle(
             gate.block_mode(f"block mode shuffled, {source}", blocks, final, order=shuffled),
             gate.block_mode(f"block mode through the store, {source}", blocks, final, through_store=stored),
         ]
+        if mixtures is not None:
+            checks += mixtures.checks(source, blocks, final, shuffler, stored)
     return VerifyReport(
         bundle=bundle.name,
         fingerprint=bundle.fingerprint,
@@ -127,13 +121,13 @@ class _Gate:
         expected, layers = self._reference(tokens, None)
         cuts = sorted({len(tokens) // 3, len(tokens) - 2, len(tokens) - 1, len(tokens)} - {0})
         state = self.model.new_sequence([], len(tokens))
-        difference = _Difference(self._relative)
+        difference = Difference(self._relative)
         start = 0
         logits = []
         for end in cuts:
-            with _traced(self.model.layers) as trace:
+            with traced(self.model.layers) as trace:
                 logits.append((end - 1, self.model.forward([(state, tokens[start:end])])[0]))
-            self._compare_layers(difference, trace, layers, slice(start, end))
+            difference.compare_layers(trace, layers, len(layers) - 1, slice(start, end))
             start = end
         for position, got in logits:
             difference.compare("logits", len(layers), got, expected[position])
@@ -155,21 +149,22 @@ class _Gate:
         placed = [blocks[index] for index in order]
         mask = block_mask([len(block) for block in placed], len(final))
         expected, layers = self._reference([token for block in placed for token in block] + final, mask)
-        difference = _Difference(self._relative)
+        difference = Difference(self._relative)
         encoded = []
         for number, block in enumerate(placed):
-            with _traced(self.model.layers) as trace:
+            with traced(self.model.layers) as trace:
                 encoded += self.model.encode([block], [f"verify-{number}"])
             start = sum(len(earlier) for earlier in placed[:number])
             # the last layer's output of a block is never read, so it is not computed
-            self._compare_layers(difference, trace[:-1], layers, slice(start, start + len(block)), " (encode)")
+            span = slice(start, start + len(block))
+            difference.compare_layers(trace[:-1], layers, len(layers) - 1, span, " (encode)")
         if through_store is not None:
             encoded = [through_store(block) for block in encoded]
         state = self.model.new_sequence([self.model.to_resident(block) for block in encoded], len(final))
         start = state.num_slots
-        with _traced(self.model.layers) as trace:
+        with traced(self.model.layers) as trace:
             logits = self.model.forward([(state, final)])[0]
-        self._compare_layers(difference, trace, layers, slice(start, start + len(final)))
+        difference.compare_layers(trace, layers, len(layers) - 1, slice(start, start + len(final)))
         difference.compare("logits", len(layers), logits, expected[-1])
         state.release()
         return difference.check(name)
@@ -178,59 +173,9 @@ class _Gate:
         inputs = torch.tensor([tokens], device=self.stock.device)
         positions = torch.arange(len(tokens), device=self.stock.device)[None]
         mask = None if allowed is None else additive_mask(allowed.to(self.stock.device), self.stock.dtype)
-        with _traced(self.stock.model.layers) as trace:
+        with traced(self.stock.model.layers) as trace:
             output = self.stock(input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
         return output.logits[0], trace
-
-    def _compare_layers(
-        self, difference: _Difference, trace: list[Tensor], layers: list[Tensor], span: slice, suffix: str = ""
-    ) -> None:
-        for number, got in enumerate(trace):
-            expected = layers[number][span]
-            if number == len(layers) - 1:  # only the last token of the last layer is computed
-                got, expected = got[-1:], expected[-1:]
-            difference.compare(f"layer {number}{suffix}", number, got, expected)
-
-
-class _Difference:
-    """Keeps the difference of the logits, and of the first layer that differs too much."""
-
-    def __init__(self, relative: float) -> None:
-        self._relative = relative
-        self._first: tuple[int, str, float, float] | None = None
-        self._logits = (0.0, 0.0)
-
-    def compare(self, where: str, depth: int, got: Tensor, expected: Tensor) -> None:
-        maximum = float((got.float() - expected.float()).abs().max())
-        tolerance = self._relative * max(1e-6, float(expected.float().abs().max()))
-        if where == "logits" and maximum >= self._logits[0]:
-            self._logits = (maximum, tolerance)
-        # NaN compares as false, so the test is for what is allowed
-        if not maximum <= tolerance and (self._first is None or depth < self._first[0]):
-            self._first = (depth, where, maximum, tolerance)
-
-    def check(self, name: str) -> Check:
-        if self._first is None:
-            return Check(name, self._logits[0], self._logits[1], True, "")
-        _, where, maximum, tolerance = self._first
-        return Check(name, maximum, tolerance, False, where)
-
-
-@contextmanager
-def _traced(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Hidden states after each layer, [tokens, width] each, of the forward pass inside."""
-    trace: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        trace.append(hidden[0].clone())
-
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _prompts(
