@@ -31,6 +31,7 @@ from blockrag.results import (
     AttentionModeName,
     Collection,
     Completion,
+    Compression,
     Condition,
     DeletedCollection,
     DeletedDocument,
@@ -72,6 +73,7 @@ class GenerateOptions(TypedDict, total=False):
     timeout_s: float
     max_context_tokens: int
     passages: Sequence[GivenPassage]
+    compression: Compression
 
 
 class BlockragClient:

@@ -16,6 +16,7 @@ from blockrag.results import (
     Citation,
     CitedChunk,
     Completion,
+    Compression,
     Condition,
     Description,
     Document,
@@ -38,6 +39,7 @@ _OPERATORS = {
     "at_least": common_pb2.CONDITION_OPERATOR_AT_LEAST,
     "at_most": common_pb2.CONDITION_OPERATOR_AT_MOST,
 }
+_BUDGETS = ("rate", "max_context_tokens", "max_ttft_ms")
 _COPIED = ("top_k", "max_tokens", "temperature", "top_p", "seed", "max_context_tokens")
 
 
@@ -59,7 +61,20 @@ def generate_request(question: str, timeout_s: float, options: Mapping[str, Any]
         value = options.get(name)
         if value is not None:
             _set(request, name, value)
+    if options.get("compression") is not None:
+        request.compression.CopyFrom(compression(options["compression"]))
     return request
+
+
+def compression(wanted: Compression) -> common_pb2.Compression:
+    """As a message. Raises ``InvalidRequestError`` for none or several budgets, or one that no message can hold."""
+    budgets = {name: value for name in _BUDGETS if (value := getattr(wanted, name)) is not None}
+    if len(budgets) != 1:
+        raise InvalidRequestError("compression", f"needs one of {', '.join(_BUDGETS)}; has {len(budgets)}")
+    message = common_pb2.Compression(policy=wanted.policy)
+    for name, value in budgets.items():
+        _set(message, name, value, "compression.")
+    return message
 
 
 def retrieve_request(
@@ -196,6 +211,7 @@ def _completion(message: rag_pb2.GenerateResponse) -> Completion:
                         chunk.start_token,
                         chunk.end_token,
                         cast(ChunkFormName, _name(common_pb2.ChunkForm, chunk.form, "CHUNK_FORM_")),
+                        chunk.text,
                     )
                     for chunk in item.chunks
                 ),
@@ -210,6 +226,8 @@ def _completion(message: rag_pb2.GenerateResponse) -> Completion:
             encoded_tokens=usage.encoded_tokens,
             prefill_tokens=usage.prefill_tokens,
             completion_tokens=usage.completion_tokens,
+            context_tokens=usage.context_tokens,
+            compressed_chunks=usage.compressed_chunks,
         ),
         stages_ms={stage.stage: stage.milliseconds for stage in done.stages},
         finish_reason=cast(FinishReasonName, _name(common_pb2.FinishReason, done.finish_reason, "FINISH_REASON_")),
@@ -234,11 +252,11 @@ def _given(given: GivenPassage) -> rag_pb2.GivenPassage:
     return rag_pb2.GivenPassage(title=given.title, text=given.text)
 
 
-def _set(request: Message, name: str, value: Any) -> None:
+def _set(request: Message, name: str, value: Any, within: str = "") -> None:
     try:
         setattr(request, name, value)
     except (ValueError, TypeError) as error:
-        raise InvalidRequestError(name, str(error)) from error
+        raise InvalidRequestError(f"{within}{name}", str(error)) from error
 
 
 def _value(value: str | float | bool) -> Value:

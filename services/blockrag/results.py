@@ -55,6 +55,8 @@ class CitedChunk:
     start_token: int
     end_token: int
     form: ChunkFormName
+    text: str = ""
+    """Its words; empty unless the question asked for compression."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Citation:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one answer."""
+    """Tokens of one answer; of the prompt, slots: a compressed chunk is one."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -85,6 +87,10 @@ class Usage:
     encoded_tokens: int
     prefill_tokens: int
     completion_tokens: int
+    context_tokens: int = 0
+    """Of the passages in the prompt, before compression."""
+    compressed_chunks: int = 0
+    """Chunks of passages that take one slot each."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,23 @@ class Condition:
     key: str
     operator: Literal["in", "not_in", "at_least", "at_most"]
     values: tuple[str | float | bool, ...]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How small the passages are to become in the prompt: exactly one budget.
+
+    Chunks of passages are read word for word while the budget lasts, and as one slot each beyond it.
+    """
+
+    rate: float | None = None
+    """Passage tokens per slot: from 1 (everything word for word) to the tokens of the bundle's chunks."""
+    max_context_tokens: int | None = None
+    """Most slots of the passages."""
+    max_ttft_ms: float | None = None
+    """Most milliseconds until the first token, as the server expects them."""
+    policy: str = ""
+    """Who chooses what is read word for word: query, blind or retrieval; empty: the best that the bundle has."""
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,21 @@ class Server(
                         tokens=9,
                         in_prompt=True,
                         chunks=[
-                            common_pb2.ChunkDecision(end_token=9, form=common_pb2.CHUNK_FORM_EXPANDED),
+                            common_pb2.ChunkDecision(end_token=8, form=common_pb2.CHUNK_FORM_EXPANDED),
+                            common_pb2.ChunkDecision(
+                                start_token=8, end_token=9, form=common_pb2.CHUNK_FORM_COMPRESSED, text=" Oslo"
+                            ),
                         ],
                     )
                 ],
-                usage=common_pb2.Usage(prompt_tokens=20, cached_tokens=9, l1_tokens=9, completion_tokens=3),
+                usage=common_pb2.Usage(
+                    prompt_tokens=20,
+                    cached_tokens=9,
+                    l1_tokens=9,
+                    completion_tokens=3,
+                    context_tokens=9,
+                    compressed_chunks=1,
+                ),
                 stages=[common_pb2.StageTime(stage="total", milliseconds=12.5)],
                 finish_reason=common_pb2.FINISH_REASON_END,
                 time_to_first_token_ms=3.5,

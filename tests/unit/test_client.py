@@ -28,8 +28,10 @@ from blockrag.errors import (
     UnavailableError,
 )
 from blockrag.results import (
+    CitedChunk,
     Collection,
     Completion,
+    Compression,
     Condition,
     DeletedCollection,
     DeletedDocument,
@@ -74,7 +76,8 @@ async def test_the_events_of_an_answer(client: BlockragClient) -> None:
     assert first.tokens == 2
     assert isinstance(done, Completion)
     assert done.answer == "Oslo"
-    assert done.citations[0].chunks[0].form == "expanded"
+    assert done.citations[0].chunks == (CitedChunk(0, 8, "expanded"), CitedChunk(8, 9, "compressed", " Oslo"))
+    assert (done.usage.context_tokens, done.usage.compressed_chunks) == (9, 1)
     assert done.stages_ms == {"total": 12.5}
     assert done.finish_reason == "end"
     assert done.attention_mode == "full"
@@ -122,6 +125,26 @@ async def test_options_of_a_question(client: BlockragClient, server: tuple[Serve
 
 
 @pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Compression(rate=4), common_pb2.Compression(rate=4)),
+        (
+            Compression(max_context_tokens=100, policy="blind"),
+            common_pb2.Compression(max_context_tokens=100, policy="blind"),
+        ),
+        (Compression(max_ttft_ms=50.5), common_pb2.Compression(max_ttft_ms=50.5)),
+    ],
+)
+async def test_compression_of_a_question(
+    client: BlockragClient, server: tuple[Server, str], wanted: Compression, message: common_pb2.Compression
+) -> None:
+    await client.ask("Where?", compression=wanted)
+    assert server[0].requests[0].compression == message
+    await client.ask("Where?")
+    assert not server[0].requests[1].HasField("compression")
+
+
+@pytest.mark.parametrize(
     ("options", "field"),
     [
         ({"top_k": -1}, "top_k"),
@@ -129,6 +152,10 @@ async def test_options_of_a_question(client: BlockragClient, server: tuple[Serve
         ({"max_tokens": 2**40}, "max_tokens"),
         ({"attention_mode": "sparse"}, "attention_mode"),
         ({"stop": [5]}, "request"),
+        ({"compression": Compression()}, "compression"),
+        ({"compression": Compression(rate=2, max_ttft_ms=50)}, "compression"),
+        ({"compression": Compression(max_context_tokens=-1)}, "compression.max_context_tokens"),
+        ({"compression": Compression(rate="four")}, "compression.rate"),
     ],
 )
 async def test_what_no_message_can_hold_is_refused_here(

@@ -14,9 +14,10 @@ from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
 from blockrag.cli.filters import parse_filters
+from blockrag.cli.reading import compression_note, reading_lines
 from blockrag.client import BlockragClient, GenerateOptions
 from blockrag.errors import UnavailableError
-from blockrag.results import Completion, Retrieved, TraceSpan
+from blockrag.results import Completion, Compression, Retrieved, TraceSpan
 
 FilterOption = Annotated[
     list[str] | None, typer.Option("--filter", "-f", help="Metadata: key=value, key!=a,b, key>=1, key<=2.")
@@ -42,13 +43,25 @@ def ask(
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds to wait.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option(help="Most passage tokens in the prompt.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Compress: passage tokens per slot of the prompt.")] = None,
+    max_context_tokens_compressed: Annotated[
+        int | None, typer.Option(help="Compress: most slots that the passages take, instead of --rate.")
+    ] = None,
+    max_ttft_ms: Annotated[
+        float | None, typer.Option(help="Compress: most milliseconds to the first token, instead of --rate.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Who chooses what is read word for word: query, blind, retrieval.")] = "",
     trace: Annotated[bool, typer.Option("--trace", help="Show the tree of spans.")] = False,
     settings: SettingsOption = None,
     target: TargetOption = "",
     api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a question; the answer streams in, with the passages that it was read from."""
+    """Ask a question; the answer streams in, with the passages that it was read from.
+
+    With --rate, --max-context-tokens-compressed or --max-ttft-ms, passages are compressed chunk by chunk, and what was
+    read word for word is printed.
+    """
     given = {
         "top_k": top_k,
         "max_tokens": max_tokens,
@@ -62,6 +75,9 @@ def ask(
     with console.errors_to_exit():
         options = GenerateOptions(collection=collection, attention_mode=mode, filter=parse_filters(filters or []))
         options.update({key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+        compression = Compression(rate, max_context_tokens_compressed, max_ttft_ms, policy)
+        if compression != Compression():
+            options["compression"] = compression
         asyncio.run(_ask(connect(settings, target, api_key), question, options, trace, as_json))
 
 
@@ -86,6 +102,8 @@ async def _ask(
             return
         console.out.print()
         print_citations(completion)
+        for line in reading_lines(completion):
+            console.out.print(line)
         if with_trace:
             console.out.print(span_tree(spans))
 
@@ -97,10 +115,11 @@ def print_citations(completion: Completion) -> None:
         note = "" if citation.in_prompt else f" — dropped: {citation.dropped_reason}"
         console.out.print(f"  [dim][{citation.index + 1}] {escape(place)}, {citation.tokens} tokens{note}[/]")
     usage = completion.usage
+    note = compression_note(usage)
     stages = "  ".join(f"{name} {value:.1f}" for name, value in completion.stages_ms.items())
     console.out.print(
         f"  [dim]first token {completion.time_to_first_token_ms:.1f} ms · {usage.prompt_tokens} prompt tokens, "
-        f"{usage.cached_tokens} cached · ms: {stages}[/]",
+        f"{usage.cached_tokens} cached{f' · {note}' if note else ''} · ms: {stages}[/]",
         highlight=False,
     )
 

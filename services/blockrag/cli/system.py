@@ -87,6 +87,11 @@ def _print_status(description: Description) -> None:
         f"{cache['blocks']} blocks, {_mib(cache['bytes'])} of {_mib(cache['budget_bytes'])} MiB, "
         f"{cache['hits']} hits, {cache['misses']} misses, {cache['evictions']} evicted",
     )
+    for form in cache["forms"]:
+        facts.add_row(
+            f"  {form['form']}",
+            f"{form['blocks']} blocks, {_mib(form['bytes'])} MiB, {form['hits']} hits, {form['misses']} misses",
+        )
     facts.add_row(
         "decoder memory",
         f"{decoder['l1_blocks']} blocks, {_mib(decoder['l1_bytes'])} of {_mib(decoder['l1_budget_bytes'])} MiB, "

@@ -47,6 +47,8 @@ def test_every_command_can_print_json(path: tuple[str, ...]) -> None:
     [
         (["status"], "nothing is running: start it with 'blockrag up'"),
         (["ask", "What?", "--filter", "nonsense"], "write key=value"),
+        (["ask", "What?", "--target", "127.0.0.1:1", "--rate", "2", "--max-ttft-ms", "9"], "needs one of rate"),
+        (["ask", "What?", "--target", "127.0.0.1:1", "--policy", "query"], "needs one of rate"),
         (["ingest"], "give files or directories, or --almanac"),
         (["ingest", "/no/such/file"], "does not exist"),
         (["delete"], "give documents, or --all"),
