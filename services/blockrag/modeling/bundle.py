@@ -278,7 +278,6 @@ def _read_refrag(
         root,
         record,
         files,
-        encoder_config=_read_json(root / CHUNK_ENCODER_DIR / "config.json"),
         decoder_config=config,
         chunk_tokens=manifest["chunk_tokens"],
         read_weights=verify_files,

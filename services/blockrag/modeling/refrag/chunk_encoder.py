@@ -30,6 +30,7 @@ from transformers import (
 
 from blockrag.errors import BundleError, InvalidRequestError
 from blockrag.modeling.loading import check_finite, check_missing, no_load_report, no_progress_bar
+from blockrag.modeling.refrag.parts import encoder_positions
 from blockrag.modeling.refrag.record import ALIGNMENTS, POOLINGS, Alignment, Pooling
 
 
@@ -206,13 +207,6 @@ class ChunkEncoder(nn.Module):
         return inputs.long(), mask.long().scatter(1, torch.zeros(len(texts), 1, dtype=torch.long), 1)
 
 
-def encoder_positions(config: Any) -> int:
-    """Tokens that an encoder reads at once. RoBERTa counts positions from after its padding token's id."""
-    positions = int(config.max_position_embeddings)
-    roberta = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
-    return positions - int(config.pad_token_id or 0) - 1 if roberta else positions
-
-
 def _load_encoder(where: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(where, local_files_only=True)
@@ -242,4 +236,6 @@ def _reduced(embeddings: Tensor, width: int) -> Tensor:
     if embeddings.shape[1] <= width:
         return embeddings.clone()
     values, vectors = torch.linalg.eigh(embeddings.T.double() @ embeddings.double())
-    return (embeddings.double() @ vectors[:, values.argsort(descending=True)[:width]]).float()
+    chosen = vectors[:, values.argsort(descending=True)[:width]]
+    reduced: Tensor = (embeddings.double() @ chosen).float()
+    return reduced

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from blockrag.errors import BundleError, InvalidRequestError
 from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.matmul import speed_up_linear_layers
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.modeling.refrag.projector import Projector
@@ -29,7 +30,7 @@ class ChunkCompressor:
 
     @classmethod
     def load(cls, bundle: Bundle, device: str | torch.device = "cpu") -> ChunkCompressor:
-        """Load what ``bundle`` compresses with, in float32.
+        """Load what ``bundle`` compresses with, in float32 and for inference only.
 
         Raises BundleError when the bundle has no chunk compression, or when its parts are damaged.
         """
@@ -44,6 +45,8 @@ class ChunkCompressor:
             device=device,
         )
         projector = Projector.load(bundle.projector_file, device=device)
+        for part in (encoder, projector):
+            speed_up_linear_layers(part)
         return cls(encoder.requires_grad_(False), projector.requires_grad_(False), bundle.chunk_tokens)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from blockrag.errors import BundleError
 from blockrag.modeling.loading import check_finite
@@ -20,12 +21,18 @@ def is_refrag_file(name: str) -> bool:
     return name == PROJECTOR_FILE or name.startswith(f"{CHUNK_ENCODER_DIR}/")
 
 
+def encoder_positions(config: Any) -> int:
+    """Tokens that an encoder reads at once. RoBERTa counts positions from after its padding token's id."""
+    positions = int(config.max_position_embeddings)
+    roberta = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
+    return positions - int(config.pad_token_id or 0) - 1 if roberta else positions
+
+
 def check_parts(
     root: Path,
     record: RefragRecord,
     files: Mapping[str, str],
     *,
-    encoder_config: Mapping[str, Any],
     decoder_config: Mapping[str, Any],
     chunk_tokens: int,
     read_weights: bool,
@@ -42,17 +49,19 @@ def check_parts(
         if name not in files:
             raise BundleError(f"{root / 'manifest.json'}: files lacks {name}")
     encoder = root / CHUNK_ENCODER_DIR / "config.json"
-    width = encoder_config.get("hidden_size")
+    try:
+        config = AutoConfig.from_pretrained(encoder.parent, local_files_only=True)
+        width, vocab_size, positions = int(config.hidden_size), int(config.vocab_size), encoder_positions(config)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BundleError(f"{encoder}: no text encoder in the Hugging Face format: {error}") from error
     if width != record.encoder_width:
         raise BundleError(f"{encoder}: width {width}, where the manifest's refrag has {record.encoder_width}")
     if record.alignment == "tokens":
-        for key, least, what in (
-            ("vocab_size", int(decoder_config["vocab_size"]), "the decoder's tokens"),
-            ("max_position_embeddings", chunk_tokens, "the tokens of a chunk"),
-        ):
-            found = encoder_config.get(key)
-            if not isinstance(found, int) or found < least:
-                raise BundleError(f"{encoder}: {key} {found}, fewer than {what} ({least})")
+        tokens = int(decoder_config["vocab_size"])
+        if vocab_size < tokens:
+            raise BundleError(f"{encoder}: a vocabulary of {vocab_size}, where the decoder has {tokens} tokens")
+        if positions < chunk_tokens:
+            raise BundleError(f"{encoder}: {positions} positions, where a chunk has {chunk_tokens} tokens")
     projector = root / PROJECTOR_FILE
     shapes = _shapes(projector)
     first, second = shapes.get("first.weight", [0, 0]), shapes.get("second.weight", [0, 0])

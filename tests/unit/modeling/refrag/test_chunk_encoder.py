@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
 from blockrag.errors import BundleError, InvalidRequestError
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
@@ -61,7 +62,7 @@ def test_gradients_reach_the_encoder_unless_it_is_frozen() -> None:
     assert not encoder(CHUNKS).requires_grad
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
 def test_any_encoder_reads_the_text(kind: str, tmp_path: Path) -> None:
     sizes = {
         "vocab_size": TINY_VOCAB,
@@ -72,7 +73,13 @@ def test_any_encoder_reads_the_text(kind: str, tmp_path: Path) -> None:
         "max_position_embeddings": 40,
         "pad_token_id": 0,
     }
-    model = BertModel(BertConfig(**sizes)) if kind == "bert" else RobertaModel(RobertaConfig(**sizes))
+    kinds: dict[str, Any] = {
+        "bert": (BertConfig, BertModel),
+        "distilbert": (DistilBertConfig, DistilBertModel),
+        "roberta": (RobertaConfig, RobertaModel),
+    }
+    config_type, model_type = kinds[kind]
+    model = model_type(config_type(**sizes))
     model.eval().save_pretrained(tmp_path)
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
