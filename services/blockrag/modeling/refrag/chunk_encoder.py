@@ -10,6 +10,7 @@ Source: REFRAG (arXiv 2509.01092, section 2), which leaves the pooling unspecifi
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,10 +104,11 @@ class ChunkEncoder(nn.Module):
         pooled: Tensor = (hidden * weights).sum(1) / weights.sum(1)
         return pooled
 
-    def save(self, path: str | Path) -> None:
-        """Write the encoder, with "text" its tokenizer too, to the directory ``path``."""
+    def save(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write the encoder in ``dtype``, with "text" its tokenizer too, to the directory ``path``."""
+        encoder = self.encoder if self.encoder.dtype == dtype else copy.deepcopy(self.encoder).to(dtype)
         with no_progress_bar():
-            self.encoder.save_pretrained(path)
+            encoder.save_pretrained(path)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(path)
 

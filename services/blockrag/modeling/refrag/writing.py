@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockrag.errors import BundleError
-from blockrag.modeling.bundle import Bundle, load_bundle
+from blockrag.modeling.bundle import DTYPES, Bundle, load_bundle
 from blockrag.modeling.bundle_writing import copy_files, digests, staged, with_section, write_manifest
 from blockrag.modeling.loading import check_finite, no_progress_bar
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
@@ -56,6 +56,7 @@ def write_refrag(
     name: str = "",
     version: str = "",
     quality: Mapping[str, Any] | None = None,
+    encoder_dtype: str = "float32",
 ) -> Bundle:
     """A copy of ``bundle`` at ``out`` with these parts; what is None is taken from ``bundle``.
 
@@ -63,11 +64,14 @@ def write_refrag(
     coefficients of heads already, as ``load_stock_model`` gives it, so the new manifest has none, and its quality is
     emptied unless ``quality`` is given. ``policies`` replaces all: {} writes none, and None keeps those of ``bundle``,
     which must have been trained with the parts that are written. ``training`` has the stages in order.
+    ``encoder_dtype`` is the type that ``encoder`` is kept in, "float32" or "bfloat16"; it computes in float32.
 
     The directory appears whole or not at all. Raises BundleError when ``out`` exists, when parts do not fit each
     other, for NaN or infinity in any of them and for a bundle without chunk compression where a part is None.
     """
     k = bundle.chunk_tokens if chunk_tokens is None else chunk_tokens
+    if encoder_dtype not in DTYPES:
+        raise ValueError(f"encoder_dtype {encoder_dtype!r}: must be one of {', '.join(DTYPES)}")
     if k < 1:
         raise BundleError(f"chunk_tokens {k}: must be at least 1")
     before = bundle.refrag
@@ -76,7 +80,7 @@ def write_refrag(
     target = Path(out).expanduser()
     with staged(target) as staging:
         _write_decoder(bundle, staging, decoder)
-        _write_encoder(bundle, staging, encoder)
+        _write_encoder(bundle, staging, encoder, DTYPES[encoder_dtype])
         if projector is not None:
             projector.save(staging / PROJECTOR_FILE)
         else:
@@ -147,11 +151,11 @@ def _write_decoder(bundle: Bundle, staging: Path, weights: Mapping[str, Tensor] 
     copy_files(bundle, staging, [name for name in names if not name.endswith(_WEIGHTS)])
 
 
-def _write_encoder(bundle: Bundle, staging: Path, encoder: ChunkEncoder | None) -> None:
+def _write_encoder(bundle: Bundle, staging: Path, encoder: ChunkEncoder | None, dtype: torch.dtype) -> None:
     if encoder is None:
         copy_files(bundle, staging, [name for name in bundle.files if is_refrag_file(name) and name != PROJECTOR_FILE])
         return
-    encoder.save(staging / CHUNK_ENCODER_DIR)
+    encoder.save(staging / CHUNK_ENCODER_DIR, dtype=dtype)
 
 
 def _write_policies(

@@ -265,3 +265,16 @@ def test_sections_of_a_model_card() -> None:
     assert with_section(card, "## One", ["new"]) == "# A\n\nText.\n\n## One\n\nnew\n\n## Two\n\nkept\n"
     assert with_section(card, "## Three", ["x", "y"]) == card + "\n## Three\n\nx\ny\n"
     assert with_section("", "## One", ["new"]) == "## One\n\nnew\n"
+
+
+def test_an_encoder_kept_in_half_the_bytes_computes_in_float32(pristine: Path, tmp_path: Path) -> None:
+    bundle, mine = load_bundle(pristine), encoder()
+    made = write_refrag(bundle, tmp_path / "half", encoder=mine, policies={}, encoder_dtype="bfloat16")
+    assert mine.encoder.dtype == torch.float32
+    stored = load_file(made.chunk_encoder_dir / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    loaded = ChunkCompressor.load(made)
+    assert loaded.encoder.encoder.dtype == torch.float32
+    torch.testing.assert_close(loaded.embed([[5, 6, 7, 8, 9]])[0], mine([[5, 6, 7, 8], [9]]), atol=3e-2, rtol=3e-2)
+    with pytest.raises(ValueError, match="float16"):
+        write_refrag(bundle, tmp_path / "other", encoder=mine, encoder_dtype="float16")
