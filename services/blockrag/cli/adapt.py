@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import secrets
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from blockrag.cli import adapt_pear, console
+from blockrag.cli import adapt_pear, adapt_refrag, console
 from blockrag.cli.console import JsonOption
-from blockrag.errors import SetupError
+from blockrag.cli.training_workers import check_workers, training_workers
 
 if TYPE_CHECKING:
     from blockrag.training.adaptation.config import BlockAdaptConfig
     from blockrag.training.adaptation.metrics import StepMetrics
 
 app = typer.Typer(no_args_is_help=True, help="Adapt checkpoints and bundles.")
-adapt_pear.register(app)
 
 
 @app.command(epilog="Example: blockrag adapt block --model ~/models/Llama-3.2-1B --data qa.jsonl --out my-bundle")
@@ -127,25 +122,13 @@ def block(
 def _run(config: BlockAdaptConfig, workers: int, ray_address: str, show: Callable[[StepMetrics], None]) -> Path:
     from blockrag.training.adaptation.adapt import adapt_block
 
-    if workers < 1:
-        raise SetupError(f"workers {workers}: must be at least 1")
+    check_workers(workers)
     if workers == 1 and not ray_address:
         return adapt_block(config, on_progress=show)
-    missing = [package for package in ("pyarrow", "pandas") if importlib.util.find_spec(package) is None]
-    if missing:
-        absent = ", ".join(missing)
-        raise SetupError(f"several workers need Ray Train: install the package ray[train] ({absent} absent)")
-    with tempfile.NamedTemporaryFile("w", prefix="blockrag-token-") as token:
-        if not ray_address:
-            # Ray reads its authentication mode when it is imported; a token of our own leaves none in the user's home
-            token.write(secrets.token_hex(32))
-            token.flush()
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token.name)
+    with training_workers(ray_address, workers, on_gpus=config.device.startswith("cuda")):
         from blockrag.distributed_training.block import adapt_block_distributed
-        from blockrag.distributed_training.connecting import connected_ray
 
-        with connected_ray(ray_address, workers, on_gpus=config.device.startswith("cuda")):
-            return adapt_block_distributed(config, workers, show)
+        return adapt_block_distributed(config, workers, show)
 
 
 @contextmanager
@@ -184,3 +167,4 @@ def _describe(metrics: StepMetrics) -> str:
 
 
 adapt_pear.register(app)
+adapt_refrag.register(app)

@@ -1,32 +1,15 @@
-"""``adapt_block`` on several workers: Ray Train starts them, joins them and starts them again after a failure.
-
-The shell around ``blockrag.training.adaptation``, and the only module that imports ``ray.train``. Workers share the
-run's folder, so on several machines it must lie on storage that all of them mount.
-"""
+"""``adapt_block`` on several workers."""
 
 from __future__ import annotations
 
-import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.exceptions import TrainingFailedError
-
-from blockrag.distributed_training.following import MetricsFollower
-from blockrag.errors import BlockragError, EnvironmentSetupError
+from blockrag.distributed_training.launching import launch
 from blockrag.training.adaptation.adapt import adapt_block, prepare
 from blockrag.training.adaptation.config import BlockAdaptConfig
 from blockrag.training.adaptation.metrics import StepMetrics
-from blockrag.training.adaptation.workers import ShardedWorkers
-
-_RESTARTS = 3
-_CONFIG = "config"
 
 
 def adapt_block_distributed(
@@ -34,65 +17,15 @@ def adapt_block_distributed(
 ) -> Path:
     """``adapt_block`` on ``workers`` workers of the Ray that this process is connected to; returns the bundle.
 
-    A worker takes one GPU where ``config.device`` is "cuda", else one CPU. When one is lost, all start again from the
-    last checkpoint, up to three times. ``on_progress`` runs in a thread of this process. Raises what ``adapt_block``
-    raises, EnvironmentSetupError when the workers fail for another reason.
+    Workers that are lost start again from the last checkpoint. Raises what ``adapt_block`` and ``launch`` raise.
     """
     prepare(config, workers)
-    on_gpus = config.device.startswith("cuda")
-    storage = config.run_dir / "ray"
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={_CONFIG: config},
-        torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpus),
-        run_config=RunConfig(
-            name="workers", storage_path=str(storage), failure_config=FailureConfig(max_failures=_RESTARTS)
-        ),
+    launch(
+        partial(adapt_block, config),
+        run_dir=config.run_dir,
+        device=config.device,
+        workers=workers,
+        read=StepMetrics.from_dict,
+        on_progress=on_progress,
     )
-    try:
-        with _followed(config, on_progress):
-            trainer.fit()
-    except TrainingFailedError as error:
-        raise _translated(error) from error
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
     return config.out
-
-
-def _work(values: dict[str, Any]) -> None:
-    """What each worker runs; Ray Train has joined them to torch's default process group."""
-    config: BlockAdaptConfig = values[_CONFIG]
-    device = get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    adapt_block(config, ShardedWorkers(device))
-
-
-@contextmanager
-def _followed(config: BlockAdaptConfig, on_progress: Callable[[StepMetrics], None] | None) -> Iterator[None]:
-    """Hands what worker 0 writes to metrics.jsonl to ``on_progress``."""
-    if on_progress is None:
-        yield
-        return
-    follower = MetricsFollower(config.run_dir, on_progress)
-    finished = threading.Event()
-    thread = threading.Thread(target=follower.follow, args=(finished,), name="metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
-
-
-def _translated(error: TrainingFailedError) -> BlockragError:
-    """The error of ours that a worker raised, or what Ray says happened."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, BlockragError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__
-    return EnvironmentSetupError(f"the workers failed: {error}")

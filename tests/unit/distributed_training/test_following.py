@@ -23,7 +23,7 @@ def write(folder: Path, *steps: StepMetrics) -> None:
 
 def test_each_line_is_handed_on_once_and_whole(tmp_path: Path) -> None:
     seen: list[StepMetrics] = []
-    follower = MetricsFollower(tmp_path, seen.append)
+    follower = MetricsFollower(tmp_path, seen.append, StepMetrics.from_dict)
     follower.poll()
     write(tmp_path, metrics(0, dev=SCORES), metrics(1, too_long={"rows:3": 700}))
     with (tmp_path / METRICS).open("a", encoding="utf-8") as file:
@@ -43,7 +43,7 @@ def test_each_line_is_handed_on_once_and_whole(tmp_path: Path) -> None:
 def test_what_stood_there_before_is_passed_over_and_repeated_steps_too(tmp_path: Path) -> None:
     write(tmp_path, metrics(0), metrics(1), metrics(2))
     seen: list[StepMetrics] = []
-    follower = MetricsFollower(tmp_path, seen.append)
+    follower = MetricsFollower(tmp_path, seen.append, StepMetrics.from_dict)
 
     (tmp_path / METRICS).unlink()  # a worker that starts again cuts what came after its checkpoint
     write(tmp_path, metrics(0), metrics(1))
@@ -57,7 +57,7 @@ def test_what_stood_there_before_is_passed_over_and_repeated_steps_too(tmp_path:
 def test_following_ends_with_what_came_last(tmp_path: Path) -> None:
     seen: list[StepMetrics] = []
     finished = threading.Event()
-    follower = MetricsFollower(tmp_path, seen.append)
+    follower = MetricsFollower(tmp_path, seen.append, StepMetrics.from_dict)
     finished.set()
     write(tmp_path, metrics(0))
 

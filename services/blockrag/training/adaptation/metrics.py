@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ class StepMetrics:
     """Where it was measured."""
     too_long: dict[str, int] = field(default_factory=dict)
     """Rows first left out in this step on worker 0: file and line, with the tokens that they need at least."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StepMetrics:
+        """Read a record."""
+        dev = values.get("dev")
+        return cls(**{**values, "dev": DevScores(**dev) if dev else None})
 
 
 class MetricsLog:

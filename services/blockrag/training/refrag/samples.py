@@ -106,7 +106,7 @@ class Reconstruction:
 
     def draw_length(self, tokens: int, progress: float, random: Random) -> int:
         """Chunks of a sample: powers of two whose shares are a geometric sequence, rising or falling with progress."""
-        lengths = [2**n for n in range(max(1, (tokens // self._k)).bit_length())]
+        lengths = [1 << n for n in range(max(1, (tokens // self._k)).bit_length())]
         ratio = _CURRICULUM_BASE ** (2 * progress - 1) if self._config.curriculum else 1.0
         return random.choices(lengths, [ratio**n for n in range(len(lengths))])[0]
 

@@ -116,7 +116,7 @@ class RefragTrainer:
     def _backward(self, part: list[RefragSample], weights: Mapping[Kind, float]) -> SampleLosses:
         result = self._losses(part, weights)
         # FSDP2 averages the workers' gradients; the weights are those of a sum over the whole step
-        (result.total * self._workers.size).backward()  # type: ignore[no-untyped-call]
+        (result.total * self._workers.size).backward()
         return result
 
     def _losses(self, part: list[RefragSample], weights: Mapping[Kind, float]) -> SampleLosses:

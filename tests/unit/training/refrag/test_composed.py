@@ -72,7 +72,7 @@ def test_a_part_of_a_block_between_embeddings_equals_an_explicit_loop() -> None:
 
 
 def _explicit(model: PreTrainedModel, pieces: list[tuple], tokens: list[int]) -> torch.Tensor:  # type: ignore[type-arg]
-    """Logits of ``tokens`` behind pieces of blocks: keys un-rotated by hand, slot by slot, and turned to their place."""
+    """Logits of ``tokens`` behind pieces of blocks, whose keys are un-rotated by hand and turned to their place."""
     from transformers import DynamicCache
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 

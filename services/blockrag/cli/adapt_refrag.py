@@ -1,0 +1,231 @@
+"""``blockrag adapt refrag``: teach a bundle to read compressed passages, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from blockrag.cli import console
+from blockrag.cli.console import JsonOption
+from blockrag.cli.training_workers import check_workers, training_workers
+from blockrag.errors import SetupError
+
+if TYPE_CHECKING:
+    from blockrag.training.refrag.config import RefragConfig
+    from blockrag.training.refrag.metrics import RefragMetrics
+    from blockrag.training.refrag.policy_stage import PolicyMetrics
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the group ``adapt``."""
+    example = (
+        "Example: blockrag adapt refrag --stage tune --bundle my-bundle-mixed --data qa.jsonl --out my-bundle-refrag"
+    )
+    app.command(epilog=example)(refrag)
+
+
+def refrag(
+    out: Annotated[Path, typer.Option(help="Bundle to make; the run itself lives in OUT.run beside it.")],
+    stage: Annotated[
+        Literal["reconstruction", "pretrain", "mixed", "tune", "policy"],
+        typer.Option(help="Each takes the bundle of the one before; a stage left out is an ablation."),
+    ],
+    bundle: Annotated[Path | None, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="JSONL(.gz) of long texts, or a directory; may be repeated.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="JSONL(.gz) of question rows, as adapt block reads them.")
+    ] = None,
+    reader_data: Annotated[
+        Path | None, typer.Option(help="Directory that `train reader` reads: its texts and questions.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="The bundle's name; default: as before.")] = "",
+    chunk_tokens: Annotated[
+        int | None, typer.Option("--chunk-tokens", "-k", help="Tokens of a chunk; default: the bundle's.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="New chunk encoder: 'small', or a Hugging Face encoder's directory.")
+    ] = "",
+    pooling: Annotated[
+        Literal["mean", "cls"] | None, typer.Option(help="Of a new chunk encoder's states; default: mean.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time budget of the stage's steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Budget in steps, instead of minutes.")] = None,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step, over all workers.")] = 5000,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak, of encoder and projector (2e-3), or of a policy (1e-3).")
+    ] = None,
+    decoder_learning_rate: Annotated[float, typer.Option(help="Peak, of the decoder; 2e-5 at 8B parameters.")] = 4e-4,
+    optimizer: Annotated[
+        Literal["muon", "adamw"], typer.Option(help="muon learns faster in small models; several workers: adamw.")
+    ] = "muon",
+    curriculum: Annotated[
+        bool, typer.Option(help="Reconstruction from one chunk to many; --no-curriculum is an ablation.")
+    ] = True,
+    train_decoder: Annotated[
+        bool, typer.Option("--train-decoder", help="Reconstruction: the decoder learns too.")
+    ] = False,
+    max_passages: Annotated[int, typer.Option(help="Most passages of a context.")] = 10,
+    text_share: Annotated[float, typer.Option(help="Tuning: share of next-paragraph tokens.")] = 0.2,
+    expanded_share: Annotated[float, typer.Option(help="Mixed, tune: compositions with nothing compressed.")] = 0.2,
+    full_share: Annotated[float, typer.Option(help="Mixed, tune: samples under the full mask.")] = 0.12,
+    policy: Annotated[
+        Literal["query", "blind"], typer.Option(help="Policy: one that sees the question, or the paper's.")
+    ] = "query",
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the forward pass.")] = "bf16",
+    parts: Annotated[
+        int, typer.Option(help="Parts of a step: for workers, or for threads of one core each; more take less memory.")
+    ] = 2,
+    dev_samples: Annotated[int, typer.Option(help="Held-out samples to measure on; 0: none.")] = 64,
+    eval_steps: Annotated[int, typer.Option(help="Steps between two measurements.")] = 200,
+    checkpoint_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of samples and new weights.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option(help="Workers of Ray Train, one GPU or CPU each; 1: this process.")] = 1,
+    ray_address: Annotated[
+        str, typer.Option(help="Ray cluster for the workers; default: one of this command's own.")
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Train the parts that compress passages and choose what to expand (REFRAG).
+
+    Order: reconstruction, pretrain, mixed, tune; then a policy for the finished parts. Run the same command again to
+    go on after a stop.
+    """
+    from blockrag.modeling.bundle import DEFAULT_BUNDLE
+
+    with console.errors_to_exit():
+        source, target = (bundle or DEFAULT_BUNDLE).expanduser(), out.expanduser().absolute()
+        if stage == "policy":
+            if workers != 1 or ray_address:
+                raise SetupError("stage policy: runs in this process (--workers 1)")
+            from blockrag.training.refrag.policy_stage import PolicyTrainingConfig, train_policy
+
+            chosen = PolicyTrainingConfig(
+                bundle=source,
+                out=target,
+                query=policy == "query",
+                text=tuple(text or ()),
+                data=tuple(data or ()),
+                reader_data=reader_data,
+                minutes=minutes,
+                steps=steps,
+                max_passages=max_passages,
+                learning_rate=learning_rate or 1e-3,
+                dev_contexts=dev_samples,
+                eval_steps=eval_steps,
+                checkpoint_steps=checkpoint_steps,
+                threads=parts,
+                seed=seed,
+                device=device,
+            )
+            with _policy_shown(as_json) as show_policy:
+                made, run_dir = train_policy(chosen, show_policy), chosen.run_dir
+        else:
+            from blockrag.training.refrag.config import RefragConfig
+
+            config = RefragConfig(
+                bundle=source,
+                out=target,
+                stage=stage,
+                text=tuple(text or ()),
+                data=tuple(data or ()),
+                reader_data=reader_data,
+                name=name,
+                chunk_tokens=chunk_tokens,
+                encoder=encoder,
+                pooling=pooling,
+                minutes=minutes,
+                steps=steps,
+                tokens_per_step=tokens_per_step,
+                learning_rate=learning_rate or 2e-3,
+                decoder_learning_rate=decoder_learning_rate,
+                optimizer=optimizer,
+                curriculum=curriculum,
+                train_decoder=train_decoder,
+                max_passages=max_passages,
+                text_share=text_share,
+                expanded_share=expanded_share,
+                full_share=full_share,
+                precision=precision,
+                parts=parts,
+                dev_samples=dev_samples,
+                eval_steps=eval_steps,
+                checkpoint_steps=checkpoint_steps,
+                seed=seed,
+                device=device,
+            )
+            with _shown(as_json) as show:
+                made, run_dir = _run(config, workers, ray_address, show), config.run_dir
+        if as_json:
+            console.print_json_line({"bundle": made, "run": run_dir})
+        else:
+            console.out.print(f"bundle: {made}\nmetrics: {run_dir}\ncheck it: blockrag bundle verify {made}")
+
+
+def _run(config: RefragConfig, workers: int, ray_address: str, show: Callable[[RefragMetrics], None]) -> Path:
+    from blockrag.training.refrag.adapt import adapt_refrag
+
+    check_workers(workers)
+    if workers == 1 and not ray_address:
+        return adapt_refrag(config, on_progress=show)
+    with training_workers(ray_address, workers, on_gpus=config.device.startswith("cuda")):
+        from blockrag.distributed_training.refrag import adapt_refrag_distributed
+
+        return adapt_refrag_distributed(config, workers, show)
+
+
+@contextmanager
+def _shown(as_json: bool) -> Iterator[Callable[[RefragMetrics], None]]:
+    """Shows a stage's progress: a bar with speed and time left, or a JSON line per step."""
+    with _bar(as_json) as bar:
+        task = bar.add_task("loading", total=1.0)
+
+        def show(metrics: RefragMetrics) -> None:
+            if as_json:
+                console.print_json_line(metrics)
+                return
+            losses = [f"{kind} {loss:.3f}" for kind, loss in metrics.losses.items()]
+            left = f"{int(metrics.eta_seconds // 60)}:{int(metrics.eta_seconds % 60):02d} left"
+            speed = f"{metrics.tokens_per_second:,.0f} tokens/s"
+            description = "  ".join([f"step {metrics.step}", *losses, speed, left])
+            bar.update(task, completed=metrics.fraction, description=description)
+            for label, values in metrics.dev.items():
+                found = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
+                bar.console.print(f"step {metrics.step}, held out, {label}: {found}", markup=False, soft_wrap=True)
+
+        yield show
+
+
+@contextmanager
+def _policy_shown(as_json: bool) -> Iterator[Callable[[PolicyMetrics], None]]:
+    """The same for a policy."""
+    with _bar(as_json) as bar:
+        task = bar.add_task("loading", total=1.0)
+
+        def show(metrics: PolicyMetrics) -> None:
+            if as_json:
+                console.print_json_line(metrics.to_dict())
+                return
+            reward = f"  reward {metrics.update.reward:.3f}" if metrics.update else ""
+            bar.update(task, completed=metrics.fraction, description=f"step {metrics.step}{reward}")
+            for score in metrics.dev.scores if metrics.dev else ():
+                bar.console.print(
+                    f"step {metrics.step}, held out, {score.kind} at rate {score.rate:g}: {score.policy:.3f} nats, "
+                    f"random {score.random:.3f}, gain {score.gain:.3f} ± {score.error:.3f}",
+                    markup=False,
+                    soft_wrap=True,
+                )
+
+        yield show
+
+
+def _bar(hidden: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console.err, disable=hidden)

@@ -1,0 +1,40 @@
+"""Workers of Ray Train for the commands that train."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from blockrag.errors import SetupError
+
+
+def check_workers(workers: int) -> None:
+    """Raises SetupError for less than one."""
+    if workers < 1:
+        raise SetupError(f"workers {workers}: must be at least 1")
+
+
+@contextmanager
+def training_workers(ray_address: str, workers: int, *, on_gpus: bool) -> Iterator[None]:
+    """Connect this process to the Ray at ``ray_address``; empty: one of this command's own, stopped at the end.
+
+    Import what imports Ray inside. Raises SetupError when Ray Train's packages are absent.
+    """
+    missing = [package for package in ("pyarrow", "pandas") if importlib.util.find_spec(package) is None]
+    if missing:
+        absent = ", ".join(missing)
+        raise SetupError(f"several workers need Ray Train: install the package ray[train] ({absent} absent)")
+    with tempfile.NamedTemporaryFile("w", prefix="blockrag-token-") as token:
+        if not ray_address:
+            # Ray reads its authentication mode when it is imported; a token of our own leaves none in the user's home
+            token.write(secrets.token_hex(32))
+            token.flush()
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token.name)
+        from blockrag.distributed_training.connecting import connected_ray
+
+        with connected_ray(ray_address, workers, on_gpus=on_gpus):
+            yield
