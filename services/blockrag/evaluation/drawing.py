@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from blockrag.errors import DataError
+from blockrag.errors import SetupError
 from blockrag.evaluation.metrics import contains
 from blockrag.evaluation.pieces import Piece, PieceMaker, gold_piece, nearest_piece
 from blockrag.evaluation.question_data import QuestionData, SourceQuestion
@@ -72,11 +72,11 @@ def draw_questions(
 
     ``absent_passages``: how many are shown without the gold one; 0: that is not asked.
 
-    Raises ``DataError`` where there is no question to ask or there are fewer passages than are to be shown.
+    Raises ``SetupError`` where there is no question to ask or there are fewer passages than are to be shown.
     """
     usable = [question for question in data.questions if question.gold and question.answers]
     if not usable:
-        raise DataError(f"{data.name}: no question has both an answer and a gold passage")
+        raise SetupError(f"{data.name}: no question has both an answer and a gold passage")
     chosen = usable[:count]
     without_gold = data.questions.index(chosen[-1]) + 1 - len(chosen)
     source = _Source(data, pieces, chosen, distractors)
@@ -129,7 +129,7 @@ class _Source:
 def _draw(question: SourceQuestion, source: _Source, beside: int, without: int, random: Random) -> DrawnQuestion:
     own = [piece for number in question.gold for piece in source.pieces(number)]
     if not own:
-        raise DataError(f"{source.data.name}: question {question.id}: the gold passage has no text")
+        raise SetupError(f"{source.data.name}: question {question.id}: the gold passage has no text")
     gold, holds_answer = gold_piece(own, question)
     place = random.random()
     texts = {source.data.passages[number].text for number in question.gold}
@@ -141,7 +141,7 @@ def _draw(question: SourceQuestion, source: _Source, beside: int, without: int, 
         candidate = next(candidates, None)
         if candidate is None:
             shown = max(beside + 1, without)
-            raise DataError(f"{source.data.name}: too few passages to show {shown} with question {question.id}")
+            raise SetupError(f"{source.data.name}: too few passages to show {shown} with question {question.id}")
         number, piece = candidate
         # A redirect gives an article a second url: its intro is the gold passage again.
         is_own = source.data.passages[number].text in texts

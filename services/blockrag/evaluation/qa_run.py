@@ -62,7 +62,7 @@ def run_qa(
 ) -> QaRun:
     """Run what ``options`` say.
 
-    ``progress`` gets the answers given and wanted, ``status`` what is being done before. Raises ``DataError`` for bad
+    ``progress`` gets the answers given and wanted, ``status`` what is being done before. Raises ``SetupError`` for bad
     data, ``BundleError`` for a bad bundle, ``PromptTooLongError`` where the passages do not fit the model.
     """
     started = time.perf_counter()

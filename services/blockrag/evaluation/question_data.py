@@ -15,13 +15,14 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from blockrag.errors import DataError
+from blockrag.errors import SetupError
+from blockrag.jsonl import read_objects
 from blockrag.modeling.bundle import file_sha256
 
 PATTERN_QUESTIONS = "dev/wiki_pattern_qa.jsonl.gz"
@@ -79,41 +80,19 @@ class QuestionData:
 def load_questions(path: Path, seed: int = 0) -> QuestionData:
     """Read a file of questions, or the pattern questions of a data directory, shuffled by ``seed``.
 
-    Raises ``DataError`` naming file and line for what is missing or malformed.
+    Raises ``SetupError`` naming file and line for what is missing or malformed.
     """
     file = path / PATTERN_QUESTIONS if path.is_dir() else path
-    first = next(read_rows(file), None)
+    first = next(read_objects(file), None)
     if first is None:
-        raise DataError(f"{file}: no questions")
+        raise SetupError(f"{file}: no questions")
     if "passages" in first[1]:
         return _load_rows(file, seed)
     if "ordered_kv_records" in first[1]:
         return _load_key_values(file, seed)
     if {"url", "question", "answers"} <= first[1].keys():
         return _load_patterns(file, seed)
-    raise DataError(
-        f"{file}: line 1: neither a question with passages, a pattern question with a url nor key-value records"
-    )
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and object of every line of a JSONL file, gzipped or not. Raises ``DataError``."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}: line {number}: no JSON object")
-                yield number, row
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {number}: {error}") from error
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(
-            f"{path}: {error.strerror if isinstance(error, OSError) and error.strerror else error}"
-        ) from error
+    raise SetupError(f"{file}:1: neither a question with passages, a pattern question with a url nor key-value records")
 
 
 class PassageNumbers:
@@ -134,23 +113,22 @@ class PassageNumbers:
 def _load_rows(file: Path, seed: int) -> QuestionData:
     numbers = PassageNumbers()
     questions = []
-    for line, row in read_rows(file):
-        where = f"{file}: line {line}"
+    for where, row in read_objects(file):
         passages = row.get("passages")
         if not isinstance(passages, list) or not passages:
-            raise DataError(f"{where}: passages must be a list of at least one")
+            raise SetupError(f"{where}: passages must be a list of at least one")
         gold: list[int] = []
         others: list[int] = []
         for passage in passages:
             if not isinstance(passage, dict) or not isinstance(passage.get("text"), str):
-                raise DataError(f"{where}: a passage must have title, text and gold")
+                raise SetupError(f"{where}: a passage must have title, text and gold")
             (gold if passage.get("gold") else others).append(
                 numbers.add(str(passage.get("title", "")), passage["text"])
             )
         text, answers = _question_and_answers(row, where)
         questions.append(
             SourceQuestion(
-                id=str(row.get("id") or line),
+                id=str(row.get("id") or _line(where)),
                 text=text,
                 answers=answers,
                 gold=tuple(dict.fromkeys(gold)),
@@ -165,12 +143,12 @@ def _load_rows(file: Path, seed: int) -> QuestionData:
 def _load_key_values(file: Path, seed: int) -> QuestionData:
     numbers = PassageNumbers()
     questions = []
-    for line, row in read_rows(file):
+    for where, row in read_objects(file):
         records, key, value = row.get("ordered_kv_records"), row.get("key"), row.get("value")
         if not isinstance(records, list) or not all(isinstance(each, list) and len(each) == 2 for each in records):
-            raise DataError(f"{file}: line {line}: ordered_kv_records must be a list of pairs")
+            raise SetupError(f"{where}: ordered_kv_records must be a list of pairs")
         if [key, value] not in records:
-            raise DataError(f"{file}: line {line}: key and value must be one of the records")
+            raise SetupError(f"{where}: key and value must be one of the records")
         shown = [
             numbers.add(f"Record {number}", f'"{name}": "{content}".')
             for number, (name, content) in enumerate(records, 1)
@@ -178,7 +156,7 @@ def _load_key_values(file: Path, seed: int) -> QuestionData:
         gold = shown[records.index([key, value])]
         questions.append(
             SourceQuestion(
-                id=f"{line}",
+                id=_line(where),
                 text=f"What is the value of {key}?",
                 answers=(str(value),),
                 gold=(gold,),
@@ -193,19 +171,18 @@ def _load_patterns(file: Path, seed: int) -> QuestionData:
     intros_file, tables_file = _beside(file, INTROS), _beside(file, TABLES)
     numbers = PassageNumbers()
     by_url: dict[str, int] = {}
-    for line, row in read_rows(intros_file):
+    for where, row in read_objects(intros_file):
         try:
             by_url[row["url"]] = numbers.add(row["title"], row["text"])
         except (KeyError, AttributeError) as error:
-            raise DataError(f"{intros_file}: line {line}: needs url, title and text") from error
+            raise SetupError(f"{where}: needs url, title and text") from error
     tables = _read_tables(tables_file)
     kinds: dict[str, tuple[int, ...]] = {}
     questions = []
-    for line, row in read_rows(file):
-        where = f"{file}: line {line}"
+    for where, row in read_objects(file):
         text, answers = _question_and_answers(row, where)
         if row.get("url") not in by_url:
-            raise DataError(f"{where}: no intro with the url {row.get('url')!r} in {intros_file.name}")
+            raise SetupError(f"{where}: no intro with the url {row.get('url')!r} in {intros_file.name}")
         table = row.get("distractor_table") or ""
         if table not in kinds:
             kinds[table] = tuple(dict.fromkeys(by_url[url] for url in tables.get(table, ()) if url in by_url))
@@ -227,9 +204,9 @@ def _load_patterns(file: Path, seed: int) -> QuestionData:
 def _question_and_answers(row: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
     text, answers = row.get("question"), row.get("answers")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: question must be a text")
+        raise SetupError(f"{where}: question must be a text")
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"{where}: answers must be a list of texts")
+        raise SetupError(f"{where}: answers must be a list of texts")
     return " ".join(text.split()), tuple(answer for answer in answers if answer.strip())
 
 
@@ -238,9 +215,9 @@ def _read_tables(file: Path) -> dict[str, list[str]]:
         with gzip.open(file, "rt", encoding="utf-8") as source:
             tables = json.load(source)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{file}: {error}") from error
+        raise SetupError(f"{file}: {error}") from error
     if not isinstance(tables, dict):
-        raise DataError(f"{file}: must hold a JSON object of urls by table")
+        raise SetupError(f"{file}: must hold a JSON object of urls by table")
     return tables
 
 
@@ -248,7 +225,11 @@ def _beside(file: Path, name: str) -> Path:
     for folder in (file.parent, file.parent.parent / "train"):
         if (folder / name).is_file():
             return folder / name
-    raise DataError(f"{file}: pattern questions need {name} beside them or in ../train")
+    raise SetupError(f"{file}: pattern questions need {name} beside them or in ../train")
+
+
+def _line(place: str) -> str:
+    return place.rpartition(":")[2]
 
 
 def _name(file: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from blockrag.errors import DataError
+from blockrag.errors import SetupError
 from blockrag.evaluation.environment import Environment, describe_environment
 from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_difference
 from blockrag.evaluation.pieces import Piece, PieceMaker, holding_pieces
@@ -111,20 +111,20 @@ async def evaluate_retrieval(
 
     A piece is relevant when it is of a gold passage and holds an answer; where no piece of the gold passages holds
     one word for word, all of them are. ``progress`` gets what is done, how much of it and of how much. Raises
-    ``DataError`` for bad data and for more results wanted than there are pieces.
+    ``SetupError`` for bad data and for more results wanted than there are pieces.
     """
     started = time.perf_counter()
     bundle = load_bundle(options.bundle)
     data = load_questions(options.data, options.seed)
     usable = [question for question in data.questions if question.gold and question.answers]
     if not usable:
-        raise DataError(f"{data.name}: no question has both an answer and a gold passage")
+        raise SetupError(f"{data.name}: no question has both an answer and a gold passage")
     chosen = usable[: options.questions]
     maker = PieceMaker(bundle.template, bundle.load_tokenizer(), bundle.passage_tokens)
     searched = data.searched(chosen)
     task = _make_task(data, chosen, searched, maker)
     if max(options.at) > len(task.pieces):
-        raise DataError(
+        raise SetupError(
             f"{data.name}: {max(options.at)} results are asked for, and there are {len(task.pieces)} pieces"
         )
     embedder = Embedder(find_embedding(options.retriever.embedding_model))
@@ -182,7 +182,7 @@ def _make_task(
     for question in chosen:
         own = [number for passage in question.gold for number in numbers[passage]]
         if not own:
-            raise DataError(f"{data.name}: question {question.id}: the gold passage has no text")
+            raise SetupError(f"{data.name}: question {question.id}: the gold passage has no text")
         holding = set(holding_pieces([pieces[number] for number in own], question.answers))
         relevant.append(frozenset(number for number in own if pieces[number] in holding) or frozenset(own))
     return _Task(pieces, chosen, relevant)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from blockrag.errors import DataError
+from blockrag.errors import SetupError
 from blockrag.evaluation.drawing import Distractors, Draw, draw_questions
 from blockrag.evaluation.pieces import PieceMaker
 from blockrag.evaluation.question_data import QuestionData, load_questions
@@ -91,7 +91,7 @@ def test_questions_without_gold_are_passed_over_and_counted(tmp_path: Path) -> N
     draw = _draw(data, "random", most=1)
     assert [question.source.text for question in draw.questions] == ["When?"]
     assert draw.without_gold <= 2
-    with pytest.raises(DataError, match="no question has both an answer and a gold passage"):
+    with pytest.raises(SetupError, match="no question has both an answer and a gold passage"):
         _draw(load_questions(write_jsonl(tmp_path / "none.jsonl", rows[:2])), "random")
 
 
@@ -107,5 +107,5 @@ def test_an_answer_in_other_words_takes_the_nearest_piece(tmp_path: Path) -> Non
 
 def test_more_passages_than_there_are(tmp_path: Path) -> None:
     data = load_questions(write_rows(tmp_path / "rows.jsonl"))
-    with pytest.raises(DataError, match="too few passages to show 60"):
+    with pytest.raises(SetupError, match="too few passages to show 60"):
         _draw(data, "random", most=60)

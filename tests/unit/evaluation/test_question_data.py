@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from blockrag.errors import DataError
+from blockrag.errors import SetupError
 from blockrag.evaluation.question_data import load_questions
 from tests.unit.evaluation.question_files import write_jsonl, write_key_values, write_patterns, write_rows
 
@@ -72,37 +72,37 @@ def test_the_seed_shuffles(tmp_path: Path) -> None:
     ("rows", "problem"),
     [
         ([], "no questions"),
-        ([{"something": 1}], "line 1: neither"),
-        ([ROW, {**ROW, "question": " "}], "line 2: question must be a text"),
-        ([ROW, {**ROW, "answers": "He"}], "line 2: answers must be a list"),
-        ([ROW, {**ROW, "passages": []}], "line 2: passages must be a list"),
-        ([ROW, {**ROW, "passages": [{"title": "T"}]}], "line 2: a passage must have"),
-        ([{"ordered_kv_records": [["a"]], "key": "a", "value": "b"}], "line 1: ordered_kv_records"),
-        ([{"ordered_kv_records": [["a", "b"]], "key": "a", "value": "c"}], "line 1: key and value must be one"),
+        ([{"something": 1}], ":1: neither"),
+        ([ROW, {**ROW, "question": " "}], ":2: question must be a text"),
+        ([ROW, {**ROW, "answers": "He"}], ":2: answers must be a list"),
+        ([ROW, {**ROW, "passages": []}], ":2: passages must be a list"),
+        ([ROW, {**ROW, "passages": [{"title": "T"}]}], ":2: a passage must have"),
+        ([{"ordered_kv_records": [["a"]], "key": "a", "value": "b"}], ":1: ordered_kv_records"),
+        ([{"ordered_kv_records": [["a", "b"]], "key": "a", "value": "c"}], ":1: key and value must be one"),
         ([{"url": "/x", "question": "Who?", "answers": []}], "need wiki_intros"),
     ],
 )
 def test_malformed_rows_are_named_by_line(tmp_path: Path, rows: list[dict[str, Any]], problem: str) -> None:
-    with pytest.raises(DataError, match=problem):
+    with pytest.raises(SetupError, match=problem):
         load_questions(write_jsonl(tmp_path / "bad.jsonl", rows))
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent\.jsonl: No such file"):
+    with pytest.raises(SetupError, match=r"absent\.jsonl: No such file"):
         load_questions(tmp_path / "absent.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"question": 1}\n{"question\n')
-    with pytest.raises(DataError, match="neither"):
+    with pytest.raises(SetupError, match="neither"):
         load_questions(tmp_path / "bad.jsonl")
     (tmp_path / "half.jsonl").write_text(write_rows(tmp_path / "rows.jsonl").read_text() + '{"question"\n')
-    with pytest.raises(DataError, match=r"half\.jsonl: line 12: "):
+    with pytest.raises(SetupError, match=r"half\.jsonl:12: "):
         load_questions(tmp_path / "half.jsonl")
     (tmp_path / "list.jsonl").write_text("[1]\n")
-    with pytest.raises(DataError, match="line 1: no JSON object"):
+    with pytest.raises(SetupError, match=":1: must be a JSON object"):
         load_questions(tmp_path / "list.jsonl")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"question": 1}' * 100)[:40])
-    with pytest.raises(DataError, match=r"cut\.jsonl\.gz"):
+    with pytest.raises(SetupError, match=r"cut\.jsonl\.gz"):
         load_questions(tmp_path / "cut.jsonl.gz")
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(SetupError, match="No such file"):
         load_questions(tmp_path)
 
 
@@ -110,5 +110,5 @@ def test_a_pattern_question_about_an_unknown_article_is_named(tmp_path: Path) ->
     folder = write_patterns(tmp_path)
     rows = [{"url": "/missing", "question": "Who?", "answers": ["He"]}]
     write_jsonl(folder / "dev/wiki_pattern_qa.jsonl.gz", rows)
-    with pytest.raises(DataError, match="line 1: no intro with the url '/missing'"):
+    with pytest.raises(SetupError, match=":1: no intro with the url '/missing'"):
         load_questions(folder)

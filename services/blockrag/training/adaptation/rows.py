@@ -10,14 +10,13 @@ passages do not answer; only such a row may have an empty list of answers.
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blockrag.errors import SetupError
+from blockrag.jsonl import read_objects
 
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -63,30 +62,13 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
 def read_rows(paths: Sequence[Path]) -> list[Row]:
     """All rows, in order. Raises SetupError naming file and line of the first bad row, or when there is none."""
     files = data_files(paths)
-    rows = [row for file in files for row in _read(file)]
+    rows = [_parse(place, values) for file in files for place, values in read_objects(file)]
     if not rows:
         raise SetupError(f"{', '.join(map(str, files))}: no rows")
     return rows
 
 
-def _read(path: Path) -> Iterator[Row]:
-    opened = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _parse(f"{path}:{number}", line)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise SetupError(f"{path}: {error}") from error
-
-
-def _parse(place: str, line: str) -> Row:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise SetupError(f"{place}: no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise SetupError(f"{place}: a row must be a JSON object")
+def _parse(place: str, values: Mapping[str, Any]) -> Row:
     passages = values.get("passages")
     if not isinstance(passages, list) or not passages:
         raise SetupError(f"{place}: passages must be a list with at least one passage")
@@ -110,7 +92,7 @@ def _passage(where: str, values: Any) -> Passage:
     return Passage(title, _text(where, values, "text"), gold)
 
 
-def _text(where: str, values: dict[str, Any], field: str) -> str:
+def _text(where: str, values: Mapping[str, Any], field: str) -> str:
     value = values.get(field)
     if not isinstance(value, str) or not value.strip():
         raise SetupError(f"{where}: {field} must be a text that is not empty")

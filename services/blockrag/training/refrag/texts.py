@@ -5,10 +5,8 @@ One JSON object per line, with ``title`` and either ``text`` or a list ``paragra
 
 from __future__ import annotations
 
-import gzip
-import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +14,7 @@ from random import Random
 from typing import Any
 
 from blockrag.errors import SetupError
+from blockrag.jsonl import read_objects
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.rows import data_files
 from blockrag.training.data import ReaderData
@@ -42,7 +41,7 @@ class Text:
 def read_texts(paths: Sequence[Path]) -> list[Text]:
     """All texts, in order. Raises SetupError naming file and line of the first bad one, or when there is none."""
     files = data_files(paths)
-    texts = [text for file in files for text in _read(file)]
+    texts = [_parse(place, values) for file in files for place, values in read_objects(file)]
     if not texts:
         raise SetupError(f"{', '.join(map(str, files))}: no texts")
     return texts
@@ -134,24 +133,7 @@ def _digest(text: Text) -> int:
     return zlib.crc32(f"{text.title}\n{text.paragraphs[0]}".encode())
 
 
-def _read(path: Path) -> Iterator[Text]:
-    opened = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _parse(f"{path}:{number}", line)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise SetupError(f"{path}: {error}") from error
-
-
-def _parse(place: str, line: str) -> Text:
-    try:
-        values: Any = json.loads(line)
-    except ValueError as error:
-        raise SetupError(f"{place}: no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise SetupError(f"{place}: a text must be a JSON object")
+def _parse(place: str, values: Mapping[str, Any]) -> Text:
     title = values.get("title", "")
     parts = values["paragraphs"] if "paragraphs" in values else [values.get("text")]
     if not isinstance(title, str):
