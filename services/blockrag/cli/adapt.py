@@ -80,11 +80,11 @@ def block(
     with console.errors_to_exit():
         logging.disable_progress_bar()  # ours shows what matters
         config = BlockAdaptConfig(
-            model=model.expanduser(),
-            data=tuple(data),
+            model=model.expanduser().absolute(),  # workers have directories of their own
+            data=tuple(path.expanduser().absolute() for path in data),
             out=out.expanduser().absolute(),
             name=name,
-            template_file=template,
+            template_file=template.expanduser().absolute() if template else None,
             steps=steps,
             batch_size=batch_size,
             micro_batch=micro_batch,
@@ -103,7 +103,7 @@ def block(
             precision=precision,
             gradient_checkpointing=gradient_checkpointing,
             attention=attention,
-            dev=dev,
+            dev=dev.expanduser().absolute() if dev else None,
             dev_rows=dev_rows,
             eval_steps=eval_steps,
             checkpoint_steps=checkpoint_steps,

@@ -98,10 +98,18 @@ def refrag(
     Order: reconstruction, pretrain, mixed, tune; then a policy for the finished parts. Run the same command again to
     go on after a stop.
     """
+    from transformers.utils import logging
+
     from blockrag.modeling.bundle import DEFAULT_BUNDLE
 
     with console.errors_to_exit():
-        source, target = (bundle or DEFAULT_BUNDLE).expanduser(), out.expanduser().absolute()
+        logging.disable_progress_bar()  # ours shows what matters
+        # absolute, because workers have directories of their own
+        source, target = (path.expanduser().absolute() for path in (bundle or DEFAULT_BUNDLE, out))
+        texts, rows = (tuple(path.expanduser().absolute() for path in paths or ()) for paths in (text, data))
+        reader_data = reader_data.expanduser().absolute() if reader_data else None
+        if encoder not in ("", "small"):
+            encoder = str(Path(encoder).expanduser().absolute())
         if stage == "policy":
             if workers != 1 or ray_address:
                 raise SetupError("stage policy: runs in this process (--workers 1)")
@@ -111,8 +119,8 @@ def refrag(
                 bundle=source,
                 out=target,
                 query=policy == "query",
-                text=tuple(text or ()),
-                data=tuple(data or ()),
+                text=texts,
+                data=rows,
                 reader_data=reader_data,
                 minutes=minutes,
                 steps=steps,
@@ -134,8 +142,8 @@ def refrag(
                 bundle=source,
                 out=target,
                 stage=stage,
-                text=tuple(text or ()),
-                data=tuple(data or ()),
+                text=texts,
+                data=rows,
                 reader_data=reader_data,
                 name=name,
                 chunk_tokens=chunk_tokens,

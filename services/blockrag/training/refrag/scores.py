@@ -103,7 +103,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """By label: nats per target token, share of tokens that are right, share of targets that are right as a whole.
 
-    Texts get ``recovered`` too: the share of what the whole context gains over none that is gained.
+    Texts get ``recovered`` too, where the uncompressed context gains anything over none: the share of it gained.
     """
     found: dict[str, dict[str, float]] = {}
     for group in groups:
@@ -121,6 +121,6 @@ def measure(
     if none is not None and block is not None:
         gap = none["nats"] - block["nats"]
         for label, values in found.items():
-            if label.startswith("text, "):
-                values["recovered"] = (none["nats"] - values["nats"]) / gap if gap > 0 else float("nan")
+            if label.startswith("text, ") and gap > 0:
+                values["recovered"] = (none["nats"] - values["nats"]) / gap
     return found
