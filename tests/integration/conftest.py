@@ -1,4 +1,7 @@
-"""One real system for all integration tests: Ray, Serve with six applications, gRPC, the bundled reader."""
+"""One real system for all integration tests: Ray, Serve with six applications, gRPC, the bundled reader.
+
+The reader compresses with random parts here: contracts do not depend on what a compressed chunk says.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from blockrag.client import BlockragClient
 from blockrag.local import LocalSystem
 from blockrag.local.preflight import free_port
 from blockrag.local.system import ray_token_environment
+from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
 from blockrag.settings import (
+    BundleSettings,
     ClusterSettings,
     DecoderSettings,
     EncoderSettings,
@@ -21,6 +26,7 @@ from blockrag.settings import (
     KvCacheSettings,
     Settings,
 )
+from tests.refrag_bundles import make_refrag_bundle
 
 # Ray reads this when it is imported, which is why it is set here and Ray imported below.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -39,9 +45,14 @@ class Cluster:
         return self.system.target
 
 
-def cluster_settings(state_dir: Path) -> Settings:
+CHUNK_TOKENS = 8
+"""Tokens of a chunk of the system's bundle."""
+
+
+def cluster_settings(state_dir: Path, bundle: Path) -> Settings:
     """Small budgets, free ports, two cache shards."""
     return Settings(
+        bundle=BundleSettings(path=str(bundle)),
         cluster=ClusterSettings(
             grpc_port=free_port(), http_port=free_port(), object_store_mb=256, state_dir=str(state_dir)
         ),
@@ -57,7 +68,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The system, started once and stopped at the end."""
     import ray
 
-    settings = cluster_settings(tmp_path_factory.mktemp("state"))
+    bundle = make_refrag_bundle(
+        load_bundle(DEFAULT_BUNDLE),
+        tmp_path_factory.mktemp("bundle") / "reader",
+        width=64,
+        chunk_tokens=CHUNK_TOKENS,
+        decoder_width=256,
+    )
+    settings = cluster_settings(tmp_path_factory.mktemp("state"), bundle.path)
     with LocalSystem.start(settings, owned=True) as system:
         os.environ.update(ray_token_environment(settings))
         ray.init(address=system.ray_address, namespace="tests", log_to_driver=False)

@@ -60,6 +60,11 @@ class LoadedBlocks:
     tiers: tuple[BlockTier, ...] = ()
     """Where each was found."""
 
+    def slots(self, tier: BlockTier) -> int:
+        """Slots of the blocks that were found there."""
+        found = zip(self.entries, self.tiers, strict=True)
+        return sum(entry.block.num_slots for entry, of in found if of == tier)
+
     @property
     def blocks(self) -> tuple[ResidentBlock, ...]:
         """In the order of the prompt."""

@@ -160,7 +160,11 @@ class DecodeService:
             with span("kv_fetch", request.context, blocks=len(requests)) as fetching:
                 async with limit:
                     loaded = await self._loader.load(requests, fetching.traceparent)
-                fetching.set(**{f"{tier}_blocks": loaded.tiers.count(tier) for tier in ("l1", "store", "encoded")})
+                fetching.set(
+                    l1_tokens=loaded.slots("l1"),
+                    store_tokens=loaded.slots("store"),
+                    encoded_tokens=loaded.slots("encoded"),
+                )
                 return loaded
         except TimeoutError as error:
             if not limit.expired():
