@@ -12,6 +12,7 @@ from rich.table import Table
 from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
+from blockrag.cli.evaluate_compression import compression
 from blockrag.cli.evaluate_qa import qa
 from blockrag.cli.evaluate_retrieval import retrieval
 from blockrag.client import BlockragClient, GenerateOptions
@@ -26,6 +27,10 @@ app = typer.Typer(no_args_is_help=True, help="Evaluate the reader and the whole 
 
 app.command(epilog="Example: blockrag eval qa --data dev/xquad_en.jsonl.gz --passages 5 --out results/xquad")(qa)
 app.command(epilog="Example: blockrag eval retrieval --data dev/xquad_en.jsonl.gz --out results/xquad")(retrieval)
+
+app.command(epilog="Example: blockrag eval compression --data data --text data/dev/books.jsonl.gz --out results/rates")(
+    compression
+)
 
 
 @app.command(epilog="Example: blockrag up && blockrag ingest --almanac && blockrag eval almanac --json")

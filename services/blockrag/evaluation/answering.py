@@ -5,13 +5,15 @@ Blocks are encoded once and kept, up to a limit, for the other questions, modes 
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
+from blockrag.evaluation.decoding import BATCH_TOKENS, Job, answer_jobs
 from blockrag.evaluation.metrics import normalize
 from blockrag.evaluation.pieces import Piece
 from blockrag.modeling.bundle import Bundle
@@ -21,11 +23,6 @@ from blockrag.modeling.slots import ResidentBlock, SequenceState
 
 Mode = Literal["full", "block", "no-reencoding", "none"]
 MODES: tuple[Mode, ...] = ("full", "block", "no-reencoding", "none")
-
-_BATCH_TOKENS = 4096
-"""Tokens of one forward pass: beyond, the linear layers gain nothing on a CPU."""
-_RUNNING_BYTES = 512 * 2**20
-"""K and V of the sequences that are decoded together."""
 
 
 @dataclass(frozen=True)
@@ -55,36 +52,15 @@ class SlotReader:
     def answer(self, prompts: Sequence[Prompt], mode: Mode) -> list[str]:
         """The answers' texts. Raises ``PromptTooLongError`` for a prompt beyond the model's positions."""
         blocks = self._encoded(prompts) if mode in ("block", "no-reencoding") else {}
-        lengths = [sum(len(self._ids(piece)) for piece in prompt.passages) for prompt in prompts]
-        waiting = deque(sorted(range(len(prompts)), key=lengths.__getitem__))
-        room = max(1, _RUNNING_BYTES // self._model.slot_bytes)
-        running: list[_Running] = []
-        answers = [""] * len(prompts)
-        while waiting or running:
-            work: list[tuple[SequenceState, Sequence[int]]] = [(one.state, one.ids[-1:]) for one in running]
-            fresh = 0
-            while waiting:
-                prompt = prompts[waiting[0]]
-                tokens = self._fresh_ids(prompt, mode)
-                slots = sum(one.state.capacity for one in running)
-                if work and (fresh + len(tokens) > _BATCH_TOKENS or slots + lengths[waiting[0]] > room):
-                    break
-                state = self._start(prompt, mode, blocks, len(tokens))
-                running.append(_Running(waiting.popleft(), state))
-                work.append((state, tokens))
-                fresh += len(tokens)
-            found = self._model.forward(work).argmax(dim=-1).tolist()
-            going: list[_Running] = []
-            for one, token in zip(running, found, strict=True):
-                if token not in self._model.end_token_ids:
-                    one.ids.append(token)
-                    if len(one.ids) < self._max_answer_tokens:
-                        going.append(one)
-                        continue
-                one.state.release()
-                answers[one.number] = self._tokenizer.decode(one.ids, skip_special_tokens=True).strip()
-            running = going
-        return answers
+        jobs = [
+            Job(
+                slots=sum(len(self._ids(piece)) for piece in prompt.passages),
+                fresh=self._fresh_ids(prompt, mode),
+                start=partial(self._start, prompt, mode, blocks),
+            )
+            for prompt in prompts
+        ]
+        return answer_jobs(self._model, self._tokenizer, jobs, self._max_answer_tokens)
 
     def is_refusal(self, answer: str) -> bool:
         """Whether an answer is the template's refusal, but for case and punctuation."""
@@ -104,9 +80,8 @@ class SlotReader:
         return [*self._instruction, *final] if mode == "none" else final
 
     def _start(
-        self, prompt: Prompt, mode: Mode, blocks: dict[Piece | None, ResidentBlock], fresh: int
+        self, prompt: Prompt, mode: Mode, blocks: dict[Piece | None, ResidentBlock], capacity: int
     ) -> SequenceState:
-        capacity = fresh + self._max_answer_tokens
         if not blocks:
             return self._model.new_sequence([], capacity)
         shown = [blocks[piece] for piece in (None, *prompt.passages)]
@@ -121,7 +96,7 @@ class SlotReader:
         while missing:
             batch = [missing.pop()]
             tokens = len(self._ids(batch[0]))
-            while missing and tokens + len(self._ids(missing[-1])) <= _BATCH_TOKENS:
+            while missing and tokens + len(self._ids(missing[-1])) <= BATCH_TOKENS:
                 batch.append(missing.pop())
                 tokens += len(self._ids(batch[-1]))
             names = [str(number) for number in range(len(batch))]
@@ -136,15 +111,6 @@ class SlotReader:
         while kept > self._kept_bytes:
             kept -= self._blocks.popitem(last=False)[1].nbytes
         return found
-
-
-@dataclass
-class _Running:
-    """A sequence that is being decoded."""
-
-    number: int
-    state: SequenceState
-    ids: list[int] = field(default_factory=list)
 
 
 @torch.inference_mode()

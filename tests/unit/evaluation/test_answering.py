@@ -85,8 +85,9 @@ def test_modes_differ(bundle: Bundle) -> None:
 
 def test_answers_do_not_depend_on_what_is_kept_or_batched(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {mode: _reader(bundle).answer(PROMPTS, mode) for mode in MODES}
-    monkeypatch.setattr("blockrag.evaluation.answering._BATCH_TOKENS", 40)
-    monkeypatch.setattr("blockrag.evaluation.answering._RUNNING_BYTES", 1)
+    monkeypatch.setattr("blockrag.evaluation.answering.BATCH_TOKENS", 40)
+    monkeypatch.setattr("blockrag.evaluation.decoding.BATCH_TOKENS", 40)
+    monkeypatch.setattr("blockrag.evaluation.decoding._RUNNING_BYTES", 1)
     reader = _reader(bundle, kept_bytes=1)
     assert {mode: reader.answer(PROMPTS, mode) for mode in MODES} == expected
     assert reader.answer([], "block") == []

@@ -140,26 +140,37 @@ class PolicyReader:
         return found.cpu() / torch.tensor([float(len(prompt.branches[0].answer)) for prompt in prompts])
 
     @torch.no_grad()
-    def chunk_losses(self, passages: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """How hard each chunk is to predict: nats per token under the decoder's block pass, [chunks].
+    def whole_loss(self, instruction: Sequence[int], passages: Sequence[Sequence[int]], branch: Branch) -> float:
+        """Nats per target token where instruction and passages are one block: full attention."""
+        block = [*instruction, *(token for passage in passages for token in passage)]
+        with self._autocast():
+            bank = self.decoder.encode([block])
+            found = self.decoder.answer_losses(bank, [ComposedPrompt(bank.block(0), (branch,))])
+        return float(found[0]) / len(branch.answer)
+
+    @torch.no_grad()
+    def chunk_losses(self, passages: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """How hard each chunk of each passage is to predict: nats per token under the decoder's block pass, [m] each.
 
         A block's first token, which nothing predicts, is left out; a chunk of it alone has 0.
         """
-        nothing = SlotBank(self.decoder.encode([]).slots, ())
-        empty = np.zeros(0, np.int64)
-        found: list[float] = []
-        for passage in passages:
-            if len(passage) == 1:
-                found.append(0.0)
-                continue
-            branch = Branch(list(passage[:1]), list(passage[1:]))
-            states = self.decoder.final(nothing, [ComposedPrompt(empty, (branch,))])
-            losses = F.cross_entropy(self.decoder.logits(states), states.targets, reduction="none").cpu().numpy()
-            tokens = np.concatenate([[0.0], losses])
-            for start, end in chunk_bounds(len(passage), self.compressor.chunk_tokens):
-                own = tokens[max(1, start) : end]
-                found.append(float(own.mean()) if own.size else 0.0)
-        return np.array(found, dtype=np.float32)
+        tokens = [np.zeros(len(passage)) for passage in passages]
+        asked = [number for number, passage in enumerate(passages) if len(passage) > 1]
+        if asked:
+            bank = SlotBank(self.decoder.encode([]).slots, ())
+            empty = np.zeros(0, np.int64)
+            branches = [Branch(list(passages[number][:1]), list(passages[number][1:])) for number in asked]
+            with self._autocast():
+                states = self.decoder.final(bank, [ComposedPrompt(empty, (branch,)) for branch in branches])
+                losses = F.cross_entropy(self.decoder.logits(states), states.targets, reduction="none").cpu().numpy()
+            ends = np.cumsum([len(branch.answer) for branch in branches])
+            for number, own in zip(asked, np.split(losses, ends[:-1]), strict=True):
+                tokens[number][1:] = own
+        return [self._chunk_means(own) for own in tokens]
+
+    def _chunk_means(self, losses: NDArray[np.float64]) -> NDArray[np.float32]:
+        pieces = [losses[max(1, start) : end] for start, end in chunk_bounds(len(losses), self.compressor.chunk_tokens)]
+        return np.array([piece.mean() if piece.size else 0.0 for piece in pieces], dtype=np.float32)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.decoder.device.type, torch.bfloat16, enabled=self._bf16)

@@ -1,0 +1,117 @@
+"""``blockrag eval compression``: what compression costs and what the choice of chunks is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markdown import Markdown
+
+from blockrag.cli import console
+from blockrag.cli.console import JsonOption
+from blockrag.cli.evaluate_options import SeedOption, write_results
+from blockrag.errors import SetupError
+
+if TYPE_CHECKING:
+    from blockrag.evaluation.compression_run import CompressionRun
+
+
+def compression(
+    data: Annotated[
+        Path | None, typer.Option(help="Questions (JSONL, may be gzipped), or a directory with dev/ and train/.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Long texts (JSONL, may be gzipped) whose paragraphs are predicted.")
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = None,
+    rates: Annotated[
+        str, typer.Option(help="Tokens per slot, separated by commas; default: 1, k/4, k/2, 3k/4, k of the bundle.")
+    ] = "",
+    selectors: Annotated[
+        str, typer.Option(help="Who chooses what is expanded, separated by commas; default: all.")
+    ] = "",
+    reencode: Annotated[
+        float | None, typer.Option(min=0, help="Rate at which composed is compared with re-encoded; 0: not at all.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many questions to draw.")] = 300,
+    passages: Annotated[int, typer.Option(min=1, max=100, help="Passages per question.")] = 10,
+    paragraphs: Annotated[int, typer.Option(min=1, help="How many paragraphs to predict.")] = 200,
+    context: Annotated[int, typer.Option(min=1, max=100, help="Passages before each of these.")] = 10,
+    distractors: Annotated[
+        Literal["auto", "same", "bm25", "dense", "random"],
+        typer.Option(help="Passages beside the right one; auto: of the same kind where the data knows, else bm25."),
+    ] = "auto",
+    seed: SeedOption = 0,
+    max_answer_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Longest answer.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights, K and V.")] = "float32",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for compression.json, compression.md, compression.png, answers.jsonl."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask questions and predict paragraphs at several rates, with every way to choose what stays word for word."""
+    from blockrag.evaluation.compression_run import CompressionOptions, run_compression
+    from blockrag.evaluation.compression_text import TextOptions
+    from blockrag.modeling.bundle import DEFAULT_BUNDLE
+
+    with console.errors_to_exit():
+        if out is not None:
+            _check_plots()
+        options = CompressionOptions(
+            bundle=bundle or DEFAULT_BUNDLE,
+            data=data,
+            text=TextOptions(text, paragraphs, context, seed) if text is not None else None,
+            rates=_parse_rates(rates),
+            selectors=tuple(name.strip() for name in selectors.split(",") if name.strip()),
+            reencode=reencode,
+            questions=questions,
+            passages=passages,
+            distractors=None if distractors == "auto" else distractors,
+            seed=seed,
+            max_answer_tokens=max_answer_tokens,
+            device=device,
+            dtype=dtype,
+        )
+        with console.progress_bar() as bar:
+            task = bar.add_task("", total=None)
+            run = run_compression(
+                options,
+                lambda done, total: bar.update(task, completed=done, total=total),
+                lambda what: bar.update(task, description=what),
+            )
+        if out is not None:
+            _write(run, out)
+        if as_json:
+            console.print_json(run.report)
+        else:
+            console.out.print(Markdown(run.report.to_markdown()))
+
+
+def _parse_rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
+    except ValueError as error:
+        raise SetupError(f"--rates {text!r}: write numbers separated by commas") from error
+
+
+def _check_plots() -> None:
+    from blockrag.evaluation.qa_plot import load_figure
+
+    load_figure()
+
+
+def _write(run: CompressionRun, out: Path) -> None:
+    from blockrag.evaluation.compression_plot import plot_compression
+    from blockrag.evaluation.compression_report import compression_lines
+
+    files = {
+        "compression.json": run.report.to_json().encode(),
+        "compression.md": run.report.to_markdown().encode(),
+        "compression.png": plot_compression(run.report),
+    }
+    if run.questions:
+        files["answers.jsonl"] = compression_lines(run.questions, run.answers).encode()
+    write_results(out, files)

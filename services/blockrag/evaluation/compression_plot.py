@@ -1,0 +1,55 @@
+"""Quality against slots: what each selector gets for what it costs."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from blockrag.evaluation.compression import COMPRESSED, UNCOMPRESSED
+from blockrag.evaluation.qa_plot import load_figure
+
+if TYPE_CHECKING:
+    from blockrag.evaluation.compression_report import CompressionReport
+
+
+def plot_compression(report: CompressionReport) -> bytes:
+    """One panel for questions and one for paragraphs, as PNG: a curve per selector with its 95 % intervals."""
+    results = report.results
+    panels: list[tuple[str, str, list[tuple[str, float, tuple[float, float, float]]]]] = []
+    if results.scores:
+        points = [
+            (one.selector, one.slots, _bounds(one.exact_match, 100.0)) for one in results.scores if not one.reencoded
+        ]
+        panels.append((f"{report.data}: {results.questions} questions", "exact match, %", points))
+    if results.text:
+        points = [(one.selector, one.slots, _bounds(one.nats, 1.0)) for one in results.text if one.slots]
+        panels.append((f"{report.text}: next paragraph", "nats per token (lower is better)", points))
+    figure = load_figure()(figsize=(6.5 * max(1, len(panels)), 4.8), layout="constrained")
+    for axes, (title, label, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw(axes, points)
+        axes.set(xlabel="slots of the passages in the prompt", ylabel=label, xscale="log")
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{report.bundle} {report.version}, chunks of {report.chunk_tokens} tokens", fontsize=10)
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=130)
+    return target.getvalue()
+
+
+def _draw(axes: Any, points: list[tuple[str, float, tuple[float, float, float]]]) -> None:
+    # everything compressed and nothing compressed are the two ends of every selector's curve
+    ends = [point for point in points if point[0] in (UNCOMPRESSED, COMPRESSED)]
+    for name in dict.fromkeys(point[0] for point in points):
+        own = [point for point in points if point[0] == name]
+        shared = name in (UNCOMPRESSED, COMPRESSED, "full attention")
+        line = sorted(own if shared else [*own, *ends], key=lambda point: point[1])
+        slots = [point[1] for point in line]
+        means, lows, highs = zip(*(point[2] for point in line), strict=True)
+        axes.plot(slots, means, "s" if shared else "o-", label=name)
+        if not shared:
+            axes.fill_between(slots, lows, highs, alpha=0.1)
+
+
+def _bounds(value: Any, scale: float) -> tuple[float, float, float]:
+    return scale * value.mean, scale * value.low, scale * value.high

@@ -1,0 +1,143 @@
+"""The next paragraph's log-perplexity: what is lost when the paragraphs before it are compressed.
+
+Source: REFRAG (arXiv 2509.01092, section on continual pre-training): the same target after no context, after all of
+it and after compressed context, and the share of the gap between the first two that each recovers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockrag.evaluation.compression import COMPRESSED, UNCOMPRESSED, Cell
+from blockrag.evaluation.compression_selectors import ChoiceInput, Selectors, mask_at_rate, slots_of
+from blockrag.modeling.bundle import Bundle
+from blockrag.training.contexts import Branch
+from blockrag.training.refrag.composed import ComposedPrompt
+from blockrag.training.refrag.policy_contexts import PolicyReader
+from blockrag.training.refrag.texts import PassageSource, read_texts, text_start
+
+NO_CONTEXT = Cell("no context", 0.0)
+FULL = Cell("full attention", 1.0)
+"""All passages as one block: every token sees those of the passages before its own."""
+TEXT_SELECTORS = ("random", "high perplexity", "low perplexity")
+"""Rules that need no question; a text's last paragraphs first is ``retrieval`` with the nearest ranked best."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What is predicted."""
+
+    file: Path
+    """JSONL(.gz) of ``{title, text}`` or ``{title, paragraphs}``."""
+    paragraphs: int = 200
+    """Targets."""
+    passages: int = 10
+    """Passages before each."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TextLosses:
+    """What a cell found, one entry per target."""
+
+    nats: NDArray[np.float64]
+    """Of the whole target."""
+    slots: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    """Of the passages before it."""
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """Losses of every cell on the same targets."""
+
+    cells: dict[Cell, TextLosses]
+    target_tokens: NDArray[np.int64]
+
+
+def plan_text_cells(selectors: Selectors, rates: Sequence[float], chunk_tokens: int) -> list[Cell]:
+    """Cells of next-paragraph prediction: every policy, and the rules that need no question."""
+    cells = [NO_CONTEXT, FULL, Cell(UNCOMPRESSED, 1.0)]
+    names = (*selectors.policies, *TEXT_SELECTORS, "retrieval")
+    for rate in sorted(set(rates)):
+        if 1 < rate < chunk_tokens:
+            cells += [Cell(name, rate) for name in names]
+    if chunk_tokens > 1:
+        cells.append(Cell(COMPRESSED, float(chunk_tokens)))
+    return cells
+
+
+def predict_paragraphs(
+    options: TextOptions,
+    bundle: Bundle,
+    reader: PolicyReader,
+    selectors: Selectors,
+    cells: Sequence[Cell],
+    progress: Callable[[int, int], None] | None = None,
+) -> TextRun:
+    """Losses of ``options.paragraphs`` targets in every cell. Raises SetupError for a bad file or too short texts."""
+    tokenizer = bundle.load_tokenizer()
+    source = PassageSource(read_texts([options.file]), tokenizer, bundle.template, bundle.passage_tokens)
+    instruction = bundle.template.instruction_ids(tokenizer)
+    random = Random(options.seed)
+    count = options.paragraphs
+    found = {
+        cell: TextLosses(np.zeros(count), np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64))
+        for cell in cells
+    }
+    target_tokens = np.zeros(count, dtype=np.int64)
+    for number in range(count):
+        drawn = source.draw(options.passages + 1, random, least=options.passages + 1)
+        *passages, target = drawn
+        start = min(text_start(drawn[0], drawn[1:]), len(target) - 1)
+        branch = Branch(list(target[:start]), list(target[start:]))
+        target_tokens[number] = len(branch.answer)
+        _measure(number, passages, branch, instruction, reader, selectors, found)
+        if progress is not None:
+            progress(number + 1, count)
+    return TextRun(found, target_tokens)
+
+
+def _measure(
+    number: int,
+    passages: Sequence[Sequence[int]],
+    branch: Branch,
+    instruction: Sequence[int],
+    reader: PolicyReader,
+    selectors: Selectors,
+    found: dict[Cell, TextLosses],
+) -> None:
+    context = reader.capture(instruction, passages)
+    k = context.chunk_tokens
+    choice = ChoiceInput(
+        number=number,
+        passages=passages,
+        embeddings=context.embeddings,
+        question=branch.prompt,
+        question_embeddings=reader.compressor.embed([branch.prompt])[0],
+        ranks=list(range(len(passages)))[::-1],
+        chunk_losses=np.concatenate(reader.chunk_losses(passages)),
+    )
+    chosen = {name: selectors.scores(name, choice) for name in {cell.selector for cell in found}
+              if name in selectors.names}  # fmt: skip
+    prompts: dict[Cell, ComposedPrompt] = {}
+    for cell, losses in found.items():
+        losses.tokens[number] = context.tokens
+        if cell == NO_CONTEXT:
+            prompts[cell] = context.without_passages(branch)
+        elif cell != FULL:
+            mask = mask_at_rate(passages, k, chosen.get(cell.selector), cell.rate)
+            losses.slots[number] = slots_of(passages, k, mask)
+            prompts[cell] = context.prompt(branch, mask)
+    tokens = len(branch.answer)
+    for cell, nats in zip(prompts, reader.prompt_losses(context, list(prompts.values())).tolist(), strict=True):
+        found[cell].nats[number] = nats * tokens
+    if FULL in found:
+        found[FULL].slots[number] = context.tokens
+        found[FULL].nats[number] = reader.whole_loss(instruction, passages, branch) * tokens
