@@ -187,7 +187,7 @@ class _Stage:
                 "before": measured[0]["dev"] if measured else {},
                 "after": measured[-1]["dev"] if measured else {},
             }
-            write_stage(weights, self._trainer.reader, self._start, self._config, facts)
+            write_stage(weights, self._start, self._config, facts)
             self._run.drop_checkpoints()
         self._workers.barrier()
         return self._config.out

@@ -13,7 +13,7 @@ attention goes through transformers' ``AttentionInterface``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -299,49 +299,47 @@ class _Composition(Protocol):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor: ...
 
 
-@dataclass
 class _BlockPass:
     """Attention of a pass over padded blocks, which keeps K and V. Padding stands at the end, where none sees it."""
 
-    phases: Tensor
-    """[T, head_dim / 2]"""
-    layers: int
-    _kept: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(self, phases: Tensor, layers: int) -> None:
+        """``phases`` [T, head_dim / 2]."""
+        self._phases = phases
+        self._layers = layers
+        self._kept: dict[int, Tensor] = {}
 
     def kept(self) -> Tensor:
         """What was kept of all rows: [B * T, 2 * layers, kv_heads, head_dim]."""
-        parts = [self._kept[number].transpose(1, 2) for number in range(2 * self.layers)]
+        parts = [self._kept[number].transpose(1, 2) for number in range(2 * self._layers)]
         return torch.stack(parts, dim=2).flatten(0, 1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self._kept[layer], self._kept[self.layers + layer] = key, value
-        if layer == self.layers - 1:
+        self._kept[layer], self._kept[self._layers + layer] = key, value
+        if layer == self._layers - 1:
             return torch.zeros_like(query)  # what follows the last layer's K and V is read by nobody
         seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril_()
-        return _attention(_rotate(query, self.phases), _rotate(key, self.phases), value, seen[None], scaling)
+        return _attention(_rotate(query, self._phases), _rotate(key, self._phases), value, seen[None], scaling)
 
 
-@dataclass(frozen=True)
 class _FinalPass:
     """Attention of a pass over branches, which see their prompt's slots."""
 
-    slots: tuple[Tensor, ...]
-    """K of every layer, then V; each [P, L, kv_heads, head_dim]."""
-    slot_phases: Tensor
-    """[P, L, head_dim / 2]"""
-    phases: Tensor
-    """[P, F, head_dim / 2]"""
-    visible: Tensor
-    """[P, F, L + F] bool."""
+    def __init__(self, slots: tuple[Tensor, ...], slot_phases: Tensor, phases: Tensor, visible: Tensor) -> None:
+        """``slots``: K of every layer, then V, each [P, L, kv_heads, head_dim]; ``slot_phases`` [P, L, head_dim / 2],
+        ``phases`` [P, F, head_dim / 2], ``visible`` [P, F, L + F] bool."""
+        self._slots = slots
+        self._slot_phases = slot_phases
+        self._phases = phases
+        self._visible = visible
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        cached_key = self.slots[layer].transpose(1, 2)
-        cached_value = self.slots[len(self.slots) // 2 + layer].transpose(1, 2)
-        phases = self.phases.unsqueeze(1)
-        rotated = _rotate(cached_key, self.slot_phases.unsqueeze(1)).to(key.dtype)
+        cached_key = self._slots[layer].transpose(1, 2)
+        cached_value = self._slots[len(self._slots) // 2 + layer].transpose(1, 2)
+        phases = self._phases.unsqueeze(1)
+        rotated = _rotate(cached_key, self._slot_phases.unsqueeze(1)).to(key.dtype)
         keys = torch.cat([rotated, _rotate(key, phases)], dim=2)
         values = torch.cat([cached_value.to(value.dtype), value], dim=2)
-        return _attention(_rotate(query, phases), keys, values, self.visible, scaling)
+        return _attention(_rotate(query, phases), keys, values, self._visible, scaling)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:

@@ -62,6 +62,7 @@ def load_policy_data(config: PolicyTrainingConfig, bundle: Bundle) -> PolicyData
             max_passages=config.max_passages,
             passage_tokens=bundle.passage_tokens,
             questions=config.questions,
+            ranked=config.query,
             seed=config.seed,
         )
 

@@ -55,9 +55,13 @@ class PolicySamples:
         max_passages: int,
         passage_tokens: int,
         questions: int,
+        ranked: bool,
         seed: int,
     ) -> None:
-        """Questions come from ``sampler`` and ``rows`` in turn; ``questions`` is how many a context is asked at most.
+        """``ranked``: passages of a question come with places that a retrieval could have given them; otherwise, as
+        for texts, those nearest to the target count as the best.
+
+        Questions come from ``sampler`` and ``rows`` in turn; ``questions`` is how many a context is asked at most.
 
         ``text_share`` of the contexts are texts, all where there are no questions, none where there are no texts.
         """
@@ -76,6 +80,7 @@ class PolicySamples:
         self._max_passages = max_passages
         self._passage_tokens = passage_tokens
         self._questions = questions
+        self._ranked = ranked
         self._seed = seed
 
     def step(self, step: int, contexts: int) -> list[PolicyContext]:
@@ -110,7 +115,9 @@ class PolicySamples:
         instruction, passages = split_instruction(context, self._instruction)
         if not branches or not passages:
             return None
-        ranks = tuple(_ranks(passages, branch, random) for branch in branches)
+        ranks = tuple(
+            _ranks(passages, branch, random) if self._ranked else nearest_first(len(passages)) for branch in branches
+        )
         return PolicyContext(instruction, passages, tuple(branches), ranks, "answers")
 
     def text(self, random: Random) -> PolicyContext:
@@ -120,7 +127,7 @@ class PolicySamples:
         start = min(text_start(drawn[0], drawn[1:]), len(drawn[-1]) - 1)
         branch = Branch(list(drawn[-1][:start]), list(drawn[-1][start:]))
         passages = tuple(map(tuple, drawn[:-1]))
-        return PolicyContext(self._instruction, passages, (branch,), (tuple(range(len(passages))),), "text")
+        return PolicyContext(self._instruction, passages, (branch,), (nearest_first(len(passages)),), "text")
 
     def _sample(self, branches: list[Branch], random: Random) -> list[Branch]:
         """Up to the wanted number of branches, those with a number in the answer more often."""
@@ -129,6 +136,11 @@ class PolicySamples:
             for place, branch in enumerate(branches)
         }
         return [branches[place] for place in sorted(keys, key=keys.__getitem__, reverse=True)[: self._questions]]
+
+
+def nearest_first(passages: int) -> tuple[int, ...]:
+    """Ranks by place in the prompt alone: the last passage, the nearest to what follows, is 0."""
+    return tuple(range(passages))[::-1]
 
 
 def _ranks(passages: Sequence[Sequence[int]], branch: Branch, random: Random) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ class PolicyTrainingConfig:
     steps: int | None = None
     """Budget in steps, for runs that must be reproducible. Exactly one of ``minutes`` and ``steps`` is given."""
     text_share: float | None = None
-    """Share of contexts whose target is the next paragraph; None: 0.4, with the question in sight 0.1."""
+    """Share of contexts whose target is the next paragraph; None: 0.6, with the question in sight 0.2."""
     contexts: int = 4
     """Contexts of a step: reading their blocks is what a step costs most, next to the draws."""
     questions: int = 4
@@ -102,7 +102,7 @@ class PolicyTrainingConfig:
     def chosen_text_share(self) -> float:
         if self.text_share is not None:
             return self.text_share
-        return 0.1 if self.query else 0.4
+        return 0.2 if self.query else 0.6
 
     @property
     def run_dir(self) -> Path:

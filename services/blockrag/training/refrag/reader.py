@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from blockrag.training.refrag.composed import ComposedDecoder, ComposedPrompt, F
 from blockrag.training.refrag.samples import Kind, RefragSample, View, view_slots
 
 
-@dataclass(frozen=True)
-class SampleLosses:
+class SampleLosses(NamedTuple):
     """Losses of the target tokens of samples, N of them."""
 
     total: Tensor
@@ -31,8 +30,7 @@ class SampleLosses:
     """[N]: the kind of the sample that each target belongs to."""
 
 
-@dataclass(frozen=True)
-class SampleScores:
+class SampleScores(NamedTuple):
     """What the views of samples get right, one row per branch, in order."""
 
     losses: Tensor
@@ -55,6 +53,9 @@ class RefragReader(nn.Module):
         self.projector = projector
         self.chunk_tokens = chunk_tokens
         """k"""
+        self.sharded = False
+        """Whether FSDP shards this module. Then every parameter gets a gradient from every part, if only of nothing:
+        workers exchange what they have gradients of, and a part may compress no chunk or no other one."""
 
     def forward(
         self, samples: Sequence[RefragSample], weights: Mapping[Kind, float] | None
@@ -72,6 +73,8 @@ class RefragReader(nn.Module):
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         total, losses = linear_cross_entropy(hidden, head, states.targets, weighted)
+        if self.sharded:
+            total = total + 0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
         return SampleLosses(total, losses, kinds)
 
     def _states(self, samples: Sequence[RefragSample]) -> FinalStates:

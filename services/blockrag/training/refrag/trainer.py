@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn, optim
 
@@ -48,7 +49,10 @@ class RefragTrainer:
             raise SetupError("optimizer 'muon': several workers share every matrix out; choose adamw")
         reader.decoder.requires_grad_(config.decoder_learns)
         reader.to(workers.device)
-        workers.shard(reader, reader.decoder.model.model.layers)
+        # As one piece: how often a layer runs depends on a worker's samples, and FSDP wants all workers alike. Weights
+        # are whole during a step; the optimiser's state and the weights it updates are shared out.
+        reader.sharded = workers.size > 1
+        workers.shard(reader, nn.ModuleList())
         self._rates = self._build_optimizers()
         self.optimizers: list[optim.Optimizer] = [optimizer for optimizer, _ in self._rates]
         self._parameters = [parameter for parameter in reader.parameters() if parameter.requires_grad]
@@ -64,7 +68,7 @@ class RefragTrainer:
         if self._workers.size == 1 and self._device == "cpu":
             results = self._threaded(mine, weights)
         else:
-            results = [self._backward(part, weights) for part in mine]
+            results = [self._backward(part, weights, samples[:1]) for part in mine]
         for result in results:
             losses = result.losses.detach().cpu()
             for kind in _KINDS:
@@ -113,13 +117,19 @@ class RefragTrainer:
             parameter.grad = torch.stack(present).sum(0) if present else None
         return [result for result, _ in results]
 
-    def _backward(self, part: list[RefragSample], weights: Mapping[Kind, float]) -> SampleLosses:
+    def _backward(
+        self, part: list[RefragSample], weights: Mapping[Kind, float], filler: Sequence[RefragSample]
+    ) -> SampleLosses:
+        """Add a part's gradients. Without samples, ``filler`` is read for nothing: all workers must go through FSDP."""
+        if not part:
+            self._losses(filler, dict.fromkeys(_KINDS, 0.0)).total.backward()
+            return SampleLosses(torch.zeros(()), torch.zeros(0), np.zeros(0, np.str_))
         result = self._losses(part, weights)
         # FSDP2 averages the workers' gradients; the weights are those of a sum over the whole step
         (result.total * self._workers.size).backward()
         return result
 
-    def _losses(self, part: list[RefragSample], weights: Mapping[Kind, float]) -> SampleLosses:
+    def _losses(self, part: Sequence[RefragSample], weights: Mapping[Kind, float]) -> SampleLosses:
         with self._autocast():
             result = self.reader(part, weights)
         assert isinstance(result, SampleLosses)

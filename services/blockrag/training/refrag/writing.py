@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,26 +11,24 @@ from torch import Tensor
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.refrag.writing import write_refrag
 from blockrag.training.refrag.config import RefragConfig
-from blockrag.training.refrag.opening import Start
-from blockrag.training.refrag.reader import RefragReader
+from blockrag.training.refrag.opening import Start, load_reader
 
 _DECODER = "decoder.model."
 
 
 def write_stage(
     weights: Mapping[str, Tensor],
-    reader: RefragReader,
     start: Start,
     config: RefragConfig,
     facts: Mapping[str, Any],
 ) -> Bundle:
-    """Write ``weights`` (the whole state dict of ``reader``) as the bundle ``config.out``; policies are left behind.
+    """Write ``weights`` (a RefragReader's whole state dict) as the bundle ``config.out``; policies are left behind.
 
     ``facts`` become the last of the stages that the manifest lists. A decoder that the stage left alone is copied.
     """
-    encoder, projector = (_of(weights, name) for name in ("encoder.", "projector."))
-    reader.encoder.load_state_dict(encoder)
-    reader.projector.load_state_dict(projector)
+    reader, _ = load_reader(start, replace(config, device="cpu"))  # the trained one may be sharded over workers
+    reader.encoder.load_state_dict(_of(weights, "encoder."))
+    reader.projector.load_state_dict(_of(weights, "projector."))
     before = start.bundle.refrag
     return write_refrag(
         start.bundle,
