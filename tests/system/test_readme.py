@@ -56,7 +56,7 @@ def _block_with(command: str) -> list[str]:
 
 def test_all_blocks_are_known() -> None:
     """A block that is added needs a test here."""
-    assert len(_SHELL) == 4
+    assert len(_SHELL) == 5
     assert len(_PYTHON) == 1
     assert _block_with(_ITSELF) == [_ITSELF]
 
@@ -93,11 +93,13 @@ def test_the_tour(environment: dict[str, str]) -> None:
 _SHORTER = {
     "blockrag adapt block": "--steps 2 --batch-size 2 --max-passages 2 --dev-rows 2",
     "blockrag adapt pear": "--steps 2 --sizes 4x6 --n 6 --heads 2",
+    "blockrag adapt refrag": "--tokens-per-step 300 --max-passages 2 --dev-samples 2",
     "blockrag bundle verify": "--no-store",
+    "blockrag eval compression": "--questions 4 --passages 2 --paragraphs 2 --context 2 --max-answer-tokens 4",
     "blockrag eval qa": "--questions 4 --passages 2 --max-answer-tokens 4",
     "blockrag eval retrieval": "--questions 4",
 }
-"""What makes a README command quick enough for a test, beside what the README says."""
+"""What makes a README command quick enough for a test, beside what the README says; numbers of steps are cut too."""
 
 
 @pytest.mark.timeout(600)
@@ -115,8 +117,17 @@ def test_a_model_of_one_s_own(environment: dict[str, str], tmp_path: Path) -> No
         for number, colour in enumerate(["red", "blue", "green", "white", "black", "brown"] * 4)
     ]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for command in _block_with("blockrag bundle verify my-bundle"):
+    paragraphs = [f"Gate {number} was built by hand. It is old. Nobody walks through it now." for number in range(12)]
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"title": f"Town {number}", "paragraphs": paragraphs}) + "\n" for number in range(4)),
+        encoding="utf-8",
+    )
+    for command in (
+        *_block_with("blockrag bundle verify my-bundle"),
+        *_block_with("blockrag bundle verify my-bundle-refrag"),
+    ):
         (more,) = (options for start, options in _SHORTER.items() if command.startswith(start))
+        command = re.sub(r"--steps \d+", "--steps 2", command)
         result = subprocess.run(
             f"{command} {more}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
         )
@@ -128,3 +139,4 @@ def test_a_model_of_one_s_own(environment: dict[str, str], tmp_path: Path) -> No
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     assert (tmp_path / "results/qa/qa.md").is_file()
     assert (tmp_path / "results/retrieval").is_dir()
+    assert (tmp_path / "results/compression/compression.md").is_file()
