@@ -1,4 +1,4 @@
-"""``blockrag adapt block --workers 2``: the real command, its own Ray, two CPU workers that share the weights."""
+"""``blockrag adapt … --workers 2``: the real command, its own Ray, two CPU workers that share the weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from blockrag.modeling.verify import verify_bundle
 from blockrag.training.adaptation.adapt import adapt_block
 from blockrag.training.adaptation.config import BlockAdaptConfig
-from tests.models import make_tiny_checkpoint
+from tests.models import make_tiny_bundle, make_tiny_checkpoint
 from tests.unit.training.adaptation.conftest import colour_rows, write_rows
+from tests.unit.training.refrag.conftest import write_texts
 
 RECIPE: dict[str, Any] = {
     "steps": 8,
@@ -96,3 +97,32 @@ def test_what_a_user_must_change_is_said_before_ray_starts_workers(tmp_path: Pat
     assert ran.returncode == 1
     assert "batch_size 4 is no multiple of 3 workers" in " ".join(ran.stderr.split())
     assert "Traceback" not in ran.stderr
+
+
+def test_a_refrag_stage_on_two_workers(tmp_path: Path) -> None:
+    make_tiny_bundle(tmp_path / "base", max_position_embeddings=1024)
+    write_texts(tmp_path / "texts.jsonl")
+    recipe = (
+        "--bundle base --stage mixed --text texts.jsonl -k 4 --steps 3 --tokens-per-step 600 --max-passages 3 "
+        "--dev-samples 2 --optimizer adamw --precision fp32 --json"
+    )
+    shown = {}
+    for workers in (1, 2):
+        ran = subprocess.run(
+            [
+                *(sys.executable, "-c", "from blockrag.cli.main import main; main()", "adapt", "refrag"),
+                *recipe.split(),
+                *("--out", f"made{workers}", "--workers", str(workers)),
+            ],
+            cwd=tmp_path,  # with paths of its own: workers have other directories
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert ran.returncode == 0, ran.stderr
+        shown[workers] = [json.loads(line) for line in ran.stdout.splitlines()]
+
+    for one, two in zip(shown[1][:-1], shown[2][:-1], strict=True):
+        assert one["losses"] == pytest.approx(two["losses"], rel=1e-4)
+    assert verify_bundle(tmp_path / "made2").passed

@@ -2,13 +2,18 @@
 
 From the data to the bundle::
 
-    texts      long texts as passages of one title; questions: contexts with questions
-    masks      which chunks a sample shows word for word
-    samples    what a stage learns from, as contexts with compositions
+    texts      long texts as passages that follow each other
+    masks      which chunks a prompt shows word for word
+    samples    what a stage learns from: contexts, each in several compositions
+    stages     the samples and the held-out samples of each stage
     composed   block passes that keep K and V, and final passes over any composition of them, differentiable
-    reader     decoder, chunk encoder and projector together: the losses of a part of a step
-    run        the loop of all stages: budget, checkpoints, metrics, held-out scores
-    writing    the bundle
+    reader     decoder, chunk encoder and projector together: the losses of samples
+    trainer    one step: parts of its samples, gradients, the update
+    scores     held-out scores, by composition
+    opening    what a stage starts from
+    adapt      the loop of a stage: budget, checkpoints, metrics
+    writing    the bundle that a stage ends with
+    policy…    the stage that learns what to expand, with everything else frozen
 
-Nothing here knows Ray.
+One worker or many run the same loop. Nothing here knows Ray.
 """
