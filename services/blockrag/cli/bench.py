@@ -41,21 +41,35 @@ def ttft(
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each, interleaved.")] = 20,
     model: Annotated[bool, typer.Option(help="Measure the model alone.")] = True,
     grpc: Annotated[bool, typer.Option(help="Measure over gRPC, on a system started for it.")] = True,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Model alone: time compression with chunks of this size; default: the bundle's."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for ttft.json and ttft.png.")] = None,
     settings: SettingsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time to first token: no retrieval, full attention, block attention cold and warm, over the context's size."""
+    """Time to first token over the context's size.
+
+    No retrieval, full attention, block attention cold and warm, everything compressed, and mixtures at rates 4, 8, 16.
+    """
+    from blockrag.configured import configured_bundle
     from blockrag.evaluation.environment import describe_environment
-    from blockrag.evaluation.ttft_report import plot_rows
+    from blockrag.evaluation.ttft_report import plot_rows, rate_notes
 
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
         sizes = _sizes(contexts)
         rows: list[ReportRow] = []
         overhead: dict[str, float] = {}
+        notes: list[str] = []
         if model:
-            rows += _measure_model(loaded, sizes, repeats)
+            bundle = configured_bundle(loaded)
+            chunk = chunk_tokens or bundle.chunk_tokens
+            notes = rate_notes(chunk)
+            if bundle.refrag is None or chunk != bundle.chunk_tokens:
+                notes.append(f"compressed blocks of {chunk} tokens a chunk are random: for timing only")
+            rows += _measure_model(loaded, sizes, repeats, chunk)
         if grpc:
             samples = _measure_grpc(loaded, sizes, repeats)
             rows += _grpc_rows(samples)
@@ -63,6 +77,7 @@ def ttft(
         environment = describe_environment()
         result = {
             "rows": [asdict(row) for row in rows],
+            "notes": notes,
             "grpc_overhead_ms": overhead,
             "settings": loaded.model_dump(mode="json", include={"bundle", "decoder", "encoder"}),
             "environment": asdict(environment),
@@ -75,6 +90,9 @@ def ttft(
             console.print_json(result)
         else:
             console.out.print(_table(rows, sizes))
+            console.out.print(_moved_table(rows, sizes))
+            for note in notes:
+                console.out.print(note)
             if overhead:
                 text = ", ".join(f"{state} {value:.1f}" for state, value in overhead.items())
                 console.out.print(f"first token over gRPC minus model time, median ms: {text}")
@@ -90,7 +108,7 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int) -> list[ReportRow]:
+def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int, chunk_tokens: int) -> list[ReportRow]:
     import torch
 
     from blockrag.configured import configured_bundle, configured_device
@@ -104,6 +122,7 @@ def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int) -> 
             configured_bundle(settings),
             contexts=sizes,
             repeats=repeats,
+            chunk_tokens=chunk_tokens,
             device=configured_device(settings),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -117,6 +136,8 @@ def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int) -> 
             max_ms=round(row.max_ms, 3),
             repeats=row.repeats,
             ratio_to_none=round(row.times_none, 3),
+            slots=row.slots,
+            kv_bytes=row.kv_bytes,
         )
         for row in measured
     ]
@@ -128,7 +149,8 @@ def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> l
     from blockrag.evaluation.ttft_grpc import measure_grpc_ttft
     from blockrag.evaluation.workload import make_workload
 
-    workload = make_workload(configured_bundle(settings), sizes)
+    bundle = configured_bundle(settings)
+    workload = make_workload(bundle, sizes)
 
     async def measure(target: str) -> list[GrpcSample]:
         with console.progress_bar() as bar:
@@ -137,6 +159,7 @@ def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> l
                 return await measure_grpc_ttft(
                     client,
                     workload,
+                    chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else None,
                     repeats=repeats,
                     on_progress=lambda done, total: bar.update(task, completed=done, total=total),
                 )
@@ -160,9 +183,14 @@ def _grpc_rows(samples: list[GrpcSample]) -> list[ReportRow]:
     from blockrag.evaluation.ttft_report import make_row
 
     times: dict[tuple[int, str], list[float]] = {}
+    slots: dict[tuple[int, str], int] = {}
     for sample in samples:
         times.setdefault((sample.context_tokens, sample.state), []).append(sample.client_ms)
-    return [make_row("grpc", state, size, values, times[size, "none"]) for (size, state), values in times.items()]
+        slots[sample.context_tokens, sample.state] = sample.slots
+    return [
+        make_row("grpc", state, size, values, times[size, "none"], slots[size, state])
+        for (size, state), values in times.items()
+    ]
 
 
 def _overhead(samples: list[GrpcSample]) -> dict[str, float]:
@@ -187,3 +215,24 @@ def _table(rows: list[ReportRow], sizes: tuple[int, ...]) -> Table:
                 table.add_row(path, label, *shown)
         table.add_section()
     return table
+
+
+def _moved_table(rows: list[ReportRow], sizes: tuple[int, ...]) -> Table:
+    """Slots of the passages, and K and V moved for them."""
+    from blockrag.evaluation.ttft_report import LABELS
+
+    table = Table("", "", *(f"{size}" for size in sizes), title="Slots of the passages (MB of K and V moved)")
+    for path in ("model", "grpc"):
+        cells: dict[Any, ReportRow] = {(row.state, row.context_tokens): row for row in rows if row.path == path}
+        for state, label in LABELS.items():
+            line = [cells.get((state, size)) for size in sizes]
+            if any(line):
+                table.add_row(path, label, *(_moved(row) for row in line))
+        table.add_section()
+    return table
+
+
+def _moved(row: ReportRow | None) -> str:
+    if row is None or row.slots is None:
+        return "–"
+    return f"{row.slots}" if row.kv_bytes is None else f"{row.slots} ({row.kv_bytes / 1e6:.1f})"

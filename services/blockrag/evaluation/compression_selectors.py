@@ -26,6 +26,7 @@ from blockrag.training.refrag.policy_baselines import (
     surprising_last,
 )
 from blockrag.training.refrag.policy_contexts import expansion_costs
+from blockrag.training.refrag.policy_samples import nearest_first
 
 RANDOM = "random"
 RULES = (RANDOM, "high perplexity", "low perplexity", "retrieval", "similarity")
@@ -95,6 +96,7 @@ class Selectors:
     def scores(self, name: str, prompt: ChoiceInput) -> Scores:
         """One number per chunk, [chunks]; the highest are expanded first."""
         if name in self._policies:
+            policy = self._policies[name]
             seen = make_policy_input(
                 prompt.passages,
                 prompt.embeddings,
@@ -102,9 +104,10 @@ class Selectors:
                 prompt.question_embeddings,
                 chunk_tokens=self._chunk_tokens,
                 traits=self._traits,
-                ranks=prompt.ranks,
+                # retrieval has seen the question; a blind policy knows the prompt's order alone
+                ranks=prompt.ranks if policy.config.query else nearest_first(len(prompt.passages)),
             )
-            return self._policies[name].rate(seen)
+            return policy.rate(seen)
         counts = [len(found) for found in prompt.embeddings]
         if name == RANDOM:
             return random_scores(sum(counts), self._seed * 1_000_003 + prompt.number)

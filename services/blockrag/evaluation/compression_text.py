@@ -20,6 +20,7 @@ from blockrag.modeling.bundle import Bundle
 from blockrag.training.contexts import Branch
 from blockrag.training.refrag.composed import ComposedPrompt
 from blockrag.training.refrag.policy_contexts import PolicyReader
+from blockrag.training.refrag.policy_samples import nearest_first
 from blockrag.training.refrag.texts import PassageSource, read_texts, text_start
 
 NO_CONTEXT = Cell("no context", 0.0)
@@ -121,7 +122,7 @@ def _measure(
         embeddings=context.embeddings,
         question=branch.prompt,
         question_embeddings=reader.compressor.embed([branch.prompt])[0],
-        ranks=list(range(len(passages)))[::-1],
+        ranks=nearest_first(len(passages)),
         chunk_losses=np.concatenate(reader.chunk_losses(passages)),
     )
     chosen = {name: selectors.scores(name, choice) for name in {cell.selector for cell in found}

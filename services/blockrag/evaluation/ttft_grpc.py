@@ -8,15 +8,26 @@ change of the machine's speed meets them all.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from blockrag.client import BlockragClient
-from blockrag.results import Answer, GivenPassage
+from blockrag.client import BlockragClient, GenerateOptions
+from blockrag.results import Answer, Compression, GivenPassage
 
-State = Literal["none", "full", "block_cold", "block_store", "block_l1"]
-STATES: tuple[State, ...] = ("none", "full", "block_cold", "block_store", "block_l1")
+State = Literal["none", "full", "block_cold", "block_store", "block_l1", "compressed_l1", "rate_4", "rate_8", "rate_16"]
+_RATES: dict[State, int] = {"rate_4": 4, "rate_8": 8, "rate_16": 16}
+
+
+def states_of(chunk_tokens: int | None) -> tuple[State, ...]:
+    """The states that a bundle's prompts can be in; ``chunk_tokens`` is None where it cannot compress.
+
+    With mixtures, the policy's choice is part of the time.
+    """
+    states: tuple[State, ...] = get_args(State)
+    if chunk_tokens is None:
+        return tuple(state for state in states if state != "compressed_l1" and state not in _RATES)
+    return tuple(state for state in states if _RATES.get(state, 0) < chunk_tokens)
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,8 @@ class GrpcSample:
     state: State
     context_tokens: int
     """Passage tokens asked for."""
+    slots: int
+    """Slots of the passages: what the prompt has less the instruction and the final block."""
     prompt_tokens: int
     cached_tokens: int
     l1_tokens: int
@@ -52,21 +65,27 @@ async def measure_grpc_ttft(
     client: BlockragClient,
     workload: Workload,
     *,
-    states: Sequence[State] = STATES,
+    chunk_tokens: int | None = None,
     repeats: int = 20,
     warmup: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[GrpcSample]:
-    """Samples of every context and state; ``warmup`` repeats are run and not kept."""
+    """Samples of every context and state; ``warmup`` repeats are run and not kept.
+
+    ``chunk_tokens``: of the served bundle, where it compresses.
+    """
+    states = states_of(chunk_tokens)
     samples: list[GrpcSample] = []
     total = (repeats + warmup) * len(workload.contexts)
-    done = 0
+    done = alone = 0
     for repeat in range(-warmup, repeats):
         for context_tokens, passages in workload.contexts.items():
             for state in states:
-                answer, first_ms = await _ask(client, workload, passages, state, repeat)
+                answer, first_ms = await _ask(client, workload, passages, state, chunk_tokens)
+                if state == "none":
+                    alone = answer.completion.usage.prompt_tokens
                 if repeat >= 0:
-                    samples.append(_sample(state, context_tokens, answer, first_ms))
+                    samples.append(_sample(state, context_tokens, answer, first_ms, alone))
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
@@ -74,7 +93,11 @@ async def measure_grpc_ttft(
 
 
 async def _ask(
-    client: BlockragClient, workload: Workload, passages: tuple[GivenPassage, ...], state: State, repeat: int
+    client: BlockragClient,
+    workload: Workload,
+    passages: tuple[GivenPassage, ...],
+    state: State,
+    chunk_tokens: int | None,
 ) -> tuple[Answer, float]:
     if state == "none":
         return await _timed(client, workload.question, (), "none")
@@ -90,14 +113,23 @@ async def _ask(
         await _timed(client, workload.question, passages, "block")
         await _timed(client, workload.question, workload.displacing, "block")
         return await _timed(client, workload.question, passages, "block")
-    await _timed(client, workload.question, passages, "block")
-    return await _timed(client, workload.question, passages, "block")
+    rate = chunk_tokens if state == "compressed_l1" else _RATES.get(state)
+    compression = Compression(rate=rate) if rate is not None else None
+    await _timed(client, workload.question, passages, "block", compression)
+    return await _timed(client, workload.question, passages, "block", compression)
 
 
 async def _timed(
-    client: BlockragClient, question: str, passages: tuple[GivenPassage, ...], mode: Literal["block", "full", "none"]
+    client: BlockragClient,
+    question: str,
+    passages: tuple[GivenPassage, ...],
+    mode: Literal["block", "full", "none"],
+    compression: Compression | None = None,
 ) -> tuple[Answer, float]:
-    answer = await client.ask(question, passages=passages, attention_mode=mode, max_tokens=2)
+    options = GenerateOptions(attention_mode=mode, max_tokens=2)
+    if compression is not None:
+        options["compression"] = compression
+    answer = await client.ask(question, passages=passages, **options)
     # An answer may be empty text: then the first token's time is the gateway's, plus nothing that a client sees.
     return answer, answer.client_time_to_first_token_ms or answer.completion.time_to_first_token_ms
 
@@ -107,11 +139,12 @@ def _stamped(text: str, stamp: str) -> str:
     return stamp + text[len(stamp) :]
 
 
-def _sample(state: State, context_tokens: int, answer: Answer, first_ms: float) -> GrpcSample:
+def _sample(state: State, context_tokens: int, answer: Answer, first_ms: float, alone: int) -> GrpcSample:
     usage = answer.completion.usage
     return GrpcSample(
         state=state,
         context_tokens=context_tokens,
+        slots=usage.prompt_tokens - alone,
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
         l1_tokens=usage.l1_tokens,

@@ -10,21 +10,39 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
-from blockrag.modeling.slots import ResidentBlock, SequenceState
+from blockrag.modeling.refrag.chunks import chunk_count
+from blockrag.modeling.refrag.composing import compose_passage
+from blockrag.modeling.slots import ResidentBlock, SequenceState, Slots
 from blockrag.types import BlockKV
 
-Method = Literal["none", "stock", "full", "block_cold", "block_store", "block_l1"]
-METHODS: tuple[Method, ...] = ("none", "stock", "full", "block_cold", "block_store", "block_l1")
+Method = Literal[
+    "none",
+    "stock",
+    "full",
+    "block_cold",
+    "block_store",
+    "block_l1",
+    "compressed_store",
+    "compressed_l1",
+    "rate_4",
+    "rate_8",
+    "rate_16",
+]
+METHODS: tuple[Method, ...] = get_args(Method)
 """In order: the question alone; stock transformers, full prefill with a KV cache; our full mode; block mode with the
-blocks encoded first; block mode from blocks as the store holds them; block mode from resident blocks."""
+blocks encoded first; block mode from blocks as the store holds them; block mode from resident blocks; every chunk
+compressed, from the store and resident; a mixture of expanded and compressed chunks with so many tokens per slot, both
+forms resident."""
+_RATES: dict[Method, int] = {"rate_4": 4, "rate_8": 8, "rate_16": 16}
 
 _PIECE_TOKENS = 1024
 _RESERVED = 64
@@ -36,6 +54,10 @@ class TtftRow:
 
     method: Method
     context_tokens: int
+    slots: int
+    """Slots of the passages in the prompt."""
+    kv_bytes: int
+    """K and V moved from where they are kept to the prompt's slot list; 0 where they are computed."""
     question_tokens: int
     repeats: int
     min_ms: float
@@ -53,17 +75,26 @@ def measure_model_ttft(
     question_tokens: int = 50,
     repeats: int = 20,
     *,
-    methods: Sequence[Method] = METHODS,
+    methods: Sequence[Method] | None = None,
+    chunk_tokens: int | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TtftRow]:
     """Measure every method at every context length, ``repeats`` times, interleaved, after one warm-up round.
 
-    Contexts are random tokens in blocks of the bundle's ``passage_tokens``. ``progress(done, total)`` is called after
-    each round. Raises ValueError when a context does not fit the model.
+    Contexts are random tokens in blocks of the bundle's ``passage_tokens``, and compressed blocks random input
+    embeddings, one for each chunk of ``chunk_tokens`` (None: the bundle's): what they hold changes no time, so a bundle
+    need not have chunk compression. ``methods`` default to those that these chunks allow. ``progress(done, total)`` is
+    called after each round. Raises ValueError when a context does not fit the model, or a rate is not below
+    ``chunk_tokens``.
     """
-    bench = _Bench(bundle, question_tokens, device, seed)
+    chunk = chunk_tokens or bundle.chunk_tokens
+    chosen = reachable_methods(chunk) if methods is None else tuple(methods)
+    beyond = [method for method in chosen if method not in reachable_methods(chunk)]
+    if beyond:
+        raise ValueError(f"{', '.join(beyond)}: chunks of {chunk} tokens do not allow such a mixture")
+    bench = _Bench(bundle, question_tokens, device, seed, chunk)
     longest = max(contexts, default=0) + question_tokens + _RESERVED
     if longest > bench.model.max_positions:
         raise ValueError(f"{longest} positions, where the model has {bench.model.max_positions}")
@@ -71,16 +102,22 @@ def measure_model_ttft(
     times: dict[tuple[Method, int], list[float]] = {}
     for number in range(repeats + 1):
         for case in cases:
-            for method in methods:
+            for method in chosen:
                 elapsed = case.time_ms(method)
                 if number > 0:
                     times.setdefault((method, case.context), []).append(elapsed)
         if progress is not None:
             progress(number + 1, repeats + 1)
-    return [_row(times, method, context, question_tokens) for context in contexts for method in methods]
+    return [_row(times, method, case, question_tokens) for case in cases for method in chosen]
 
 
-def _row(times: dict[tuple[Method, int], list[float]], method: Method, context: int, question_tokens: int) -> TtftRow:
+def reachable_methods(chunk_tokens: int) -> tuple[Method, ...]:
+    """The methods that chunks of so many tokens allow: a mixture's rate is below theirs."""
+    return tuple(method for method in METHODS if _RATES.get(method, 0) < chunk_tokens)
+
+
+def _row(times: dict[tuple[Method, int], list[float]], method: Method, case: _Case, question_tokens: int) -> TtftRow:
+    context = case.context
     own = times[method, context]
 
     def ratio_to(other: Method) -> float:
@@ -90,6 +127,8 @@ def _row(times: dict[tuple[Method, int], list[float]], method: Method, context: 
     return TtftRow(
         method=method,
         context_tokens=context,
+        slots=case.slots(method),
+        kv_bytes=case.kv_bytes(method),
         question_tokens=question_tokens,
         repeats=len(own),
         min_ms=min(own),
@@ -103,15 +142,16 @@ def _row(times: dict[tuple[Method, int], list[float]], method: Method, context: 
 class _Bench:
     """The models and the question, shared by all context lengths."""
 
-    def __init__(self, bundle: Bundle, question_tokens: int, device: str, seed: int) -> None:
+    def __init__(self, bundle: Bundle, question_tokens: int, device: str, seed: int, chunk_tokens: int) -> None:
         self.model = SlotModel.load(bundle, device=device)
         self.stock: PreTrainedModel = load_stock_model(bundle, device=device)
         self.block_tokens = bundle.passage_tokens
-        self._chooser = random.Random(seed)
+        self.chunk_tokens = chunk_tokens
+        self.chooser = random.Random(seed)
         self.question = self.random_ids(question_tokens)
 
     def random_ids(self, count: int) -> list[int]:
-        return [self._chooser.randrange(self.model.vocab_size) for _ in range(count)]
+        return [self.chooser.randrange(self.model.vocab_size) for _ in range(count)]
 
 
 class _Case:
@@ -125,6 +165,23 @@ class _Case:
         self._keys = [str(number) for number in range(len(self._blocks))]
         self._stored: list[BlockKV] = [pickle.loads(pickle.dumps(block)) for block in self._encode()]
         self._resident: list[ResidentBlock] = [bench.model.to_resident(block) for block in self._stored]
+        self._short_stored: list[BlockKV] = [pickle.loads(pickle.dumps(block)) for block in self._encode_compressed()]
+        self._short: list[ResidentBlock] = [bench.model.to_resident(block) for block in self._short_stored]
+        self._masks = {method: self._mask(rate) for method, rate in _RATES.items() if rate < bench.chunk_tokens}
+
+    def slots(self, method: Method) -> int:
+        """Slots of the passages in the prompt."""
+        if method == "none":
+            return 0
+        if method in ("compressed_store", "compressed_l1"):
+            return sum(block.num_slots for block in self._short)
+        if method in self._masks:
+            return sum(slots.num_slots for slots in self._mixture(method))
+        return self.context
+
+    def kv_bytes(self, method: Method) -> int:
+        """K and V moved to the slot list."""
+        return 0 if method in ("none", "stock", "full") else self.slots(method) * self._bench.model.slot_bytes
 
     def time_ms(self, method: Method) -> float:
         run: dict[Method, Callable[[], torch.Tensor]] = {
@@ -135,6 +192,9 @@ class _Case:
             "block_cold": lambda: self._answer(self._place(self._encode()), self._bench.question),
             "block_store": lambda: self._answer(self._place(self._stored), self._bench.question),
             "block_l1": lambda: self._answer(self._resident, self._bench.question),
+            "compressed_store": lambda: self._answer(self._place(self._short_stored), self._bench.question),
+            "compressed_l1": lambda: self._answer(self._short, self._bench.question),
+            **{rate: partial(self._mixed, rate) for rate in self._masks},
         }  # fmt: skip
         start = time.perf_counter()
         int(run[method]().argmax())
@@ -148,10 +208,36 @@ class _Case:
             encoded += self._bench.model.encode(self._blocks[span], self._keys[span])
         return encoded
 
+    def _encode_compressed(self) -> list[BlockKV]:
+        model, chunk = self._bench.model, self._bench.chunk_tokens
+        rows = [torch.randn(chunk_count(len(block), chunk), model.width) for block in self._blocks]
+        return model.encode_embeddings(rows, self._blocks, self._keys)
+
+    def _mask(self, rate: int) -> list[list[bool]]:
+        """Which chunks are expanded: random ones, which makes as many slices as there can be."""
+        masks = [[False] * block.num_slots for block in self._short]
+        places = [(number, place) for number, mask in enumerate(masks) for place in range(len(mask))]
+        self._bench.chooser.shuffle(places)
+        left = self.context // rate - len(places)
+        for number, place in places:
+            cost = min(self._bench.chunk_tokens, len(self._blocks[number]) - place * self._bench.chunk_tokens) - 1
+            if cost <= left:
+                masks[number][place] = True
+                left -= cost
+        return masks
+
+    def _mixture(self, method: Method) -> list[Slots]:
+        passages = zip(self._resident, self._short, self._masks[method], strict=True)
+        chunk = self._bench.chunk_tokens
+        return [piece for full, short, mask in passages for piece in compose_passage(full, short, mask, chunk)]
+
+    def _mixed(self, method: Method) -> torch.Tensor:
+        return self._answer(self._mixture(method), self._bench.question)
+
     def _place(self, blocks: Sequence[BlockKV]) -> list[ResidentBlock]:
         return [self._bench.model.to_resident(block) for block in blocks]
 
-    def _answer(self, blocks: Sequence[ResidentBlock], tokens: Sequence[int]) -> torch.Tensor:
+    def _answer(self, blocks: Sequence[Slots], tokens: Sequence[int]) -> torch.Tensor:
         state: SequenceState = self._bench.model.new_sequence(blocks, len(tokens) + _RESERVED)
         try:
             for start in range(0, len(tokens), _PIECE_TOKENS):

@@ -19,6 +19,11 @@ LABELS = {
     "block_cold": "block, cold",
     "block_store": "block, warm: object store",
     "block_l1": "block, warm: decoder memory",
+    "compressed_store": "compressed, warm: object store",
+    "compressed_l1": "compressed, warm: decoder memory",
+    "rate_4": "mixed at rate 4: decoder memory",
+    "rate_8": "mixed at rate 8: decoder memory",
+    "rate_16": "mixed at rate 16: decoder memory",
 }
 
 
@@ -37,10 +42,19 @@ class ReportRow:
     repeats: int
     ratio_to_none: float
     """Median of the ratios to the same repeat's time without retrieval."""
+    slots: int | None = None
+    """Slots of the passages in the prompt, where they were counted."""
+    kv_bytes: int | None = None
+    """K and V moved from a cache to the prompt."""
 
 
 def make_row(
-    path: MeasuredPath, state: str, context_tokens: int, times: Sequence[float], none: Sequence[float]
+    path: MeasuredPath,
+    state: str,
+    context_tokens: int,
+    times: Sequence[float],
+    none: Sequence[float],
+    slots: int | None = None,
 ) -> ReportRow:
     """A row of interleaved times: ``times[i]`` and ``none[i]`` were measured one after the other."""
     return ReportRow(
@@ -52,7 +66,19 @@ def make_row(
         max_ms=round(max(times), 3),
         repeats=len(times),
         ratio_to_none=round(statistics.median(time / base for time, base in zip(times, none, strict=True)), 3),
+        slots=slots,
     )
+
+
+def rate_notes(chunk_tokens: int) -> list[str]:
+    """What chunks of so many tokens make of the rates that have no row."""
+    notes = []
+    for rate in (4, 8, 16):
+        if rate == chunk_tokens:
+            notes.append(f"rate {rate} is everything compressed")
+        elif rate > chunk_tokens:
+            notes.append(f"rate {rate} is not reachable")
+    return [f"with chunks of {chunk_tokens} tokens, {', '.join(notes)}"] if notes else []
 
 
 def plot_rows(rows: Sequence[ReportRow], file: Path, title: str) -> None:

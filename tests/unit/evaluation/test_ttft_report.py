@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from blockrag.evaluation.ttft_report import LABELS, ReportRow, make_row, plot_rows
+from blockrag.evaluation.ttft_report import LABELS, ReportRow, make_row, plot_rows, rate_notes
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:
@@ -25,3 +25,9 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     ]
     plot_rows(rows, tmp_path / "plot.png", "a title")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_chunks_make_of_the_rates() -> None:
+    assert rate_notes(8) == ["with chunks of 8 tokens, rate 8 is everything compressed, rate 16 is not reachable"]
+    assert rate_notes(16) == ["with chunks of 16 tokens, rate 16 is everything compressed"]
+    assert rate_notes(32) == []
