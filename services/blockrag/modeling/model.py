@@ -168,7 +168,11 @@ class SlotModel:
                     f"block {block.key}: {array.dtype} {list(array.shape)} where this model needs "
                     f"{np.dtype(_NUMPY_DTYPES[self.kv_dtype])} {list(expected)}"
                 )
-        return ResidentBlock(key=block.key, keys=self._from_numpy(block.keys), values=self._from_numpy(block.values))
+        # what comes from the object store is read-only; torch would warn about a tensor over it, and it is copied here
+        slots = torch.from_numpy(np.stack([block.keys, block.values]))
+        if self.kv_dtype == torch.bfloat16:
+            slots = slots.view(torch.bfloat16)
+        return ResidentBlock(key=block.key, slots=slots.to(self.device))
 
     @torch.inference_mode()
     def new_sequence(self, blocks: Sequence[Slots], capacity: int) -> SequenceState:
@@ -279,13 +283,6 @@ class SlotModel:
                 f"{type(self._model).__name__}: logits over slots differ from the model's own by {difference:.1e} of "
                 "their scale; its attention or its rotary embedding is of a kind that is not supported"
             )
-
-    def _from_numpy(self, array: NDArray[Any]) -> Tensor:
-        # what comes from the object store is read-only; torch would warn about a tensor over it, and it is copied here
-        copy = torch.from_numpy(np.array(array, copy=True, order="C"))
-        if self.kv_dtype == torch.bfloat16:
-            copy = copy.view(torch.bfloat16)
-        return copy.to(self.device)
 
 
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.bfloat16: np.uint16}

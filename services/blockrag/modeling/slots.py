@@ -17,6 +17,9 @@ from blockrag.modeling.rotary import RotaryTable, rotate_into
 _BUFFER_STEP = 256
 """Buffers are cut to a multiple of this many slots, so that a released one fits the next sequence more often."""
 
+_ROTATED_AT_ONCE = 2**19
+"""Numbers of K that are rotated in one step."""
+
 
 @dataclass(frozen=True)
 class SlotShape:
@@ -37,25 +40,33 @@ class ResidentBlock:
     """A block's slots on the device: the form an L1 keeps. A private copy; immutable."""
 
     key: str
-    keys: Tensor
-    """Unrotated K in pair order, [layers, kv_heads, n, head_dim]."""
-    values: Tensor
-    """V, same shape."""
+    slots: Tensor
+    """Unrotated K in pair order, and V, [2, layers, kv_heads, n, head_dim]; together, so that one copy places both."""
+
+    @property
+    def keys(self) -> Tensor:
+        """Unrotated K in pair order, [layers, kv_heads, n, head_dim]."""
+        return self.slots[0]
+
+    @property
+    def values(self) -> Tensor:
+        """V, same shape."""
+        return self.slots[1]
 
     @property
     def num_slots(self) -> int:
         """Positions that the block takes in a prompt."""
-        return int(self.keys.shape[2])
+        return int(self.slots.shape[3])
 
     @property
     def nbytes(self) -> int:
         """Bytes of K and V."""
-        return int(self.keys.nbytes + self.values.nbytes)
+        return int(self.slots.nbytes)
 
 
 @dataclass(frozen=True)
 class SlotSlice:
-    """Consecutive slots of a resident block; their keys and values are views of it."""
+    """Consecutive slots of a resident block."""
 
     block: ResidentBlock
     start: int
@@ -71,14 +82,9 @@ class SlotSlice:
         return self.stop - self.start
 
     @property
-    def keys(self) -> Tensor:
-        """Unrotated K in pair order, [layers, kv_heads, stop - start, head_dim]."""
-        return self.block.keys[:, :, self.start : self.stop]
-
-    @property
-    def values(self) -> Tensor:
-        """V, same shape."""
-        return self.block.values[:, :, self.start : self.stop]
+    def slots(self) -> Tensor:
+        """As of the block, [2, layers, kv_heads, stop - start, head_dim]; a view of it."""
+        return self.block.slots.narrow(3, self.start, self.stop - self.start)
 
 
 Slots = ResidentBlock | SlotSlice
@@ -175,8 +181,8 @@ class SequenceState:
         if not blocks:
             return
         placed = self._slots[:, :, :, : self._num_slots]
-        torch.cat([block.keys for block in blocks], dim=2, out=placed[0])
-        torch.cat([block.values for block in blocks], dim=2, out=placed[1])
+        torch.cat([block.slots for block in blocks], dim=3, out=placed)
         phases = rotary.phases(self._num_slots)[: self._num_slots]
-        for keys in placed[0]:  # one layer at a time, which the cores' shared cache holds
+        # as many layers at a time as the cores' shared cache holds
+        for keys in placed[0].split(max(1, _ROTATED_AT_ONCE // placed[0, 0].numel())):
             rotate_into(keys, keys, phases)

@@ -119,7 +119,7 @@ def test_a_composed_prompt_has_the_slots_of_its_chunks_in_order(passages: list) 
     assert sum(piece.num_slots for piece in composed.blocks) == prompt.composed_slots
     assert composed.l1_slots + composed.store_slots + composed.encoded_slots == prompt.composed_slots
     # Each slot's value says whose it is and which slot of it.
-    found = np.concatenate([piece.keys[0, 0].numpy() for piece in composed.blocks]).astype(int).tolist()
+    found = np.concatenate([piece.slots[0, 0, 0].numpy() for piece in composed.blocks]).astype(int).tolist()
     expected, number = [], 0
     for (tokens, _, _), mask in zip(passages, masks, strict=True):
         needed = [True] if not mask else [kind for kind in (True, False) if kind in mask]
@@ -152,4 +152,4 @@ def _resident(key: str, slots: int, owner: int) -> ResidentBlock:
     keys = torch.stack([torch.full((slots,), float(owner)), torch.arange(slots, dtype=torch.float32)], dim=-1)[
         None, None
     ]
-    return ResidentBlock(key, keys, keys)
+    return ResidentBlock(key, torch.stack([keys, keys]))

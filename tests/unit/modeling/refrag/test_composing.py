@@ -151,7 +151,7 @@ def test_neighbouring_chunks_of_one_form_make_one_slice() -> None:
         (False, 2, 4),
         (True, 16, 22),
     ]
-    assert torch.equal(pieces[1].keys, compressed.keys[:, :, 2:4])
+    assert torch.equal(pieces[1].slots, compressed.slots[:, :, :, 2:4])
     assert sum(piece.num_slots for piece in pieces) == composed_slots(22, [True, True, False, False, True, True], 4)
 
 
