@@ -134,8 +134,9 @@ class ChunkPolicy(nn.Module):
         self.layers = nn.ModuleList(_Layer(width, config.heads, config.hidden) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.score = nn.Linear(width, 1)
-        nn.init.zeros_(self.score.weight)  # untrained, it draws at random
-        nn.init.zeros_(self.score.bias)
+        self.direct = nn.Linear(self.place.in_features, 1, bias=False)
+        for weights in (self.score.weight, self.score.bias, self.direct.weight):
+            nn.init.zeros_(weights)  # untrained, it draws at random
         if config.query:
             self.asked = nn.Parameter(torch.zeros(width))
             self.product = nn.Linear(width, width)
@@ -159,7 +160,7 @@ class ChunkPolicy(nn.Module):
         seen = None if bool(mask.all()) else mask[:, None, None, :]
         for layer in self.layers:
             hidden = layer(hidden, seen)
-        logits: Tensor = self.score(self.norm(hidden[:, :chunks])).squeeze(-1)
+        logits: Tensor = (self.score(self.norm(hidden[:, :chunks])) + self.direct(features)).squeeze(-1)
         return logits.masked_fill(~present, float("-inf"))
 
     @torch.inference_mode()

@@ -36,7 +36,7 @@ class PpoSettings:
 
     draws: int = 8
     """Expansions drawn for each prompt; the more, the less noise in an advantage."""
-    fractions: tuple[float, float] = (0.05, 0.5)
+    fractions: tuple[float, float] = (0.03, 0.5)
     """Smallest and largest share of a prompt's chunks to expand, drawn anew for each prompt; as many between 0.05 and
     0.1 as between 0.25 and 0.5."""
     clip: float = 0.2
@@ -84,6 +84,17 @@ class UpdateStats:
     """Before it is clipped to 1; mean over epochs."""
 
 
+@dataclass(frozen=True)
+class ImitationStats:
+    """What a step of imitation did."""
+
+    loss: float
+    """Cross-entropy, nats."""
+    first: float
+    """Share of prompts whose likeliest chunk holds the answer."""
+    gradient_norm: float
+
+
 def draw_fraction(settings: PpoSettings, random: Random) -> float:
     """A share of chunks to expand, its logarithm uniform."""
     low, high = settings.fractions
@@ -122,6 +133,33 @@ def clipped_objective(logits: Tensor, group: Group, advantage: Tensor, clip: flo
     gain = ratio * advantage.unsqueeze(1)
     bounded = ratio.clamp(1 - clip, 1 + clip) * advantage.unsqueeze(1)
     return -torch.minimum(gain, bounded).mean(), ratio.detach()
+
+
+def imitate(
+    policy: ChunkPolicy,
+    optimizer: torch.optim.Optimizer,
+    prompts: Sequence[PolicyInput],
+    targets: Sequence[Tensor],
+) -> ImitationStats:
+    """Move the first draw towards ``targets``, distributions over each prompt's chunks, [chunks] each.
+
+    Cross-entropy. It needs no decoder, and a policy that starts from it seldom draws what cannot matter.
+    """
+    logits = policy(make_policy_batch(prompts))
+    losses = [
+        -(target * torch.log_softmax(row[: prompt.chunks], dim=0)).sum()
+        for row, prompt, target in zip(logits, prompts, targets, strict=True)
+    ]
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = float(nn.utils.clip_grad_norm_(policy.parameters(), _CLIP_NORM))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    likeliest = [
+        float(target[row[: prompt.chunks].argmax()] == target.max())
+        for row, prompt, target in zip(logits.detach(), prompts, targets, strict=True)
+    ]
+    return ImitationStats(float(loss.detach()), sum(likeliest) / len(likeliest), norm)
 
 
 def update(

@@ -113,15 +113,20 @@ class PolicyReader:
             chunk_tokens=self.compressor.chunk_tokens,
         )
 
-    def see(self, context: CapturedContext, question: Sequence[int], ranks: Sequence[int] | None) -> PolicyInput:
-        """What a policy sees of a context and a final block; ``ranks`` as in ``make_policy_input``."""
-        asked = self.compressor.embed([question])[0] if question else context.embeddings[0][:0]
+    def see(
+        self,
+        passages: Sequence[Sequence[int]],
+        embeddings: Sequence[Tensor],
+        question: Sequence[int],
+        ranks: Sequence[int] | None,
+    ) -> PolicyInput:
+        """What a policy sees of passages and a final block; ``ranks`` as in ``make_policy_input``."""
         return make_policy_input(
-            context.passages,
-            context.embeddings,
+            passages,
+            embeddings,
             question,
-            asked,
-            chunk_tokens=context.chunk_tokens,
+            self.compressor.embed([question])[0] if question else embeddings[0][:0],
+            chunk_tokens=self.compressor.chunk_tokens,
             traits=self.traits,
             ranks=ranks,
         )

@@ -57,7 +57,7 @@ def measure_policy(
     def score(item: tuple[int, PolicyContext]) -> np.ndarray:
         number, probe = item
         context = reader.capture(probe.instruction, probe.passages)
-        seen = reader.see(context, probe.branches[0].prompt, probe.ranks[0])
+        seen = reader.see(context.passages, context.embeddings, probe.branches[0].prompt, probe.ranks[0])
         logits = policy.rate(seen)
         chance = random_scores(context.chunks, number)
         masks = [mask_at(context, scores, rate) for rate in wanted for scores in (logits, chance)]

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from blockrag.modeling.refrag.chunks import chunk_count
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.samples import SampleSource
 from blockrag.training.contexts import Branch, Context, ContextSampler
 from blockrag.training.drafts import BatchShape
-from blockrag.training.refrag.masks import passage_ranking
+from blockrag.training.refrag.masks import answer_places, passage_ranking
 from blockrag.training.refrag.samples import split_instruction
 from blockrag.training.refrag.texts import PassageSource, text_start
 
@@ -24,7 +27,8 @@ Kind = Literal["answers", "text"]
 
 _NUMBER_WEIGHT = 2.0
 """How much likelier a question with a number in its answer is asked: numbers are what compression loses first."""
-_RANK_NOISE = 0.3
+_ANSWER_SHARE = 0.7
+_RANK_NOISE = 0.15
 """Share of passages that a question's ranking puts elsewhere: retrieval is not always right, nor always wrong."""
 
 
@@ -38,6 +42,33 @@ class PolicyContext:
     ranks: tuple[tuple[int, ...], ...]
     """For each branch, the place that retrieval gave each passage."""
     kind: Kind
+
+
+def answer_target(context: PolicyContext, branch: Branch, chunk_tokens: int) -> NDArray[np.float32] | None:
+    """What a choice that knows the answer would draw first: a distribution over all chunks, [chunks].
+
+    Most on the chunks that hold the answer, the rest on those of its passage, the nearer the more. None where the
+    answer stands in no passage as it is.
+    """
+    places = answer_places(context.passages, branch, chunk_tokens)
+    if not places:
+        return None
+    gold = places[0][0]
+    parts = []
+    for number, passage in enumerate(context.passages):
+        chunks = np.arange(chunk_count(len(passage), chunk_tokens))
+        part = np.zeros(len(chunks), dtype=np.float32)
+        if number == gold:
+            distance = np.abs(chunks[:, None] - np.array([chunk for _, chunk in places])).min(axis=1)
+            part = (1.0 / (1.0 + distance) ** 2).astype(np.float32)
+            held = distance == 0
+            part[held] = _ANSWER_SHARE / held.sum()
+            if not held.all():
+                part[~held] *= (1 - _ANSWER_SHARE) / part[~held].sum()
+        parts.append(part)
+    target = np.concatenate(parts)
+    normalised: NDArray[np.float32] = target / target.sum()
+    return normalised
 
 
 class PolicySamples:
@@ -82,6 +113,16 @@ class PolicySamples:
         self._questions = questions
         self._ranked = ranked
         self._seed = seed
+
+    @property
+    def has_questions(self) -> bool:
+        return self._sampler is not None or self._rows is not None
+
+    def questions(self, step: int, contexts: int) -> list[PolicyContext]:
+        """Contexts with questions alone, for a step of imitation; a context may have none and is then left out."""
+        random = Random(f"{self._seed}/imitation/{step}")
+        drawn = [self.asked(step * contexts + number, random) for number in range(contexts)]
+        return [context for context in drawn if context is not None]
 
     def step(self, step: int, contexts: int) -> list[PolicyContext]:
         """The contexts of a step."""

@@ -25,11 +25,19 @@ from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
 from blockrag.training.adaptation.run import METRICS, RunFolder, RunState
 from blockrag.training.adaptation.workers import OneWorker
 from blockrag.training.optimizer import learning_rate_factor
-from blockrag.training.refrag.policy import Group, PpoSettings, UpdateStats, draw_groups, update
+from blockrag.training.refrag.policy import (
+    Group,
+    ImitationStats,
+    PpoSettings,
+    UpdateStats,
+    draw_groups,
+    imitate,
+    update,
+)
 from blockrag.training.refrag.policy_contexts import CapturedContext, PolicyReader
 from blockrag.training.refrag.policy_data import PolicyData, load_policy_data
 from blockrag.training.refrag.policy_probes import PolicyScores, measure_policy
-from blockrag.training.refrag.policy_samples import PolicyContext
+from blockrag.training.refrag.policy_samples import PolicyContext, answer_target
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,11 @@ class PolicyTrainingConfig:
     """Most questions of a context, each with draws of its own."""
     max_passages: int = 10
     ppo: PpoSettings = field(default_factory=PpoSettings)
+    imitation: float | None = None
+    """Share of the budget in which the policy first learns to draw the chunks that hold the answers, without reading
+    anything; None: 0.25 for one that sees the question, else 0, as published."""
+    imitation_contexts: int = 8
+    """Contexts of such a step."""
     learning_rate: float = 1e-3
     """Peak of AdamW's rate, after a warm-up; it falls with a cosine."""
     warmup_steps: int = 10
@@ -89,6 +102,8 @@ class PolicyTrainingConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise SetupError(f"{name} {value!r}: must be positive")
+        if not 0 <= self.chosen_imitation < 1 or self.imitation_contexts < 1:
+            raise SetupError(f"imitation {self.imitation!r}: must be from 0 to below 1, with at least one context")
         if self.text_share is not None and not 0 <= self.text_share <= 1:
             raise SetupError(f"text_share {self.text_share!r}: must be from 0 to 1")
         if not (self.text or self.data or self.reader_data):
@@ -105,6 +120,12 @@ class PolicyTrainingConfig:
         return 0.2 if self.query else 0.6
 
     @property
+    def chosen_imitation(self) -> float:
+        if self.imitation is not None:
+            return self.imitation
+        return 0.25 if self.query else 0.0
+
+    @property
     def run_dir(self) -> Path:
         """Checkpoint, metrics.jsonl and run.json."""
         return self.out.parent / f"{self.out.name}.run"
@@ -116,7 +137,8 @@ class PolicyTrainingConfig:
             *("dev_contexts", "precision", "seed"),
         )
         chosen = {name: getattr(self, name) for name in names}
-        return {**chosen, "text_share": self.chosen_text_share, "ppo": asdict(self.ppo)}
+        imitation = {"imitation": self.chosen_imitation, "imitation_contexts": self.imitation_contexts}
+        return {**chosen, **imitation, "text_share": self.chosen_text_share, "ppo": asdict(self.ppo)}
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,8 @@ class PolicyMetrics:
     fraction: float
     """Part of the budget that is used up, 0 to 1."""
     update: UpdateStats | None = None
+    imitation: ImitationStats | None = None
+    """One of the two; None at step 0."""
     learning_rate: float = 0.0
     draws: int = 0
     """Compositions read since the start."""
@@ -214,7 +238,13 @@ class _Run:
             rate = config.learning_rate * learning_rate_factor(state.step, fraction, config.warmup_steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
-            stats, draws = self._step(state.step)
+            stats: UpdateStats | None = None
+            imitation: ImitationStats | None = None
+            draws = 0
+            if fraction < config.chosen_imitation and self._data.samples.has_questions:
+                imitation = self._imitate(state.step)
+            else:
+                stats, draws = self._step(state.step)
             seconds = state.seconds + time.perf_counter() - started
             state = RunState(state.step + 1, state.tokens + draws, seconds)
             fraction = self._fraction(state)
@@ -222,20 +252,45 @@ class _Run:
             if state.step % config.eval_steps == 0 or fraction >= 1:
                 scores = self._measure()
             self._report(
-                PolicyMetrics(state.step, min(1.0, fraction), stats, rate, state.tokens, state.seconds, scores)
+                PolicyMetrics(
+                    step=state.step,
+                    fraction=min(1.0, fraction),
+                    update=stats,
+                    imitation=imitation,
+                    learning_rate=rate,
+                    draws=state.tokens,
+                    seconds=state.seconds,
+                    dev=scores,
+                )
             )
             if state.step % config.checkpoint_steps == 0 or fraction >= 1:
                 self._folder.save(self._policy, self._optimizer, state)
         return state, scores or self._measure()
+
+    def _imitate(self, step: int) -> ImitationStats | None:
+        """None where no answer of the drawn contexts stands in a passage."""
+        reader = self._reader
+        contexts = self._data.samples.questions(step, self._config.imitation_contexts)
+        embedded = list(self._pool.map(lambda one: reader.compressor.embed(one.passages), contexts))
+        prompts, targets = [], []
+        for context, embeddings in zip(contexts, embedded, strict=True):
+            for branch, ranks in zip(context.branches, context.ranks, strict=True):
+                target = answer_target(context, branch, reader.compressor.chunk_tokens)
+                if target is not None:
+                    prompts.append(reader.see(context.passages, embeddings, branch.prompt, ranks))
+                    targets.append(torch.from_numpy(target).to(self._config.device))
+        return imitate(self._policy, self._optimizer, prompts, targets) if prompts else None
 
     def _step(self, step: int) -> tuple[UpdateStats, int]:
         config, reader = self._config, self._reader
         contexts = self._data.samples.step(step, config.contexts)
         captured = list(self._pool.map(lambda one: reader.capture(one.instruction, one.passages), contexts))
         asked = [(number, place) for number, one in enumerate(contexts) for place in range(len(one.branches))]
-        prompts = [
-            reader.see(captured[n], contexts[n].branches[place].prompt, contexts[n].ranks[place]) for n, place in asked
-        ]
+        prompts = []
+        for number, place in asked:
+            one, context = captured[number], contexts[number]
+            question, ranks = context.branches[place].prompt, context.ranks[place]
+            prompts.append(reader.see(one.passages, one.embeddings, question, ranks))
         self._policy.train(False)
         random = Random(f"{config.seed}/draws/{step}")
         groups = draw_groups(self._policy, prompts, config.ppo, random)

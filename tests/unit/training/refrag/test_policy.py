@@ -17,6 +17,7 @@ from blockrag.training.refrag.policy import (
     clipped_objective,
     draw_fraction,
     draw_groups,
+    imitate,
     update,
 )
 
@@ -58,6 +59,19 @@ def test_a_planted_answer_is_found(query: bool) -> None:
     unseen = _planted(query, 10_000, 60)
     found = [choose(policy.rate(prompt), 2)[place] for prompt, place in unseen]
     assert np.mean(found) > 0.5
+
+
+def test_imitation_learns_what_it_is_shown() -> None:
+    torch.manual_seed(0)
+    policy = ChunkPolicy(PolicyConfig(WIDTH, query=True, width=32, heads=2, hidden=32))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.0)
+    stats = []
+    for step in range(80):
+        planted = _planted(True, step, 12)
+        targets = [torch.nn.functional.one_hot(torch.tensor(place), 24).float() for _, place in planted]
+        stats.append(imitate(policy, optimizer, [prompt for prompt, _ in planted], targets))
+    assert stats[0].loss == pytest.approx(np.log(24), abs=0.01) and stats[-1].loss < 2.0
+    assert np.mean([one.first for one in stats[-10:]]) > 0.5
 
 
 def test_advantages_are_those_of_a_group() -> None:

@@ -16,6 +16,8 @@ from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.writing import write_refrag
+from blockrag.training.contexts import Branch
+from blockrag.training.refrag.policy_samples import PolicyContext, answer_target, nearest_first
 from blockrag.training.refrag.policy_stage import PolicyMetrics, PolicyTrainingConfig, train_policy
 from tests.models import TINY_VOCAB, make_tiny_bundle
 from tests.unit.training.conftest import write_lines
@@ -56,14 +58,18 @@ class _StopError(Exception):
 @pytest.mark.parametrize("query", [True, False])
 def test_a_resumed_run_equals_an_uninterrupted_one(query: bool, bundle: Path, data_dir: Path, tmp_path: Path) -> None:
     whole, cut = (
-        replace(_config(bundle, tmp_path / name, data_dir), query=query, text_share=0.5) for name in ("whole", "cut")
+        replace(_config(bundle, tmp_path / name, data_dir), query=query, text_share=0.5, imitation=0.5)
+        for name in ("whole", "cut")
     )
     seen: list[PolicyMetrics] = []
     train_policy(whole, seen.append)
     assert [metrics.step for metrics in seen] == [0, 1, 2, 3, 4]
     assert [metrics.dev is not None for metrics in seen] == [True, False, True, False, True]
     assert seen[-1].dev is not None and {score.kind for score in seen[-1].dev.scores} == {"answers", "text"}
-    assert all(metrics.update is not None and metrics.draws % 8 == 0 for metrics in seen[1:])
+    # half of the budget imitates, the rest draws
+    assert [metrics.imitation is not None for metrics in seen] == [False, True, True, False, False]
+    assert [metrics.update is not None for metrics in seen] == [False, False, False, True, True]
+    assert seen[2].draws == 0 < seen[4].draws and seen[4].draws % 8 == 0
 
     def stop(metrics: PolicyMetrics) -> None:
         if metrics.step == 3:
@@ -118,6 +124,21 @@ def test_a_second_policy_stands_beside_the_first(bundle: Path, tmp_path: Path) -
     assert made.fingerprint == load_bundle(bundle).fingerprint
 
 
+def test_what_an_answer_is_imitated_by() -> None:
+    """Passage 1 shares more with the question than passage 0, which holds the same number."""
+    passages = ((3, 50, 51, 52, 7, 7), (3, 60, 61, 50, 51, 52, 9, 9, 9), (3, 3))
+    branch = Branch([5, 60, 61, 6], [50, 51, 2])
+    context = PolicyContext((1,), passages, (branch,), (nearest_first(3),), "answers")
+    target = answer_target(context, branch, 2)
+    assert target is not None
+    # chunks of two tokens: three of passage 0, five of passage 1, one of passage 2
+    assert target[:3].tolist() == [0, 0, 0] and target[8] == 0
+    # the answer's two tokens stand in the second and third chunk of passage 1
+    assert target[4] == target[5] == pytest.approx(0.35) and target[3] == target[6] > target[7] > 0
+    assert float(target.sum()) == pytest.approx(1.0)
+    assert answer_target(context, Branch([5], [77, 2]), 2) is None
+
+
 def test_what_cannot_be_trained_is_refused(bundle: Path, data_dir: Path, tmp_path: Path) -> None:
     config = _config(bundle, tmp_path / "out", data_dir)
     plain = make_tiny_bundle(tmp_path / "plain")
@@ -129,7 +150,7 @@ def test_what_cannot_be_trained_is_refused(bundle: Path, data_dir: Path, tmp_pat
         train_policy(replace(config, reader_data=tmp_path))
     with pytest.raises(SetupError, match="exactly one"):
         replace(config, minutes=1.0)
-    for change in ({"contexts": 0}, {"learning_rate": 0.0}, {"text_share": 1.5}):
+    for change in ({"contexts": 0}, {"learning_rate": 0.0}, {"text_share": 1.5}, {"imitation": 1.0}):
         with pytest.raises(SetupError, match=next(iter(change))):
             replace(config, **change)
     with pytest.raises(SetupError, match="needs questions"):
