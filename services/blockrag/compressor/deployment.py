@@ -65,6 +65,15 @@ class Compressor:
             return response
 
     @translate_errors
+    async def PrepareQuestion(
+        self, request: compressor_pb2.PrepareQuestionRequest, grpc_context: RayServegRPCContext | None = None
+    ) -> compressor_pb2.PrepareQuestionResponse:
+        """Embeds a question ahead of its plan."""
+        with span("prepare_question", request.context):
+            await self._planner.prepare(request.question)
+        return compressor_pb2.PrepareQuestionResponse()
+
+    @translate_errors
     async def TokenizePassages(
         self, request: compressor_pb2.TokenizePassagesRequest, grpc_context: RayServegRPCContext | None = None
     ) -> compressor_pb2.TokenizePassagesResponse:

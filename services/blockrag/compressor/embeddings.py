@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -41,23 +41,24 @@ class EmbeddingCache:
         """Bytes held."""
         return self._nbytes
 
-    async def get(self, requests: Sequence[BlockRequest]) -> list[Tensor]:
+    async def get(self, keys: Sequence[str], request: Callable[[int], BlockRequest]) -> list[Tensor]:
         """Embeddings of each block, float32 [chunks, width], in order. When all are here, the loop is not given up.
 
-        Raises what the source raises, and ``DataError`` for a block that is not what was asked for.
+        ``request`` makes the request for the block of ``keys[place]``, when it is missing. Raises what the source
+        raises, and ``DataError`` for a block that is not what was asked for.
         """
         found: dict[str, Tensor] = {}
         missing: dict[str, BlockRequest] = {}
-        for request in requests:
-            held = self._held.get(request.key)
+        for place, key in enumerate(keys):
+            held = self._held.get(key)
             if held is None:
-                missing[request.key] = request
+                missing[key] = request(place)
             else:
-                self._held.move_to_end(request.key)
-                found[request.key] = held
+                self._held.move_to_end(key)
+                found[key] = held
         if missing:
             found.update(await self._fetch(missing))
-        return [found[request.key] for request in requests]
+        return [found[key] for key in keys]
 
     def purge(self, keys: Iterable[str]) -> None:
         """Forget embeddings, those on their way included."""

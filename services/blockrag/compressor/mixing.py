@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from blockrag.compressor.compression import RETRIEVAL, CompressionRequest
 from blockrag.compressor.costs import DecoderCosts
@@ -20,6 +23,9 @@ from blockrag.compressor.rating import ChunkRater
 from blockrag.keys import KeyMaker
 from blockrag.types import BlockForm, BlockRequest
 from blockrag.v1 import compressor_pb2
+
+_REMEMBERED_KEYS = 16_384
+_REMEMBERED_QUESTIONS = 256
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ class Mixer:
         self._embeddings = embeddings
         self._keys = keys
         self._costs = costs
+        self._form = BlockForm("chunks", chunk_tokens)
+        self._key = lru_cache(maxsize=_REMEMBERED_KEYS)(self._make_key)
+        self._questions: OrderedDict[tuple[int, ...], asyncio.Future[Tensor]] = OrderedDict()
         self._executor = ThreadPoolExecutor(
             1, thread_name_prefix="compressor-policy", initializer=torch.set_num_threads, initargs=(threads,)
         )
@@ -98,32 +107,59 @@ class Mixer:
         blocks = [candidates.blocks[place] for place in kept]
         if policy == RETRIEVAL:
             return retrieval_logits([len(ids) for ids in blocks], self._chunk_tokens)
-        embeddings = await self._embeddings.get(
-            [self._wanted(request, candidates.blocks[place], candidates.document_ids[place]) for place in kept]
-        )
+        tenant = request.context.tenant
+        keys = [self._key(tenant, ids) for ids in blocks]
+
+        def wanted(place: int) -> BlockRequest:
+            document_id = candidates.document_ids[kept[place]]
+            return BlockRequest(
+                key=keys[place],
+                token_ids=np.array(blocks[place], dtype=np.int32),
+                tenant=tenant,
+                # given passages have no document, and so belong to no collection
+                collection=request.collection if document_id else "",
+                document_id=document_id,
+                traceparent=request.context.traceparent,
+                form=self._form,
+            )
+
+        question = self._question(candidates.final_ids) if self._rater.sees_question(policy) else None
+        embeddings = await self._embeddings.get(keys, wanted)
+        asked = await question if question is not None else None
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._executor, self._rater.rate, policy, blocks, embeddings, candidates.final_ids, kept
+            self._executor, self._rater.rate, policy, blocks, embeddings, candidates.final_ids, asked, kept
         )
 
-    def _wanted(self, request: compressor_pb2.PlanRequest, ids: tuple[int, ...], document_id: str) -> BlockRequest:
-        form = BlockForm("chunks", self._chunk_tokens)
-        token_ids = np.array(ids, dtype=np.int32)
-        return BlockRequest(
-            key=self._keys.block_key(request.context.tenant, token_ids, form),
-            token_ids=token_ids,
-            tenant=request.context.tenant,
-            # given passages have no document, and so belong to no collection
-            collection=request.collection if document_id else "",
-            document_id=document_id,
-            traceparent=request.context.traceparent,
-            form=form,
-        )
+    async def prepare(self, final_ids: Sequence[int]) -> None:
+        """Embed a question that will be planned for soon."""
+        await self._question(final_ids)
+
+    def _question(self, final_ids: Sequence[int]) -> Awaitable[Tensor]:
+        """The question's chunk embeddings, under way or remembered."""
+        ids = tuple(final_ids)
+        known = self._questions.pop(ids, None)
+        if known is None or (known.done() and _failed(known)):
+            loop = asyncio.get_running_loop()
+            known = loop.run_in_executor(self._executor, self._rater.embed_question, ids)
+            known.add_done_callback(_failed)
+        self._questions[ids] = known
+        if len(self._questions) > _REMEMBERED_QUESTIONS:
+            self._questions.popitem(last=False)
+        # shielded: one who leaves must not take it from the others
+        return asyncio.shield(known)
+
+    def _make_key(self, tenant: str, ids: tuple[int, ...]) -> str:
+        return self._keys.block_key(tenant, ids, self._form)
 
     def _by_passage(
         self, expanded: NDArray[np.bool_], sizes: Sequence[int], kept: Sequence[int]
     ) -> list[NDArray[np.bool_]]:
-        form = BlockForm("chunks", self._chunk_tokens)
-        ends = np.cumsum([form.size(sizes[place]) for place in kept], dtype=np.int64)
+        ends = np.cumsum([self._form.size(sizes[place]) for place in kept], dtype=np.int64)
         parts = dict(zip(kept, np.split(expanded, ends[:-1]), strict=True)) if kept else {}
         return [parts.get(place, np.zeros(0, dtype=np.bool_)) for place in range(len(sizes))]
+
+
+def _failed(future: asyncio.Future[Tensor]) -> bool:
+    """Whether a future has no result; keeps asyncio from reporting an error that nobody was left to see."""
+    return future.cancelled() or future.exception() is not None

@@ -78,6 +78,11 @@ class Planner:
                 response.prompt_tokens += _slots(response.passages[place]) if mixture else len(ids)
         return response
 
+    async def prepare(self, question: str) -> None:
+        """Embed a question that will be planned for with compression; nothing where the bundle cannot compress."""
+        if self._mixer is not None:
+            await self._mixer.prepare(self._tokenizer.final_ids(question))
+
     def tokenize(self, request: compressor_pb2.TokenizePassagesRequest) -> compressor_pb2.TokenizePassagesResponse:
         """The passages' blocks, in the request's order."""
         response = compressor_pb2.TokenizePassagesResponse(

@@ -32,32 +32,38 @@ class ChunkRater:
         policies = {name: ChunkPolicy.load(bundle.policy_file(name)) for name in bundle.refrag.policies}
         return cls(ChunkCompressor.load(bundle), policies, TokenTraits.of(bundle.load_tokenizer()))
 
+    def sees_question(self, policy: str) -> bool:
+        """Whether a policy's logits depend on the question."""
+        return self._policies[policy].config.query
+
+    def embed_question(self, question: Sequence[int]) -> Tensor:
+        """Chunk embeddings of a question's final block (token ids), float32 [chunks, width]."""
+        [embedded] = self._compressor.embed([question])
+        return embedded
+
     def rate(
         self,
         policy: str,
         passages: Sequence[Sequence[int]],
         embeddings: Sequence[Tensor],
         question: Sequence[int],
+        question_embeddings: Tensor | None,
         ranks: Sequence[int],
     ) -> NDArray[np.float32]:
         """A logit for every chunk of all passages, in order, float32 [chunks].
 
         ``passages``: token ids of their blocks; ``embeddings``: of each one's chunks; ``question``: token ids of the
-        final block, seen by policies that see the question; ``ranks``: each passage's place among the retrieved.
-        Raises ``DataError`` when what comes out is no number.
+        final block, and ``question_embeddings`` those of its chunks, for policies that see the question; ``ranks``:
+        each passage's place among the retrieved. Raises ``DataError`` when what comes out is no number.
         """
-        chosen = self._policies[policy]
-        asked = list(question) if chosen.config.query else []
+        if question_embeddings is None:
+            question, question_embeddings = (), torch.empty(0, self._compressor.encoder_width)
         with torch.inference_mode():
-            if asked:
-                [question_embeddings] = self._compressor.embed([asked])
-            else:
-                question_embeddings = torch.empty(0, self._compressor.encoder_width)
-            logits = chosen.rate(
+            logits = self._policies[policy].rate(
                 make_policy_input(
                     passages,
                     embeddings,
-                    asked,
+                    question,
                     question_embeddings,
                     chunk_tokens=self._compressor.chunk_tokens,
                     traits=self._traits,

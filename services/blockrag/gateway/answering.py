@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from blockrag.compressor.compression import RETRIEVAL
 from blockrag.errors import DeadlineError, UnavailableError
 from blockrag.gateway.overhead import Overhead
 from blockrag.gateway.validation import Question, Search
@@ -26,7 +27,12 @@ from blockrag.v1.common_pb2 import (
     StageTime,
     Usage,
 )
-from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
+from blockrag.v1.compressor_pb2 import (
+    PlanRequest,
+    PlanResponse,
+    PrepareQuestionRequest,
+    PrepareQuestionResponse,
+)
 from blockrag.v1.decoder_pb2 import DecodeFinish, DecodeRequest, DecodeResponse
 from blockrag.v1.rag_pb2 import Citation, Completion, GenerateResponse, Retrieved, RetrieveResponse, TextChunk
 from blockrag.v1.retriever_pb2 import SearchRequest, SearchResponse
@@ -49,6 +55,8 @@ class PlanMaker(Protocol):
     """The part of the compressor that answering needs."""
 
     async def plan(self, request: PlanRequest) -> PlanResponse: ...
+
+    async def prepare_question(self, request: PrepareQuestionRequest) -> PrepareQuestionResponse: ...
 
 
 class TextDecoder(Protocol):
@@ -129,7 +137,15 @@ class Answering:
             current.set(question=question.text)
         context = current.child_context()
         request_id = context.request_id
-        passages = await self._passages(question, context, timings, deadline)
+        # The compressor embeds the question while its passages are searched. What goes wrong there, the plan tells.
+        compression = question.compression
+        sees_question = compression is not None and compression.policy != RETRIEVAL
+        preparing = self._prepare(question, context) if sees_question and not question.given else None
+        try:
+            passages = await self._passages(question, context, timings, deadline)
+        finally:
+            if preparing is not None:
+                await _ended(preparing)
         # Under way while the passages are sent.
         planning = asyncio.create_task(self._plan(question, passages, context, timings, deadline))
         try:
@@ -169,6 +185,10 @@ class Answering:
             trace_id=trace_id_of(current.traceparent),
         )
         yield GenerateResponse(request_id=request_id, completion=completion)
+
+    def _prepare(self, question: Question, context: RequestContext) -> asyncio.Task[PrepareQuestionResponse]:
+        request = PrepareQuestionRequest(context=context, question=question.text)
+        return asyncio.ensure_future(self.planner.prepare_question(request))
 
     async def _passages(
         self, question: Question, context: RequestContext, timings: Timings, deadline: Deadline

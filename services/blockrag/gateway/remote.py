@@ -122,6 +122,12 @@ class CompressorClient(RemoteService):
         """Decides what enters the prompt."""
         return await self._call("Plan", request)  # type: ignore[no-any-return]
 
+    async def prepare_question(
+        self, request: compressor_pb2.PrepareQuestionRequest
+    ) -> compressor_pb2.PrepareQuestionResponse:
+        """Embeds a question ahead of its plan."""
+        return await self._call("PrepareQuestion", request)  # type: ignore[no-any-return]
+
     async def tokenize_passages(
         self, request: compressor_pb2.TokenizePassagesRequest
     ) -> compressor_pb2.TokenizePassagesResponse:

@@ -59,6 +59,18 @@ class PlanResponse(_message.Message):
     chunk_tokens: int
     def __init__(self, instruction_token_ids: _Optional[_Iterable[int]] = ..., passages: _Optional[_Iterable[_Union[PassagePlan, _Mapping]]] = ..., final_token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ...) -> None: ...
 
+class PrepareQuestionRequest(_message.Message):
+    __slots__ = ("context", "question")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    context: _common_pb2.RequestContext
+    question: str
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., question: _Optional[str] = ...) -> None: ...
+
+class PrepareQuestionResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class TokenizePassagesRequest(_message.Message):
     __slots__ = ("context", "passages")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]

@@ -40,6 +40,11 @@ class CompressorServiceStub:
                 request_serializer=blockrag_dot_v1_dot_compressor__pb2.PlanRequest.SerializeToString,
                 response_deserializer=blockrag_dot_v1_dot_compressor__pb2.PlanResponse.FromString,
                 _registered_method=True)
+        self.PrepareQuestion = channel.unary_unary(
+                '/blockrag.v1.CompressorService/PrepareQuestion',
+                request_serializer=blockrag_dot_v1_dot_compressor__pb2.PrepareQuestionRequest.SerializeToString,
+                response_deserializer=blockrag_dot_v1_dot_compressor__pb2.PrepareQuestionResponse.FromString,
+                _registered_method=True)
         self.TokenizePassages = channel.unary_unary(
                 '/blockrag.v1.CompressorService/TokenizePassages',
                 request_serializer=blockrag_dot_v1_dot_compressor__pb2.TokenizePassagesRequest.SerializeToString,
@@ -53,6 +58,13 @@ class CompressorServiceServicer:
 
     def Plan(self, request, context):
         """Plan decides, chunk by chunk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PrepareQuestion(self, request, context):
+        """PrepareQuestion embeds a question ahead of its plan, while its passages are searched.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +84,11 @@ def add_CompressorServiceServicer_to_server(servicer, server):
                     servicer.Plan,
                     request_deserializer=blockrag_dot_v1_dot_compressor__pb2.PlanRequest.FromString,
                     response_serializer=blockrag_dot_v1_dot_compressor__pb2.PlanResponse.SerializeToString,
+            ),
+            'PrepareQuestion': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrepareQuestion,
+                    request_deserializer=blockrag_dot_v1_dot_compressor__pb2.PrepareQuestionRequest.FromString,
+                    response_serializer=blockrag_dot_v1_dot_compressor__pb2.PrepareQuestionResponse.SerializeToString,
             ),
             'TokenizePassages': grpc.unary_unary_rpc_method_handler(
                     servicer.TokenizePassages,
@@ -107,6 +124,33 @@ class CompressorService:
             '/blockrag.v1.CompressorService/Plan',
             blockrag_dot_v1_dot_compressor__pb2.PlanRequest.SerializeToString,
             blockrag_dot_v1_dot_compressor__pb2.PlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrepareQuestion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockrag.v1.CompressorService/PrepareQuestion',
+            blockrag_dot_v1_dot_compressor__pb2.PrepareQuestionRequest.SerializeToString,
+            blockrag_dot_v1_dot_compressor__pb2.PrepareQuestionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from blockrag.compressor.embeddings import EmbeddingCache
 from blockrag.errors import DataError, UnavailableError
@@ -41,15 +42,18 @@ class Source:
         return ChunkEmbeddings(request.key, request.token_ids, array)
 
 
-def wanted(keys: str) -> list[BlockRequest]:
-    return [BlockRequest(key, np.arange(7, dtype=np.int32), "t", form=FORM) for key in keys]
+async def get(cache: EmbeddingCache, keys: str) -> list[Tensor]:
+    def wanted(place: int) -> BlockRequest:
+        return BlockRequest(keys[place], np.arange(7, dtype=np.int32), "t", form=FORM)
+
+    return await cache.get(list(keys), wanted)
 
 
 async def test_what_is_here_is_not_fetched_again() -> None:
     source = Source()
     cache = EmbeddingCache(source, 10 * SIZE)
-    first = await cache.get(wanted("aba"))
-    second = await cache.get(wanted("bca"))
+    first = await get(cache, "aba")
+    second = await get(cache, "bca")
     assert source.calls == [["a", "b"], ["c"]]
     assert [int(each[0, 0]) for each in first] == [ord(key) for key in "aba"]
     assert [int(each[1, 7]) for each in second] == [ord(key) for key in "bca"]
@@ -58,23 +62,23 @@ async def test_what_is_here_is_not_fetched_again() -> None:
 
 async def test_when_all_are_here_the_loop_is_not_given_up() -> None:
     cache = EmbeddingCache(Source(), 10 * SIZE)
-    await cache.get(wanted("ab"))
+    await get(cache, "ab")
     with pytest.raises(StopIteration):
-        cache.get(wanted("ba")).send(None)
+        get(cache, "ba").send(None)
 
 
 async def test_the_least_recently_used_go_first() -> None:
     source = Source()
     cache = EmbeddingCache(source, 2 * SIZE)
     for keys in ("a", "b", "a", "c", "a", "b"):
-        await cache.get(wanted(keys))
+        await get(cache, keys)
     assert source.calls == [["a"], ["b"], ["c"], ["b"]]
     assert cache.nbytes == 2 * SIZE
 
 
 async def test_more_than_the_budget_is_given_and_not_kept() -> None:
     cache = EmbeddingCache(Source(), SIZE - 1)
-    assert len(await cache.get(wanted("abc"))) == 3
+    assert len(await get(cache, "abc")) == 3
     assert cache.nbytes == 0
 
 
@@ -82,9 +86,9 @@ async def test_more_than_the_budget_is_given_and_not_kept() -> None:
 async def test_what_is_purged_on_its_way_is_used_once_and_not_kept(clear: bool) -> None:
     source = Source()
     cache = EmbeddingCache(source, 10 * SIZE)
-    await cache.get(wanted("x"))
+    await get(cache, "x")
     source.gate.clear()
-    getting = asyncio.ensure_future(cache.get(wanted("ab")))
+    getting = asyncio.ensure_future(get(cache, "ab"))
     await settle()
     assert len(source.calls) == 2
     if clear:
@@ -93,7 +97,7 @@ async def test_what_is_purged_on_its_way_is_used_once_and_not_kept(clear: bool) 
         cache.purge(["a", "x", "unknown"])
     source.gate.set()
     assert len(await getting) == 2
-    await cache.get(wanted("xab"))
+    await get(cache, "xab")
     assert source.calls[2] == (["x", "a", "b"] if clear else ["x", "a"])
     assert cache.nbytes == 3 * SIZE
 
@@ -102,7 +106,7 @@ async def test_two_plans_at_a_time_keep_one_copy() -> None:
     source = Source()
     cache = EmbeddingCache(source, 10 * SIZE)
     source.gate.clear()
-    both = asyncio.gather(cache.get(wanted("a")), cache.get(wanted("a")))
+    both = asyncio.gather(get(cache, "a"), get(cache, "a"))
     await settle()
     assert len(source.calls) == 2
     source.gate.set()
@@ -115,8 +119,8 @@ async def test_errors_of_the_source_reach_the_plan_and_leave_nothing() -> None:
     source.error = UnavailableError("kv_cache: gone")
     cache = EmbeddingCache(source, 10 * SIZE)
     with pytest.raises(UnavailableError):
-        await cache.get(wanted("a"))
+        await get(cache, "a")
     source.error, source.chunks = None, 3
     with pytest.raises(DataError, match="another block"):
-        await cache.get(wanted("a"))
+        await get(cache, "a")
     assert cache.nbytes == 0

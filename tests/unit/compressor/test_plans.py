@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from blockrag.compressor.compression import CompressionAbility
 from blockrag.compressor.costs import DecoderCosts
@@ -249,3 +251,29 @@ async def test_a_question_that_does_not_fit_is_refused_before_anything_is_fetche
     with pytest.raises(PromptTooLongError):
         await planner.plan(request(Compression(rate=2), max_tokens=5000))
     assert source.fetched == []
+
+
+async def test_a_prepared_question_is_embedded_once(bundle: Bundle, source: Encoding) -> None:
+    rater = ChunkRater.load(bundle)
+    embedded: list[int] = []
+    embed = rater.embed_question
+
+    def counted(question: Sequence[int]) -> Tensor:
+        embedded.append(len(question))
+        return embed(question)
+
+    rater.embed_question = counted  # type: ignore[method-assign]
+    keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint)
+    mixer = Mixer(CHUNK, rater, EmbeddingCache(source, 2**20), keys, DecoderCosts(decoder_status))
+    planner = make_planner(bundle, mixer)
+    question = request().question
+    unprepared = await planner.plan(request(Compression(rate=2)))
+    await asyncio.gather(planner.prepare("another"), planner.prepare("another"), planner.prepare(question))
+    assert await planner.plan(request(Compression(rate=2))) == unprepared
+    assert len(embedded) == 2
+    await planner.plan(request(Compression(rate=2, policy="blind")))
+    assert len(embedded) == 2
+
+
+async def test_a_bundle_that_cannot_compress_prepares_nothing(plain: Bundle) -> None:
+    await make_planner(plain, None).prepare("Where?")

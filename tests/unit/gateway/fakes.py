@@ -22,6 +22,11 @@ async def nothing() -> None:
     """Does not wait."""
 
 
+async def broken() -> None:
+    """Fails."""
+    raise ConnectionError("broken")
+
+
 async def forever() -> None:
     """Waits until it is cancelled."""
     await asyncio.Event().wait()
@@ -45,6 +50,16 @@ class FakePlanner:
 
     fits: int = 100
     requests: list[compressor_pb2.PlanRequest] = field(default_factory=list)
+    prepared: list[str] = field(default_factory=list)
+    """Questions embedded ahead of their plan."""
+    prepare: Callable[[], Awaitable[None]] = nothing
+
+    async def prepare_question(
+        self, request: compressor_pb2.PrepareQuestionRequest
+    ) -> compressor_pb2.PrepareQuestionResponse:
+        self.prepared.append(request.question)
+        await self.prepare()
+        return compressor_pb2.PrepareQuestionResponse()
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
         self.requests.append(request)

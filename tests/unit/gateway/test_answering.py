@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,9 @@ from blockrag.v1.common_pb2 import (
 )
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
 from blockrag.v1.rag_pb2 import GenerateRequest, GenerateResponse, GivenPassage
+from tests.unit.kv_cache.parts import settle
 
-from .fakes import FakeDecoder, FakePlanner, FakeSearcher, forever
+from .fakes import FakeDecoder, FakePlanner, FakeSearcher, broken, forever, nothing
 
 LIMITS = GatewaySettings()
 ABILITY = CompressionAbility("reader", 2, frozenset({"query"}))
@@ -309,3 +310,26 @@ async def test_a_plan_for_a_latency_hears_what_is_spent_elsewhere() -> None:
     service.overhead.record(50.0, {})
     await collect(service, compression=Compression(max_ttft_ms=100))
     assert 50.0 < planner.requests[0].spent_ms < 100.0
+
+
+@pytest.mark.parametrize("prepare", [nothing, forever, broken])
+async def test_a_question_is_embedded_while_its_passages_are_searched(prepare: Callable[[], Awaitable[None]]) -> None:
+    planner = FakePlanner(prepare=prepare)
+    searcher = FakeSearcher(PASSAGES, delay=settle)
+    events = await collect(answering(searcher=searcher, planner=planner), compression=Compression(rate=2))
+    assert events[-1].HasField("completion"), "what goes wrong ahead of the plan is the plan's to tell"
+    assert planner.prepared == ["Where?"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"compression": Compression(rate=2, policy="retrieval")},
+        {"compression": Compression(rate=2), "passages": [GivenPassage(text="a b c")]},
+    ],
+)
+async def test_nothing_is_embedded_where_nobody_looks_at_the_question(fields: dict[str, Any]) -> None:
+    planner = FakePlanner()
+    await collect(answering(planner=planner), **fields)
+    assert planner.prepared == []
