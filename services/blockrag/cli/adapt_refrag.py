@@ -75,6 +75,10 @@ def refrag(
     text_share: Annotated[float, typer.Option(help="Tuning: share of next-paragraph tokens.")] = 0.2,
     expanded_share: Annotated[float, typer.Option(help="Mixed, tune: compositions with nothing compressed.")] = 0.2,
     full_share: Annotated[float, typer.Option(help="Mixed, tune: samples under the full mask.")] = 0.12,
+    average_with: Annotated[
+        Path | None, typer.Option(help="Bundle whose decoder the learnt one is averaged with at the end.")
+    ] = None,
+    learnt_share: Annotated[float, typer.Option(help="Weight of the learnt decoder in that average.")] = 0.5,
     policy: Annotated[
         Literal["query", "blind"], typer.Option(help="Policy: one that sees the question, or the paper's.")
     ] = "query",
@@ -161,6 +165,8 @@ def refrag(
                 text_share=text_share,
                 expanded_share=expanded_share,
                 full_share=full_share,
+                average_with=average_with.expanduser().absolute() if average_with else None,
+                learnt_share=learnt_share,
                 precision=precision,
                 parts=parts,
                 dev_samples=dev_samples,

@@ -13,7 +13,8 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from blockrag.errors import SetupError
-from blockrag.modeling.bundle import file_sha256
+from blockrag.modeling.bundle import file_sha256, load_bundle
+from blockrag.modeling.model import load_stock_model
 from blockrag.training.adaptation.run import RunFolder, RunState
 from blockrag.training.adaptation.workers import OneWorker, Workers
 from blockrag.training.allocator import keep_freed_memory
@@ -59,9 +60,14 @@ def adapt_refrag(config: RefragConfig, workers: Workers | None = None, on_progre
         "compression": None if start.fresh else start.bundle.compression_fingerprint,
         "data": [{"file": path.name, "sha256": file_sha256(path)} for path in files_of(config)],
         "recipe": {**config.recipe(), "chunk_tokens": start.chunk_tokens},
+        "average_with": _fingerprint(config.average_with),
     }
     with run.opened(identity):
         return _Stage(config, start, load_data(config), workers, run, identity, on_progress).run()
+
+
+def _fingerprint(bundle: Path | None) -> str | None:
+    return None if bundle is None else load_bundle(bundle, verify_files=False).fingerprint
 
 
 class _Stage:
@@ -98,7 +104,7 @@ class _Stage:
                 self._report(RefragMetrics(step=0, fraction=0.0, dev=self._measure()))
             if self._fraction(state) < 1:
                 state = self._train(state)
-            return self._finish(state)
+            return self._finish(state, self._averaged())
         finally:
             trainer.close()
             if self._log is not None:
@@ -171,7 +177,16 @@ class _Stage:
             if self._on_progress is not None:
                 self._on_progress(metrics)
 
-    def _finish(self, state: RunState) -> Path:
+    def _averaged(self) -> dict[str, Any]:
+        """Average the decoder, where that was asked for: with what, and the scores after it."""
+        config = self._config
+        if config.average_with is None:
+            return {}
+        bundle = load_bundle(config.average_with, verify_files=False)
+        self._trainer.average(dict(load_stock_model(bundle).named_parameters()), config.learnt_share)
+        return {"average_with": bundle.fingerprint, "averaged": self._measure()}
+
+    def _finish(self, state: RunState, averaged: dict[str, Any]) -> Path:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: dict[str, Any] = get_model_state_dict(self._trainer.reader, options=options)
         if self._workers.rank == 0:
@@ -186,6 +201,7 @@ class _Stage:
                 "workers": self._workers.size,
                 "before": measured[0]["dev"] if measured else {},
                 "after": measured[-1]["dev"] if measured else {},
+                **averaged,
             }
             write_stage(weights, self._start, self._config, facts)
             self._run.drop_checkpoints()

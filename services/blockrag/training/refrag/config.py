@@ -64,6 +64,11 @@ class RefragConfig:
     """Share of compositions with every chunk expanded, in the stages ``mixed`` and ``tune``."""
     full_share: float = 0.12
     """Share of samples read whole under the full mask, in the same stages: the reader keeps serving that mode."""
+    average_with: Path | None = None
+    """A bundle whose decoder's weights the learnt ones are averaged with at the end (arXiv 2109.01903): what was
+    unlearnt on the way comes back, and most of what was learnt stays."""
+    learnt_share: float = 0.5
+    """Weight of the learnt decoder in that average."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the forward pass (autocast); weights and optimiser stay in float32."""
     parts: int = 2
@@ -92,8 +97,11 @@ class RefragConfig:
             self._require(getattr(self, field) > 0, field, "must be positive")
         for field in ("warmup_steps", "dev_samples"):
             self._require(getattr(self, field) >= 0, field, "must not be negative")
-        for field in ("text_share", "expanded_share", "full_share"):
+        for field in ("text_share", "expanded_share", "full_share", "learnt_share"):
             self._require(0 <= getattr(self, field) <= 1, field, "must be from 0 to 1")
+        self._require(
+            self.average_with is None or self.decoder_learns, "average_with", "the stage does not change the decoder"
+        )
         if self.stage in ("reconstruction", "pretrain", "mixed") and not (self.text or self.reader_data):
             raise SetupError(f"stage {self.stage}: needs texts (--text, or --reader-data)")
         if self.stage in ("policy", "tune") and not (self.data or self.reader_data):
@@ -134,6 +142,7 @@ class RefragConfig:
             "text_share",
             "expanded_share",
             "full_share",
+            "learnt_share",
             "precision",
             "parts",
             "dev_samples",

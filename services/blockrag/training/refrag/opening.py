@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import Bundle, load_bundle
@@ -45,6 +45,8 @@ def open_start(config: RefragConfig) -> Start:
     if config.out.exists():
         raise SetupError(f"{config.out}: exists already")
     bundle = load_bundle(config.bundle, verify_files=False)
+    if config.average_with is not None:
+        _check_same_shape(bundle, load_bundle(config.average_with, verify_files=False))
     if config.encoder not in ("", SMALL_ENCODER) and not (Path(config.encoder) / "config.json").is_file():
         raise SetupError(f"encoder {config.encoder!r}: neither {SMALL_ENCODER!r} nor a directory with config.json")
     record = bundle.refrag
@@ -62,6 +64,16 @@ def open_start(config: RefragConfig) -> Start:
         if asked != there:
             raise SetupError(f"{name} {asked!r}: {bundle.path} has a chunk encoder already, trained otherwise")
     return Start(bundle, k, record.alignment, record.pooling)
+
+
+def _check_same_shape(bundle: Bundle, other: Bundle) -> None:
+    shapes = []
+    for one in (bundle, other):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(one.decoder_dir, local_files_only=True))
+        shapes.append({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    if shapes[0] != shapes[1]:
+        raise SetupError(f"average_with {other.path}: its decoder has other layers or sizes than that of {bundle.path}")
 
 
 def load_reader(start: Start, config: RefragConfig) -> tuple[RefragReader, PreTrainedTokenizerFast]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from blockrag.errors import SetupError
-from blockrag.training.adaptation.workers import Workers, whole
+from blockrag.training.adaptation.workers import Workers, like_parameter, whole
 from blockrag.training.optimizer import build_optimizers
 from blockrag.training.refrag.config import RefragConfig
 from blockrag.training.refrag.reader import RefragReader, SampleLosses, SampleScores
@@ -99,6 +99,13 @@ class RefragTrainer:
             tokens=torch.cat([scores.tokens for scores in found]).cpu(),
             right=torch.cat([scores.right for scores in found]).cpu(),
         )
+
+    @torch.no_grad()
+    def average(self, weights: Mapping[str, Tensor], share: float) -> None:
+        """Make the decoder ``share`` of itself and the rest of ``weights``, by the names of its own parameters."""
+        for name, parameter in self.reader.decoder.model.named_parameters():
+            other = like_parameter(weights[name].to(parameter.dtype), parameter)
+            parameter.mul_(share).add_(other, alpha=1 - share)
 
     def close(self) -> None:
         """End the threads."""

@@ -25,7 +25,7 @@ from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.training.refrag.adapt import adapt_refrag
 from blockrag.training.refrag.config import RefragConfig
 from blockrag.training.refrag.metrics import RefragMetrics
-from tests.models import TINY_VOCAB, make_tiny_tokenizer
+from tests.models import TINY_VOCAB, make_tiny_bundle, make_tiny_tokenizer
 
 Make = Callable[..., RefragConfig]
 
@@ -77,6 +77,25 @@ def test_a_stage_goes_on_from_the_one_before(config: Make, tmp_path: Path) -> No
     assert [stage["stage"] for stage in made.refrag.training] == ["reconstruction", "tune"]
     assert made.decoder_fingerprint != load_bundle(first).decoder_fingerprint
     assert "rows, compressed" in made.refrag.training[1]["after"]
+
+
+def test_a_learnt_decoder_is_averaged_with_another(config: Make, tmp_path: Path, bundle: Path) -> None:
+    learnt = adapt_refrag(config(out=tmp_path / "learnt"))
+    mixed = adapt_refrag(config(out=tmp_path / "mixed", average_with=bundle, learnt_share=0.25))
+
+    base, new, made = weights(bundle), weights(learnt), weights(mixed)
+    for name, value in made.items():
+        expected = 0.25 * new[name] + 0.75 * base[name] if name.startswith("decoder/") else new[name]
+        assert torch.allclose(value, expected, atol=1e-6), name
+    record = load_bundle(mixed).refrag
+    assert record is not None
+    stage = record.training[-1]
+    assert stage["average_with"] == load_bundle(bundle).fingerprint
+    assert stage["averaged"]["text, block"] != stage["after"]["text, block"]
+
+    other = make_tiny_bundle(tmp_path / "other", num_hidden_layers=2)
+    with pytest.raises(SetupError, match="other layers or sizes"):
+        adapt_refrag(config(out=tmp_path / "none", average_with=other))
 
 
 class _StopError(Exception):
@@ -186,6 +205,7 @@ def test_coefficients_of_heads_become_part_of_a_decoder_that_learns(tmp_path: Pa
         ({"stage": "tune", "data": ()}, "stage tune: needs questions"),
         ({"stage": "other"}, "stage 'other'"),
         ({"chunk_tokens": 0}, "chunk_tokens 0: must be at least 1"),
+        ({"stage": "reconstruction", "average_with": Path("x")}, "does not change the decoder"),
         ({"full_share": 1.5}, "full_share 1.5: must be from 0 to 1"),
         ({"learning_rate": 0.0}, "learning_rate 0.0: must be positive"),
     ],
