@@ -27,6 +27,9 @@ QUESTION_FEATURES = (
     "chunk's overlap",
     "overlap of the chunk before",
     "overlap of the chunk after",
+    "in the passage of the largest overlap",
+    "inverse place there",
+    "place there",
 )
 FEATURES = (*PLACE_FEATURES, *QUESTION_FEATURES)
 """Names of the columns that ``chunk_features`` gives."""
@@ -93,6 +96,9 @@ def chunk_features(
         np.add.reduceat(_look_up(traits.capital, tokens), starts) / sizes,
         *_overlaps(tokens, np.asarray(question, dtype=np.int64), np.cumsum(lengths) - lengths, starts, owner),
     ]
+    # what the passage asked about is read from its beginning on: given as products, which a small network learns late
+    best = columns[FEATURES.index("inverse rank by overlap")] == 1.0
+    columns += [best, best / (1.0 + index), best * np.minimum(index / 16.0, 1.0)]
     return np.stack(columns, axis=1).astype(np.float32)
 
 
@@ -110,7 +116,7 @@ def _overlaps(
     chunk_starts: NDArray[np.int64],
     owner: NDArray[np.int64],
 ) -> list[NDArray[np.float64]]:
-    """The last seven columns: overlaps as shares of the question's whole weight; zero where it has none."""
+    """Seven columns: overlaps as shares of the question's whole weight; zero where it has none."""
     chunks, passages = len(owner), len(passage_starts)
     nothing = [np.zeros(chunks) for _ in range(7)]
     if not question.size:

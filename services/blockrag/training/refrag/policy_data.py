@@ -9,8 +9,11 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import Bundle, file_sha256
+from blockrag.modeling.refrag.policy_features import TokenTraits
 from blockrag.training.adaptation.rows import Row, data_files, read_rows
 from blockrag.training.adaptation.samples import SampleLimits, SampleSource
 from blockrag.training.contexts import ContextSampler
@@ -20,6 +23,7 @@ from blockrag.training.mixture import Mixture
 from blockrag.training.passages import DecodingTokenizer
 from blockrag.training.refrag.policy_samples import PolicyContext, PolicySamples
 from blockrag.training.refrag.texts import PassageSource, Text, hold_out, read_texts, reader_texts
+from blockrag.training.tokenizer import load_template_tokenizer
 
 if TYPE_CHECKING:
     from blockrag.training.refrag.policy_stage import PolicyTrainingConfig
@@ -41,7 +45,9 @@ class PolicyData:
 
 def load_policy_data(config: PolicyTrainingConfig, bundle: Bundle) -> PolicyData:
     """Read what ``config`` names. Raises SetupError naming the file and the problem."""
-    tokenizer = bundle.load_tokenizer()
+    traits = TokenTraits.of(bundle.load_tokenizer())
+    digits = frozenset(np.flatnonzero(traits.digit).tolist())
+    tokenizer = load_template_tokenizer(bundle.decoder_dir)  # the same ids, ten times faster
     reader = _reader_data(config.reader_data)
     texts = [*(read_texts(config.text) if config.text else []), *(reader_texts(reader) if reader else [])]
     train_texts, held_texts = hold_out(texts) if texts else ([], [])
@@ -63,6 +69,7 @@ def load_policy_data(config: PolicyTrainingConfig, bundle: Bundle) -> PolicyData
             passage_tokens=bundle.passage_tokens,
             questions=config.questions,
             ranked=config.query,
+            digits=digits,
             seed=config.seed,
         )
 

@@ -12,13 +12,13 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from blockrag.modeling.refrag.chunks import chunk_count
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.samples import SampleSource
 from blockrag.training.contexts import Branch, Context, ContextSampler
 from blockrag.training.drafts import BatchShape
+from blockrag.training.passages import DecodingTokenizer
 from blockrag.training.refrag.masks import answer_places, passage_ranking
 from blockrag.training.refrag.samples import split_instruction
 from blockrag.training.refrag.texts import PassageSource, text_start
@@ -27,6 +27,8 @@ Kind = Literal["answers", "text"]
 
 _NUMBER_WEIGHT = 2.0
 """How much likelier a question with a number in its answer is asked: numbers are what compression loses first."""
+_IMITATED = 16
+"""Most questions of a context in a step of imitation, where a question costs next to nothing."""
 _ANSWER_SHARE = 0.7
 _RANK_NOISE = 0.15
 """Share of passages that a question's ranking puts elsewhere: retrieval is not always right, nor always wrong."""
@@ -81,18 +83,19 @@ class PolicySamples:
         rows: SampleSource | None,
         texts: PassageSource | None,
         template: PromptTemplate,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: DecodingTokenizer,
         text_share: float,
         max_passages: int,
         passage_tokens: int,
         questions: int,
         ranked: bool,
+        digits: frozenset[int],
         seed: int,
     ) -> None:
-        """``ranked``: passages of a question come with places that a retrieval could have given them; otherwise, as
-        for texts, those nearest to the target count as the best.
+        """Questions come from ``sampler`` and ``rows`` in turn; ``questions`` is how many a context is asked at most.
 
-        Questions come from ``sampler`` and ``rows`` in turn; ``questions`` is how many a context is asked at most.
+        ``ranked``: passages of a question come with places that a retrieval could have given them; otherwise, as for
+        texts, those nearest to the target count as the best. ``digits``: tokens with a digit.
 
         ``text_share`` of the contexts are texts, all where there are no questions, none where there are no texts.
         """
@@ -101,11 +104,7 @@ class PolicySamples:
         self._texts = texts
         self._instruction = tuple(template.instruction_ids(tokenizer))
         self._refusal = tuple(template.answer_ids(tokenizer, template.refusal))
-        self._digits = {
-            number
-            for text, number in tokenizer.get_vocab().items()
-            if any(character in "0123456789" for character in text)
-        }
+        self._digits = digits
         asked = sampler is not None or rows is not None
         self._text_share = 0.0 if texts is None else text_share if asked else 1.0
         self._max_passages = max_passages
@@ -121,7 +120,7 @@ class PolicySamples:
     def questions(self, step: int, contexts: int) -> list[PolicyContext]:
         """Contexts with questions alone, for a step of imitation; a context may have none and is then left out."""
         random = Random(f"{self._seed}/imitation/{step}")
-        drawn = [self.asked(step * contexts + number, random) for number in range(contexts)]
+        drawn = [self.asked(step * contexts + number, random, _IMITATED) for number in range(contexts)]
         return [context for context in drawn if context is not None]
 
     def step(self, step: int, contexts: int) -> list[PolicyContext]:
@@ -135,14 +134,14 @@ class PolicySamples:
                 found.append(context)
         return found
 
-    def asked(self, number: int, random: Random) -> PolicyContext | None:
-        """A context with questions that its passages answer; None where it has none."""
+    def asked(self, number: int, random: Random, most: int | None = None) -> PolicyContext | None:
+        """A context with up to ``most`` questions that its passages answer; None where it has none."""
         if self._sampler is None or (self._rows is not None and number % 2):
             return self.row(number, random)
         passages = max(2, self._max_passages - random.choice((0, 0, 0, 2, 5)))
         context = self._sampler.sample(BatchShape(passages, self._passage_tokens), random)
         branches = [branch for branch in context.branches if tuple(branch.answer) != self._refusal]
-        return self.of(context, self._sample(branches, random), random)
+        return self.of(context, self._sample(branches, most or self._questions, random), random)
 
     def row(self, number: int, random: Random) -> PolicyContext | None:
         """Sample ``number`` of the question rows."""
@@ -170,13 +169,13 @@ class PolicySamples:
         passages = tuple(map(tuple, drawn[:-1]))
         return PolicyContext(self._instruction, passages, (branch,), (nearest_first(len(passages)),), "text")
 
-    def _sample(self, branches: list[Branch], random: Random) -> list[Branch]:
+    def _sample(self, branches: list[Branch], most: int, random: Random) -> list[Branch]:
         """Up to the wanted number of branches, those with a number in the answer more often."""
         keys = {
             place: random.random() ** (1 / (_NUMBER_WEIGHT if not self._digits.isdisjoint(branch.answer) else 1.0))
             for place, branch in enumerate(branches)
         }
-        return [branches[place] for place in sorted(keys, key=keys.__getitem__, reverse=True)[: self._questions]]
+        return [branches[place] for place in sorted(keys, key=keys.__getitem__, reverse=True)[:most]]
 
 
 def nearest_first(passages: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from blockrag.errors import SetupError
-from blockrag.modeling.bundle import Bundle, load_bundle
+from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
 from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig
 from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
 from blockrag.training.adaptation.run import METRICS, RunFolder, RunState
@@ -64,6 +64,8 @@ class PolicyTrainingConfig:
     """Budget in steps, for runs that must be reproducible. Exactly one of ``minutes`` and ``steps`` is given."""
     text_share: float | None = None
     """Share of contexts whose target is the next paragraph; None: 0.6, with the question in sight 0.2."""
+    start_from: Path | None = None
+    """A policy's file to start from, after the parts it was trained with were tuned further; None: random weights."""
     contexts: int = 4
     """Contexts of a step: reading their blocks is what a step costs most, next to the draws."""
     questions: int = 4
@@ -73,7 +75,7 @@ class PolicyTrainingConfig:
     imitation: float | None = None
     """Share of the budget in which the policy first learns to draw the chunks that hold the answers, without reading
     anything; None: 0.25 for one that sees the question, else 0, as published."""
-    imitation_contexts: int = 8
+    imitation_contexts: int = 4
     """Contexts of such a step."""
     learning_rate: float = 1e-3
     """Peak of AdamW's rate, after a warm-up; it falls with a cosine."""
@@ -137,7 +139,8 @@ class PolicyTrainingConfig:
             *("dev_contexts", "precision", "seed"),
         )
         chosen = {name: getattr(self, name) for name in names}
-        imitation = {"imitation": self.chosen_imitation, "imitation_contexts": self.imitation_contexts}
+        start = file_sha256(self.start_from) if self.start_from is not None else ""
+        imitation = {"start": start, "imitation": self.chosen_imitation, "imitation_contexts": self.imitation_contexts}
         return {**chosen, **imitation, "text_share": self.chosen_text_share, "ppo": asdict(self.ppo)}
 
 
@@ -178,6 +181,8 @@ def train_policy(
     data = load_policy_data(config, bundle)
     torch.manual_seed(config.seed)
     policy = ChunkPolicy(PolicyConfig(reader.compressor.encoder_width, config.query)).to(config.device)
+    if config.start_from is not None:
+        _start(policy, config.start_from)
     # no weight decay: the few steps do not overfit draws that are made anew each time
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
     folder = RunFolder(config.run_dir, OneWorker(config.device))
@@ -322,6 +327,14 @@ def _pool(config: PolicyTrainingConfig) -> ThreadPoolExecutor:
     """Threads with a core each; one on a GPU."""
     count = config.threads if config.device == "cpu" else 1
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _start(policy: ChunkPolicy, path: Path) -> None:
+    """Take the weights of the policy at ``path``. Raises SetupError where it is of another kind or size."""
+    before = ChunkPolicy.load(path)
+    if before.config != policy.config:
+        raise SetupError(f"{path}: {before.config}, where {policy.config} is to be trained")
+    policy.load_state_dict(before.state_dict())
 
 
 def _write(bundle: Bundle, config: PolicyTrainingConfig, policy: ChunkPolicy, facts: Mapping[str, Any]) -> Path:

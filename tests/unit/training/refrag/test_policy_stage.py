@@ -122,6 +122,13 @@ def test_a_second_policy_stands_beside_the_first(bundle: Path, tmp_path: Path) -
     for policy in made.refrag.policies.values():
         assert ChunkPolicy.load(made.path / policy.file).config.encoder_width == 16
     assert made.fingerprint == load_bundle(bundle).fingerprint
+    # after the parts were tuned, a policy goes on from the one before; one of another kind is refused
+    start = made.path / "policy-numbers.safetensors"
+    again = replace(both, out=tmp_path / "three", start_from=start, learning_rate=1e-9)
+    went_on = load_file(train_policy(again) / "policy-numbers.safetensors")
+    assert all(torch.allclose(went_on[key], tensor, atol=1e-6) for key, tensor in load_file(start).items())
+    with pytest.raises(SetupError, match="is to be trained"):
+        train_policy(replace(again, out=tmp_path / "four", query=False))
 
 
 def test_what_an_answer_is_imitated_by() -> None:
