@@ -1,10 +1,15 @@
-"""What a prefill costs the decoder, asked of it every few seconds while somebody plans under a latency budget."""
+"""What a plan under a latency budget must know: the decoder's cost per slot, and the policy's own time.
+
+The decoder is asked every few seconds while somebody plans under such a budget; the policy's time is measured here.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import statistics
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 from blockrag.compressor.expansion import PrefillCost
@@ -13,8 +18,29 @@ from blockrag.v1 import decoder_pb2
 
 FRESH_S = 5.0
 """A cost this old is asked for again, beside the plan that uses it."""
+_KEPT_TIMES = 16
 
 _logger = logging.getLogger(__name__)
+
+
+class PolicyTimes:
+    """How long the policy took of late, by the number of chunks. Not for several threads."""
+
+    def __init__(self) -> None:
+        self._times: dict[int, deque[float]] = {}
+
+    def record(self, chunks: int, milliseconds: float) -> None:
+        """Count one time that the policy was asked."""
+        self._times.setdefault(chunks.bit_length(), deque(maxlen=_KEPT_TIMES)).append(milliseconds)
+
+    def expect(self, chunks: int) -> float:
+        """Milliseconds that it will take for so many chunks: the median for that power of two, or the nearest one
+        that is known, scaled; 0 before the first time."""
+        if not self._times:
+            return 0.0
+        wanted = chunks.bit_length()
+        nearest = min(self._times, key=lambda known: (abs(known - wanted), -known))
+        return statistics.median(self._times[nearest]) * 2.0 ** (wanted - nearest)
 
 
 class DecoderCosts:

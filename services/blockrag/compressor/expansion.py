@@ -51,13 +51,18 @@ class Room:
     """The extra slots that expanding every chunk takes."""
 
     @property
+    def choice(self) -> bool:
+        """Whether some chunks can be expanded and not all."""
+        return 0 < self.extra_slots < self.needed_slots
+
+    @property
     def everything(self) -> bool:
         """Whether every chunk can be expanded."""
         return self.extra_slots >= self.needed_slots
 
 
 def room_for(
-    passage_tokens: Sequence[int], chunk_tokens: int, request: CompressionRequest, most_slots: int, timed_slots: int
+    passage_tokens: Sequence[int], chunk_tokens: int, request: CompressionRequest, most_slots: int, timed_slots: int = 0
 ) -> Room:
     """The room that a request's budget leaves for passages of these sizes, best first.
 

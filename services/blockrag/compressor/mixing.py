@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockrag.compressor.compression import RETRIEVAL, CompressionRequest
-from blockrag.compressor.costs import DecoderCosts
+from blockrag.compressor.costs import DecoderCosts, PolicyTimes
 from blockrag.compressor.embeddings import EmbeddingCache
-from blockrag.compressor.expansion import affordable_slots, chunk_lengths, expand, retrieval_logits, room_for
+from blockrag.compressor.expansion import Room, affordable_slots, chunk_lengths, expand, retrieval_logits, room_for
 from blockrag.compressor.planning import PassageDecision
 from blockrag.compressor.rating import ChunkRater
+from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.types import BlockForm, BlockRequest
 from blockrag.v1 import compressor_pb2
@@ -48,6 +50,8 @@ class Mixture:
     decisions: list[PassageDecision]
     expanded: list[NDArray[np.bool_]]
     """Of the chunks of each passage that is in the prompt; no rows for one that is dropped."""
+    policy_ms: float = 0.0
+    """Time that the policy took; 0: it was not asked."""
 
 
 class Mixer:
@@ -69,6 +73,7 @@ class Mixer:
         self._embeddings = embeddings
         self._keys = keys
         self._costs = costs
+        self._times = PolicyTimes()
         self._form = BlockForm("chunks", chunk_tokens)
         self._key = lru_cache(maxsize=_REMEMBERED_KEYS)(self._make_key)
         self._questions: OrderedDict[tuple[int, ...], asyncio.Future[Tensor]] = OrderedDict()
@@ -85,28 +90,60 @@ class Mixer:
         ``InvalidRequestError`` for a latency that the question alone takes, and what the cache and the decoder raise.
         """
         sizes = [len(ids) for ids in candidates.blocks]
-        timed = 0
+        policy, policy_ms = compression.policy, 0.0
         if compression.kind == "max_ttft_ms":
-            cost = await self._costs.current()
-            timed = affordable_slots(cost, compression.limit, request.spent_ms, candidates.instruction_tokens)
-        room = room_for(sizes, self._chunk_tokens, compression, candidates.most_slots, timed)
+            room, policy = await self._timed_room(request, compression, candidates, sizes)
+        else:
+            room = room_for(sizes, self._chunk_tokens, compression, candidates.most_slots)
         kept = [place for place, decision in enumerate(room.decisions) if decision.in_prompt]
         lengths = chunk_lengths([sizes[place] for place in kept], self._chunk_tokens)
-        if room.everything:
-            expanded = np.ones(len(lengths), dtype=np.bool_)
-        elif room.extra_slots == 0:
-            expanded = np.zeros(len(lengths), dtype=np.bool_)
-        else:
-            logits = await self._logits(request, compression.policy, candidates, kept)
+        if not room.choice:
+            expanded = np.full(len(lengths), room.everything)
+        elif policy == RETRIEVAL:
+            logits = retrieval_logits([sizes[place] for place in kept], self._chunk_tokens)
             expanded = expand(logits, lengths, room.extra_slots)
-        return Mixture(room.decisions, self._by_passage(expanded, sizes, kept))
+        else:
+            started = time.perf_counter()
+            logits = await self._logits(request, policy, candidates, kept)
+            policy_ms = 1000 * (time.perf_counter() - started)
+            self._times.record(len(lengths), policy_ms)
+            expanded = expand(logits, lengths, room.extra_slots)
+        return Mixture(room.decisions, self._by_passage(expanded, sizes, kept), policy_ms)
+
+    async def _timed_room(
+        self,
+        request: compressor_pb2.PlanRequest,
+        compression: CompressionRequest,
+        candidates: Candidates,
+        sizes: Sequence[int],
+    ) -> tuple[Room, str]:
+        """The room that a latency leaves, and who is to choose.
+
+        Asking the policy takes time that slots cannot have. Where that would cost a passage, or all choice, retrieval
+        chooses instead, which takes none.
+        """
+        cost = await self._costs.current()
+
+        def room(spent_ms: float) -> Room:
+            timed = affordable_slots(cost, compression.limit, spent_ms, candidates.instruction_tokens)
+            return room_for(sizes, self._chunk_tokens, compression, candidates.most_slots, timed)
+
+        plain = room(request.spent_ms)
+        if not plain.choice or compression.policy == RETRIEVAL:
+            return plain, RETRIEVAL
+        chunks = sum(map(self._form.size, sizes))
+        try:
+            asked = room(request.spent_ms + self._times.expect(chunks))
+        except InvalidRequestError:
+            return plain, RETRIEVAL
+        if asked.extra_slots == 0 or asked.decisions != plain.decisions:
+            return plain, RETRIEVAL
+        return asked, compression.policy
 
     async def _logits(
         self, request: compressor_pb2.PlanRequest, policy: str, candidates: Candidates, kept: Sequence[int]
     ) -> NDArray[np.float32]:
         blocks = [candidates.blocks[place] for place in kept]
-        if policy == RETRIEVAL:
-            return retrieval_logits([len(ids) for ids in blocks], self._chunk_tokens)
         tenant = request.context.tenant
         keys = [self._key(tenant, ids) for ids in blocks]
 

@@ -64,6 +64,7 @@ class Planner:
             final_token_ids=final_ids,
             prompt_tokens=len(self._tokenizer.instruction_ids) + len(final_ids),
             chunk_tokens=self._chunk_tokens,
+            policy_ms=mixture.policy_ms if mixture else 0.0,
         )
         for place, (passage, ids, decision) in enumerate(zip(passages, blocks, decisions, strict=True)):
             response.passages.add(

@@ -169,7 +169,7 @@ class Answering:
         if finish is None:
             raise UnavailableError("the decoder ended its answer without saying why; ask again")
         timings.stage_ms.update((stage.stage, stage.milliseconds) for stage in finish.stages)
-        self.overhead.record(timings.time_to_first_token_ms, timings.stage_ms)
+        self.overhead.record(timings.time_to_first_token_ms, timings.stage_ms, plan.policy_ms)
         finish.usage.context_tokens = sum(len(planned.token_ids) for planned in plan.passages if planned.in_prompt)
         _describe(current, finish.usage, timings)
         completion = Completion(

@@ -12,7 +12,8 @@ _ELSEWHERE = ("retrieve", "compose", "prefill")
 
 
 class Overhead:
-    """The median, over the latest answers, of planning, fetching, waiting and the calls between services.
+    """The median, over the latest answers, of fetching, waiting, the calls between services and planning, without
+    the policy's own time.
 
     A plan for a latency needs it: time that is spent there cannot be spent on slots. Not for several threads.
     """
@@ -20,10 +21,10 @@ class Overhead:
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=_KEPT)
 
-    def record(self, time_to_first_token_ms: float, stage_ms: Mapping[str, float]) -> None:
+    def record(self, time_to_first_token_ms: float, stage_ms: Mapping[str, float], policy_ms: float = 0.0) -> None:
         """Count one answer; one without a first token says nothing."""
         if time_to_first_token_ms > 0:
-            known = sum(stage_ms.get(stage, 0.0) for stage in _ELSEWHERE)
+            known = policy_ms + sum(stage_ms.get(stage, 0.0) for stage in _ELSEWHERE)
             self._latest.append(max(0.0, time_to_first_token_ms - known))
 
     @property

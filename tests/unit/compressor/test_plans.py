@@ -154,7 +154,8 @@ async def test_a_rate_is_reached_and_the_policy_sees_embeddings_from_the_cache(
     ]
     again = await planner.plan(request(Compression(rate=2)))
     assert len(source.fetched) == 4
-    assert again == plan
+    assert plan.policy_ms > 0
+    assert forms(again) == forms(plan)
 
 
 @pytest.mark.parametrize("compression", [Compression(rate=1), Compression(max_context_tokens=10_000)])
@@ -162,6 +163,7 @@ async def test_where_everything_fits_the_plan_is_the_one_without_compression(
     planner: Planner, source: Encoding, compression: Compression
 ) -> None:
     off, on = await planner.plan(request()), await planner.plan(request(compression))
+    assert on.policy_ms == 0
     for passage in on.passages:
         for chunk in passage.chunks:
             chunk.ClearField("text")
@@ -202,6 +204,26 @@ async def test_a_time_becomes_slots_by_the_decoders_cost(planner: Planner) -> No
     assert slots(plan) > 39 - CHUNK
     with pytest.raises(InvalidRequestError, match="the question without any passage takes about 16 ms"):
         await planner.plan(request(Compression(max_ttft_ms=14), spent_ms=5.0))
+
+
+async def test_the_policys_own_time_is_no_slots_and_where_it_takes_too_much_retrieval_chooses(
+    planner: Planner, source: Encoding
+) -> None:
+    await planner.plan(request(Compression(rate=2)))
+    assert planner._mixer is not None
+    times = planner._mixer._times
+    chunks = sum(len(passage.chunks) for passage in (await planner.plan(request())).passages)
+    limit = 10 + (chunks + 41) / 2  # room for every chunk compressed, and forty slots more
+    free = await planner.plan(request(Compression(max_ttft_ms=limit, policy="retrieval")))
+    for _ in range(20):
+        times.record(chunks, 10.0)
+    asked = await planner.plan(request(Compression(max_ttft_ms=limit)))
+    assert asked.policy_ms > 0
+    assert slots(free) - 20 - CHUNK <= slots(asked) <= slots(free) - 20 + CHUNK
+    for _ in range(20):
+        times.record(chunks, 1000.0)
+    hurried = await planner.plan(request(Compression(max_ttft_ms=limit)))
+    assert hurried == free
 
 
 async def test_what_does_not_fit_even_compressed_is_dropped_the_worst_first(planner: Planner) -> None:
@@ -269,7 +291,7 @@ async def test_a_prepared_question_is_embedded_once(bundle: Bundle, source: Enco
     question = request().question
     unprepared = await planner.plan(request(Compression(rate=2)))
     await asyncio.gather(planner.prepare("another"), planner.prepare("another"), planner.prepare(question))
-    assert await planner.plan(request(Compression(rate=2))) == unprepared
+    assert forms(await planner.plan(request(Compression(rate=2)))) == forms(unprepared)
     assert len(embedded) == 2
     await planner.plan(request(Compression(rate=2, policy="blind")))
     assert len(embedded) == 2

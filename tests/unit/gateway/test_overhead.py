@@ -5,7 +5,9 @@ def test_the_median_of_what_is_neither_retrieval_nor_the_decoders() -> None:
     overhead = Overhead()
     assert overhead.milliseconds == 0.0
     for other in (4.0, 5.0, 300.0):
-        overhead.record(20.0 + other, {"retrieve": 8.0, "plan": 3.0, "compose": 2.0, "prefill": 10.0, "total": 999.0})
+        overhead.record(
+            24.0 + other, {"retrieve": 8.0, "plan": 3.0, "compose": 2.0, "prefill": 10.0, "total": 999.0}, 4.0
+        )
     assert overhead.milliseconds == 5.0
 
 
