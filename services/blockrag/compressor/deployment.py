@@ -90,9 +90,11 @@ class Compressor:
         embeddings = EmbeddingCache(cache, settings.compressor.embeddings_mb * _MIB)
         self._upkeep = asyncio.get_running_loop().create_task(_follow_purges(cache, embeddings))
         costs = DecoderCosts(DecoderClient(serve.get_app_handle).status)
+        rater = ChunkRater.load(bundle)
+        rater.warm_up()
         return Mixer(
             bundle.chunk_tokens,
-            ChunkRater.load(bundle),
+            rater,
             embeddings,
             configured_keys(settings, bundle),
             costs,

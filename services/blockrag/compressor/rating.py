@@ -32,6 +32,13 @@ class ChunkRater:
         policies = {name: ChunkPolicy.load(bundle.policy_file(name)) for name in bundle.refrag.policies}
         return cls(ChunkCompressor.load(bundle), policies, TokenTraits.of(bundle.load_tokenizer()))
 
+    def warm_up(self) -> None:
+        """Rate a made-up prompt with every policy, so that no request pays for what happens once."""
+        passage = [0] * (4 * self._compressor.chunk_tokens)
+        embedded = self.embed_question(passage)
+        for policy in self._policies:
+            self.rate(policy, [passage], [embedded], passage, embedded if self.sees_question(policy) else None, [0])
+
     def sees_question(self, policy: str) -> bool:
         """Whether a policy's logits depend on the question."""
         return self._policies[policy].config.query

@@ -277,6 +277,7 @@ async def test_a_question_that_does_not_fit_is_refused_before_anything_is_fetche
 
 async def test_a_prepared_question_is_embedded_once(bundle: Bundle, source: Encoding) -> None:
     rater = ChunkRater.load(bundle)
+    rater.warm_up()
     embedded: list[int] = []
     embed = rater.embed_question
 
