@@ -191,10 +191,12 @@ class _Stage:
         weights: dict[str, Any] = get_model_state_dict(self._trainer.reader, options=options)
         if self._workers.rank == 0:
             measured = [record for record in self._run.records() if "dev" in record]
+            config = self._config
             facts = {
                 **self._identity["recipe"],
                 "base": self._identity["base"],
-                "data": [file["file"] for file in self._identity["data"]],
+                # what readers are trained on comes with files that say what must not be trained on
+                "data": sorted({path.name for path in files_of(config) if path.parent.name != "dev"}),
                 "steps_done": state.step,
                 "tokens": state.tokens,
                 "seconds": round(state.seconds),
@@ -203,7 +205,7 @@ class _Stage:
                 "after": measured[-1]["dev"] if measured else {},
                 **averaged,
             }
-            write_stage(weights, self._start, self._config, facts)
+            write_stage(weights, self._start, config, facts)
             self._run.drop_checkpoints()
         self._workers.barrier()
         return self._config.out
