@@ -91,7 +91,9 @@ def staged(target: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield staging
-        staging.chmod(0o755)
+        # whoever serves it may not be the one who made it, and temporary files are their maker's alone
+        for path in (staging, *staging.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -194,9 +196,7 @@ def _copy_checkpoint(source: Path, decoder: Path) -> None:
     decoder.mkdir()
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
-            copy = decoder / path.name
-            shutil.copyfile(path, copy)
-            copy.chmod(0o644)
+            shutil.copyfile(path, decoder / path.name)
     for pattern, what in (("*.safetensors", "weights in safetensors"), ("tokenizer.json", "a fast tokenizer")):
         if not any(decoder.glob(pattern)):
             raise BundleError(f"{source}: lacks {what} ({pattern})")

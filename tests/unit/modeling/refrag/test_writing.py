@@ -112,6 +112,17 @@ def test_fingerprints_count_what_they_should(pristine: Path, tmp_path: Path) -> 
     assert "- stage x" in (same.path / "MODEL_CARD.md").read_text()
 
 
+def test_whoever_serves_it_can_read_it(pristine: Path) -> None:
+    modes = {path.relative_to(pristine).as_posix(): path.stat().st_mode & 0o777 for path in pristine.rglob("*")}
+
+    assert {name for name in modes if "." in name} >= {
+        "manifest.json",
+        "projector.safetensors",
+        "policy-query.safetensors",
+    }
+    assert all(mode == (0o644 if "." in name else 0o755) for name, mode in modes.items())
+
+
 def test_a_bundle_without_it_says_so(plain_dir: Path, tmp_path: Path) -> None:
     plain = load_bundle(plain_dir)
     assert plain.refrag is None
