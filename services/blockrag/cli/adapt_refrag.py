@@ -184,9 +184,10 @@ def refrag(
 
 
 def _run(config: RefragConfig, workers: int, ray_address: str, show: Callable[[RefragMetrics], None]) -> Path:
-    from blockrag.training.refrag.adapt import adapt_refrag
+    from blockrag.training.refrag.adapt import adapt_refrag, prepare
 
     check_workers(workers)
+    prepare(config, workers)  # what is wrong is said before Ray starts
     if workers == 1 and not ray_address:
         return adapt_refrag(config, on_progress=show)
     with training_workers(ray_address, workers, on_gpus=config.device.startswith("cuda")):

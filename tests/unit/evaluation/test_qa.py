@@ -165,7 +165,7 @@ def test_mistakes_are_one_line(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     asked = ("--data", data, "--bundle", bundle)
     assert "absent.jsonl: No such file" in _refused("--data", tmp_path / "absent.jsonl", "--bundle", bundle)
-    assert "line 1: a passage must have" in _refused("--data", bad, "--bundle", bundle)
+    assert "bad.jsonl:1: a passage must have" in _refused("--data", bad, "--bundle", bundle)
     assert "manifest.json: missing" in _refused("--data", data, "--bundle", tmp_path / "broken")
     assert "too few passages to show 90" in _refused(*asked, "--passages", 90)
     assert "no PEAR coefficients" in _refused(*asked, "--without-pear")

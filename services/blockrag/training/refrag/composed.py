@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from blockrag.modeling.rotary import RotaryTable
 from blockrag.modeling.support import inspect_model
 from blockrag.training.contexts import Branch
+from blockrag.training.refrag.composed_attention import COMPOSED_ATTENTION, BlockPass, FinalPass, UntouchedRotary
 
-COMPOSED_ATTENTION = "blockrag_composed"
-"""Name in transformers' ``AttentionInterface``. No mask function has it, so transformers builds no mask."""
-
-_MASKED = -1e9
 _PADDING_SHARE = 0.85
 """A pass takes blocks at least this long, as a share of its longest: the rest would be padding."""
 
@@ -110,7 +107,7 @@ class ComposedDecoder(nn.Module):
         self._pass_tokens = pass_tokens
         self._rotary = RotaryTable(facts.frequencies, facts.attention_scaling, facts.max_positions, model.device)
         self._rotary.phases(facts.max_positions)  # whole at once: threads share it
-        model.model.rotary_emb = _IdentityRotary()
+        model.model.rotary_emb = UntouchedRotary()
         model.set_attn_implementation(COMPOSED_ATTENTION)
 
     @property
@@ -171,7 +168,7 @@ class ComposedDecoder(nn.Module):
         at = 0
         for chosen in self._block_batches([len(blocks[number]) for number in order], order):
             rows = pad_sequence([blocks[number] for number in chosen], batch_first=True).to(self.device)
-            block_pass = _BlockPass(self._rotary.phases(rows.shape[1])[: rows.shape[1]], self.shape.num_layers)
+            block_pass = BlockPass(self._rotary.phases(rows.shape[1])[: rows.shape[1]], self.shape.num_layers)
             if rows.ndim == 2:
                 self._run(input_ids=rows, composition=block_pass)
             else:
@@ -190,7 +187,7 @@ class ComposedDecoder(nn.Module):
         device = self.device
         picked = bank.slots.index_select(0, torch.from_numpy(batch.slots.reshape(-1)).to(device))
         table = self._rotary.phases(int(max(batch.positions.max(), batch.slot_positions.max(initial=0))) + 1)
-        final_pass = _FinalPass(
+        final_pass = FinalPass(
             picked.unflatten(0, batch.slots.shape).unbind(2),
             slot_phases=table[torch.from_numpy(batch.slot_positions).to(device)],
             phases=table[torch.from_numpy(batch.positions).to(device)],
@@ -293,127 +290,3 @@ class _FinalBatch:
             targets=np.concatenate(targets),
             branches=np.concatenate(branches),
         )
-
-
-class _Composition(Protocol):
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor: ...
-
-
-class _BlockPass:
-    """Attention of a pass over padded blocks, which keeps K and V. Padding stands at the end, where none sees it."""
-
-    def __init__(self, phases: Tensor, layers: int) -> None:
-        """``phases`` [T, head_dim / 2]."""
-        self._phases = phases
-        self._layers = layers
-        self._kept: dict[int, Tensor] = {}
-
-    def kept(self) -> Tensor:
-        """What was kept of all rows: [B * T, 2 * layers, kv_heads, head_dim]."""
-        parts = [self._kept[number].transpose(1, 2) for number in range(2 * self._layers)]
-        return torch.stack(parts, dim=2).flatten(0, 1)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self._kept[layer], self._kept[self._layers + layer] = key, value
-        if layer == self._layers - 1:
-            return torch.zeros_like(query)  # what follows the last layer's K and V is read by nobody
-        seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril_()
-        return _attention(_rotate(query, self._phases), _rotate(key, self._phases), value, seen[None], scaling)
-
-
-class _FinalPass:
-    """Attention of a pass over branches, which see their prompt's slots."""
-
-    def __init__(self, slots: tuple[Tensor, ...], slot_phases: Tensor, phases: Tensor, visible: Tensor) -> None:
-        """``slots``: K of every layer, then V, each [P, L, kv_heads, head_dim]; ``slot_phases`` [P, L, head_dim / 2],
-        ``phases`` [P, F, head_dim / 2], ``visible`` [P, F, L + F] bool."""
-        self._slots = slots
-        self._slot_phases = slot_phases
-        self._phases = phases
-        self._visible = visible
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        cached_key = self._slots[layer].transpose(1, 2)
-        cached_value = self._slots[len(self._slots) // 2 + layer].transpose(1, 2)
-        phases = self._phases.unsqueeze(1)
-        rotated = _rotate(cached_key, self._slot_phases.unsqueeze(1)).to(key.dtype)
-        keys = torch.cat([rotated, _rotate(key, phases)], dim=2)
-        values = torch.cat([cached_value.to(value.dtype), value], dim=2)
-        return _attention(_rotate(query, phases), keys, values, self._visible, scaling)
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """query [B, heads, T, d], key and value [B, kv_heads, N, d], ``visible`` [B or 1, T, N]; gives [B, heads, T, d].
-
-    On a CPU two plain products and a softmax take half the time of torch's fused attention, backward pass included;
-    the heads of a group stand side by side, so that K and V are not repeated.
-    """
-    with torch.autocast(query.device.type, enabled=False):
-        if query.device.type != "cpu":
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=visible.unsqueeze(1), scale=scaling, enable_gqa=True
-            )
-        rows, heads, tokens, head_dim = query.shape
-        group = heads // key.shape[1]
-        grouped = (query * scaling).reshape(rows, key.shape[1], group * tokens, head_dim)
-        scores = torch.matmul(grouped, key.transpose(2, 3)).unflatten(2, (group, tokens))
-        mask = torch.zeros(visible.shape, dtype=scores.dtype).masked_fill_(~visible, _MASKED)
-        weights = torch.softmax(scores + mask[:, None, None], dim=-1)
-        return torch.matmul(weights.flatten(2, 3), value).view(rows, heads, tokens, head_dim)
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotation by phases; its gradient is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, phases: Tensor) -> Tensor:
-        ctx.save_for_backward(phases)
-        return _turn(states, phases)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (phases,) = ctx.saved_tensors
-        return _turn(gradients[0], phases.conj()), None
-
-
-def _turn(states: Tensor, phases: Tensor) -> Tensor:
-    half = states.shape[-1] // 2
-    wide = states.float()
-    turned = torch.complex(wide[..., :half], wide[..., half:]) * phases
-    return torch.cat([turned.real, turned.imag], dim=-1).to(states.dtype)
-
-
-def _rotate(states: Tensor, phases: Tensor) -> Tensor:
-    """``states`` [..., head_dim] in the model's order, rotated by ``phases`` [..., head_dim / 2] (complex)."""
-    rotated: Tensor = _Rotate.apply(states, phases)  # type: ignore[no-untyped-call]
-    return rotated
-
-
-class _IdentityRotary(nn.Module):
-    """Rotates nothing, and leaves queries and keys in the type that autocast gave them."""
-
-    def forward(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        device = hidden_states.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
-        one = torch.ones(1, 1, 1, dtype=dtype, device=device)
-        return one, torch.zeros_like(one)
-
-
-def composed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    composition: _Composition,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls: query [B, heads, T, d], key and value [B, kv_heads, T, d] to [B, T, heads, d]."""
-    attended = composition.attend(int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
-    return attended.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(COMPOSED_ATTENTION, composed_attention)
