@@ -126,10 +126,10 @@ async def _timed(
     mode: Literal["block", "full", "none"],
     compression: Compression | None = None,
 ) -> tuple[Answer, float]:
-    options = GenerateOptions(attention_mode=mode, max_tokens=2)
+    options = GenerateOptions(attention_mode=mode, max_tokens=2, passages=passages)
     if compression is not None:
         options["compression"] = compression
-    answer = await client.ask(question, passages=passages, **options)
+    answer = await client.ask(question, **options)
     # An answer may be empty text: then the first token's time is the gateway's, plus nothing that a client sees.
     return answer, answer.client_time_to_first_token_ms or answer.completion.time_to_first_token_ms
 
