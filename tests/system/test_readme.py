@@ -85,6 +85,9 @@ def test_the_tour(environment: dict[str, str]) -> None:
     (ask,) = (output for command, output in outputs.items() if "--trace" in command)
     for service in ("gateway", "retriever", "compressor", "decoder"):
         assert service in ask, ask
+    (compressed,) = (output for command, output in outputs.items() if "--rate" in command)
+    assert "chunks of them compressed" in " ".join(compressed.split())
+    assert "‹" in compressed, "no compressed words were printed"
     (listed,) = (output for command, output in outputs.items() if command.startswith("blockrag list"))
     assert "README.md" not in listed
     assert "architecture.md" in listed
