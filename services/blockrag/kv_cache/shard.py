@@ -82,8 +82,8 @@ class CacheShard:
                 missing.append(request)
             else:
                 found[key] = held
-        encoded = await gather_or_cancel([self._encoded(request, False) for request in missing])
-        found.update((acquired.block.key, acquired.block) for acquired in encoded)
+        encoded = await gather_or_cancel([self._encoded_or_held(request) for request in missing])
+        found.update((block.key, block) for block in encoded)
         return [found[request.key] for request in blocks]
 
     async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
@@ -160,6 +160,11 @@ class CacheShard:
             return None
         self.hits[request.form] += 1
         return AcquiredBlock(request.key, [entry.ref], "store", entry.nbytes, entry.generation)
+
+    async def _encoded_or_held(self, request: BlockRequest) -> AcquiredBlock:
+        # Looked for once more, because an encode under way may have ended before this task began.
+        held = self._held(request, pin=False)
+        return (await self._encoded(request, False)).block if held is None else held
 
     async def _encoded(self, request: BlockRequest, pin: bool) -> _Acquired:
         key = request.key

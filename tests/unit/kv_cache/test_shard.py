@@ -54,6 +54,31 @@ async def test_a_hundred_concurrent_requests_for_one_missing_block_are_one_encod
     assert (stats.hits, stats.misses, stats.joined) == (0, 1, 99)
 
 
+async def test_requests_that_come_while_an_encode_ends_start_no_other() -> None:
+    encoder = Encoder()
+    encoder.go.clear()
+    shard = make_shard(encoder)
+
+    async def ask_after(turns: int) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await shard.acquire(requests("a"))
+
+    async def end_after(turns: int) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        encoder.go.set()
+
+    # One request in each turn of the event loop around the encode's end, before its end in the turn and after.
+    early = [asyncio.ensure_future(ask_after(turns)) for turns in range(30)]
+    ending = asyncio.ensure_future(end_after(10))
+    late = [asyncio.ensure_future(ask_after(turns)) for turns in range(30)]
+    await asyncio.gather(*early, ending, *late)
+    assert encoder.encoded == ["a"]
+    stats = shard.stats()
+    assert (stats.misses, stats.hits + stats.joined) == (1, 59)
+
+
 async def test_a_failed_encode_fails_all_who_wait_and_is_not_cached() -> None:
     encoder = Encoder(errors=[InvalidRequestError("token_ids", "no")])
     encoder.go.clear()
