@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markdown import Markdown
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
-from blockrag.cli.evaluate_options import SeedOption, write_results
+from blockrag.cli.evaluate_options import SeedOption, print_report, shown_progress, write_results
 from blockrag.errors import SetupError
 
 if TYPE_CHECKING:
@@ -75,19 +74,11 @@ def compression(
             device=device,
             dtype=dtype,
         )
-        with console.progress_bar() as bar:
-            task = bar.add_task("", total=None)
-            run = run_compression(
-                options,
-                lambda done, total: bar.update(task, completed=done, total=total),
-                lambda what: bar.update(task, description=what),
-            )
+        with shown_progress() as (progress, status):
+            run = run_compression(options, progress, status)
         if out is not None:
             _write(run, out)
-        if as_json:
-            console.print_json(run.report)
-        else:
-            console.out.print(Markdown(run.report.to_markdown()))
+        print_report(run.report, as_json)
 
 
 def _parse_rates(text: str) -> tuple[float, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import typer
+from rich.markdown import Markdown
 
 from blockrag.cli import console
 from blockrag.errors import SetupError
@@ -35,3 +37,32 @@ def write_results(out: Path, files: Mapping[str, bytes]) -> None:
 
     write_together(out, files)
     console.err.print(f"written: {', '.join(str(out / name) for name in files)}", markup=False, soft_wrap=True)
+
+
+class Report(Protocol):
+    """What every evaluation ends with."""
+
+    def to_markdown(self) -> str: ...
+
+
+@contextmanager
+def shown_progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """A bar: what to call with the work done and wanted, and with what is being done."""
+    with console.progress_bar() as bar:
+        task = bar.add_task("", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        def status(what: str) -> None:
+            bar.update(task, description=what)
+
+        yield progress, status
+
+
+def print_report(report: Report, as_json: bool) -> None:
+    """Print a report as JSON or as text."""
+    if as_json:
+        console.print_json(report)
+    else:
+        console.out.print(Markdown(report.to_markdown()))

@@ -67,7 +67,7 @@ def run_compression(
     """Run what ``options`` say.
 
     ``progress`` gets what is done and wanted of the running part, ``status`` what is being done. Raises ``SetupError``
-    for contradictory options, ``DataError`` for bad data, ``BundleError`` for a bundle without chunk compression.
+    for contradictory options and bad data, ``BundleError`` for a bundle without chunk compression.
     """
     if options.data is None and options.text is None:
         raise SetupError("nothing to measure: name questions (--data), a text (--text) or both")

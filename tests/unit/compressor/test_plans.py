@@ -299,4 +299,7 @@ async def test_a_prepared_question_is_embedded_once(bundle: Bundle, source: Enco
 
 
 async def test_a_bundle_that_cannot_compress_prepares_nothing(plain: Bundle) -> None:
-    await make_planner(plain, None).prepare("Where?")
+    planner = make_planner(plain, None)
+    before = await planner.plan(request())
+    await planner.prepare(request().question)
+    assert await planner.plan(request()) == before
