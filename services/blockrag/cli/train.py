@@ -31,12 +31,18 @@ def reader(
         Literal["both", "full"], typer.Option(help="full: never train under the block mask, for comparison.")
     ] = "both",
     learning_rate: Annotated[float, typer.Option(help="Peak; 1e-3 to go on from a bundle.")] = 2e-3,
+    size: Annotated[
+        Literal["6m", "28m"], typer.Option(help="Parameters of a reader trained from scratch; 28m wants a GPU.")
+    ] = "6m",
+    tokens_per_step: Annotated[int, typer.Option(min=500, help="Tokens of a step; 100,000 suits a GPU.")] = 5000,
+    feeders: Annotated[int, typer.Option(min=0, help="Processes that prepare batches ahead; a GPU wants many.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Train a small reader, from scratch with its own tokenizer or from a bundle; run again to go on after a stop."""
-    from blockrag.training.reader import ReaderTrainingConfig, TrainingProgress, train_reader
+    from blockrag.training.config import SHAPES, ReaderTrainingConfig
+    from blockrag.training.reader import TrainingProgress, train_reader
 
     with console.errors_to_exit():
         if (minutes is None) == (steps is None):
@@ -49,6 +55,10 @@ def reader(
             start_from=start_from,
             masks=masks,
             learning_rate=learning_rate,
+            shape=SHAPES[size],
+            tokens_per_step=tokens_per_step,
+            parts=1 if device.startswith("cuda") else ReaderTrainingConfig.parts,
+            feeders=feeders,
             seed=seed,
             device=device,
         )

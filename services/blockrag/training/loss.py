@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-_CHUNK = 512  # rows; their logits stay in the processor's cache
+_ROWS = {"cpu": 512}  # at a time; their logits stay in the processor's cache
+_ROWS_ELSEWHERE = 8192  # a GPU wants few large products
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -24,8 +25,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden)
         head_grad = torch.zeros_like(head)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(targets), _CHUNK):
-            rows = slice(start, start + _CHUNK)
+        size = _ROWS.get(hidden.device.type, _ROWS_ELSEWHERE)
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
             logits = (hidden[rows] @ half_head.T).float()
             logits = logits.log_softmax(-1)
             picked = targets[rows, None]

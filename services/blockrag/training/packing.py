@@ -34,8 +34,10 @@ class PackedBatch:
     """[B, T] int64; padding is 0."""
     position_ids: torch.Tensor
     """[B, T] int64; a question's start where its context's end."""
-    mask: torch.Tensor
-    """[B, 1, T, T] bool; true where the query (third axis) attends to the key (last axis)."""
+    segments: torch.Tensor
+    """[B, T] int64; number of the block or question, equal for all blocks under the full mask; padding is -1."""
+    in_context: torch.Tensor
+    """[B, T] bool; true for the context's tokens."""
     targets: torch.Tensor
     """[B, T] int64; the next token's id, or ``IGNORED``."""
     weights: torch.Tensor
@@ -46,7 +48,20 @@ class PackedBatch:
     @property
     def tokens(self) -> int:
         """Tokens that are no padding."""
-        return int((self.mask.diagonal(dim1=2, dim2=3).squeeze(1) & (self.input_ids != 0)).sum())
+        return int((self.segments >= 0).sum())
+
+    def mask(self, device: str | torch.device = "cpu") -> torch.Tensor:
+        """[B, 1, T, T] bool; true where the query (third axis) attends to the key (last axis).
+
+        Causal inside a segment, and from every question to the whole context. Padding attends to padding, so that no
+        query is left without a key. Made where it is needed: it is T times as large as everything else here.
+        """
+        segments, in_context = self.segments.to(device), self.in_context.to(device)
+        width = segments.shape[1]
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        same = segments[:, :, None] == segments[:, None, :]
+        question = ~in_context & (segments >= 0)
+        return (causal & (same | (question[:, :, None] & in_context[:, None, :])))[:, None]
 
 
 def pack(contexts: list[Context], *, block: bool, weights: Weights, multiple: int = 1) -> PackedBatch:
@@ -94,25 +109,12 @@ def pack(contexts: list[Context], *, block: bool, weights: Weights, multiple: in
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
-        mask=torch.from_numpy(attention_mask(segments, in_context)),
+        segments=torch.from_numpy(segments),
+        in_context=torch.from_numpy(in_context),
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(loss),
         branches=torch.from_numpy(branches),
     )
-
-
-def attention_mask(segments: np.ndarray, in_context: np.ndarray) -> np.ndarray:
-    """The mask [B, 1, T, T]: causal inside a segment, and from every question to the whole context.
-
-    ``segments`` [B, T] numbers blocks and questions, ``in_context`` [B, T] is true for the context's tokens. Padding
-    is a segment of its own (-1), so that no query is left without a key.
-    """
-    width = segments.shape[1]
-    causal = np.tril(np.ones((width, width), bool))
-    same = segments[:, :, None] == segments[:, None, :]
-    question = ~in_context & (segments >= 0)
-    mask: np.ndarray = causal & (same | (question[:, :, None] & in_context[:, None, :]))
-    return mask[:, None]
 
 
 def row_tokens(context: Context) -> int:

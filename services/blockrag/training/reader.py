@@ -13,111 +13,27 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from random import Random
-from typing import Literal
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.model import load_stock_model
-from blockrag.modeling.template import READER_TEMPLATE, PromptTemplate
 from blockrag.training.allocator import keep_freed_memory
 from blockrag.training.attention import register as register_attention
 from blockrag.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from blockrag.training.contexts import Context, ContextSampler
+from blockrag.training.config import SHAPES, ReaderTrainingConfig
+from blockrag.training.contexts import Context
 from blockrag.training.data import ReaderData, load_reader_data
-from blockrag.training.drafts import BatchShape
 from blockrag.training.export import BundleFacts, export_bundle
-from blockrag.training.mixture import Mixture, batch_shape
+from blockrag.training.feeding import BatchFeed, BatchMaker, BatchRecipe
 from blockrag.training.optimizer import build_optimizers, learning_rate_factor
-from blockrag.training.packing import PackedBatch, Weights, pack, row_tokens
+from blockrag.training.packing import pack
 from blockrag.training.step import Part, hidden_states, update
-from blockrag.training.tokenizer import (
-    BEGIN_ID,
-    END_ID,
-    PAD_ID,
-    TemplateTokenizer,
-    load_template_tokenizer,
-    save_tokenizer,
-    tokenizer_texts,
-    train_tokenizer,
-)
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Size of the Llama-architecture decoder; the default has 6.5 million parameters."""
-
-    vocab_size: int = 8192
-    width: int = 256
-    layers: int = 6
-    heads: int = 8
-    kv_heads: int = 4
-    head_dim: int = 32
-    intermediate: int = 704
-    max_tokens: int = 16384
-
-    def config(self) -> LlamaConfig:
-        """The transformers configuration; input and output embeddings are tied."""
-        return LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            intermediate_size=self.intermediate,
-            max_position_embeddings=self.max_tokens,
-            tie_word_embeddings=True,
-            pad_token_id=PAD_ID,
-            bos_token_id=BEGIN_ID,
-            eos_token_id=END_ID,
-        )
-
-
-@dataclass(frozen=True)
-class ReaderTrainingConfig:
-    """Everything that decides what a training run computes."""
-
-    data_dir: Path
-    out_dir: Path
-    """Holds the tokenizer, the checkpoint and, at the end, the bundle. A run continues from the checkpoint there."""
-    minutes: float | None = None
-    """Time budget of the training itself; the learning rate reaches its end with it. Pauses do not count."""
-    steps: int | None = None
-    """Budget in steps, for runs that must be reproducible. Exactly one of ``minutes`` and ``steps`` is given."""
-    start_from: Path | None = None
-    """A bundle whose weights and tokenizer the run starts from; ``shape`` and ``tokenizer_articles`` then do not
-    count, and contexts are long from the beginning."""
-    shape: ModelShape = field(default_factory=ModelShape)
-    mixture: Mixture = field(default_factory=Mixture)
-    weights: Weights = field(default_factory=Weights)
-    template: PromptTemplate = READER_TEMPLATE
-    tokens_per_step: int = 5000
-    """Larger is smoother, smaller learns more per minute on a slow machine. Rows are added up to about this many."""
-    learning_rate: float = 2e-3
-    """Peak. Falls with the width: try half of it for a reader twice as wide."""
-    warmup_steps: int = 100
-    optimizer: str = "muon"
-    """``muon`` for the matrices inside the layers with ``adamw`` for the rest, or ``adamw`` for all."""
-    passage_share: float = 0.5
-    """Share of the passage tokens, drawn anew each step, that the loss looks at; their weight rises to make up."""
-    checkpoint_steps: int = 200
-    probe_contexts: int = 128
-    """Held-out questions that a checkpoint is measured on."""
-    tokenizer_articles: int = 60_000
-    parts: int = 4
-    """Parts a step is cut into. On a CPU they are shared out to ``threads`` threads; 1 suits a GPU."""
-    threads: int = 2
-    """Threads, each working on one part with one core: threads that meet once a step do not hold each other up on a
-    busy machine as threads that share every matrix product do."""
-    masks: Literal["both", "full"] = "both"
-    """``full`` never shows the block mask: for the ablation of a model that was not tuned for it."""
-    seed: int = 0
-    device: str = "cpu"
+from blockrag.training.tokenizer import save_tokenizer, tokenizer_texts, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -150,15 +66,37 @@ def train_reader(config: ReaderTrainingConfig, on_progress: Callable[[TrainingPr
     config.out_dir.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     data = load_reader_data(config.data_dir)
-    tokenizer = _tokenizer(config, data)
-    sampler = ContextSampler(data, tokenizer, config.template, config.mixture)
-    probes = sampler.probes(BatchShape(5, 128), config.probe_contexts, Random(config.seed))
+    recipe = _recipe(config, _tokenizer(config, data))
+    maker = BatchMaker(recipe, data)
+    probes = maker.probes(config.probe_contexts)
     torch.manual_seed(config.seed)
     model = _model(config)
     model.set_attn_implementation(register_attention())
     optimizers = build_optimizers(model, config.optimizer, config.learning_rate)
     state = load_checkpoint(config.out_dir, model, optimizers) or Checkpoint()
-    pool = ThreadPoolExecutor(config.threads, initializer=torch.set_num_threads, initargs=(1,))
+    with (
+        BatchFeed(maker, recipe, config.feeders) as feed,
+        ThreadPoolExecutor(config.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        state = _run(config, model, optimizers, state, feed, pool, probes, on_progress)
+    facts = BundleFacts(
+        template=config.template,
+        training={"steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds)},
+    )
+    return export_bundle(model, config.out_dir / "tokenizer", config.out_dir / "bundle", facts)
+
+
+def _run(
+    config: ReaderTrainingConfig,
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    state: Checkpoint,
+    feed: BatchFeed,
+    pool: ThreadPoolExecutor,
+    probes: dict[str, list[Context]],
+    on_progress: Callable[[TrainingProgress], None] | None,
+) -> Checkpoint:
+    """The steps from ``state`` to the end of the budget; gives the state there."""
     fraction = _fraction(config, state)
     while fraction < 1:
         started = time.perf_counter()
@@ -166,7 +104,7 @@ def train_reader(config: ReaderTrainingConfig, on_progress: Callable[[TrainingPr
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * factor
-        batches = _batches(config, sampler, state.step, fraction)
+        batches = feed.take(state.step, partial(_fraction_at, config, fraction))
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
         parts = [Part.choose(batch, config.passage_share, generator) for batch in batches]
         losses = update(model, optimizers, parts, pool, config.device)
@@ -194,11 +132,7 @@ def train_reader(config: ReaderTrainingConfig, on_progress: Callable[[TrainingPr
                     probe_exact=exact,
                 )
             )
-    facts = BundleFacts(
-        template=config.template,
-        training={"steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds)},
-    )
-    return export_bundle(model, config.out_dir / "tokenizer", config.out_dir / "bundle", facts)
+    return state
 
 
 @torch.no_grad()
@@ -222,23 +156,31 @@ def probe_exact(model: LlamaForCausalLM, contexts: list[Context], config: Reader
     return right / asked
 
 
-def _batches(config: ReaderTrainingConfig, sampler: ContextSampler, step: int, fraction: float) -> list[PackedBatch]:
-    """The parts of a step: contexts of one shape, the longest together so that little is padding."""
-    random = Random(f"{config.seed}/{step}")
-    shape = batch_shape(random, fraction if config.start_from is None else 1.0, config.mixture)
-    rows = max(2, round(config.tokens_per_step / (0.8 * shape.passages * shape.passage_tokens + 110)))
-    contexts = sorted((sampler.sample(shape, random) for _ in range(rows)), key=row_tokens)
-    size = -(-rows // config.parts)
-    return [
-        pack(contexts[start : start + size], block=config.masks == "both" and step % 2 == 0, weights=config.weights)
-        for start in range(0, rows, size)
-    ]
+def _recipe(config: ReaderTrainingConfig, tokenizer_dir: Path) -> BatchRecipe:
+    return BatchRecipe(
+        data_dir=config.data_dir,
+        tokenizer_dir=tokenizer_dir,
+        template=config.template,
+        mixture=config.mixture,
+        weights=config.weights,
+        tokens_per_step=config.tokens_per_step,
+        parts=config.parts,
+        block_masks=config.masks == "both",
+        always_long=config.start_from is not None,
+        multiple=16 if config.device.startswith("cuda") else 1,
+        seed=config.seed,
+    )
 
 
 def _fraction(config: ReaderTrainingConfig, state: Checkpoint) -> float:
     if config.minutes is not None:
         return state.seconds / (60 * config.minutes)
     return state.step / (config.steps or 1)
+
+
+def _fraction_at(config: ReaderTrainingConfig, now: float, step: int) -> float:
+    """How far the training is at a step to come: by the number of steps, or as far as it is now."""
+    return now if config.steps is None else step / config.steps
 
 
 def _model(config: ReaderTrainingConfig) -> LlamaForCausalLM:
@@ -250,7 +192,8 @@ def _model(config: ReaderTrainingConfig) -> LlamaForCausalLM:
     return model
 
 
-def _tokenizer(config: ReaderTrainingConfig, data: ReaderData) -> TemplateTokenizer:
+def _tokenizer(config: ReaderTrainingConfig, data: ReaderData) -> Path:
+    """The directory of the run's tokenizer, which is learnt or copied there where it is not there yet."""
     folder = config.out_dir / "tokenizer"
     if config.start_from is not None:
         folder.mkdir(exist_ok=True)
@@ -259,7 +202,7 @@ def _tokenizer(config: ReaderTrainingConfig, data: ReaderData) -> TemplateTokeni
     elif not (folder / "tokenizer_config.json").exists():
         learnt = train_tokenizer(tokenizer_texts(data, config.tokenizer_articles), config.shape.vocab_size)
         save_tokenizer(learnt, folder, config.shape.max_tokens)
-    return load_template_tokenizer(folder)
+    return folder
 
 
 def main() -> None:
@@ -276,13 +219,16 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=ReaderTrainingConfig.learning_rate)
     parser.add_argument("--passage-share", type=float, default=ReaderTrainingConfig.passage_share)
     parser.add_argument("--tokens-per-step", type=int, default=ReaderTrainingConfig.tokens_per_step)
+    parser.add_argument("--size", choices=SHAPES, default="6m", help="of a reader trained from random weights")
     parser.add_argument("--parts", type=int, default=ReaderTrainingConfig.parts)
     parser.add_argument("--threads", type=int, default=ReaderTrainingConfig.threads)
+    parser.add_argument("--feeders", type=int, default=ReaderTrainingConfig.feeders)
     parser.add_argument("--checkpoint-steps", type=int, default=ReaderTrainingConfig.checkpoint_steps)
     parser.add_argument("--device", default=ReaderTrainingConfig.device)
     parser.add_argument("--seed", type=int, default=ReaderTrainingConfig.seed)
     given = vars(parser.parse_args())
-    config = ReaderTrainingConfig(data_dir=given.pop("data"), out_dir=given.pop("out"), **given)
+    paths = {"data_dir": given.pop("data"), "out_dir": given.pop("out")}
+    config = ReaderTrainingConfig(**paths, shape=SHAPES[given.pop("size")], **given)
     print(f"bundle written to {train_reader(config, _print_progress)}")
 
 

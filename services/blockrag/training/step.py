@@ -40,7 +40,7 @@ def hidden_states(model: LlamaForCausalLM, batch: PackedBatch, device: str) -> t
     """Last hidden states [B, T, width] of the rows of ``batch``."""
     output = model.model(
         input_ids=batch.input_ids.to(device),
-        attention_mask=additive_mask(batch.mask.to(device), torch.bfloat16),
+        attention_mask=additive_mask(batch.mask(device), torch.bfloat16),
         position_ids=batch.position_ids.to(device),
         use_cache=False,
     )

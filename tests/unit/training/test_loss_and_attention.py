@@ -3,8 +3,8 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from blockrag.training.attention import additive_mask, register
+from blockrag.training.config import ModelShape
 from blockrag.training.loss import linear_cross_entropy
-from blockrag.training.reader import ModelShape
 
 
 def test_chunked_cross_entropy_has_the_loss_and_gradients_of_the_plain_one() -> None:

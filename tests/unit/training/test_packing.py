@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from blockrag.training.contexts import Branch, Context
-from blockrag.training.packing import IGNORED, Weights, attention_mask, pack
+from blockrag.training.packing import IGNORED, Weights, pack
 
 CONTEXTS = [
     Context([[1], [3, 20, 21], [3, 30]], [Branch([5, 40, 6], [41, 2]), Branch([5, 50, 51, 6], [52, 53, 2])]),
@@ -33,14 +33,14 @@ def test_masks_are_the_definition() -> None:
         for row, context in enumerate(CONTEXTS):
             expected = _may_see(context, block)
             size = len(expected)
-            assert np.array_equal(batch.mask[row, 0, :size, :size].numpy(), expected)
-            assert not batch.mask[row, 0, :size, size:].any()
+            assert np.array_equal(batch.mask()[row, 0, :size, :size].numpy(), expected)
+            assert not batch.mask()[row, 0, :size, size:].any()
 
 
 def test_every_query_has_a_key() -> None:
     batch = pack(CONTEXTS, block=True, weights=Weights(), multiple=32)
     assert batch.input_ids.shape == (2, 32)
-    assert batch.mask.any(-1).all()
+    assert batch.mask().any(-1).all()
 
 
 def test_questions_start_right_after_the_context() -> None:
@@ -57,7 +57,7 @@ def test_gaps_move_what_stands_behind_them() -> None:
     assert batch.position_ids[0, 6:11].tolist() == [21, 22, 23, 24, 25]
     assert batch.position_ids[0, 11:18].tolist() == [21, 22, 23, 24, 25, 26, 27]
     contiguous = pack([CONTEXTS[0]], block=True, weights=Weights())
-    assert torch.equal(batch.mask, contiguous.mask)
+    assert torch.equal(batch.mask(), contiguous.mask())
     assert torch.equal(batch.targets, contiguous.targets)
 
 
@@ -71,6 +71,6 @@ def test_targets_and_weights() -> None:
     assert batch.tokens == 18 + 7
 
 
-def test_a_mask_of_one_segment_is_causal() -> None:
-    mask = attention_mask(np.zeros((1, 5), int), np.ones((1, 5), bool))
-    assert torch.equal(torch.from_numpy(mask[0, 0]), torch.ones(5, 5).tril().bool())
+def test_a_context_without_questions_is_causal() -> None:
+    batch = pack([Context([[1, 2, 3], [4, 5]], [])], block=False, weights=Weights())
+    assert torch.equal(batch.mask()[0, 0], torch.ones(5, 5).tril().bool())

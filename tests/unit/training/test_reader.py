@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from blockrag.training.config import ModelShape, ReaderTrainingConfig
 from blockrag.training.export import file_sha256
 from blockrag.training.optimizer import learning_rate_factor
-from blockrag.training.reader import ModelShape, ReaderTrainingConfig, TrainingProgress, train_reader
+from blockrag.training.reader import TrainingProgress, train_reader
 
 TINY = ModelShape(vocab_size=400, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=48, max_tokens=2048)
 
