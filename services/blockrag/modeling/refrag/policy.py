@@ -26,10 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockrag.errors import BundleError
-from blockrag.modeling.matmul import speed_up_linear_layers
+from blockrag.modeling.matmul import linear, onednn_available, speed_up_linear_layers
 from blockrag.modeling.refrag.policy_features import FEATURES, PLACE_FEATURES, TokenTraits, chunk_features
 
 _METADATA = "policy"
+_LOG2_E = 1.4426950408889634
+_LEAST_SUM = 2.0**-90
+"""Sums of exponentials between this and its inverse: without the row's maximum subtracted, nothing was out of range."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,14 @@ class ChunkPolicy(nn.Module):
         """Logits of one prompt's chunks, [chunks]."""
         if not prompt.chunks:
             return np.zeros(0, dtype=np.float32)
-        logits: NDArray[np.float32] = self(make_policy_batch([prompt]))[0].cpu().numpy()
+        alone = PolicyBatch(
+            prompt.embeddings[None],
+            prompt.features[None],
+            prompt.question[None],
+            (prompt.chunks,),
+            (len(prompt.question),),
+        )
+        logits: NDArray[np.float32] = self(alone)[0].cpu().numpy()
         return logits
 
     def save(self, path: str | Path) -> None:
@@ -212,11 +222,39 @@ class _Layer(nn.Module):
         """tokens [prompts, n, width]; ``seen``: bool [prompts, 1, 1, n], None for all."""
         prompts, count, width = tokens.shape
         joined = self.attention(self.before_attention(tokens)).view(prompts, count, 3, self._heads, -1)
-        query, key, value = joined.permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-        tokens = tokens + self.attended(found.transpose(1, 2).reshape(prompts, count, width))
+        by_head = joined.permute(2, 0, 3, 1, 4)
+        found = None
+        if prompts == 1 and seen is None and not torch.is_grad_enabled() and onednn_available(tokens.device):
+            found = attend_to_all(*by_head[:, 0].contiguous())
+        if found is None:
+            query, key, value = by_head
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2)
+        tokens = tokens + self.attended(found.reshape(prompts, count, width))
         update: Tensor = self.down(F.relu(self.up(self.before_hidden(tokens))))
         return tokens + update
+
+
+def attend_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """Softmax attention without a mask on a CPU: contiguous float32 [heads, n, d] each to [n, heads, d].
+
+    Products by oneDNN, powers of two, and no row's maximum, whose subtraction takes as long as the exponentials: the
+    rows' sums prove that nothing overflowed or vanished. None where something did.
+    """
+    heads, count, width = query.shape
+    query = query * (_LOG2_E * width**-0.5)
+    found = query.new_empty(count, heads, width)
+    for head in range(heads):
+        if not _attend_head(query[head], key[head], value[head], found[:, head]):
+            return None
+    return found
+
+
+def _attend_head(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> bool:
+    # a function of its own, so that the weights' memory is freed, and still in the core's cache for the next head
+    weights = linear(query, key).exp2_()
+    sums = weights.sum(1, keepdim=True)
+    torch.div(linear(weights, value.t()), sums, out=out)
+    return _LEAST_SUM < float(sums.min()) <= float(sums.max()) < 1 / _LEAST_SUM
 
 
 def _present(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def chunk_features(
     index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(np.cumsum(lengths) - lengths, counts) + index * chunk_tokens
     sizes = np.minimum(lengths[owner] - index * chunk_tokens, chunk_tokens)
-    tokens = np.concatenate([np.asarray(passage, dtype=np.int64) for passage in passages])
+    tokens = np.fromiter(chain.from_iterable(passages), dtype=np.int64, count=int(lengths.sum()))
     rank = (np.arange(len(lengths)) if ranks is None else np.asarray(ranks, dtype=np.int64))[owner]
     columns = [
         np.log1p(rank) / 3.0,
@@ -94,7 +95,13 @@ def chunk_features(
         sizes / chunk_tokens,
         np.add.reduceat(_look_up(traits.digit, tokens), starts) / sizes,
         np.add.reduceat(_look_up(traits.capital, tokens), starts) / sizes,
-        *_overlaps(tokens, np.asarray(question, dtype=np.int64), np.cumsum(lengths) - lengths, starts, owner),
+        *_overlaps(
+            tokens,
+            np.asarray(question, dtype=np.int64),
+            np.cumsum(counts) - counts,
+            np.repeat(np.arange(len(owner)), sizes),
+            owner,
+        ),
     ]
     # what the passage asked about is read from its beginning on: given as products, which a small network learns late
     best = columns[FEATURES.index("inverse rank by overlap")] == 1.0
@@ -112,17 +119,25 @@ def _look_up(trait: NDArray[np.bool_], tokens: NDArray[np.int64]) -> NDArray[np.
 def _overlaps(
     tokens: NDArray[np.int64],
     question: NDArray[np.int64],
-    passage_starts: NDArray[np.int64],
-    chunk_starts: NDArray[np.int64],
+    first_chunks: NDArray[np.int64],
+    chunk_of: NDArray[np.int64],
     owner: NDArray[np.int64],
 ) -> list[NDArray[np.float64]]:
-    """Seven columns: overlaps as shares of the question's whole weight; zero where it has none."""
-    chunks, passages = len(owner), len(passage_starts)
+    """Seven columns: overlaps as shares of the question's whole weight; zero where it has none.
+
+    ``first_chunks`` [passages]: the first chunk of each; ``chunk_of`` [tokens]: the chunk that a token stands in.
+    """
+    chunks, passages = len(owner), len(first_chunks)
     nothing = [np.zeros(chunks) for _ in range(7)]
     if not question.size:
         return nothing
-    same = tokens[:, None] == question[None, :]
-    held = np.logical_or.reduceat(same, passage_starts, axis=0)
+    # few tokens stand in the question at all: only those are compared with each of its tokens
+    places = np.flatnonzero(_among(tokens, question))
+    found, column = np.nonzero(tokens[places, None] == question[None, :])
+    place = places[found]
+    own_held = np.zeros((chunks, question.size), dtype=np.bool_)
+    own_held[chunk_of[place], column] = True
+    held = np.logical_or.reduceat(own_held, first_chunks, axis=0)
     weight = _rarity(held, passages)
     # a token that stands twice in the question counts once
     weight[np.setdiff1d(np.arange(question.size), np.unique(question, return_index=True)[1])] = 0.0
@@ -131,7 +146,7 @@ def _overlaps(
     whole = held @ weight / weight.sum()
     best = whole.max()
     order = (whole[None, :] > whole[:, None]).sum(axis=1)
-    own = np.logical_or.reduceat(same, chunk_starts, axis=0) @ weight / weight.sum()
+    own = own_held @ weight / weight.sum()
     first = np.diff(owner, prepend=-1) != 0
     before = np.where(first, 0.0, np.roll(own, 1))
     after = np.where(np.roll(first, -1), 0.0, np.roll(own, -1))
@@ -139,21 +154,40 @@ def _overlaps(
         whole[owner],
         whole[owner] / best if best else nothing[0],
         1.0 / (1.0 + order[owner]),
-        _pairs(same, passage_starts, passages)[owner],
+        _pairs(place, column, owner[chunk_of[place]], question.size, passages)[owner],
         own,
         before,
         after,
     ]
 
 
-def _pairs(same: NDArray[np.bool_], passage_starts: NDArray[np.int64], passages: int) -> NDArray[np.float64]:
-    """Overlap of each passage with the question's pairs of neighbouring tokens, relative to the best."""
-    if same.shape[1] < 2 or len(same) < 2:
+def _among(tokens: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of ``tokens`` are among ``wanted``; token ids are small numbers."""
+    marked = np.zeros(max(tokens.max(), wanted.max()) + 1, dtype=np.bool_)
+    marked[wanted] = True
+    return marked[tokens]
+
+
+def _pairs(
+    place: NDArray[np.int64],
+    column: NDArray[np.int64],
+    passage: NDArray[np.int64],
+    question_tokens: int,
+    passages: int,
+) -> NDArray[np.float64]:
+    """Overlap of each passage with the question's pairs of neighbouring tokens, relative to the best.
+
+    The question's token ``column[i]`` stands at ``place[i]`` among all tokens, in ``passage[i]``.
+    """
+    if question_tokens < 2 or not place.size:
         return np.zeros(passages)
-    both = np.zeros((len(same), same.shape[1] - 1), dtype=np.bool_)
-    both[:-1] = same[:-1, :-1] & same[1:, 1:]
-    both[passage_starts[1:] - 1] = False
-    held = np.logical_or.reduceat(both, passage_starts, axis=0)
+    # one number for each (place, column); both grow by one from a pair's first token to its second
+    numbers = place * question_tokens + column
+    follower = np.minimum(np.searchsorted(numbers, numbers + question_tokens + 1), len(numbers) - 1)
+    followed = (numbers[follower] == numbers + question_tokens + 1) & (column < question_tokens - 1)
+    followed &= passage[follower] == passage
+    held = np.zeros((passages, question_tokens - 1), dtype=np.bool_)
+    held[passage[followed], column[followed]] = True
     found: NDArray[np.float64] = held @ _rarity(held, passages)
     return found / found.max() if found.max() else found
 
