@@ -12,12 +12,12 @@ from ray.serve.grpc_util import RayServegRPCContext
 from blockrag.access import protect
 from blockrag.compressor.compression import CompressionAbility
 from blockrag.compressor.costs import DecoderCosts
+from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.embeddings import EmbeddingCache
 from blockrag.compressor.mixing import Mixer
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.rating import ChunkRater
 from blockrag.compressor.tokenizing import PassageTokenizer
-from blockrag.compressor.words import ChunkWords
 from blockrag.configured import configured_bundle, configured_keys
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.gateway.remote import DecoderClient
@@ -44,13 +44,13 @@ class Compressor:
         protect(settings)
         bundle = configured_bundle(settings, verify_files=True)
         tokenizer = bundle.load_tokenizer()
-        words = ChunkWords(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
+        drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
         self._upkeep: asyncio.Task[None] | None = None
         self._planner = Planner(
             PassageTokenizer(tokenizer, bundle.template),
             bundle.max_context_tokens,
             CompressionAbility.of(bundle),
-            words,
+            drafts,
             self._mixer(bundle, settings) if bundle.refrag is not None else None,
         )
 

@@ -97,10 +97,11 @@ def expand(logits: NDArray[np.float32], chunk_lengths: NDArray[np.int64], extra_
 
 def chunk_lengths(passage_tokens: Sequence[int], chunk_tokens: int) -> NDArray[np.int64]:
     """Tokens of every chunk of all passages, in order, int64 [chunks]."""
-    lengths = [np.full(chunk_count(tokens, chunk_tokens), chunk_tokens, dtype=np.int64) for tokens in passage_tokens]
-    for tokens, own in zip(passage_tokens, lengths, strict=True):
-        own[-1] = tokens - chunk_tokens * (len(own) - 1)
-    return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+    sizes = np.asarray(passage_tokens, dtype=np.int64)
+    counts = -(-sizes // chunk_tokens)
+    lengths = np.full(counts.sum(), chunk_tokens, dtype=np.int64)
+    lengths[np.cumsum(counts) - 1] = sizes - chunk_tokens * (counts - 1)
+    return lengths
 
 
 def retrieval_logits(passage_tokens: Sequence[int], chunk_tokens: int) -> NDArray[np.float32]:

@@ -192,9 +192,13 @@ class Mixer:
     def _by_passage(
         self, expanded: NDArray[np.bool_], sizes: Sequence[int], kept: Sequence[int]
     ) -> list[NDArray[np.bool_]]:
-        ends = np.cumsum([self._form.size(sizes[place]) for place in kept], dtype=np.int64)
-        parts = dict(zip(kept, np.split(expanded, ends[:-1]), strict=True)) if kept else {}
-        return [parts.get(place, np.zeros(0, dtype=np.bool_)) for place in range(len(sizes))]
+        parts = [np.zeros(0, dtype=np.bool_)] * len(sizes)
+        start = 0
+        for place in kept:
+            end = start + self._form.size(sizes[place])
+            parts[place] = expanded[start:end]
+            start = end
+        return parts
 
 
 def _failed(future: asyncio.Future[Tensor]) -> bool:

@@ -6,12 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression
+from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.mixing import Candidates, Mixer, Mixture
-from blockrag.compressor.planning import PassageDecision, PromptBudget, expand_what_fits
+from blockrag.compressor.planning import PromptBudget, expand_what_fits
 from blockrag.compressor.tokenizing import PassageTokenizer
-from blockrag.compressor.words import ChunkWords
 from blockrag.errors import InvalidRequestError
-from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.v1 import common_pb2, compressor_pb2
 
 
@@ -23,7 +22,7 @@ class Planner:
         tokenizer: PassageTokenizer,
         max_positions: int,
         ability: CompressionAbility,
-        words: ChunkWords,
+        drafts: PassageDrafts,
         mixer: Mixer | None = None,
     ) -> None:
         """``mixer``: None where the bundle cannot compress."""
@@ -31,7 +30,7 @@ class Planner:
         self._max_positions = max_positions
         self._ability = ability
         self._chunk_tokens = ability.chunk_tokens
-        self._words = words
+        self._drafts = drafts
         self._mixer = mixer
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
@@ -66,17 +65,24 @@ class Planner:
             chunk_tokens=self._chunk_tokens,
             policy_ms=mixture.policy_ms if mixture else 0.0,
         )
+        draft = self._drafts.plain if mixture is None else self._drafts.worded
         for place, (passage, ids, decision) in enumerate(zip(passages, blocks, decisions, strict=True)):
-            response.passages.add(
-                passage_id=passage.passage_id,
-                document_id=passage.document_id,
-                token_ids=ids,
-                chunks=self._chunks(ids, decision, mixture.expanded[place] if mixture else None),
-                in_prompt=decision.in_prompt,
-                dropped_reason=decision.dropped_reason,
-            )
-            if decision.in_prompt:
-                response.prompt_tokens += _slots(response.passages[place]) if mixture else len(ids)
+            planned = response.passages.add()
+            planned.CopyFrom(draft(ids))
+            planned.passage_id = passage.passage_id
+            planned.document_id = passage.document_id
+            planned.in_prompt = decision.in_prompt
+            planned.dropped_reason = decision.dropped_reason
+            if not decision.in_prompt:
+                for chunk in planned.chunks:
+                    chunk.form = common_pb2.CHUNK_FORM_DROPPED
+            elif mixture is None:
+                response.prompt_tokens += len(ids)
+            else:
+                expanded = mixture.expanded[place]
+                for index in np.flatnonzero(expanded).tolist():
+                    planned.chunks[index].form = common_pb2.CHUNK_FORM_EXPANDED
+                response.prompt_tokens += self._slots(len(ids), expanded)
         return response
 
     async def prepare(self, question: str) -> None:
@@ -100,7 +106,7 @@ class Planner:
         request: compressor_pb2.PlanRequest,
         compression: CompressionRequest,
         blocks: list[tuple[int, ...]],
-        final_ids: list[int],
+        final_ids: tuple[int, ...],
         most_slots: int,
     ) -> Mixture:
         assert self._mixer is not None, "a bundle that cannot compress was refused"
@@ -109,34 +115,13 @@ class Planner:
         candidates = Candidates(blocks, document_ids, instruction_tokens, final_ids, most_slots)
         return await self._mixer.mix(request, compression, candidates)
 
-    def _chunks(
-        self, ids: tuple[int, ...], decision: PassageDecision, expanded: NDArray[np.bool_] | None
-    ) -> list[common_pb2.ChunkDecision]:
-        """What becomes of each chunk; with its words when compression was asked for (``expanded`` is not None)."""
-        bounds = chunk_bounds(len(ids), self._chunk_tokens)
-        if expanded is None:
-            form = common_pb2.CHUNK_FORM_EXPANDED if decision.in_prompt else common_pb2.CHUNK_FORM_DROPPED
-            return [common_pb2.ChunkDecision(start_token=start, end_token=end, form=form) for start, end in bounds]
-        if decision.in_prompt:
-            forms = [
-                common_pb2.CHUNK_FORM_EXPANDED if keep else common_pb2.CHUNK_FORM_COMPRESSED
-                for keep in expanded.tolist()
-            ]
-        else:
-            forms = [common_pb2.CHUNK_FORM_DROPPED] * len(bounds)
-        return [
-            common_pb2.ChunkDecision(start_token=start, end_token=end, form=form, text=text)
-            for (start, end), form, text in zip(bounds, forms, self._words.of(ids), strict=True)
-        ]
+    def _slots(self, tokens: int, expanded: NDArray[np.bool_]) -> int:
+        """One for a compressed chunk and one per token for an expanded one, of which the last may be short."""
+        chunks = len(expanded)
+        missing = chunks * self._chunk_tokens - tokens if expanded[-1] else 0
+        return chunks + int(np.count_nonzero(expanded)) * (self._chunk_tokens - 1) - missing
 
     def _block(self, passage: common_pb2.Passage) -> tuple[int, ...]:
         if not passage.text:
             raise InvalidRequestError("passages", f"passage {passage.passage_id!r} has no text")
         return self._tokenizer.passage_ids(passage.title, passage.text)
-
-
-def _slots(planned: compressor_pb2.PassagePlan) -> int:
-    return sum(
-        chunk.end_token - chunk.start_token if chunk.form == common_pb2.CHUNK_FORM_EXPANDED else 1
-        for chunk in planned.chunks
-    )

@@ -1,10 +1,13 @@
-"""Passages to token ids, remembered: the same passage is asked for again and again."""
+"""Texts to token ids, remembered: the same passage is asked for again and again, a prepared question twice."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import lru_cache
 
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
+
+_REMEMBERED_QUESTIONS = 256
 
 
 class PassageTokenizer:
@@ -19,6 +22,8 @@ class PassageTokenizer:
         self._remembered = remembered
         self._cache: OrderedDict[tuple[str, str], tuple[int, ...]] = OrderedDict()
         self.instruction_ids: tuple[int, ...] = tuple(template.instruction_ids(tokenizer))
+        self.final_ids = lru_cache(maxsize=_REMEMBERED_QUESTIONS)(self._final_ids)
+        """Token ids of the final block of a question."""
 
     def passage_ids(self, title: str, text: str) -> tuple[int, ...]:
         """Token ids of a passage's block."""
@@ -33,6 +38,5 @@ class PassageTokenizer:
             self._cache.move_to_end(key)
         return ids
 
-    def final_ids(self, question: str) -> list[int]:
-        """Token ids of the final block."""
-        return self._template.final_ids(self._tokenizer, question)
+    def _final_ids(self, question: str) -> tuple[int, ...]:
+        return tuple(self._template.final_ids(self._tokenizer, question))

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from blockrag.compressor.compression import CompressionAbility
 from blockrag.compressor.costs import DecoderCosts
+from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.embeddings import EmbeddingCache
 from blockrag.compressor.mixing import Mixer
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.rating import ChunkRater
 from blockrag.compressor.tokenizing import PassageTokenizer
-from blockrag.compressor.words import ChunkWords
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.encoder.forms import FormEncoder
 from blockrag.errors import InvalidRequestError, PromptTooLongError
@@ -26,6 +26,7 @@ from blockrag.keys import KeyMaker
 from blockrag.kv_cache.messages import FetchedBlock
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel
+from blockrag.modeling.refrag.chunks import composed_slots
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.types import BlockRequest
 from blockrag.v1.common_pb2 import (
@@ -94,12 +95,12 @@ def planner(bundle: Bundle, source: Encoding) -> Planner:
 
 def make_planner(bundle: Bundle, mixer: Mixer | None) -> Planner:
     tokenizer = bundle.load_tokenizer()
-    words = ChunkWords(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
+    drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
     return Planner(
         PassageTokenizer(tokenizer, bundle.template),
         bundle.max_context_tokens,
         CompressionAbility.of(bundle),
-        words,
+        drafts,
         mixer,
     )
 
@@ -250,6 +251,28 @@ async def test_the_words_of_the_chunks_are_the_passage(planner: Planner) -> None
     for passage, text in zip(plan.passages, TEXTS, strict=True):
         assert "".join(chunk.text for chunk in passage.chunks) == f" title {text}"
         assert [chunk.start_token for chunk in passage.chunks] == list(range(0, len(passage.token_ids), CHUNK))
+
+
+async def test_a_plan_does_not_change_the_next_one_of_the_same_passages(planner: Planner) -> None:
+    bounded, whole = Compression(max_context_tokens=20), Compression(rate=1)
+    first = [await planner.plan(request(each)) for each in (None, bounded, whole)]
+    again = [await planner.plan(request(each)) for each in (whole, bounded, None)]
+    for plan in (*first, *again):
+        plan.policy_ms = 0.0
+    assert first == again[::-1]
+    dropped = await planner.plan(request(max_context_tokens=1))
+    assert CHUNK_FORM_DROPPED in forms(dropped)[0]
+    assert await planner.plan(request()) == first[0]
+
+
+async def test_slots_are_counted_as_the_decoder_counts_them(planner: Planner) -> None:
+    for rate in (1.0, 1.3, 2.0, 3.0, CHUNK):
+        plan = await planner.plan(request(Compression(rate=rate)))
+        expanded = [[form == CHUNK_FORM_EXPANDED for form in passage] for passage in forms(plan)]
+        assert slots(plan) == sum(
+            composed_slots(len(passage.token_ids), keep, CHUNK)
+            for passage, keep in zip(plan.passages, expanded, strict=True)
+        )
 
 
 async def test_no_passages_and_modes_without_blocks(planner: Planner) -> None:
