@@ -25,7 +25,7 @@ from blockrag.grpc_status import translate_errors
 from blockrag.kv_cache.client import KvCacheClient
 from blockrag.kv_cache.deployment import connect
 from blockrag.modeling.bundle import Bundle
-from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.v1 import compressor_pb2
 
@@ -117,9 +117,9 @@ async def _follow_purges(cache: KvCacheClient, embeddings: EmbeddingCache) -> No
             embeddings.purge(purged.keys)
 
 
-def build(args: AppArgs) -> Application:
+def build(args: dict[str, str]) -> Application:
     """The application, as named in a Serve configuration file."""
-    settings = load_settings(args.settings_file or None)
+    settings = load_application_settings(args)
     return serve.deployment(
         num_replicas=settings.compressor.replicas,
         max_ongoing_requests=256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import lru_cache
 
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
@@ -31,12 +32,24 @@ class PassageTokenizer:
         ids = self._cache.get(key)
         if ids is None:
             ids = tuple(self._template.passage_ids(self._tokenizer, title, text))
-            self._cache[key] = ids
-            if len(self._cache) > self._remembered:
-                self._cache.popitem(last=False)
+            self._keep(key, ids)
         else:
             self._cache.move_to_end(key)
         return ids
+
+    def remembers(self, title: str, text: str) -> bool:
+        """Whether a passage needs no tokenising."""
+        return (title, text) in self._cache
+
+    def remember(self, title: str, text: str, ids: Iterable[int]) -> None:
+        """Keep what another tokenizer of the same bundle made of a passage."""
+        if (title, text) not in self._cache:
+            self._keep((title, text), tuple(ids))
+
+    def _keep(self, key: tuple[str, str], ids: tuple[int, ...]) -> None:
+        self._cache[key] = ids
+        if len(self._cache) > self._remembered:
+            self._cache.popitem(last=False)
 
     def _final_ids(self, question: str) -> tuple[int, ...]:
         return tuple(self._template.final_ids(self._tokenizer, question))

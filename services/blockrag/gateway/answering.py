@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from blockrag.compressor.compression import RETRIEVAL
 from blockrag.errors import DeadlineError, UnavailableError
 from blockrag.gateway.overhead import Overhead
+from blockrag.gateway.planning import PlanMaker
 from blockrag.gateway.validation import Question, Search
 from blockrag.grpc_status import as_known_error
 from blockrag.telemetry import Span, request_logger, span, trace_id_of
@@ -49,14 +50,6 @@ class Searcher(Protocol):
     """The part of the retriever that answering needs."""
 
     async def search(self, request: SearchRequest) -> SearchResponse: ...
-
-
-class PlanMaker(Protocol):
-    """The part of the compressor that answering needs."""
-
-    async def plan(self, request: PlanRequest) -> PlanResponse: ...
-
-    async def prepare_question(self, request: PrepareQuestionRequest) -> PrepareQuestionResponse: ...
 
 
 class TextDecoder(Protocol):
@@ -104,6 +97,13 @@ class Deadline:
             raise DeadlineError(f"the request took longer than its {self._timeout_ms} ms") from error
 
 
+@dataclass
+class _Made:
+    """What the generation of an answer left behind."""
+
+    plan: PlanResponse = field(default_factory=PlanResponse)
+
+
 @dataclass(frozen=True)
 class Answering:
     """Answers questions with the services it is given."""
@@ -146,18 +146,18 @@ class Answering:
         finally:
             if preparing is not None:
                 await _ended(preparing)
-        # Under way while the passages are sent.
-        planning = asyncio.create_task(self._plan(question, passages, context, timings, deadline))
-        try:
-            yield GenerateResponse(request_id=request_id, retrieved=Retrieved(passages=passages))
-            plan = await planning
-        finally:
-            await _ended(planning)
-        request = _decode_request(question, plan)
+        made = _Made()
         pieces: list[str] = []
         finish: DecodeFinish | None = None
-        async with aclosing(self._decode(request, context, deadline)) as events:
-            async for event in events:
+        async with aclosing(self._generate(question, passages, context, timings, deadline, made)) as events:
+            # The plan and the decoder's first token are under way while the passages are sent.
+            coming = asyncio.ensure_future(anext(events, None))
+            try:
+                yield GenerateResponse(request_id=request_id, retrieved=Retrieved(passages=passages))
+                event = await coming
+            finally:
+                await _ended(coming)
+            while event is not None:
                 if event.text:
                     if not pieces:
                         timings.first_text = time.perf_counter()
@@ -166,10 +166,17 @@ class Answering:
                 if event.HasField("finish"):
                     finish = event.finish
                     break
+                event = await anext(events, None)
+        plan = made.plan
         if finish is None:
             raise UnavailableError("the decoder ended its answer without saying why; ask again")
         timings.stage_ms.update((stage.stage, stage.milliseconds) for stage in finish.stages)
-        self.overhead.record(timings.time_to_first_token_ms, timings.stage_ms, plan.policy_ms)
+        self.overhead.record(
+            timings.time_to_first_token_ms,
+            timings.stage_ms,
+            plan.policy_ms,
+            compressed=question.compression is not None,
+        )
         finish.usage.context_tokens = sum(len(planned.token_ids) for planned in plan.passages if planned.in_prompt)
         _describe(current, finish.usage, timings)
         completion = Completion(
@@ -189,6 +196,21 @@ class Answering:
     def _prepare(self, question: Question, context: RequestContext) -> asyncio.Task[PrepareQuestionResponse]:
         request = PrepareQuestionRequest(context=context, question=question.text)
         return asyncio.ensure_future(self.planner.prepare_question(request))
+
+    async def _generate(
+        self,
+        question: Question,
+        passages: Sequence[Passage],
+        context: RequestContext,
+        timings: Timings,
+        deadline: Deadline,
+        made: _Made,
+    ) -> AsyncGenerator[DecodeResponse, None]:
+        """Plans, leaves the plan in ``made``, and decodes."""
+        made.plan = await self._plan(question, passages, context, timings, deadline)
+        async with aclosing(self._decode(_decode_request(question, made.plan), context, deadline)) as events:
+            async for event in events:
+                yield event
 
     async def _passages(
         self, question: Question, context: RequestContext, timings: Timings, deadline: Deadline

@@ -15,7 +15,11 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
 from blockrag.access import Tenants, protect
 from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.drafts import PassageDrafts
+from blockrag.compressor.plans import Planner
+from blockrag.compressor.tokenizing import PassageTokenizer
 from blockrag.configured import configured_bundle
+from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.gateway import remote, validation
 from blockrag.gateway.admission import Admission
@@ -23,17 +27,21 @@ from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import call_metadata, count_answer, observed, request_context
+from blockrag.gateway.planning import NearPlanner
 from blockrag.gateway.spool import receive_content, receive_header, refused_gently
 from blockrag.gateway.warming import ALL_FORMS, Warming
 from blockrag.grpc_status import translate_errors
 from blockrag.ingest import PassageSplitter, prepare_documents
 from blockrag.retriever.identity import check_document_id
-from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import metrics, read_trace, setup_telemetry, trace_directory
 from blockrag.v1 import corpus_pb2, rag_pb2, system_pb2
 
 MAX_INGESTS = 8
 """Documents received at a time, per replica: bounds memory and temporary files."""
+
+_REMEMBERED_PASSAGES = 16_384
+"""Passages whose token ids a replica keeps: about 2 KB each."""
 
 GrpcContext: TypeAlias = RayServegRPCContext | None
 
@@ -57,8 +65,17 @@ class Gateway:
         self._tenants = Tenants(limits.tenants)
         self._answers = Admission("answers are in progress", limits.max_inflight)
         self._ingests = Admission("documents are being received", MAX_INGESTS)
+        # Not the splitter's, which works in threads: a tokenizer changes its own settings between calls.
+        tokenizer = bundle.load_tokenizer()
+        passages = PassageTokenizer(tokenizer, bundle.template, _REMEMBERED_PASSAGES)
+        drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
+        planner = Planner(passages, bundle.max_context_tokens, self._ability, drafts)
         self._answering = Answering(
-            retriever, compressor, decoder, bundle.fingerprint, record_text=settings.telemetry.record_text
+            retriever,
+            NearPlanner(planner, passages, compressor),
+            decoder,
+            bundle.fingerprint,
+            record_text=settings.telemetry.record_text,
         )
         self._corpus = Corpus(
             retriever,
@@ -225,9 +242,9 @@ class Gateway:
         return self._tenants.identify(call_metadata(grpc_context))
 
 
-def build(args: AppArgs) -> Application:
+def build(args: dict[str, str]) -> Application:
     """The application, as named in a Serve configuration file."""
-    settings = load_settings(args.settings_file or None)
+    settings = load_application_settings(args)
     # Above what is admitted: one request too many must reach the admission to be refused, not wait in a queue.
     ongoing = settings.gateway.max_inflight * 2 + 64
     return serve.deployment(
