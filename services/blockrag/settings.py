@@ -235,13 +235,6 @@ class Settings(_Section):
         return Path(self.cluster.state_dir).expanduser()
 
 
-class AppArgs(_Section):
-    """Arguments of every service's ``build``, as a Serve configuration file gives them."""
-
-    settings_file: str = ""
-    """Path of the settings YAML on the node; empty: defaults and environment."""
-
-
 def load_settings(path: str | Path | None = None, environment: Mapping[str, str] | None = None) -> Settings:
     """Settings of a YAML file with the environment's overrides.
 
@@ -258,6 +251,18 @@ def load_settings(path: str | Path | None = None, environment: Mapping[str, str]
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise SettingsError("; ".join(problems)) from error
+
+
+def load_application_settings(args: Mapping[str, Any]) -> Settings:
+    """Settings of a service from the arguments of its application in a Serve configuration.
+
+    ``settings_file`` is the path of the settings YAML on the node; without it there are the defaults and the
+    environment. Serve hands over a plain dictionary. Raises ``SettingsError`` for any other argument too.
+    """
+    unknown = sorted(set(args) - {"settings_file"})
+    if unknown:
+        raise SettingsError(f"application arguments: unknown {', '.join(unknown)}; there is settings_file")
+    return load_settings(args.get("settings_file") or None)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from blockrag.decoder.runtime import assemble, warm_up
 from blockrag.grpc_status import translate_errors
 from blockrag.kv_cache.deployment import connect
 from blockrag.modeling.model import SlotModel
-from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry
 from blockrag.v1 import decoder_pb2
 
@@ -99,9 +99,9 @@ class Decoder:
             self._runtime.loader.purge(purged.keys)
 
 
-def build(args: AppArgs) -> Application:
+def build(args: dict[str, str]) -> Application:
     """The application, as named in a Serve configuration file."""
-    settings = load_settings(args.settings_file or None)
+    settings = load_application_settings(args)
     decoder = settings.decoder
     return serve.deployment(
         num_replicas=decoder.replicas,

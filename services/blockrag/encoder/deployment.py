@@ -24,7 +24,7 @@ from blockrag.kv_cache.requests import block_form
 from blockrag.kv_cache.tasks import gather_or_cancel
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
-from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.types import BlockKV, BlockRequest, CachedBlock
 from blockrag.v1 import common_pb2, encoder_pb2
@@ -118,9 +118,9 @@ class Encoder:
         return cast("encoder_pb2.GetEncoderStatusResponse", await self._pool.status.remote())
 
 
-def build(args: AppArgs) -> Application:
+def build(args: dict[str, str]) -> Application:
     """The application, as named in a Serve configuration file."""
-    settings = load_settings(args.settings_file or None)
+    settings = load_application_settings(args)
     encoder = settings.encoder
     pool = serve.deployment(
         # Twice a full forward pass of short blocks may wait in a replica; the rest waits with its callers.

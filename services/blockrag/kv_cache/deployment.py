@@ -33,7 +33,7 @@ from blockrag.kv_cache.ring import HashRing, shard_names
 from blockrag.kv_cache.shard import CacheShard, EncodedObject
 from blockrag.kv_cache.shards import Shard, ShardGroup
 from blockrag.kv_cache.store import BlockStore
-from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.types import BlockRequest, CachedBlock
 from blockrag.v1 import common_pb2, kv_cache_pb2
@@ -285,9 +285,9 @@ def _warn_of_small_store(budget_bytes: int) -> None:
         )
 
 
-def build(args: AppArgs) -> Application:
+def build(args: dict[str, str]) -> Application:
     """The application, as named in a Serve configuration file."""
-    settings = load_settings(args.settings_file or None)
+    settings = load_application_settings(args)
     shards = [
         serve.deployment(
             name=name,

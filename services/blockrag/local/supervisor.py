@@ -17,7 +17,7 @@ from typing import Any
 
 from blockrag.local.preflight import free_port
 from blockrag.local.state import SystemState, own_state, write_state
-from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.settings import Settings, load_settings
 
 APPLICATIONS = ("encoder", "kv_cache", "retriever", "compressor", "decoder", "gateway")
 
@@ -138,7 +138,7 @@ class _Supervisor:
         from ray import serve
         from ray.serve.api import RunTarget
 
-        arguments = AppArgs(settings_file=self._settings_file)
+        arguments = {"settings_file": self._settings_file}
         # Together: most of a replica's start is importing, and they wait for each other only at the first request.
         serve.run_many(
             [RunTarget(_builder(name)(arguments), name=name, route_prefix=f"/{name}") for name in APPLICATIONS]

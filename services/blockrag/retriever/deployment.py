@@ -10,7 +10,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from blockrag.access import protect
 from blockrag.grpc_status import translate_errors
 from blockrag.retriever.opening import check_settings, open_service
-from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry
 from blockrag.v1 import retriever_pb2 as pb
 
@@ -89,9 +89,9 @@ class Retriever:
         return await self._service.GetRetrieverStatus(request)
 
 
-def build(args: AppArgs) -> Application:
+def build(args: dict[str, str]) -> Application:
     """The application, as named in a Serve configuration file. Raises ``SettingsError``."""
-    settings = load_settings(args.settings_file or None)
+    settings = load_application_settings(args)
     check_settings(settings)
     return serve.deployment(
         num_replicas=settings.retriever.replicas,

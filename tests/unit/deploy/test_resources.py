@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.serve._private.build_app import build_app
 
-from blockrag.settings import AppArgs, load_settings
+from blockrag.settings import load_settings
 from tests.unit.deploy.files import CLUSTER, KUBERNETES, SERVICES, of_kind, read_yaml, rendered
 
 
@@ -40,7 +40,7 @@ def demands(settings_file: Path) -> Iterator[Demand]:
     """Every deployment of the six applications, as their ``build`` makes them."""
     for service in SERVICES:
         application = importlib.import_module(f"blockrag.{service}.deployment").build(
-            AppArgs(settings_file=str(settings_file))
+            {"settings_file": str(settings_file)}
         )
         built = build_app(application, name=service, make_deployment_handle=lambda *_: None)
         for deployment in built.deployments:

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import LoggingConfig, ServeDeploySchema
 
+from blockrag.errors import SettingsError
 from blockrag.gateway.servicers import GRPC_SERVICER_FUNCTIONS
-from blockrag.settings import AppArgs, Settings, load_settings
+from blockrag.settings import Settings, load_settings
 from tests.unit.deploy.files import CLUSTER, REPOSITORY, SERVE_CONFIGS, SERVICES, read_yaml, serve_config
 
 
@@ -76,8 +79,22 @@ def test_every_application_is_built_from_settings(name: str) -> None:
         assert application["import_path"] == f"blockrag.{service}.deployment:build"
         assert callable(importlib.import_module(f"blockrag.{service}.deployment").build)
         assert application["route_prefix"] == f"/{service}"
-        assert AppArgs.model_validate(application["args"]).settings_file
+        assert application["args"].keys() == {"settings_file"}
     assert len({application["args"]["settings_file"] for application in applications}) == 1
+
+
+@pytest.mark.parametrize("application", serve_config("local")["applications"], ids=lambda found: found["name"])
+def test_serve_builds_an_application_from_its_arguments(
+    application: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    build = importlib.import_module(application["import_path"].partition(":")[0]).build
+
+    assert isinstance(call_user_app_builder_with_args_if_necessary(build, application["args"]), Application)
+    with pytest.raises(SettingsError, match="setings_file"):
+        call_user_app_builder_with_args_if_necessary(build, {"setings_file": "x"})
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml"):
+        call_user_app_builder_with_args_if_necessary(build, {"settings_file": "nowhere.yaml"})
 
 
 @pytest.mark.parametrize("name", ["local", "gpu-node"])
