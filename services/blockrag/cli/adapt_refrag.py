@@ -69,10 +69,24 @@ def refrag(
         bool, typer.Option(help="Reconstruction from one chunk to many; --no-curriculum is an ablation.")
     ] = True,
     train_decoder: Annotated[
-        bool, typer.Option("--train-decoder", help="Reconstruction: the decoder learns too.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--train-decoder/--freeze-decoder",
+            help="Whether the decoder learns too; default: in all stages but reconstruction.",
+        ),
+    ] = None,
     max_passages: Annotated[int, typer.Option(help="Most passages of a context.")] = 10,
-    text_share: Annotated[float, typer.Option(help="Tuning: share of next-paragraph tokens.")] = 0.2,
+    text_share: Annotated[
+        float | None,
+        typer.Option(help="Share of texts: of a tuning's tokens (0.2), of a policy's contexts (query 0.2, blind 0.6)."),
+    ] = None,
+    targets: Annotated[int, typer.Option(help="Most passages of a text's context that are targets too.")] = 4,
+    compressed_share: Annotated[
+        float, typer.Option(help="Mixed, tune: compositions of a text with everything compressed.")
+    ] = 0.3,
+    distillation: Annotated[
+        float, typer.Option(help="Share of learning from the uncompressed prompt in the loss of texts.")
+    ] = 0.0,
     expanded_share: Annotated[float, typer.Option(help="Mixed, tune: compositions with nothing compressed.")] = 0.2,
     full_share: Annotated[float, typer.Option(help="Mixed, tune: samples under the full mask.")] = 0.12,
     average_with: Annotated[
@@ -82,6 +96,19 @@ def refrag(
     policy: Annotated[
         Literal["query", "blind"], typer.Option(help="Policy: one that sees the question, or the paper's.")
     ] = "query",
+    policy_width: Annotated[int, typer.Option(help="Policy: its width, a multiple of 32.")] = 64,
+    draws: Annotated[int, typer.Option(min=2, help="Policy: choices drawn and read for each target of a step.")] = 8,
+    text_reward: Annotated[
+        Literal["label", "divergence"],
+        typer.Option(help="Policy, texts: the target's likelihood, or nearness to the uncompressed predictions."),
+    ] = "label",
+    start_from: Annotated[
+        Path | None, typer.Option(help="Policy: file of one to start from, policy-NAME.safetensors of a bundle.")
+    ] = None,
+    imitation: Annotated[
+        float | None,
+        typer.Option(help="Policy: share of the budget spent on imitating a choice that knows the target."),
+    ] = None,
     precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the forward pass.")] = "bf16",
     parts: Annotated[
         int, typer.Option(help="Parts of a step: for workers, or for threads of one core each; more take less memory.")
@@ -117,6 +144,7 @@ def refrag(
         if stage == "policy":
             if workers != 1 or ray_address:
                 raise SetupError("stage policy: runs in this process (--workers 1)")
+            from blockrag.training.refrag.policy import PpoSettings
             from blockrag.training.refrag.policy_stage import PolicyTrainingConfig, train_policy
 
             chosen = PolicyTrainingConfig(
@@ -129,6 +157,12 @@ def refrag(
                 minutes=minutes,
                 steps=steps,
                 max_passages=max_passages,
+                text_share=text_share,
+                start_from=start_from.expanduser().absolute() if start_from else None,
+                imitation=imitation,
+                text_reward=text_reward,
+                width=policy_width,
+                ppo=PpoSettings(draws=draws),
                 learning_rate=learning_rate or 1e-3,
                 dev_contexts=dev_samples,
                 eval_steps=eval_steps,
@@ -162,7 +196,10 @@ def refrag(
                 curriculum=curriculum,
                 train_decoder=train_decoder,
                 max_passages=max_passages,
-                text_share=text_share,
+                text_share=0.2 if text_share is None else text_share,
+                targets=targets,
+                compressed_share=compressed_share,
+                distillation=distillation,
                 expanded_share=expanded_share,
                 full_share=full_share,
                 average_with=average_with.expanduser().absolute() if average_with else None,

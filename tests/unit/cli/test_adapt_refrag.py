@@ -65,3 +65,32 @@ def test_errors_are_one_line(tmp_path: Path, arguments: list[str]) -> None:
         assert result.exit_code == 1, result.output
         assert problem in " ".join(result.output.split())
         assert "Traceback" not in result.output
+
+
+def test_a_frozen_decoder_and_a_policy_that_goes_on(tmp_path: Path, arguments: list[str]) -> None:
+    base = make_tiny_bundle(tmp_path / "base", max_position_embeddings=1024)
+
+    def run(bundle: Path, out: str, *given: str) -> Path:
+        made = tmp_path / out
+        result = CliRunner().invoke(app, [*arguments, "--bundle", str(bundle), "--out", str(made), *given])
+        assert result.exit_code == 0, result.output
+        return made
+
+    learnt = ["--freeze-decoder", "--distillation", "0.5", "--targets", "2", "--compressed-share", "0.6", "-k", "4"]
+    made = run(base, "mixed", "--stage", "mixed", *learnt)
+    record = load_bundle(made).refrag
+    assert record is not None
+    stage = record.training[-1]
+    assert (stage["train_decoder"], stage["distillation"], stage["targets"], stage["compressed_share"]) == (
+        *(False, 0.5, 2, 0.6),
+    )
+    assert load_bundle(made).fingerprint == load_bundle(base).fingerprint
+    policy = ["--stage", "policy", "--policy", "blind", "--policy-width", "32", "--text-share", "1.0"]
+    first = run(made, "first", *policy, "--draws", "3", "--text-reward", "divergence", "--imitation", "0")
+    second = run(made, "second", *policy, "--start-from", str(first / "policy-blind.safetensors"))
+    records = [load_bundle(bundle).refrag for bundle in (first, second)]
+    assert records[0] is not None and records[1] is not None
+    recipes = [found.policies["blind"].facts["recipe"] for found in records if found is not None]
+    assert [recipe["ppo"]["draws"] for recipe in recipes] == [3, 8]
+    assert [recipe["text_reward"] for recipe in recipes] == ["divergence", "label"]
+    assert recipes[0]["start"] == "" and len(recipes[1]["start"]) == 64

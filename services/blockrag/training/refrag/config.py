@@ -54,12 +54,20 @@ class RefragConfig:
     """``muon`` for matrices, with AdamW for the rest, learns faster in small models; several workers need ``adamw``."""
     curriculum: bool = True
     """Reconstruction from one chunk to many; without it, all lengths are as likely from the start (an ablation)."""
-    train_decoder: bool = False
-    """Reconstruction with the decoder learning too, where a small one that is frozen learns nothing."""
+    train_decoder: bool | None = None
+    """Whether the decoder learns too; None: in every stage but reconstruction. Trained in reconstruction, a small
+    decoder reconstructs more; frozen in the others, encoder and projector learn to serve it and it unlearns nothing."""
     max_passages: int = 10
     """Most passages of a context of text or question rows."""
     text_share: float = 0.2
     """Share of next-paragraph samples among a tuning's tokens, where it has texts: what was learnt there is kept."""
+    targets: int = 4
+    """Most passages of a text's context that are targets too, each behind those before it."""
+    compressed_share: float = 0.3
+    """Share of a text's compositions with every chunk compressed, in the stages ``mixed`` and ``tune``."""
+    distillation: float = 0.0
+    """Share, in the loss of a text's tokens, of the divergence from what the same decoder predicts after the
+    uncompressed passages (arXiv 1503.02531); the rest is the next token itself."""
     expanded_share: float = 0.2
     """Share of compositions with every chunk expanded, in the stages ``mixed`` and ``tune``."""
     full_share: float = 0.12
@@ -89,7 +97,7 @@ class RefragConfig:
         if (self.minutes is None) == (self.steps is None):
             raise SetupError("give exactly one of minutes and steps")
         self._require(self.minutes is None or self.minutes > 0, "minutes", "must be positive")
-        for field in ("tokens_per_step", "max_passages", "parts", "eval_steps", "checkpoint_steps"):
+        for field in ("tokens_per_step", "max_passages", "targets", "parts", "eval_steps", "checkpoint_steps"):
             self._require(getattr(self, field) >= 1, field, "must be at least 1")
         for field in ("steps", "chunk_tokens"):
             self._require(getattr(self, field) is None or getattr(self, field) >= 1, field, "must be at least 1")
@@ -97,10 +105,16 @@ class RefragConfig:
             self._require(getattr(self, field) > 0, field, "must be positive")
         for field in ("warmup_steps", "dev_samples"):
             self._require(getattr(self, field) >= 0, field, "must not be negative")
-        for field in ("text_share", "expanded_share", "full_share", "learnt_share"):
+        shares = ("text_share", "compressed_share", "expanded_share", "full_share", "learnt_share", "distillation")
+        for field in shares:
             self._require(0 <= getattr(self, field) <= 1, field, "must be from 0 to 1")
         self._require(
             self.average_with is None or self.decoder_learns, "average_with", "the stage does not change the decoder"
+        )
+        self._require(
+            self.distillation == 0 or self.stage != "reconstruction",
+            "distillation",
+            "reconstruction has no other prompt",
         )
         if self.stage in ("reconstruction", "pretrain", "mixed") and not (self.text or self.reader_data):
             raise SetupError(f"stage {self.stage}: needs texts (--text, or --reader-data)")
@@ -115,7 +129,12 @@ class RefragConfig:
     @property
     def decoder_learns(self) -> bool:
         """Whether the stage changes the decoder."""
-        return self.stage != "reconstruction" or self.train_decoder
+        return self.stage != "reconstruction" if self.train_decoder is None else self.train_decoder
+
+    @property
+    def uncompressed_shares(self) -> tuple[float, float]:
+        """``expanded_share`` and ``full_share``; none where such samples would teach nothing, the decoder frozen."""
+        return (self.expanded_share, self.full_share) if self.decoder_learns else (0.0, 0.0)
 
     @property
     def alignment(self) -> Alignment:
@@ -140,6 +159,9 @@ class RefragConfig:
             "train_decoder",
             "max_passages",
             "text_share",
+            "targets",
+            "compressed_share",
+            "distillation",
             "expanded_share",
             "full_share",
             "learnt_share",

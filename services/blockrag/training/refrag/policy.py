@@ -75,7 +75,7 @@ class UpdateStats:
     """What an update did."""
 
     reward: float
-    """Mean over draws: minus nats per target token."""
+    """Mean over draws: minus nats per target token, or minus the divergence where that is the reward."""
     spread: float
     """Standard deviation of the reward within a group, mean over groups: 0 where no choice mattered."""
     clipped: float

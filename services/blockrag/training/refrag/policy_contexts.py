@@ -145,6 +145,22 @@ class PolicyReader:
         return found.cpu() / torch.tensor([float(len(prompt.branches[0].answer)) for prompt in prompts])
 
     @torch.no_grad()
+    def divergences(self, context: CapturedContext, branch: Branch, masks: Masks) -> Tensor:
+        """How far each mask's predictions are from those of the uncompressed prompt; float32 [masks] on the CPU.
+
+        Kullback-Leibler divergence, nats per target token. It is nearly what ``losses`` lose, without the chance that
+        lies in which of the likely tokens the target happens to have.
+        """
+        prompts = [context.prompt(branch, mask) for mask in (np.ones(context.chunks, dtype=np.bool_), *masks)]
+        with self._autocast():
+            states = self.decoder.final(context.bank, prompts)
+        wanted, *hidden = states.hidden.split(len(branch.answer))
+        taught = self._log_probabilities(wanted)
+        likely = taught.exp()
+        found = [(likely * (taught - self._log_probabilities(rows))).sum(-1).mean() for rows in hidden]
+        return torch.stack(found).cpu()
+
+    @torch.no_grad()
     def whole_loss(self, instruction: Sequence[int], passages: Sequence[Sequence[int]], branch: Branch) -> float:
         """Nats per target token where instruction and passages are one block: full attention."""
         block = [*instruction, *(token for passage in passages for token in passage)]
@@ -176,6 +192,11 @@ class PolicyReader:
     def _chunk_means(self, losses: NDArray[np.float64]) -> NDArray[np.float32]:
         pieces = [losses[max(1, start) : end] for start, end in chunk_bounds(len(losses), self.compressor.chunk_tokens)]
         return np.array([piece.mean() if piece.size else 0.0 for piece in pieces], dtype=np.float32)
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        with self._autocast():
+            logits: Tensor = self.decoder.model.get_output_embeddings()(hidden)
+        return logits.float().log_softmax(-1)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.decoder.device.type, torch.bfloat16, enabled=self._bf16)

@@ -16,6 +16,8 @@ from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.training.loss import linear_cross_entropy
 from blockrag.training.refrag.composed import ComposedDecoder, ComposedPrompt, FinalStates, SlotBank
+from blockrag.training.refrag.distillation import linear_distillation
+from blockrag.training.refrag.masks import constant_mask
 from blockrag.training.refrag.samples import Kind, RefragSample, View, view_slots
 
 
@@ -26,6 +28,8 @@ class SampleLosses(NamedTuple):
     """Scalar: the sum of weights times losses; carries gradients."""
     losses: Tensor
     """[N] float32, nats."""
+    divergences: Tensor
+    """[N] float32, nats from what the uncompressed prompt predicts; 0 where nothing is learnt from it."""
     kinds: NDArray[np.str_]
     """[N]: the kind of the sample that each target belongs to."""
 
@@ -41,6 +45,15 @@ class SampleScores(NamedTuple):
     """[branches] int64: target tokens that are the likeliest ones after those before them."""
 
 
+class _Blocks(NamedTuple):
+    """Slots of the blocks of samples, and the number of each block in the bank, by sample and passage."""
+
+    bank: SlotBank
+    full: dict[tuple[int, int], int]
+    """Passage -1 is what opens the prompt."""
+    compressed: dict[tuple[int, int], int]
+
+
 class RefragReader(nn.Module):
     """A reader of compositions. ``forward`` is the only way in, so that its parameters can be sharded as a whole."""
 
@@ -53,6 +66,9 @@ class RefragReader(nn.Module):
         self.projector = projector
         self.chunk_tokens = chunk_tokens
         """k"""
+        self.distillation = 0.0
+        """Share of the divergence from the uncompressed prompt in the loss of texts. Answers have none: their label
+        says what is right, and the uncompressed prompt is wrong where it differs."""
         self.sharded = False
         """Whether FSDP shards this module. Then every parameter gets a gradient from every part, if only of nothing:
         workers exchange what they have gradients of, and a part may compress no chunk or no other one."""
@@ -61,7 +77,9 @@ class RefragReader(nn.Module):
         self, samples: Sequence[RefragSample], weights: Mapping[Kind, float] | None
     ) -> SampleLosses | SampleScores:
         """Losses of all targets, each weighted by its kind's weight; without ``weights``, scores."""
-        states = self._states(samples)
+        learns = weights is not None and self.distillation > 0
+        blocks = self._read_blocks(samples, learns)
+        states = self.decoder.final(blocks.bank, self._prompts(samples, blocks))
         if weights is None:
             return self._scores(states)
         kinds = np.array(
@@ -72,28 +90,57 @@ class RefragReader(nn.Module):
         hidden = states.hidden
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        total, losses = linear_cross_entropy(hidden, head, states.targets, weighted)
+        if learns:
+            taught, shares = self._taught(samples, blocks, states)
+            total, losses, divergences = linear_distillation(hidden, head, states.targets, weighted, taught, shares)
+            divergences = divergences * (shares > 0)
+        else:
+            total, losses = linear_cross_entropy(hidden, head, states.targets, weighted)
+            divergences = torch.zeros_like(losses)
         if self.sharded:
             total = total + 0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
-        return SampleLosses(total, losses, kinds)
+        return SampleLosses(total, losses, divergences, kinds)
 
-    def _states(self, samples: Sequence[RefragSample]) -> FinalStates:
-        full_ids, full_at = _full_blocks(samples)
+    @torch.no_grad()
+    def _taught(self, samples: Sequence[RefragSample], blocks: _Blocks, states: FinalStates) -> tuple[Tensor, Tensor]:
+        """Hidden states of the targets after the uncompressed passages, and the share of learning from them."""
+        branches = [_is_taught(sample) for sample in samples for view in sample.views for _ in view.branches]
+        rows = torch.tensor(branches, device=states.hidden.device)[states.branches]
+        hidden = torch.zeros_like(states.hidden)
+        prompts = self._prompts(samples, blocks, teaching=True)
+        if prompts:
+            hidden[rows] = self.decoder.final(blocks.bank, prompts).hidden.to(hidden.dtype)
+        return hidden, rows * self.distillation
+
+    def _read_blocks(self, samples: Sequence[RefragSample], taught: bool) -> _Blocks:
+        """Block passes of all that the samples' views show; with ``taught``, of what teaches them too."""
+        full_ids, full_at = _full_blocks(samples, taught)
         compressed_ids, compressed_at = _compressed_blocks(samples)
         banks = [self.decoder.encode(full_ids)]
         if compressed_ids:
             banks.append(self.decoder.encode_embeddings(self._input_embeddings(compressed_ids)))
-        bank = SlotBank.join(banks)
+        shifted = {place: len(full_ids) + number for place, number in compressed_at.items()}
+        return _Blocks(SlotBank.join(banks), full_at, shifted)
+
+    def _prompts(
+        self, samples: Sequence[RefragSample], blocks: _Blocks, *, teaching: bool = False
+    ) -> list[ComposedPrompt]:
+        """One prompt per view; ``teaching``: the uncompressed ones, of the samples that learn from them."""
         prompts = []
         for number, sample in enumerate(samples):
-            lead = full_at.get((number, -1))
-            opening = [] if lead is None else [bank.block(lead)]
-            full = [_block(bank, full_at.get((number, p))) for p in range(len(sample.passages))]
-            short = [_block(bank, compressed_at.get((number, p)), len(full_ids)) for p in range(len(sample.passages))]
+            if teaching and not _is_taught(sample):
+                continue
+            opening = [slots for slots in [_block(blocks.bank, blocks.full.get((number, -1)))] if slots is not None]
+            places = [(number, passage) for passage in range(len(sample.passages))]
+            full = [_block(blocks.bank, blocks.full.get(place)) for place in places]
+            short = [_block(blocks.bank, blocks.compressed.get(place)) for place in places]
             for view in sample.views:
-                passages = view_slots(full, short, view.mask, self.chunk_tokens)
+                mask = view.mask
+                if teaching:
+                    mask = constant_mask(sample.passages[: len(mask)], self.chunk_tokens, True)
+                passages = view_slots(full, short, mask, self.chunk_tokens)
                 prompts.append(_prompt(sample, view, [*opening, *passages]))
-        return self.decoder.final(bank, prompts)
+        return prompts
 
     def _input_embeddings(self, blocks: Sequence[Sequence[int]]) -> list[Tensor]:
         """Projected chunk embeddings of each block, [m, width]."""
@@ -114,7 +161,13 @@ class RefragReader(nn.Module):
         )
 
 
-def _full_blocks(samples: Sequence[RefragSample]) -> tuple[list[Sequence[int]], dict[tuple[int, int], int]]:
+def _is_taught(sample: RefragSample) -> bool:
+    return sample.kind == "text" and not sample.whole
+
+
+def _full_blocks(
+    samples: Sequence[RefragSample], taught: bool
+) -> tuple[list[Sequence[int]], dict[tuple[int, int], int]]:
     """Blocks of which tokens are read, and where each is: by sample and passage, -1 for what opens the prompt."""
     blocks: list[Sequence[int]] = []
     places: dict[tuple[int, int], int] = {}
@@ -127,7 +180,8 @@ def _full_blocks(samples: Sequence[RefragSample]) -> tuple[list[Sequence[int]], 
             places[number, -1] = len(blocks)
             blocks.append(opening)
         for place, passage in enumerate(sample.passages):
-            if any(view.mask[place].any() for view in sample.views if place < len(view.mask)):
+            shown = [view.mask[place] for view in sample.views if place < len(view.mask)]
+            if any((taught and _is_taught(sample)) or mask.any() for mask in shown):
                 places[number, place] = len(blocks)
                 blocks.append(passage)
     return blocks, places
@@ -145,8 +199,8 @@ def _compressed_blocks(samples: Sequence[RefragSample]) -> tuple[list[Sequence[i
     return blocks, places
 
 
-def _block(bank: SlotBank, number: int | None, offset: int = 0) -> NDArray[np.int64] | None:
-    return None if number is None else bank.block(number + offset)
+def _block(bank: SlotBank, number: int | None) -> NDArray[np.int64] | None:
+    return None if number is None else bank.block(number)
 
 
 def _prompt(sample: RefragSample, view: View, blocks: Sequence[NDArray[np.int64]]) -> ComposedPrompt:

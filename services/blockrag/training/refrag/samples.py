@@ -35,8 +35,6 @@ _CURRICULUM_BASE = 3.0
 """At the start of reconstruction, a sample twice as long is this many times as rare; at its end, as frequent."""
 _PIECES = 4
 """Most short samples of one passage in reconstruction."""
-_VIEWS = 4
-"""Most compositions of a text."""
 _GROUPS = (1, 2, 3, 6)
 """How many questions share a composition; a policy sees one, but the passages are then read for few of them."""
 
@@ -128,6 +126,7 @@ class NextPassage:
         self._config = config
         self._k = k
         self._mixed = config.stage != "pretrain"
+        self._expanded, self._full = config.uncompressed_shares
 
     def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
         random = Random(f"{self._config.seed}/{step}")
@@ -142,9 +141,9 @@ class NextPassage:
         passages = self._source.draw(random.randint(2, self._config.max_passages + 1), random, least=2)
         start = text_start(passages[0], passages[1:])
         last = len(passages) - 1
-        ends = {last, *random.sample(range(1, last + 1), min(last, _VIEWS))}
+        ends = {last, *random.sample(range(1, last + 1), min(last, self._config.targets))}
         context = tuple(map(tuple, passages[:-1]))
-        if self._mixed and random.random() < self._config.full_share:
+        if self._mixed and random.random() < self._full:
             view = View((), (_target(passages[last], start),))
             return RefragSample(self._instruction, context, (view,), "text", whole=True)
         views = [View(self._mask(passages[:end], random), (_target(passages[end], start),)) for end in sorted(ends)]
@@ -159,9 +158,9 @@ class NextPassage:
         return RefragSample(self._instruction, context, (view,), "text")
 
     def _mask(self, passages: Sequence[Sequence[int]], random: Random) -> Mask:
-        if not self._mixed or random.random() < 0.3:
+        if not self._mixed or random.random() < self._config.compressed_share:
             return constant_mask(passages, self._k, False)
-        if random.random() < self._config.expanded_share:
+        if random.random() < self._expanded:
             return constant_mask(passages, self._k, True)
         places = all_places(passages, self._k)
         random.shuffle(places)
@@ -225,7 +224,8 @@ class Questions:
         self._texts = texts
         self._instruction = tuple(instruction)
         self._config = config
-        self._masks = MaskSampler(k, config.expanded_share)
+        expanded, self._full = config.uncompressed_shares
+        self._masks = MaskSampler(k, expanded)
 
     def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
         random = Random(f"{self._config.seed}/{step}")
@@ -243,7 +243,7 @@ class Questions:
     def sample(self, context: Context, random: Random) -> RefragSample:
         """A context in compositions that are drawn for a few of its questions at a time."""
         instruction, passages = split_instruction(context, self._instruction)
-        if not passages or random.random() < self._config.full_share:
+        if not passages or random.random() < self._full:
             view = View((), tuple(context.branches))
             return RefragSample(instruction, passages, (view,), "answers", whole=True)
         branches = list(context.branches)

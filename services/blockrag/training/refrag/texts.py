@@ -23,6 +23,8 @@ from blockrag.training.passages import DecodingTokenizer, sentences
 _HELD_OUT_SHARE = 50
 """One text in this many is held out."""
 _TRIES = 200
+_CHARACTERS = 10
+"""Of a text for each token wanted: about twice what a token takes, because long sentences are passed."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class PassageSource:
         room = self._passage_tokens - len(template.passage_ids(tokenizer, text.title, ""))
         pieces: list[list[str]] = []
         left = 0
-        for sentence in self._sentences(text, random):
+        for sentence in self._sentences(text, count * self._passage_tokens, random):
             tokens = len(tokenizer(" " + sentence, add_special_tokens=False, split_special_tokens=True)["input_ids"])
             if tokens > room:
                 continue
@@ -109,10 +111,20 @@ class PassageSource:
             left -= tokens
         return [template.passage_ids(tokenizer, text.title, " ".join(piece)) for piece in pieces]
 
-    def _sentences(self, text: Text, random: Random) -> Iterator[str]:
+    def _sentences(self, text: Text, room: int, random: Random) -> Iterator[str]:
+        """Sentences in order from a place drawn at random on, enough of them for ``room`` tokens."""
         first = random.randrange(len(text.paragraphs))
-        opening = sentences(text.paragraphs[first])
-        yield from opening[random.randrange(len(opening)) if len(text.paragraphs) > 1 else 0 :]
+        paragraph, enough = text.paragraphs[first], room * _CHARACTERS
+        if len(paragraph) > enough:
+            # a book may be one paragraph: what is read is cut out of it before it is cut into sentences
+            start = random.randrange(len(paragraph) - enough // 2)
+            opening = sentences(paragraph[start : start + enough])
+            yield from opening[1 if start else 0 :]
+            if start + enough < len(paragraph):
+                return
+        else:
+            opening = sentences(paragraph)
+            yield from opening[random.randrange(len(opening)) if len(text.paragraphs) > 1 else 0 :]
         for paragraph in text.paragraphs[first + 1 :]:
             yield from sentences(paragraph)
 

@@ -29,7 +29,7 @@ class StepResult:
     """What a step measured, over all workers."""
 
     losses: dict[str, float]
-    """Nats per target token, by kind."""
+    """Nats per target token, by kind; ``divergence`` of texts' tokens from the uncompressed prompt, where learnt."""
     gradient_norm: float
     tokens: int
 
@@ -48,6 +48,7 @@ class RefragTrainer:
         if config.optimizer == "muon" and workers.size > 1:
             raise SetupError("optimizer 'muon': several workers share every matrix out; choose adamw")
         reader.decoder.requires_grad_(config.decoder_learns)
+        reader.distillation = config.distillation
         reader.to(workers.device)
         # As one piece: how often a layer runs depends on a worker's samples, and FSDP wants all workers alike. Weights
         # are whole during a step; the optimiser's state and the weights it updates are shared out.
@@ -65,6 +66,7 @@ class RefragTrainer:
         counts = count_targets(samples)
         weights = _weights(counts)
         sums = dict.fromkeys(_KINDS, 0.0)
+        divergence = 0.0
         if self._workers.size == 1 and self._device == "cpu":
             results = self._threaded(mine, weights)
         else:
@@ -73,10 +75,15 @@ class RefragTrainer:
             losses = result.losses.detach().cpu()
             for kind in _KINDS:
                 sums[kind] += float(losses[torch.from_numpy(result.kinds == kind)].double().sum())
+            divergence += float(result.divergences.double().sum())
         norm = self._update(factor)
-        totals = self._workers.sum(torch.tensor([sums[kind] for kind in _KINDS], dtype=torch.float64)).tolist()
+        summed = torch.tensor([*(sums[kind] for kind in _KINDS), divergence], dtype=torch.float64)
+        *totals, divergence = self._workers.sum(summed).tolist()
+        measured = {kind: total / counts[kind] for kind, total in zip(_KINDS, totals, strict=True) if counts[kind]}
+        if self.reader.distillation > 0 and counts["text"]:
+            measured["divergence"] = divergence / counts["text"]
         return StepResult(
-            losses={kind: total / counts[kind] for kind, total in zip(_KINDS, totals, strict=True) if counts[kind]},
+            losses=measured,
             gradient_norm=norm,
             tokens=sum(sample.tokens for sample in samples),
         )
@@ -114,6 +121,8 @@ class RefragTrainer:
     def _threaded(self, parts: Sequence[list[RefragSample]], weights: Mapping[Kind, float]) -> list[SampleLosses]:
         def run(part: list[RefragSample]) -> tuple[SampleLosses, tuple[Tensor | None, ...]]:
             result = self._losses(part, weights)
+            if not result.total.requires_grad:  # the decoder is frozen and nothing of this part is compressed
+                return result, (None,) * len(self._parameters)
             return result, torch.autograd.grad(result.total, self._parameters, allow_unused=True)
 
         results = list(self._pool.map(run, [part for part in parts if part]))
@@ -130,10 +139,11 @@ class RefragTrainer:
         """Add a part's gradients. Without samples, ``filler`` is read for nothing: all workers must go through FSDP."""
         if not part:
             self._losses(filler, dict.fromkeys(_KINDS, 0.0)).total.backward()
-            return SampleLosses(torch.zeros(()), torch.zeros(0), np.zeros(0, np.str_))
+            return SampleLosses(torch.zeros(()), torch.zeros(0), torch.zeros(0), np.zeros(0, np.str_))
         result = self._losses(part, weights)
-        # FSDP2 averages the workers' gradients; the weights are those of a sum over the whole step
-        (result.total * self._workers.size).backward()
+        if result.total.requires_grad:
+            # FSDP2 averages the workers' gradients; the weights are those of a sum over the whole step
+            (result.total * self._workers.size).backward()
         return result
 
     def _losses(self, part: Sequence[RefragSample], weights: Mapping[Kind, float]) -> SampleLosses:

@@ -72,6 +72,25 @@ def test_losses_are_those_of_the_served_model(bundle: Bundle) -> None:
     assert len(set(losses.tolist())) == 3
 
 
+def test_divergences_are_from_the_uncompressed_predictions(bundle: Bundle) -> None:
+    passages = [[3, 10, 11, 12, 13, 14, 15], [3, 20, 21, 22, 23, 24, 25, 26, 27]]
+    masks = np.array([[True, False, False, False, True], [False] * 5, [True] * 5])
+    branch = Branch([5, 30, 31, 6], [40, 41, 2])
+    reader = PolicyReader.load(bundle)
+    context = reader.capture([1], passages)
+    found = reader.divergences(context, branch, masks)
+
+    with torch.no_grad():
+        logs = [
+            reader.decoder.logits(reader.decoder.final(context.bank, [context.prompt(branch, mask)])).log_softmax(-1)
+            for mask in masks
+        ]
+    for place in range(3):
+        expected = F.kl_div(logs[place], logs[2], log_target=True, reduction="sum") / 3
+        assert float(found[place]) == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+    assert float(found[0]) > 1e-4 and float(found[1]) > 1e-4
+
+
 def test_chunk_losses_are_those_of_the_block_pass(bundle: Bundle) -> None:
     passages = [[3, 10, 11, 12, 13, 14], [7], [3, 20, 21]]
     found = np.concatenate(PolicyReader.load(bundle).chunk_losses(passages))

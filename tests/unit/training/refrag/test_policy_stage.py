@@ -58,7 +58,14 @@ class _StopError(Exception):
 @pytest.mark.parametrize("query", [True, False])
 def test_a_resumed_run_equals_an_uninterrupted_one(query: bool, bundle: Path, data_dir: Path, tmp_path: Path) -> None:
     whole, cut = (
-        replace(_config(bundle, tmp_path / name, data_dir), query=query, text_share=0.5, imitation=0.5)
+        replace(
+            _config(bundle, tmp_path / name, data_dir),
+            query=query,
+            text_share=0.5,
+            imitation=0.5,
+            width=32,
+            text_reward="label" if query else "divergence",
+        )
         for name in ("whole", "cut")
     )
     seen: list[PolicyMetrics] = []
@@ -89,6 +96,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(query: bool, bundle: Path, da
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     record = load_bundle(tmp_path / "cut").refrag
     assert record is not None
+    sizes = ChunkPolicy.load(tmp_path / "cut" / record.policies[name].file).config
+    assert (sizes.width, sizes.heads, sizes.hidden) == (32, 1, 64)
     facts = record.policies[name].facts
     assert facts["steps"] == 4 and facts["held_out"]["before"] == lines[0]["dev"]
     assert facts["held_out"]["after"] == lines[-1]["dev"]
@@ -157,7 +166,14 @@ def test_what_cannot_be_trained_is_refused(bundle: Path, data_dir: Path, tmp_pat
         train_policy(replace(config, reader_data=tmp_path))
     with pytest.raises(SetupError, match="exactly one"):
         replace(config, minutes=1.0)
-    for change in ({"contexts": 0}, {"learning_rate": 0.0}, {"text_share": 1.5}, {"imitation": 1.0}):
+    for change in (
+        {"contexts": 0},
+        {"learning_rate": 0.0},
+        {"text_share": 1.5},
+        {"imitation": 1.0},
+        {"width": 48},
+        {"text_reward": "other"},
+    ):
         with pytest.raises(SetupError, match=next(iter(change))):
             replace(config, **change)
     with pytest.raises(SetupError, match="needs questions"):

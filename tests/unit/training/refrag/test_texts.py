@@ -70,6 +70,23 @@ def test_passages_follow_each_other_and_keep_their_size() -> None:
     assert tokenizer.decode(passages[0][:start]).startswith("<|passage|> A<|text|>")
 
 
+def test_passages_of_a_text_in_one_paragraph_come_from_all_over_it() -> None:
+    tokenizer = make_tiny_tokenizer()
+    whole = " ".join(f"This is sentence {n}. It has number {n} too." for n in range(4000))
+    source = PassageSource([Text("A", (whole,))], tokenizer, READER_TEMPLATE, 64)
+    random = Random(2)
+    places = []
+    for _ in range(40):
+        passages = source.draw(4, random, least=4)
+        texts = [tokenizer.decode(passage).split("<|text|>")[1].strip() for passage in passages]
+        joined = " ".join(texts)
+        assert joined in whole and len(passages) == 4
+        assert whole.index(joined) == 0 or whole[whole.index(joined) - 2] == ".", "begins with a sentence"
+        places.append(whole.index(joined) / len(whole))
+    assert len(set(places)) > 35
+    assert min(places) < 0.15 and max(places) > 0.85
+
+
 def test_texts_too_short_for_the_wanted_passages_are_an_error() -> None:
     source = PassageSource([Text("A", ("Short.",))], make_tiny_tokenizer(), READER_TEMPLATE, 64)
     with pytest.raises(SetupError, match="fewer than 2 passages"):
