@@ -7,8 +7,9 @@ and to its own segment up to itself; scores use the rotated queries and keys. No
 layer only each segment's last token is read, so an implementation may leave the others' outputs undefined but finite.
 
 The reference implementation gathers nothing: keys were rotated when they were placed, so a step rotates only its own
-tokens. It runs on any device torch has SDPA for. A paged implementation (rotating while it reads) fits beside it: it
-gets the same arguments and registers under a name of its own.
+tokens. It runs on any device torch has SDPA for. On a CPU, slots of bfloat16 go to a compiled kernel where there is one
+(``blockrag.modeling.native``), the others to oneDNN's products. A paged implementation (rotating while it reads) fits
+beside it: it gets the same arguments and registers under a name of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from blockrag.modeling.matmul import linear, onednn_available
+from blockrag.modeling.native.kernels import Kernels, kernels
 from blockrag.modeling.rotary import pairs_as_real, to_pairs
 from blockrag.modeling.slots import SequenceState
 
@@ -118,6 +120,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: flo
     query and out [n, heads, d], keys and values [kv_heads, ≥ total, d], all rotated; what stands beyond ``total`` is
     finite.
     """
+    if _attend_compiled(query, keys, values, total, scaling, out):
+        return
     new, heads, _ = query.shape
     kv_heads = keys.shape[0]
     onednn = onednn_available(query.device) and (keys.dtype == torch.bfloat16 or query.dtype == torch.float32)
@@ -144,6 +148,18 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: flo
         enable_gqa=heads != kv_heads,
     )
     out.copy_(attended[0].transpose(0, 1))
+
+
+def _attend_compiled(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: float, out: Tensor) -> bool:
+    """The same by the compiled kernel; False where there is none for these, or where its result would not be exact."""
+    if not (Kernels.take(keys) and Kernels.take(values) and keys.stride(0) == values.stride(0)):
+        return False
+    if not (query.dtype == out.dtype == torch.float32 and query.is_contiguous() and out.is_contiguous()):
+        return False
+    compiled = kernels()
+    if compiled is None:
+        return False
+    return compiled.attend(query, keys, values, total, scaling * _LOG2_E, 1 / _LEAST_SUM, out)
 
 
 def _attend_tiled(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: float, out: Tensor) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockrag.modeling.native.kernels import Kernels, kernels
 from blockrag.modeling.rotary import RotaryTable, rotate_into
 
 _BUFFER_STEP = 256
@@ -56,7 +57,12 @@ class ResidentBlock:
     @property
     def num_slots(self) -> int:
         """Positions that the block takes in a prompt."""
-        return int(self.slots.shape[3])
+        return self.slots.size(3)
+
+    @property
+    def piece(self) -> tuple[Tensor, int, int]:
+        """``slots``, and which of them from where to where."""
+        return self.slots, 0, self.num_slots
 
     @property
     def nbytes(self) -> int:
@@ -80,6 +86,11 @@ class SlotSlice:
     def num_slots(self) -> int:
         """Positions that the slice takes in a prompt."""
         return self.stop - self.start
+
+    @property
+    def piece(self) -> tuple[Tensor, int, int]:
+        """The block's slots, and which of them from where to where."""
+        return self.block.slots, self.start, self.stop
 
     @property
     def slots(self) -> Tensor:
@@ -180,9 +191,15 @@ class SequenceState:
     def _place(self, blocks: Sequence[Slots], rotary: RotaryTable) -> None:
         if not blocks:
             return
+        phases = rotary.phases(self._num_slots)[: self._num_slots]
+        compiled = kernels() if Kernels.take(self._slots) else None
+        if compiled is not None:
+            pieces = [block.piece for block in blocks]
+            if all(slots.dtype == torch.bfloat16 and slots.is_contiguous() for slots, _, _ in pieces):
+                compiled.place(pieces, phases, self._slots)
+                return
         placed = self._slots[:, :, :, : self._num_slots]
         torch.cat([block.slots for block in blocks], dim=3, out=placed)
-        phases = rotary.phases(self._num_slots)[: self._num_slots]
         # as many layers at a time as the cores' shared cache holds
         for keys in placed[0].split(max(1, _ROTATED_AT_ONCE // placed[0, 0].numel())):
             rotate_into(keys, keys, phases)
