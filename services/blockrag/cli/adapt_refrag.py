@@ -13,12 +13,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
 from blockrag.cli.training_workers import check_workers, training_workers
-from blockrag.errors import SetupError
 
 if TYPE_CHECKING:
     from blockrag.training.refrag.config import RefragConfig
     from blockrag.training.refrag.metrics import RefragMetrics
-    from blockrag.training.refrag.policy_stage import PolicyMetrics
+    from blockrag.training.refrag.policy_config import PolicyTrainingConfig
+    from blockrag.training.refrag.policy_metrics import PolicyMetrics
 
 
 def register(app: typer.Typer) -> None:
@@ -142,10 +142,8 @@ def refrag(
         if encoder not in ("", "small"):
             encoder = str(Path(encoder).expanduser().absolute())
         if stage == "policy":
-            if workers != 1 or ray_address:
-                raise SetupError("stage policy: runs in this process (--workers 1)")
             from blockrag.training.refrag.policy import PpoSettings
-            from blockrag.training.refrag.policy_stage import PolicyTrainingConfig, train_policy
+            from blockrag.training.refrag.policy_config import PolicyTrainingConfig
 
             chosen = PolicyTrainingConfig(
                 bundle=source,
@@ -172,7 +170,7 @@ def refrag(
                 device=device,
             )
             with _policy_shown(as_json) as show_policy:
-                made, run_dir = train_policy(chosen, show_policy), chosen.run_dir
+                made, run_dir = _run_policy(chosen, workers, ray_address, show_policy), chosen.run_dir
         else:
             from blockrag.training.refrag.config import RefragConfig
 
@@ -231,6 +229,21 @@ def _run(config: RefragConfig, workers: int, ray_address: str, show: Callable[[R
         from blockrag.distributed_training.refrag import adapt_refrag_distributed
 
         return adapt_refrag_distributed(config, workers, show)
+
+
+def _run_policy(
+    config: PolicyTrainingConfig, workers: int, ray_address: str, show: Callable[[PolicyMetrics], None]
+) -> Path:
+    from blockrag.training.refrag.policy_stage import prepare_policy, train_policy
+
+    check_workers(workers)
+    prepare_policy(config)
+    if workers == 1 and not ray_address:
+        return train_policy(config, show)
+    with training_workers(ray_address, workers, on_gpus=config.device.startswith("cuda")):
+        from blockrag.distributed_training.refrag import train_policy_distributed
+
+        return train_policy_distributed(config, workers, show)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def test_errors_are_one_line(tmp_path: Path, arguments: list[str]) -> None:
     for given, problem in (
         (["--stage", "pretrain", "--workers", "2"], "optimizer 'muon': several workers"),
         (["--stage", "pretrain", "--workers", "0"], "workers 0: must be at least 1"),
-        (["--stage", "policy", "--workers", "2"], "stage policy: runs in this process"),
+        (["--stage", "policy", "--workers", "2"], "has no chunk compression"),
         (["--stage", "pretrain", "-k", "999"], "chunk_tokens 999: longer than a passage"),
         (["--stage", "pretrain", "--minutes", "1"], "exactly one of minutes and steps"),
     ):

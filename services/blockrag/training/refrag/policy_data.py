@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,12 +20,10 @@ from blockrag.training.data import ReaderData, load_reader_data
 from blockrag.training.drafts import BatchShape
 from blockrag.training.mixture import Mixture
 from blockrag.training.passages import DecodingTokenizer
+from blockrag.training.refrag.policy_config import PolicyTrainingConfig
 from blockrag.training.refrag.policy_samples import PolicyContext, PolicySamples
 from blockrag.training.refrag.texts import PassageSource, Text, hold_out, read_texts, reader_texts
 from blockrag.training.tokenizer import load_template_tokenizer
-
-if TYPE_CHECKING:
-    from blockrag.training.refrag.policy_stage import PolicyTrainingConfig
 
 _HELD_OUT_ROWS = 0.1
 _MAX_PROMPT = 4096

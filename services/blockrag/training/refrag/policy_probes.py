@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,6 +38,11 @@ class PolicyScores:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PolicyScores:
+        """Read what ``to_dict`` made."""
+        return cls(tuple(ProbeScore(**score) for score in values["scores"]))
 
 
 def measure_policy(

@@ -17,8 +17,10 @@ from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.writing import write_refrag
 from blockrag.training.contexts import Branch
+from blockrag.training.refrag.policy_config import PolicyTrainingConfig
+from blockrag.training.refrag.policy_metrics import PolicyMetrics
 from blockrag.training.refrag.policy_samples import PolicyContext, answer_target, nearest_first
-from blockrag.training.refrag.policy_stage import PolicyMetrics, PolicyTrainingConfig, train_policy
+from blockrag.training.refrag.policy_stage import train_policy
 from tests.models import TINY_VOCAB, make_tiny_bundle
 from tests.unit.training.conftest import write_lines
 

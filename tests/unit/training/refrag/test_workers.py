@@ -13,11 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
+from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.training.refrag.adapt import adapt_refrag
 from blockrag.training.refrag.config import RefragConfig
+from blockrag.training.refrag.policy import PpoSettings
+from blockrag.training.refrag.policy_config import PolicyTrainingConfig
+from blockrag.training.refrag.policy_metrics import PolicyMetrics
+from blockrag.training.refrag.policy_stage import train_policy
 
 _WORKER = """
 import pickle, sys
@@ -38,6 +45,22 @@ def records(config: RefragConfig) -> list[dict]:  # type: ignore[type-arg]
     return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def run_two(program: str, argument: Path, meanwhile: Callable[[], object]) -> None:
+    """Two processes that are joined, and what this one does until they end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, str(argument)]
+    workers = [subprocess.Popen(command, env={**os.environ, **address, "RANK": str(rank)}) for rank in range(2)]
+    try:
+        meanwhile()
+        assert [worker.wait(timeout=90) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
 def test_two_workers_equal_one(tmp_path: Path, config: Callable[..., RefragConfig]) -> None:
     # with six parts, some have no samples: their worker must go through the same exchanges
     wanted = [
@@ -46,19 +69,7 @@ def test_two_workers_equal_one(tmp_path: Path, config: Callable[..., RefragConfi
     ]
     shared = [replace(one, out=tmp_path / one.out.name.replace("one", "two")) for one in wanted]
     (tmp_path / "configs").write_bytes(pickle.dumps(shared))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _WORKER, str(tmp_path / "configs")]
-    workers = [subprocess.Popen(command, env={**os.environ, **address, "RANK": str(rank)}) for rank in range(2)]
-    for one in wanted:
-        adapt_refrag(one)
-    try:
-        assert [worker.wait(timeout=90) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_two(_WORKER, tmp_path / "configs", lambda: [adapt_refrag(one) for one in wanted])
 
     for one, two in zip(wanted, shared, strict=True):
         assert load_bundle(two.out).refrag is not None
@@ -67,6 +78,59 @@ def test_two_workers_equal_one(tmp_path: Path, config: Callable[..., RefragConfi
             assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
             for label, values in a.get("dev", {}).items():
                 assert values["nats"] == pytest.approx(b["dev"][label]["nats"], rel=1e-3)
+
+
+_POLICY_WORKER = """
+import pickle, sys
+import torch
+import torch.distributed as dist
+from blockrag.training.adaptation.workers import ShardedWorkers
+from blockrag.training.refrag.policy_stage import train_policy
+with open(sys.argv[1], "rb") as file:
+    config = pickle.load(file)
+dist.init_process_group("gloo")
+train_policy(config, workers=ShardedWorkers(torch.device("cpu")))
+dist.destroy_process_group()
+"""
+
+
+def test_a_policy_learns_the_same_from_two_workers(tmp_path: Path, config: Callable[..., RefragConfig]) -> None:
+    made = adapt_refrag(config(stage="reconstruction", steps=1, dev_samples=0, out=tmp_path / "parts"))
+    one = PolicyTrainingConfig(
+        bundle=made,
+        out=tmp_path / "one",
+        text=config().text,
+        query=False,
+        steps=4,
+        contexts=3,  # an odd number: the workers have different shares
+        max_passages=3,
+        dev_contexts=2,
+        checkpoint_steps=2,
+        precision="fp32",
+        threads=1,
+        learning_rate=1e-2,
+        ppo=PpoSettings(fractions=(0.2, 0.5)),
+    )
+    two = replace(one, out=tmp_path / "two")
+    (tmp_path / "config").write_bytes(pickle.dumps(two))
+    run_two(_POLICY_WORKER, tmp_path / "config", lambda: train_policy(one))
+
+    single, shared = (load_file(path / "policy-blind.safetensors") for path in (one.out, two.out))
+    before = ChunkPolicy(one.sizes(32)).state_dict()
+    for name, tensor in single.items():
+        assert torch.allclose(tensor, shared[name], atol=1e-4), name
+    assert float(single["direct.weight"].abs().max()) > 1e-3 and not before["direct.weight"].any()
+    lines = [
+        [PolicyMetrics.from_dict(json.loads(line)) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (one.run_dir, two.run_dir)
+    ]
+    assert [metrics.step for metrics in lines[1]] == [0, 1, 2, 3, 4]
+    for first, second in zip(*lines, strict=True):
+        assert first.draws == second.draws
+        assert (first.update is None) == (second.update is None)
+        if first.update is not None and second.update is not None:
+            assert first.update.reward == pytest.approx(second.update.reward, rel=1e-4)
+    assert lines[1][-1].dev is not None
 
 
 def test_what_workers_cannot_share_is_refused(config: Callable[..., RefragConfig]) -> None:
