@@ -61,7 +61,7 @@ class Compressor:
         """Decides what of each passage enters the prompt."""
         with span("plan", request.context, candidates=len(request.passages)) as current:
             response = await self._planner.plan(request)
-            current.set(prompt_tokens=response.prompt_tokens)
+            current.set(prompt_tokens=response.prompt_tokens, policy_ms=round(response.policy_ms, 2))
             return response
 
     @translate_errors
