@@ -9,6 +9,8 @@ ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/blockrag
 ENV PATH=/opt/blockrag/bin:$PATH
+# The compiler is for the kernels of the decoder's slots; processors without AVX-512 BF16 do without them.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev
 WORKDIR /src
 
 # Dependencies first: they change less often than the source, and this layer is the large one.
@@ -20,12 +22,12 @@ RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml
 
 COPY README.md ./
 COPY services services
-RUN pip install --no-deps . && python -m compileall -q /opt/blockrag/lib
+RUN pip install --no-deps . && python -m compileall -q /opt/blockrag/lib && cd / && python -m blockrag.modeling.native.build
 
 FROM python:3.11-slim-bookworm
 # KubeRay starts Ray through bash and asks for its health with wget.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends bash ca-certificates procps wget \
+    && apt-get install --yes --no-install-recommends bash ca-certificates libgomp1 procps wget \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 1000 blockrag \
     && useradd --uid 1000 --gid 1000 --create-home --shell /bin/bash blockrag \
