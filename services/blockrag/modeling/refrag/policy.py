@@ -146,25 +146,24 @@ class ChunkPolicy(nn.Module):
 
     def forward(self, batch: PolicyBatch) -> Tensor:
         """Logits [prompts, chunks]; minus infinity where a prompt has fewer chunks than the longest."""
-        chunks = batch.embeddings.shape[1]
+        prompts, chunks, _ = batch.embeddings.shape
         own = self.embed(self.scale(batch.embeddings))
         features = batch.features if self.config.query else batch.features[..., : len(PLACE_FEATURES)]
         hidden = own + self.place(features)
-        present = _present(batch.lengths, chunks, hidden.device)
+        lengths = [(batch.lengths, chunks)]
         if self.config.query:
             question = self.embed(self.scale(batch.question))
-            here = _present(batch.question_lengths, question.shape[1], hidden.device)
-            counts = here.sum(1, keepdim=True).clamp(min=1)
-            mean = (question * here.unsqueeze(-1)).sum(1) / counts
+            lengths.append((batch.question_lengths, question.shape[1]))
+            here = _present(*lengths[1:], device=hidden.device)
+            counts = torch.tensor(batch.question_lengths, device=hidden.device).clamp(min=1).view(prompts, 1)
+            mean = (question if here is None else question * here.unsqueeze(-1)).sum(1) / counts
             hidden = torch.cat([hidden + self.product(own * mean.unsqueeze(1)), question + self.asked], dim=1)
-            mask = torch.cat([present, here], dim=1)
-        else:
-            mask = present
-        seen = None if bool(mask.all()) else mask[:, None, None, :]
+        mask = _present(*lengths, device=hidden.device)
+        seen = None if mask is None else mask[:, None, None, :]
         for layer in self.layers:
             hidden = layer(hidden, seen)
         logits: Tensor = (self.score(self.norm(hidden[:, :chunks])) + self.direct(features)).squeeze(-1)
-        return logits.masked_fill(~present, float("-inf"))
+        return logits if mask is None else logits.masked_fill(~mask[:, :chunks], float("-inf"))
 
     @torch.inference_mode()
     def rate(self, prompt: PolicyInput) -> NDArray[np.float32]:
@@ -257,10 +256,16 @@ def _attend_head(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> bool
     return _LEAST_SUM < float(sums.min()) <= float(sums.max()) < 1 / _LEAST_SUM
 
 
-def _present(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
-    """bool [prompts, longest]"""
-    counts = torch.tensor(lengths, device=device)
-    return torch.arange(longest, device=device)[None] < counts[:, None]
+def _present(*lengths: tuple[Sequence[int], int], device: torch.device) -> Tensor | None:
+    """Where something stands among rows of padded parts, bool [prompts, all parts' longest]; None: everywhere.
+
+    Each part is its length in each prompt and the longest.
+    """
+    if all(length == longest for own, longest in lengths for length in own):
+        return None
+    counted = [torch.tensor(own, device=device)[:, None] for own, _ in lengths]
+    places = [torch.arange(longest, device=device)[None] for _, longest in lengths]
+    return torch.cat([place < count for place, count in zip(places, counted, strict=True)], dim=1)
 
 
 def choose(logits: NDArray[np.float32], count: int) -> NDArray[np.bool_]:

@@ -110,9 +110,9 @@ def chunk_features(
 
 
 def _look_up(trait: NDArray[np.bool_], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    # a decoder may have more rows than its tokenizer has tokens
-    known = tokens < len(trait)
-    found: NDArray[np.float32] = np.where(known, trait[np.where(known, tokens, 0)], False).astype(np.float32)
+    if tokens.max() >= len(trait):  # a decoder may have more rows than its tokenizer has tokens
+        trait = np.pad(trait, (0, int(tokens.max()) + 1 - len(trait)))
+    found: NDArray[np.float32] = trait[tokens].astype(np.float32)
     return found
 
 
@@ -139,8 +139,10 @@ def _overlaps(
     own_held[chunk_of[place], column] = True
     held = np.logical_or.reduceat(own_held, first_chunks, axis=0)
     weight = _rarity(held, passages)
-    # a token that stands twice in the question counts once
-    weight[np.setdiff1d(np.arange(question.size), np.unique(question, return_index=True)[1])] = 0.0
+    first_places = {token: place for place, token in reversed(list(enumerate(question.tolist())))}
+    once = np.zeros(question.size, dtype=np.bool_)  # a token that stands twice in the question counts once
+    once[list(first_places.values())] = True
+    weight *= once
     if not weight.sum():
         return nothing
     whole = held @ weight / weight.sum()
