@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from blockrag.client import BlockragClient
+from blockrag.client import BlockragClient, GenerateOptions
 from blockrag.errors import (
     BlockragError,
     DeadlineError,
@@ -22,7 +22,7 @@ from blockrag.errors import (
     OverloadedError,
     PromptTooLongError,
 )
-from blockrag.results import Completion, Condition, GivenPassage, Retrieved
+from blockrag.results import Completion, Compression, Condition, GivenPassage, Retrieved
 from blockrag.settings import GatewaySettings, TenantSettings
 from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2, rag_pb2_grpc
 from tests.integration.conftest import Cluster
@@ -147,13 +147,19 @@ async def test_warming_makes_the_first_question_a_hit(client: BlockragClient, co
 
 
 async def test_one_trace_runs_through_every_service(client: BlockragClient, collection: str) -> None:
-    answer = await client.ask("Where is Norway?", collection=collection, max_tokens=2)
-    spans = await client.trace(answer.completion.trace_id)
-    ids = {span.span_id for span in spans}
-    roots = [span for span in spans if span.parent_span_id not in ids]
-    assert [root.service for root in roots] == ["client"]
-    assert {"client", "gateway", "retriever", "compressor", "decoder"} <= {span.service for span in spans}
-    assert all(span.start_unix_ns <= span.end_unix_ns for span in spans)
+    for compression, services in (
+        (None, {"client", "gateway", "retriever", "decoder"}),
+        (Compression(rate=2), {"client", "gateway", "retriever", "compressor", "decoder"}),
+    ):
+        options: GenerateOptions = {} if compression is None else {"compression": compression}
+        answer = await client.ask("Where is Norway?", collection=collection, max_tokens=2, **options)
+        spans = await client.trace(answer.completion.trace_id)
+        ids = {span.span_id for span in spans}
+        roots = [span for span in spans if span.parent_span_id not in ids]
+        assert [root.service for root in roots] == ["client"]
+        assert services <= {span.service for span in spans}
+        assert ("compressor" in services) == ("plan" in {span.name for span in spans})
+        assert all(span.start_unix_ns <= span.end_unix_ns for span in spans)
 
 
 async def test_the_system_describes_itself(client: BlockragClient) -> None:
