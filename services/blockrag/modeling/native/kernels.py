@@ -10,6 +10,7 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,15 +60,15 @@ class Kernels:
         """
         count, width = len(pieces), out.shape[-1]
         step = width * out.itemsize
-        lengths = [stop - start for _, start, stop in pieces]
-        whole = sum(lengths)
+        starts = [0, *accumulate(stop - start for _, start, stop in pieces)]
+        whole = starts[-1]
         if whole > min(out.shape[3], len(phases)) or not phases.is_contiguous():
             raise ValueError(f"{whole} slots for {out.shape[3]} places and {len(phases)} phases")
         self._place(
             count,
             (_POINTER * count)(*(slots.data_ptr() + start * step for slots, start, _ in pieces)),
-            (_INT * count)(*lengths),
             (_INT * count)(*(slots.stride(2) for slots, _, _ in pieces)),
+            (_INT * len(starts))(*starts),
             out.shape[1] * out.shape[2],
             width,
             phases.data_ptr(),

@@ -29,27 +29,25 @@ static inline void store_narrow(void *to, __m512 numbers) {
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(numbers));
 }
 
-void place_slots(int64_t blocks, const uint16_t *const *sources, const int64_t *slots, const int64_t *source_planes,
+void place_slots(int64_t blocks, const uint16_t *const *sources, const int64_t *source_planes, const int64_t *starts,
                  int64_t key_planes, int64_t width, const float *phases, int64_t threads, uint16_t *out,
                  int64_t out_plane) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t plane = 0; plane < 2 * key_planes; plane++) {
-        uint16_t *to = out + plane * out_plane;
-        const float *phase = phases;
-        for (int64_t block = 0; block < blocks; block++) {
-            const uint16_t *from = sources[block] + plane * source_planes[block];
-            int64_t numbers = slots[block] * width;
-            if (plane < key_planes) {
-                for (int64_t i = 0; i < numbers; i += LANES) {
-                    __m512 pairs = widened(from + i), phase_pairs = _mm512_loadu_ps(phase + i);
-                    __m512 crossed = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xB1), _mm512_movehdup_ps(phase_pairs));
-                    store_narrow(to + i, _mm512_fmaddsub_ps(pairs, _mm512_moveldup_ps(phase_pairs), crossed));
-                }
-                phase += numbers;
-            } else {
-                memcpy(to, from, numbers * sizeof *to);
-            }
-            to += numbers;
+    int64_t planes = 2 * key_planes;
+#pragma omp parallel for schedule(dynamic, key_planes) num_threads(threads)
+    for (int64_t part = 0; part < blocks * planes; part++) { /* a block's planes follow each other in memory */
+        int64_t block = part / planes, plane = part % planes;
+        const uint16_t *from = sources[block] + plane * source_planes[block];
+        uint16_t *to = out + plane * out_plane + starts[block] * width;
+        const float *phase = phases + starts[block] * width;
+        int64_t numbers = (starts[block + 1] - starts[block]) * width;
+        if (plane >= key_planes) {
+            memcpy(to, from, numbers * sizeof *to);
+            continue;
+        }
+        for (int64_t i = 0; i < numbers; i += LANES) {
+            __m512 pairs = widened(from + i), phase_pairs = _mm512_loadu_ps(phase + i);
+            __m512 crossed = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xB1), _mm512_movehdup_ps(phase_pairs));
+            store_narrow(to + i, _mm512_fmaddsub_ps(pairs, _mm512_moveldup_ps(phase_pairs), crossed));
         }
     }
 }
@@ -93,22 +91,23 @@ static inline __m512i slot_or_zero(const uint16_t *plane, int64_t slot, int64_t 
     return slot < end ? _mm512_loadu_si512(plane + slot * width + chunk * CHUNK) : _mm512_setzero_si512();
 }
 
-/* Slots [slot, end), at most a tile of them: keys with one pair of numbers of 16 slots per register, [part, pair],
- * values with one number of both slots of a pair, [chunk, pair of slots, half of the chunk]. */
+/* ``parts`` times 16 slots from ``slot``, zeros from ``end``: keys with one pair of numbers of 16 slots per register,
+ * [part, pair], values with one number of both slots of a pair, [chunk, pair of slots, half of the chunk]. */
 static inline __attribute__((always_inline)) void repack(const uint16_t *keys, const uint16_t *values, int64_t slot,
-                                                         int64_t end, int64_t width, __m512i *tile_keys,
-                                                         __m512i *tile_values) {
+                                                         int64_t parts, int64_t end, int64_t width,
+                                                         __m512i *tile_keys, __m512i *tile_values) {
     const __m512i first_half = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
                                                 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second_half = _mm512_add_epi16(first_half, _mm512_set1_epi16(LANES));
     int64_t chunks = width / CHUNK;
-    for (int64_t part = 0; part < PARTS && slot + part * LANES < end; part++)
+    for (int64_t part = 0; part < parts; part++)
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             __m512i *rows = tile_keys + (part * chunks + chunk) * LANES;
-            for (int64_t i = 0; i < LANES; i++) rows[i] = slot_or_zero(keys, slot + part * LANES + i, end, width, chunk);
+            for (int64_t i = 0; i < LANES; i++)
+                rows[i] = slot_or_zero(keys, slot + part * LANES + i, end, width, chunk);
             transpose(rows);
         }
-    for (int64_t pair = 0; pair < PAIRS; pair++)
+    for (int64_t pair = 0; pair < parts * LANES / 2; pair++)
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             __m512i even = slot_or_zero(values, slot + 2 * pair, end, width, chunk);
             __m512i odd = slot_or_zero(values, slot + 2 * pair + 1, end, width, chunk);
@@ -127,36 +126,44 @@ static inline __attribute__((always_inline)) int64_t attend_batch(const float *q
     int64_t padded = (rows + ROWS - 1) / ROWS * ROWS, chunks = width / CHUNK, half = width / 2;
     int64_t end = before + (first + rows - 1) / group + 1, unsuited = 0;
     __m512i tile_keys[PARTS * chunks * LANES], tile_values[chunks * PAIRS * 2];
+    int64_t seen[BATCH]; /* how many slots */
     __m512 sums[BATCH], attended[BATCH * width / LANES];
-    int32_t scaled[BATCH * half] __attribute__((aligned(64)));           /* pairs of bfloat16 */
+    int32_t scaled[BATCH * half] __attribute__((aligned(64))); /* pairs of bfloat16 */
     int32_t weights[ROWS * PAIRS] __attribute__((aligned(64)));
     memset(sums, 0, padded * sizeof *sums);
     memset(attended, 0, padded * width * sizeof(float));
     memset(scaled, 0, padded * half * sizeof *scaled);
+    for (int64_t row = 0; row < padded; row++) seen[row] = before + (first + row) / group + 1;
     for (int64_t row = 0; row < rows; row++) {
         const float *from = query + ((first + row) / group * heads + (first + row) % group) * width;
         for (int64_t i = 0; i < width; i += LANES)
             store_narrow(scaled + row * half + i / 2, _mm512_mul_ps(_mm512_loadu_ps(from + i), _mm512_set1_ps(scale)));
     }
     for (int64_t slot = 0; slot < end; slot += TILE) {
-        int64_t parts = (end - slot + LANES - 1) / LANES;
+        int64_t parts = (end - slot + 2 * LANES - 1) / (2 * LANES) * 2; /* two at a time share a load of the queries */
         if (parts > PARTS) parts = PARTS;
-        repack(keys, values, slot, end, width, tile_keys, tile_values);
+        repack(keys, values, slot, parts, end, width, tile_keys, tile_values);
         for (int64_t row = 0; row < padded; row += ROWS) {
-            for (int64_t part = 0; part < parts; part++) {
-                __m512 scores[ROWS];
-                for (int r = 0; r < ROWS; r++) scores[r] = _mm512_setzero_ps();
+            for (int64_t part = 0; part < parts; part += 2) {
+                __m512 scores[ROWS][2];
+                for (int r = 0; r < ROWS; r++)
+                    for (int h = 0; h < 2; h++) scores[r][h] = _mm512_setzero_ps();
+                const __m512i *packed = tile_keys + part * half;
+#pragma GCC unroll 4 /* measured at width 128: a fifth */
                 for (int64_t pair = 0; pair < half; pair++)
-                    for (int r = 0; r < ROWS; r++)
-                        scores[r] = _mm512_dpbf16_ps(scores[r], (__m512bh)tile_keys[part * half + pair],
-                                                     (__m512bh)_mm512_set1_epi32(scaled[(row + r) * half + pair]));
-                for (int r = 0; r < ROWS; r++) {
-                    int64_t seen = before + (first + row + r) / group + 1 - slot - part * LANES;
-                    __mmask16 visible = seen >= LANES ? 0xffff : seen <= 0 ? 0 : (1 << seen) - 1;
-                    __m512 weight = _mm512_maskz_mov_ps(visible, power_of_two(scores[r]));
-                    sums[row + r] = _mm512_add_ps(sums[row + r], weight);
-                    store_narrow(weights + r * PAIRS + part * LANES / 2, weight);
-                }
+                    for (int r = 0; r < ROWS; r++) {
+                        __m512bh number = (__m512bh)_mm512_set1_epi32(scaled[(row + r) * half + pair]);
+                        for (int h = 0; h < 2; h++)
+                            scores[r][h] = _mm512_dpbf16_ps(scores[r][h], number, (__m512bh)packed[h * half + pair]);
+                    }
+                for (int r = 0; r < ROWS; r++)
+                    for (int h = 0; h < 2; h++) {
+                        int64_t left = seen[row + r] - slot - (part + h) * LANES;
+                        __mmask16 visible = left >= LANES ? 0xffff : left <= 0 ? 0 : (1 << left) - 1;
+                        __m512 weight = _mm512_maskz_mov_ps(visible, power_of_two(scores[r][h]));
+                        sums[row + r] = _mm512_add_ps(sums[row + r], weight);
+                        store_narrow(weights + r * PAIRS + (part + h) * LANES / 2, weight);
+                    }
             }
             for (int64_t chunk = 0; chunk < chunks; chunk++) {
                 __m512 total[ROWS][2], *kept = attended + row * width / LANES + 2 * chunk;
