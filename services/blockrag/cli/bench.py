@@ -30,11 +30,6 @@ _L1_MB = 96
 """Holds the largest default context and not two of them, so that one displaces the other."""
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps ``ttft`` a command of its own while it is the only one."""
-
-
 @app.command(epilog="Example: blockrag bench ttft --contexts 512,2048 --repeats 30 --out out/bench")
 def ttft(
     contexts: Annotated[str, typer.Option(help="Passage tokens, comma separated.")] = "512,1024,2048,4096,8192",
@@ -62,6 +57,7 @@ def ttft(
         sizes = _sizes(contexts)
         rows: list[ReportRow] = []
         overhead: dict[str, float] = {}
+        stages: dict[str, dict[str, float]] = {}
         notes: list[str] = []
         if model:
             bundle = configured_bundle(loaded)
@@ -73,12 +69,13 @@ def ttft(
         if grpc:
             samples = _measure_grpc(loaded, sizes, repeats)
             rows += _grpc_rows(samples)
-            overhead = _overhead(samples)
+            overhead, stages = _overhead(samples), _stages(samples)
         environment = describe_environment()
         result = {
             "rows": [asdict(row) for row in rows],
             "notes": notes,
             "grpc_overhead_ms": overhead,
+            "grpc_stages_ms": stages,
             "settings": loaded.model_dump(mode="json", include={"bundle", "decoder", "encoder"}),
             "environment": asdict(environment),
         }
@@ -96,6 +93,44 @@ def ttft(
             if overhead:
                 text = ", ".join(f"{state} {value:.1f}" for state, value in overhead.items())
                 console.out.print(f"first token over gRPC minus model time, median ms: {text}")
+
+
+@app.command(epilog="Example: blockrag bench plan --passages 20 --rate 4")
+def plan(
+    passages: Annotated[int, typer.Option(min=1, max=200, help="Passages of the plan.")] = 20,
+    rate: Annotated[float, typer.Option(min=1, help="Passage tokens per slot.")] = 4.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Plans by each policy, interleaved.")] = 100,
+    settings: SettingsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a plan takes beside the call to the compressor, by policy, for passages that it saw before."""
+    from blockrag.configured import configured_bundle
+    from blockrag.evaluation.environment import describe_environment
+    from blockrag.evaluation.plan_time import measure_plans
+    from blockrag.evaluation.workload import first_passages
+
+    with console.errors_to_exit():
+        bundle = configured_bundle(console.settings_from(settings))
+        with console.progress_bar() as bar:
+            task = bar.add_task("plans", total=None)
+            times = asyncio.run(
+                measure_plans(
+                    bundle,
+                    first_passages(bundle, passages),
+                    rate=rate,
+                    repeats=repeats,
+                    on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )
+            )
+        if as_json:
+            environment = asdict(describe_environment())
+            console.print_json({"rows": [asdict(row) for row in times], "rate": rate, "environment": environment})
+            return
+        title = f"Plan of {passages} passages ({times[0].chunks} chunks) at rate {rate:g}, ms"
+        table = Table("policy", "median", "p90", "of it the policy", title=title)
+        for row in times:
+            table.add_row(row.policy, f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.policy_ms:.2f}")
+        console.out.print(table)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -200,6 +235,19 @@ def _overhead(samples: list[GrpcSample]) -> dict[str, float]:
         own = sum(sample.stages_ms[stage] for stage in ("kv_fetch", "compose", "prefill"))
         by_state.setdefault(sample.state, []).append(sample.client_ms - own)
     return {state: round(statistics.median(values), 2) for state, values in by_state.items()}
+
+
+def _stages(samples: list[GrpcSample]) -> dict[str, dict[str, float]]:
+    """Median time of each stage before the first token, by state."""
+    by_state: dict[str, dict[str, list[float]]] = {}
+    for sample in samples:
+        times = by_state.setdefault(sample.state, {})
+        for stage in ("plan", "queue", "kv_fetch", "compose", "prefill"):
+            times.setdefault(stage, []).append(sample.stages_ms[stage])
+    return {
+        state: {stage: round(statistics.median(values), 2) for stage, values in times.items()}
+        for state, times in by_state.items()
+    }
 
 
 def _table(rows: list[ReportRow], sizes: tuple[int, ...]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from blockrag.corpus.sample import load_articles
@@ -29,6 +30,15 @@ def make_workload(bundle: Bundle, contexts: Sequence[int]) -> Workload:
     passages = _passages(bundle)
     sized = {tokens: _take(passages, tokens) for tokens in contexts}
     return Workload(QUESTION, sized, _take(passages, max(contexts)))
+
+
+def first_passages(bundle: Bundle, count: int) -> tuple[GivenPassage, ...]:
+    """The sample corpus's first ``count`` passages that fill the bundle's passages to three quarters at least."""
+    full = (passage for passage, tokens in _passages(bundle) if 4 * tokens >= 3 * bundle.passage_tokens)
+    found = tuple(islice(full, count))
+    if len(found) < count:
+        raise SettingsError(f"the sample corpus has only {len(found)} passages of that size")
+    return found
 
 
 def _take(passages: Iterator[tuple[GivenPassage, int]], tokens: int) -> tuple[GivenPassage, ...]:

@@ -1,0 +1,152 @@
+"""What a plan takes beside the call: the compressor's own work, in one process, for passages that it saw before.
+
+Every plan is for a question of its own, which was embedded ahead as the gateway has it done while passages are
+searched. Policies follow each other within a repeat, so that a change of the machine's speed meets them all.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blockrag.compressor.compression import RETRIEVAL, CompressionAbility
+from blockrag.compressor.costs import DecoderCosts
+from blockrag.compressor.drafts import PassageDrafts
+from blockrag.compressor.embeddings import EmbeddingCache
+from blockrag.compressor.mixing import Mixer
+from blockrag.compressor.plans import Planner
+from blockrag.compressor.rating import ChunkRater
+from blockrag.compressor.tokenizing import PassageTokenizer
+from blockrag.decoder.detokenizer import detokenizer_factory
+from blockrag.errors import UnavailableError
+from blockrag.keys import KeyMaker
+from blockrag.kv_cache.messages import FetchedBlock
+from blockrag.results import GivenPassage
+from blockrag.types import BlockRequest, ChunkEmbeddings
+from blockrag.v1.common_pb2 import ATTENTION_MODE_BLOCK, Compression, Passage, RequestContext
+from blockrag.v1.compressor_pb2 import PlanRequest
+from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
+
+if TYPE_CHECKING:
+    from blockrag.modeling.bundle import Bundle
+
+OFF = "off"
+"""Stands for a plan without compression."""
+_EMBEDDINGS_BYTES = 64 * 2**20
+_ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class PlanTime:
+    """Milliseconds of plans by one policy."""
+
+    policy: str
+    """``off``, ``retrieval``, or one of the bundle's."""
+    passages: int
+    chunks: int
+    median_ms: float
+    p90_ms: float
+    policy_ms: float
+    """Median of the policy's own part."""
+    repeats: int
+
+
+async def measure_plans(
+    bundle: Bundle,
+    passages: Sequence[GivenPassage],
+    *,
+    rate: float,
+    repeats: int,
+    warmup: int = 5,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[PlanTime]:
+    """Times of plans for all of ``passages``, by policy; ``warmup`` repeats are run and not kept."""
+    planner = _planner(bundle)
+    policies = [OFF, *((RETRIEVAL, *sorted(bundle.refrag.policies)) if bundle.refrag is not None else ())]
+    times: dict[str, list[tuple[float, float]]] = {policy: [] for policy in policies}
+    chunks = 0
+    for repeat in range(-warmup, repeats):
+        for policy in policies:
+            request = _request(passages, policy, rate, f"What is the largest city in the {repeat + warmup}th of them?")
+            await planner.prepare(request.question)
+            started = time.perf_counter()
+            plan = await planner.plan(request)
+            took_ms = 1000 * (time.perf_counter() - started)
+            chunks = sum(len(planned.chunks) for planned in plan.passages)
+            if repeat >= 0:
+                times[policy].append((took_ms, plan.policy_ms))
+        if on_progress is not None:
+            on_progress(repeat + warmup + 1, repeats + warmup)
+    return [_summary(policy, len(passages), chunks, taken) for policy, taken in times.items()]
+
+
+def _planner(bundle: Bundle) -> Planner:
+    tokenizer = bundle.load_tokenizer()
+    mixer = None
+    if bundle.refrag is not None:
+        rater = ChunkRater.load(bundle)
+        rater.warm_up()
+        keys = KeyMaker(bundle.fingerprint, b"", bundle.compression_fingerprint)
+        embeddings = EmbeddingCache(_InProcess(rater), _EMBEDDINGS_BYTES)
+        mixer = Mixer(bundle.chunk_tokens, rater, embeddings, keys, DecoderCosts(_no_decoder))
+    return Planner(
+        PassageTokenizer(tokenizer, bundle.template),
+        bundle.max_context_tokens,
+        CompressionAbility.of(bundle),
+        PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens),
+        mixer,
+    )
+
+
+def _request(passages: Sequence[GivenPassage], policy: str, rate: float, question: str) -> PlanRequest:
+    return PlanRequest(
+        context=RequestContext(tenant="bench"),
+        question=question,
+        passages=[
+            Passage(passage_id=f"{place}", document_id=f"{place}", title=given.title, text=given.text)
+            for place, given in enumerate(passages)
+        ],
+        attention_mode=ATTENTION_MODE_BLOCK,
+        max_tokens=_ANSWER_TOKENS,
+        compression=Compression(rate=rate, policy=policy) if policy != OFF else None,
+    )
+
+
+def _summary(policy: str, passages: int, chunks: int, taken: Sequence[tuple[float, float]]) -> PlanTime:
+    whole = sorted(took_ms for took_ms, _ in taken)
+    return PlanTime(
+        policy=policy,
+        passages=passages,
+        chunks=chunks,
+        median_ms=round(statistics.median(whole), 3),
+        p90_ms=round(whole[min(len(whole) - 1, int(0.9 * len(whole)))], 3),
+        policy_ms=round(statistics.median(policy_ms for _, policy_ms in taken), 3),
+        repeats=len(whole),
+    )
+
+
+class _InProcess:
+    """Embeds here what the cluster's cache would have."""
+
+    def __init__(self, rater: ChunkRater) -> None:
+        self._rater = rater
+
+    async def fetch(self, requests: Sequence[BlockRequest]) -> list[FetchedBlock]:
+        return [
+            FetchedBlock(
+                ChunkEmbeddings(
+                    request.key,
+                    request.token_ids,
+                    self._rater.embed_question(request.token_ids.tolist()).numpy(),
+                ),
+                "encoded",
+            )
+            for request in requests
+        ]
+
+
+async def _no_decoder() -> GetDecoderStatusResponse:
+    raise UnavailableError("a rate asks no decoder")
