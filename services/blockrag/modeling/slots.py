@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class ResidentBlock:
         """V, same shape."""
         return self.slots[1]
 
-    @property
+    @cached_property
     def num_slots(self) -> int:
         """Positions that the block takes in a prompt."""
         return self.slots.size(3)

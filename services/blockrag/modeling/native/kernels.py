@@ -66,8 +66,8 @@ class Kernels:
             raise ValueError(f"{whole} slots for {out.shape[3]} places and {len(phases)} phases")
         self._place(
             count,
-            (_POINTER * count)(*(slots.data_ptr() + start * step for slots, start, _ in pieces)),
-            (_INT * count)(*(slots.stride(2) for slots, _, _ in pieces)),
+            (_POINTER * count)(*[slots.data_ptr() + start * step for slots, start, _ in pieces]),
+            (_INT * count)(*[slots.stride(2) for slots, _, _ in pieces]),
             (_INT * len(starts))(*starts),
             out.shape[1] * out.shape[2],
             width,
