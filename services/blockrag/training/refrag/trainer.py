@@ -79,7 +79,9 @@ class RefragTrainer:
         norm = self._update(factor)
         summed = torch.tensor([*(sums[kind] for kind in _KINDS), divergence], dtype=torch.float64)
         *totals, divergence = self._workers.sum(summed).tolist()
-        measured = {kind: total / counts[kind] for kind, total in zip(_KINDS, totals, strict=True) if counts[kind]}
+        measured: dict[str, float] = {
+            kind: total / counts[kind] for kind, total in zip(_KINDS, totals, strict=True) if counts[kind]
+        }
         if self.reader.distillation > 0 and counts["text"]:
             measured["divergence"] = divergence / counts["text"]
         return StepResult(

@@ -55,10 +55,11 @@ def run_two(program: str, argument: Path, meanwhile: Callable[[], object]) -> No
     workers = [subprocess.Popen(command, env={**os.environ, **address, "RANK": str(rank)}) for rank in range(2)]
     try:
         meanwhile()
-        assert [worker.wait(timeout=90) for worker in workers] == [0, 0]
+        assert [worker.wait(timeout=150) for worker in workers] == [0, 0]
     finally:
         for worker in workers:
             worker.kill()
+            worker.wait()
 
 
 def test_two_workers_equal_one(tmp_path: Path, config: Callable[..., RefragConfig]) -> None:
