@@ -126,3 +126,35 @@ def test_a_refrag_stage_on_two_workers(tmp_path: Path) -> None:
     for one, two in zip(shown[1][:-1], shown[2][:-1], strict=True):
         assert one["losses"] == pytest.approx(two["losses"], rel=1e-4)
     assert verify_bundle(tmp_path / "made2").passed
+
+
+def test_a_policy_on_two_workers(tmp_path: Path) -> None:
+    make_tiny_bundle(tmp_path / "base", max_position_embeddings=1024)
+    write_texts(tmp_path / "texts.jsonl")
+    common = "--text texts.jsonl --max-passages 3 --dev-samples 2 --precision fp32 --json"
+    stages = (
+        ("parts", "--bundle base --stage reconstruction -k 4 --steps 1 --tokens-per-step 400"),
+        ("made1", "--bundle parts --stage policy --policy blind --steps 2"),
+        ("made2", "--bundle parts --stage policy --policy blind --steps 2 --workers 2"),
+    )
+    shown = {}
+    for out, given in stages:
+        ran = subprocess.run(
+            [
+                *(sys.executable, "-c", "from blockrag.cli.main import main; main()", "adapt", "refrag"),
+                *(*given.split(), *common.split(), "--out", out),
+            ],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert ran.returncode == 0, ran.stderr
+        shown[out] = [json.loads(line) for line in ran.stdout.splitlines()]
+
+    for one, two in zip(shown["made1"][:-1], shown["made2"][:-1], strict=True):
+        assert one["draws"] == two["draws"]
+        rewards = [metrics["update"]["reward"] if metrics["step"] else 0.0 for metrics in (one, two)]
+        assert rewards[0] == pytest.approx(rewards[1], rel=1e-3)
+    assert verify_bundle(tmp_path / "made2").passed
