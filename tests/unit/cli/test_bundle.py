@@ -38,9 +38,12 @@ def test_show_says_that_a_bundle_does_not_compress(tmp_path: Path) -> None:
 def test_verify_checks_mixtures(compressing: Path) -> None:
     result = CliRunner().invoke(app, ["bundle", "verify", str(compressing), "--no-store", "--json"])
     assert result.exit_code == 0
-    checks = json.loads(result.output)["checks"]
-    assert {"mixture, text", "nothing compressed is block mode, random tokens"} <= {check["name"] for check in checks}
-    assert all(check["passed"] for check in checks)
+    found = json.loads(result.output)
+    assert found["passed"]
+    assert [report["kv_dtype"] for report in found["reports"]] == ["float32", "bfloat16"]
+    for report in found["reports"]:
+        names = {check["name"] for check in report["checks"] if check["passed"]}
+        assert {"mixture, text", "nothing compressed is block mode, random tokens"} <= names
 
 
 def test_show_names_a_projector_of_another_decoder(compressing: Path, tmp_path: Path) -> None:
