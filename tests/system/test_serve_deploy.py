@@ -107,7 +107,7 @@ def _ray(dashboard: int, environment: dict[str, str]) -> Iterator[subprocess.Pop
         finally:
             os.killpg(ray.pid, signal.SIGTERM)
             try:
-                ray.wait(30)
+                ray.wait(90)  # it drains the node for up to half a minute
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(ray.pid, signal.SIGKILL)
