@@ -36,7 +36,8 @@ class NearPlanner:
 
     async def plan(self, request: PlanRequest) -> PlanResponse:
         """Decides what enters the prompt. Raises what either planner raises."""
-        if not request.HasField("compression") and self._unknown_chars(request) <= MOST_UNKNOWN_CHARS:
+        without = request.compression.WhichOneof("budget") in (None, "off")
+        if without and self._unknown_chars(request) <= MOST_UNKNOWN_CHARS:
             return await self._own.plan(request)
         response = await self._compressor.plan(request)
         for passage, planned in zip(request.passages, response.passages, strict=False):

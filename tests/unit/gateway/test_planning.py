@@ -66,7 +66,8 @@ def request(*texts: str, compression: Compression | None = None, mode: int = ATT
 async def test_a_plan_without_compression_is_the_compressors_made_here(
     near: NearPlanner, compressor: Compressor
 ) -> None:
-    for asked in (request("one", "two words"), request(), request("one", mode=ATTENTION_MODE_NONE)):
+    off = request("one", "two", compression=Compression(off=True))
+    for asked in (request("one", "two words"), off, request(), request("one", mode=ATTENTION_MODE_NONE)):
         made = await near.plan(asked)
         assert compressor.requests == []
         assert made == await compressor.plan(asked)

@@ -119,7 +119,9 @@ def test_a_policy_learns_the_same_from_two_workers(tmp_path: Path, config: Calla
     single, shared = (load_file(path / "policy-blind.safetensors") for path in (one.out, two.out))
     before = ChunkPolicy(one.sizes(32)).state_dict()
     for name, tensor in single.items():
-        assert torch.allclose(tensor, shared[name], atol=1e-4), name
+        # What is added to every logit changes no choice: its gradient is rounding, which Adam makes a step of.
+        if name != "score.bias":
+            torch.testing.assert_close(shared[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
     assert float(single["direct.weight"].abs().max()) > 1e-3 and not before["direct.weight"].any()
     lines = [
         [PolicyMetrics.from_dict(json.loads(line)) for line in (path / "metrics.jsonl").read_text().splitlines()]
