@@ -113,14 +113,22 @@ class BlockragClient:
         """Streams an answer: Retrieved, text chunks (each a ``str``), Completion. Closing the stream stops the work."""
         timeout_s = options.get("timeout_s", self._timeout_s)
         request = messages.generate_request(question, timeout_s, dict(options))
+        completion: Completion | None = None
         with self._call("RagService/Generate") as metadata:
             stub = self._stub(rag_pb2_grpc.RagServiceStub)
             call = stub.Generate(request, metadata=metadata, timeout=timeout_s + _GRACE_S)
             try:
-                async for event in call:
-                    yield messages.event(event)
+                async for message in call:
+                    event = messages.event(message)
+                    if isinstance(event, Completion):
+                        completion = event
+                    else:
+                        yield event
             finally:
                 call.cancel()
+        # Last, and outside the call's span: whoever takes it leaves, and the span would say that it was cancelled.
+        if completion is not None:
+            yield completion
 
     async def ask(self, question: str, **options: Unpack[GenerateOptions]) -> Answer:
         """The whole answer at once."""

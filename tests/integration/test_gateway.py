@@ -160,6 +160,7 @@ async def test_one_trace_runs_through_every_service(client: BlockragClient, coll
         assert services <= {span.service for span in spans}
         assert ("compressor" in services) == ("plan" in {span.name for span in spans})
         assert all(span.start_unix_ns <= span.end_unix_ns for span in spans)
+        assert not [span.name for span in spans if span.error]
 
 
 async def test_the_system_describes_itself(client: BlockragClient) -> None:

@@ -82,10 +82,11 @@ def test_the_tour(environment: dict[str, str]) -> None:
     assert answered.returncode == 0, answered.stderr
     assert "Usage(" in answered.stdout
     assert "stopped" in _checked(last, environment)
-    (ask,) = (output for command, output in outputs.items() if "--trace" in command)
-    for service in ("gateway", "retriever", "compressor", "decoder"):
-        assert service in ask, ask
-    (compressed,) = (output for command, output in outputs.items() if "--rate" in command)
+    plain, compressed = (output for command, output in outputs.items() if "--trace" in command)
+    for service in ("gateway", "retriever", "decoder", "kv_cache"):
+        assert service in plain, plain
+    assert "cancelled" not in plain + compressed
+    assert "compressor" in compressed
     assert "chunks of them compressed" in " ".join(compressed.split())
     assert "‹" in compressed, "no compressed words were printed"
     (listed,) = (output for command, output in outputs.items() if command.startswith("blockrag list"))

@@ -283,8 +283,9 @@ class Answering:
                     async with aclosing(self.decoder.decode(request)) as events:
                         while (event := await deadline.wait(anext(events, None))) is not None:
                             tokens += event.tokens
+                            if event.HasField("finish"):
+                                break
                             yield event
-                    return
                 except Exception as error:
                     known = as_known_error(error)
                     if not isinstance(known, UnavailableError):
@@ -300,6 +301,11 @@ class Answering:
                     request_logger(__name__, context).warning(
                         "decoder lost before the first token, retrying: %s", known
                     )
+                    continue
+            # Outside its span: whoever takes the last event leaves, and the span would say that it was cancelled.
+            if event is not None:
+                yield event
+            return
 
 
 async def _ended(task: asyncio.Task[Any]) -> None:
