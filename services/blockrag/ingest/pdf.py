@@ -14,8 +14,8 @@ from blockrag.errors import InvalidRequestError
 _HYPHENATED = re.compile(r"(?<=[a-zà-ÿ])-\n(?=[a-zà-ÿ])")
 _SURROGATES_AND_CONTROLS = re.compile("[\ud800-\udfff\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # What damaged files make pypdf raise besides its own errors.
-_DAMAGE = (PyPdfError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OSError,
-           ArithmeticError, AssertionError, NotImplementedError)  # fmt: skip
+_DAMAGE = (PyPdfError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ArithmeticError,
+           AssertionError)  # fmt: skip
 
 
 class PdfText:
