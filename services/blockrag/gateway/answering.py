@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -32,7 +32,6 @@ from blockrag.v1.compressor_pb2 import (
     PlanRequest,
     PlanResponse,
     PrepareQuestionRequest,
-    PrepareQuestionResponse,
 )
 from blockrag.v1.decoder_pb2 import DecodeFinish, DecodeRequest, DecodeResponse
 from blockrag.v1.rag_pb2 import Citation, Completion, GenerateResponse, Retrieved, RetrieveResponse, TextChunk
@@ -42,6 +41,9 @@ STAGES = ("retrieve", "plan", "queue", "kv_fetch", "compose", "prefill", "decode
 """Every answer reports all of them, in this order; one that did not happen took 0 ms."""
 
 _DECODE_ATTEMPTS = 2
+_PREPARING_GRACE_S = 1.0
+"""What the embedding of a question may take beyond its answer: cancelled, it would be a failed span in the trace of an
+answer that did not fail."""
 
 Result = TypeVar("Result")
 
@@ -137,65 +139,75 @@ class Answering:
             current.set(question=question.text)
         context = current.child_context()
         request_id = context.request_id
-        # The compressor embeds the question while its passages are searched. What goes wrong there, the plan tells.
-        compression = question.compression
-        sees_question = compression is not None and compression.policy != RETRIEVAL
-        preparing = self._prepare(question, context) if sees_question and not question.given else None
-        try:
+        async with self._preparing(question, context):
             passages = await self._passages(question, context, timings, deadline)
-        finally:
-            if preparing is not None:
-                await _ended(preparing)
-        made = _Made()
-        pieces: list[str] = []
-        finish: DecodeFinish | None = None
-        async with aclosing(self._generate(question, passages, context, timings, deadline, made)) as events:
-            # The plan and the decoder's first token are under way while the passages are sent.
-            coming = asyncio.ensure_future(anext(events, None))
-            try:
-                yield GenerateResponse(request_id=request_id, retrieved=Retrieved(passages=passages))
-                event = await coming
-            finally:
-                await _ended(coming)
-            while event is not None:
-                if event.text:
-                    if not pieces:
-                        timings.first_text = time.perf_counter()
-                    pieces.append(event.text)
-                    yield GenerateResponse(request_id=request_id, text=TextChunk(text=event.text, tokens=event.tokens))
-                if event.HasField("finish"):
-                    finish = event.finish
-                    break
-                event = await anext(events, None)
-        plan = made.plan
-        if finish is None:
-            raise UnavailableError("the decoder ended its answer without saying why; ask again")
-        timings.stage_ms.update((stage.stage, stage.milliseconds) for stage in finish.stages)
-        self.overhead.record(
-            timings.time_to_first_token_ms,
-            timings.stage_ms,
-            plan.policy_ms,
-            compressed=question.compression is not None,
-        )
-        finish.usage.context_tokens = sum(len(planned.token_ids) for planned in plan.passages if planned.in_prompt)
-        _describe(current, finish.usage, timings)
-        completion = Completion(
-            answer="".join(pieces),
-            citations=_citations(passages, plan),
-            usage=finish.usage,
-            stages=timings.stages(),
-            finish_reason=finish.reason,
-            time_to_first_token_ms=timings.time_to_first_token_ms,
-            seed=question.sampling.seed,
-            bundle_fingerprint=self.bundle_fingerprint,
-            attention_mode=question.attention_mode,
-            trace_id=trace_id_of(current.traceparent),
-        )
-        yield GenerateResponse(request_id=request_id, completion=completion)
+            made = _Made()
+            pieces: list[str] = []
+            finish: DecodeFinish | None = None
+            async with aclosing(self._generate(question, passages, context, timings, deadline, made)) as events:
+                # The plan and the decoder's first token are under way while the passages are sent.
+                coming = asyncio.ensure_future(anext(events, None))
+                try:
+                    yield GenerateResponse(request_id=request_id, retrieved=Retrieved(passages=passages))
+                    event = await coming
+                finally:
+                    await _ended(coming)
+                while event is not None:
+                    if event.text:
+                        if not pieces:
+                            timings.first_text = time.perf_counter()
+                        pieces.append(event.text)
+                        yield GenerateResponse(
+                            request_id=request_id, text=TextChunk(text=event.text, tokens=event.tokens)
+                        )
+                    if event.HasField("finish"):
+                        finish = event.finish
+                        break
+                    event = await anext(events, None)
+            plan = made.plan
+            if finish is None:
+                raise UnavailableError("the decoder ended its answer without saying why; ask again")
+            timings.stage_ms.update((stage.stage, stage.milliseconds) for stage in finish.stages)
+            self.overhead.record(
+                timings.time_to_first_token_ms,
+                timings.stage_ms,
+                plan.policy_ms,
+                compressed=question.compression is not None,
+            )
+            finish.usage.context_tokens = sum(len(planned.token_ids) for planned in plan.passages if planned.in_prompt)
+            _describe(current, finish.usage, timings)
+            completion = Completion(
+                answer="".join(pieces),
+                citations=_citations(passages, plan),
+                usage=finish.usage,
+                stages=timings.stages(),
+                finish_reason=finish.reason,
+                time_to_first_token_ms=timings.time_to_first_token_ms,
+                seed=question.sampling.seed,
+                bundle_fingerprint=self.bundle_fingerprint,
+                attention_mode=question.attention_mode,
+                trace_id=trace_id_of(current.traceparent),
+            )
+            yield GenerateResponse(request_id=request_id, completion=completion)
 
-    def _prepare(self, question: Question, context: RequestContext) -> asyncio.Task[PrepareQuestionResponse]:
+    @asynccontextmanager
+    async def _preparing(self, question: Question, context: RequestContext) -> AsyncGenerator[None, None]:
+        """Has the compressor embed the question while its passages are searched, where the plan may look at it.
+
+        Nobody waits for it before everything was sent; what goes wrong there, the plan tells. An answer that fails, or
+        that its client leaves, cancels it.
+        """
+        compression = question.compression
+        if compression is None or compression.policy == RETRIEVAL or question.given:
+            yield
+            return
         request = PrepareQuestionRequest(context=context, question=question.text)
-        return asyncio.ensure_future(self.planner.prepare_question(request))
+        preparing = asyncio.ensure_future(self.planner.prepare_question(request))
+        try:
+            yield
+            await asyncio.wait([preparing], timeout=_PREPARING_GRACE_S)
+        finally:
+            await _ended(preparing)
 
     async def _generate(
         self,
@@ -309,12 +321,17 @@ class Answering:
 
 
 async def _ended(task: asyncio.Task[Any]) -> None:
-    """Stops a task that nobody waits for any more."""
+    """Stops a task that nobody waits for any more; what went wrong in it was told already, or is nobody's concern."""
+    task.add_done_callback(_heard)
     if not task.done():
         task.cancel()
         await asyncio.wait([task])
-    elif not task.cancelled():
-        task.exception()  # raised to whom it concerns already
+
+
+def _heard(task: asyncio.Task[Any]) -> None:
+    """Keeps asyncio from reporting an error that nobody was left to see."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _decode_request(question: Question, plan: PlanResponse) -> DecodeRequest:
