@@ -35,6 +35,10 @@ def reader(
         Literal["6m", "28m"], typer.Option(help="Parameters of a reader trained from scratch; 28m wants a GPU.")
     ] = "6m",
     tokens_per_step: Annotated[int, typer.Option(min=500, help="Tokens of a step; 100,000 suits a GPU.")] = 5000,
+    related_words: Annotated[
+        Path | None,
+        typer.Option(help="Sentence encoder's directory; questions in other words take theirs from its embeddings."),
+    ] = None,
     feeders: Annotated[int, typer.Option(min=0, help="Processes that prepare batches ahead; a GPU wants many.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -58,6 +62,7 @@ def reader(
             shape=SHAPES[size],
             tokens_per_step=tokens_per_step,
             parts=1 if device.startswith("cuda") else ReaderTrainingConfig.parts,
+            related_words=related_words,
             feeders=feeders,
             seed=seed,
             device=device,

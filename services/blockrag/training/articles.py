@@ -5,20 +5,21 @@ from __future__ import annotations
 from random import Random
 
 from blockrag.training.attributes import attribute_questions
-from blockrag.training.cloze import cloze_of_text
 from blockrag.training.data import Article, Question, ReaderData
 from blockrag.training.drafts import BatchShape, Cutter, Draft
 from blockrag.training.mixture import Mixture
 from blockrag.training.paraphrases import paraphrase
+from blockrag.training.rewording import SentenceAsker
 
 
 class ArticleSource:
     """Intros with pattern, attribute and cloze questions, and questions about an intro that is not shown."""
 
-    def __init__(self, data: ReaderData, cutter: Cutter, mixture: Mixture) -> None:
+    def __init__(self, data: ReaderData, cutter: Cutter, mixture: Mixture, asker: SentenceAsker) -> None:
         self._data = data
         self._cutter = cutter
         self._mixture = mixture
+        self._asker = asker
         self._asked = list(data.questions)
         self._urls = list(data.articles)
 
@@ -81,9 +82,7 @@ class ArticleSource:
             if question.relation != "is_a" or random.random() < self._mixture.is_a
         ]
         found += attribute_questions(passage.title, passage.text, random)
-        if random.random() < self._mixture.cloze:
-            cloze = cloze_of_text(passage.title, passage.text, random)
-            found += [cloze] if cloze else []
+        found += self._asker.questions(passage.title, passage.text, random)
         return [(question.text, question.answers[0]) for question in found if question.answers[0] in passage.text]
 
     def _reworded(self, random: Random) -> bool:

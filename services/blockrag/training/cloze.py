@@ -14,7 +14,7 @@ from random import Random
 from blockrag.training.data import Question
 from blockrag.training.passages import sentences
 
-_FUNCTION_WORDS = frozenset(
+FUNCTION_WORDS = frozenset(
     """
     a about after against all also although am among an and any are as at be became because been before being
     between both but by can could did do does during each few for from had has have he her here him his how i if in
@@ -30,9 +30,15 @@ _DATE = re.compile(
     r"(?:\d{1,2} )?(?:January|February|March|April|May|June|July|August|September|October|November|December)"
     r"(?: \d{1,2}\b(?:, \d{4})?)?(?: \d{4})?"
 )
+_YEAR = re.compile(r"1\d{3}|20\d{2}")
 _WORD = re.compile(r"[A-Za-z][a-z'’-]*")
 _PLACE_BEFORE = re.compile(r"\b(?:in|at|near|to|from) (?:the )?$")
 _GAP = ("{title}: {left} ___ {right}", "Fill the gap: {left} ___ {right}", "{left} ___ {right}")
+
+
+def is_date(text: str) -> bool:
+    """Whether ``text`` is a date or a year as a whole."""
+    return bool(_DATE.fullmatch(text) or _YEAR.fullmatch(text))
 
 
 def answer_spans(sentence: str) -> list[re.Match[str]]:
@@ -42,7 +48,7 @@ def answer_spans(sentence: str) -> list[re.Match[str]]:
     for pattern in (_DATE, NAME, NUMBER):
         for match in pattern.finditer(sentence):
             # A sentence's first word is capitalised whatever it is.
-            if match.start() == 0 and match[0].lower() in _FUNCTION_WORDS:
+            if match.start() == 0 and match[0].lower() in FUNCTION_WORDS:
                 continue
             if all(match.end() <= start or match.start() >= end for start, end in taken):
                 found.append(match)
@@ -55,7 +61,7 @@ def _content_runs(sentence: str) -> list[re.Match[str]]:
     runs: list[re.Match[str]] = []
     run: list[re.Match[str]] = []
     for match in _WORD.finditer(sentence):
-        content = match[0].lower() not in _FUNCTION_WORDS and len(match[0]) > 2
+        content = match[0].lower() not in FUNCTION_WORDS and len(match[0]) > 2
         adjacent = run and sentence[run[-1].end() : match.start()] == " "
         if content and (adjacent or not run):
             run.append(match)
@@ -77,7 +83,7 @@ def question_word(sentence: str, span: re.Match[str], random: Random) -> str:
     text = span[0]
     if _DATE.fullmatch(text):
         return random.choice(("when", "what date", "when"))
-    if re.fullmatch(r"1\d{3}|20\d{2}", text):
+    if _YEAR.fullmatch(text):
         return random.choice(("when", "what year", "which year"))
     if NUMBER.fullmatch(text):
         if "$" in text or "%" in text:
@@ -122,8 +128,8 @@ def _clause(left: list[str], right: list[str]) -> tuple[list[str], list[str]]:
     return left, right
 
 
-def cloze_of_text(title: str, text: str, random: Random) -> Question | None:
-    """A cloze question about a sentence of ``text``, whose answer stands nowhere else in the question."""
+def pick_span(title: str, text: str, random: Random) -> tuple[str, re.Match[str]] | None:
+    """A sentence of ``text`` and a span of it to ask for, which stands in neither title nor sentence again."""
     found = [s for s in sentences(text) if 5 <= len(s.split()) <= 45]
     if not found:
         return None
@@ -133,5 +139,4 @@ def cloze_of_text(title: str, text: str, random: Random) -> Question | None:
         return None
     # Names, dates and numbers are what people mostly ask for; the runs of content words come after them in the list.
     strong = [m for m in spans if m[0][0].isupper() or m[0][0].isdigit() or m[0][0] == "$"]
-    span = random.choice(strong if strong and random.random() < 0.6 else spans)
-    return cloze_question(sentence, span, title, random)
+    return sentence, random.choice(strong if strong and random.random() < 0.6 else spans)

@@ -93,5 +93,7 @@ class ReaderTrainingConfig:
     cores."""
     masks: Literal["both", "full"] = "both"
     """``full`` never shows the block mask: for the ablation of a model that was not tuned for it."""
+    related_words: Path | None = None
+    """Directory of a sentence encoder; questions in other words take related words from its embeddings."""
     seed: int = 0
     device: str = "cpu"

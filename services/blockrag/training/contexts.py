@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from types import MappingProxyType
 
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.articles import ArticleSource
@@ -15,6 +16,7 @@ from blockrag.training.data import ReaderData
 from blockrag.training.drafts import BatchShape, Cutter, Draft, Source
 from blockrag.training.mixture import Mixture
 from blockrag.training.people import PeopleSource
+from blockrag.training.rewording import RelatedWords, SentenceAsker
 from blockrag.training.sheets import SheetSource
 from blockrag.training.texts import TextSource
 from blockrag.training.tokenizer import TemplateTokenizer
@@ -45,16 +47,22 @@ class ContextSampler:
     """Draws contexts from the training data."""
 
     def __init__(
-        self, data: ReaderData, tokenizer: TemplateTokenizer, template: PromptTemplate, mixture: Mixture
+        self,
+        data: ReaderData,
+        tokenizer: TemplateTokenizer,
+        template: PromptTemplate,
+        mixture: Mixture,
+        related_words: RelatedWords = MappingProxyType({}),
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._mixture = mixture
         self._instruction = template.instruction_ids(tokenizer)
         cutter = Cutter(tokenizer, template)
-        self._articles = ArticleSource(data, cutter, mixture)
+        asker = SentenceAsker(mixture, related_words)
+        self._articles = ArticleSource(data, cutter, mixture, asker)
         self._people = PeopleSource(data, cutter, mixture)
-        texts = TextSource(data, cutter, mixture)
+        texts = TextSource(data, cutter, mixture, asker)
         # A source without data is left out, and its share goes to the others.
         shares: list[tuple[Source, float]] = [
             (self._articles, mixture.articles),

@@ -23,7 +23,12 @@ class BatchShape:
     def questions(self) -> int:
         """Most questions asked of a context. One costs about 22 tokens, a passage 70 to 120: the more are asked of a
         context that is read anyway, the more a token teaches."""
-        return min(24, max(8, 2 * self.passages))
+        return min(32, max(12, 3 * self.passages))
+
+    @property
+    def row_tokens(self) -> int:
+        """What a context of this shape takes with its questions, about."""
+        return round(0.8 * (self.passages * self.passage_tokens + 22 * self.questions))
 
 
 @dataclass

@@ -23,6 +23,7 @@ from blockrag.training.data import ReaderData, load_reader_data
 from blockrag.training.drafts import BatchShape
 from blockrag.training.mixture import Mixture, batch_shape
 from blockrag.training.packing import PackedBatch, Weights, pack, row_tokens
+from blockrag.training.related_words import load_related_words
 from blockrag.training.tokenizer import load_template_tokenizer
 
 
@@ -44,6 +45,8 @@ class BatchRecipe:
     multiple: int
     """Rows are padded to a multiple of so many tokens; a GPU's attention kernels want 8 or more."""
     seed: int
+    related_words: Path | None = None
+    """A sentence encoder's directory, from which questions in other words take theirs; None: they use none."""
 
 
 class BatchMaker:
@@ -52,14 +55,15 @@ class BatchMaker:
     def __init__(self, recipe: BatchRecipe, data: ReaderData) -> None:
         self._recipe = recipe
         tokenizer = load_template_tokenizer(recipe.tokenizer_dir)
-        self._sampler = ContextSampler(data, tokenizer, recipe.template, recipe.mixture)
+        related = load_related_words(recipe.related_words) if recipe.related_words else {}
+        self._sampler = ContextSampler(data, tokenizer, recipe.template, recipe.mixture, related)
 
     def batches(self, step: int, progress: float) -> list[PackedBatch]:
         """The parts of a step: contexts of one shape, the longest together so that little is padding."""
         recipe = self._recipe
         random = Random(f"{recipe.seed}/{step}")
         shape = batch_shape(random, 1.0 if recipe.always_long else progress, recipe.mixture)
-        rows = max(2, round(recipe.tokens_per_step / (0.8 * shape.passages * shape.passage_tokens + 110)))
+        rows = max(2, round(recipe.tokens_per_step / shape.row_tokens))
         contexts = sorted((self._sampler.sample(shape, random) for _ in range(rows)), key=row_tokens)
         size = -(-rows // recipe.parts)
         block = recipe.block_masks and step % 2 == 0

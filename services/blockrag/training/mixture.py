@@ -12,13 +12,13 @@ from blockrag.training.drafts import BatchShape
 class Mixture:
     """Shares of the kinds of contexts and of what is asked in them."""
 
-    articles: float = 0.42
+    articles: float = 0.26
     """Share of contexts made of article intros with pattern questions."""
-    people: float = 0.24
+    people: float = 0.34
     """Share of contexts made of paragraphs that people asked about."""
-    texts: float = 0.22
+    texts: float = 0.32
     """Share of contexts made of neighbouring passages of one long text."""
-    sheets: float = 0.12
+    sheets: float = 0.08
     """Share of contexts made up from random facts and keys."""
     same_kind: float = 0.65
     """Share of contexts of intros whose articles stand in one table."""
@@ -28,8 +28,10 @@ class Mixture:
     people_refusal: float = 0.015
     """The same share of people's questions. A reader this small is seldom sure of an answer to them, and with 8 % of
     them refused in training, refusing was its likeliest answer to nearly all."""
-    cloze: float = 0.6
-    """Chance of a passage to have one of its sentences asked with a span left out."""
+    cloze: float = 1.6
+    """Questions made from a passage's own sentences, per passage on the average."""
+    reworded: float = 0.65
+    """Share of these that are asked in other words than the sentence's; the others leave a span of it out."""
     key_value: float = 0.25
     """Share of made-up contexts that are keys and values."""
     paraphrase: float = 0.35
@@ -45,7 +47,7 @@ class Mixture:
     opening: float = 0.12
     """Part of the training that uses small contexts: they teach copying from a passage sooner."""
     long_from: float = 0.45
-    """Part of the training after which contexts have up to ten passages of up to 128 tokens, a few of them twenty.
+    """Part of the training after which contexts have up to ten passages of up to 128 tokens, one in twelve twenty.
     Long contexts hold fewer questions per token, so they come when copying is learnt."""
 
 
@@ -56,5 +58,5 @@ def batch_shape(random: Random, progress: float, mixture: Mixture) -> BatchShape
     if progress < mixture.long_from:
         return BatchShape(random.choices((1, 2, 3, 4, 5, 6), (1, 2, 3, 10, 2, 1))[0], random.choice((72, 72, 96)))
     counts = (*range(1, 11), 20)
-    passages = random.choices(counts, (1, 1, 2, 5, 5, 2, 2, 2, 2, 5, 0.6))[0]
+    passages = random.choices(counts, (1, 1, 2, 4, 7, 2, 2, 2, 2, 4, 2.5))[0]
     return BatchShape(passages, random.choice((72, 96, 128, 128)))

@@ -169,6 +169,7 @@ def _recipe(config: ReaderTrainingConfig, tokenizer_dir: Path) -> BatchRecipe:
         always_long=config.start_from is not None,
         multiple=16 if config.device.startswith("cuda") else 1,
         seed=config.seed,
+        related_words=config.related_words,
     )
 
 
@@ -214,6 +215,7 @@ def main() -> None:
     budget.add_argument("--minutes", type=float, help="time budget of the training")
     budget.add_argument("--steps", type=int, help="budget in steps")
     parser.add_argument("--start-from", type=Path, help="bundle whose weights and tokenizer the run starts from")
+    parser.add_argument("--related-words", type=Path, help="directory of a sentence encoder")
     parser.add_argument("--masks", choices=("both", "full"), default=ReaderTrainingConfig.masks)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default=ReaderTrainingConfig.optimizer)
     parser.add_argument("--learning-rate", type=float, default=ReaderTrainingConfig.learning_rate)

@@ -10,22 +10,23 @@ from __future__ import annotations
 from collections import Counter
 from random import Random
 
-from blockrag.training.cloze import NAME, NUMBER, answer_spans, cloze_of_text, cloze_question
+from blockrag.training.cloze import NAME, NUMBER, answer_spans, cloze_question
 from blockrag.training.data import LONG_TEXTS, Article, Document, ReaderData
 from blockrag.training.drafts import BatchShape, Cutter, Draft
 from blockrag.training.mixture import Mixture
 from blockrag.training.passages import sentences
+from blockrag.training.rewording import SentenceAsker
 
 
 class TextSource:
     """Consecutive passages of pages, textbooks and books."""
 
-    def __init__(self, data: ReaderData, cutter: Cutter, mixture: Mixture) -> None:
+    def __init__(self, data: ReaderData, cutter: Cutter, mixture: Mixture, asker: SentenceAsker) -> None:
         self._documents = data.documents
         self._names = list(data.documents)
         self._weights = [LONG_TEXTS[name] for name in self._names]
         self._cutter = cutter
-        self._mixture = mixture
+        self._asker = asker
 
     def __bool__(self) -> bool:
         return bool(self._names)
@@ -34,15 +35,12 @@ class TextSource:
         name = random.choices(self._names, self._weights)[0]
         document = random.choice(self._documents[name])
         pieces = self._pieces(document, shape, random)
-        recurring = self._recurring(pieces, document.title, shape.questions // 2, random)
+        recurring = self._recurring(pieces, document.title, shape.questions // 4, random)
         texts = [" ".join(piece) for piece in pieces if piece]
         asked: list[tuple[str, str | None]] = []
         asked += [(question, answer) for question, answer in recurring if any(answer in text for text in texts)]
         for text in texts:
-            if random.random() < self._mixture.cloze:
-                cloze = cloze_of_text(document.title, text, random)
-                if cloze:
-                    asked.append((cloze.text, cloze.answers[0]))
+            asked += [(q.text, q.answers[0]) for q in self._asker.questions(document.title, text, random)]
         random.shuffle(asked)
         random.shuffle(texts)
         return Draft([Article(document.title, text) for text in texts], asked)

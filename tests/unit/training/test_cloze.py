@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.training.cloze import answer_spans, cloze_of_text, cloze_question, question_word
+from blockrag.training.cloze import answer_spans, cloze_question, is_date, pick_span, question_word
 from blockrag.training.data import Question
 from blockrag.training.paraphrases import paraphrase
 
@@ -52,9 +52,18 @@ def test_the_answer_is_not_in_the_question() -> None:
 
 @given(st.text(max_size=300), st.integers(0, 50))
 def test_any_text_gives_a_span_of_it_or_nothing(text: str, seed: int) -> None:
-    question = cloze_of_text("title", text, Random(seed))
-    if question is not None:
-        assert question.answers[0] in text
+    picked = pick_span("title", text, Random(seed))
+    if picked is not None:
+        sentence, span = picked
+        assert sentence in text
+        assert sentence[span.start() : span.end()] == span[0]
+
+
+def test_years_and_dates_are_dates() -> None:
+    assert is_date("1931")
+    assert is_date("4 May 1931")
+    assert not is_date("4,200")
+    assert not is_date("in 1931")
 
 
 def test_paraphrases_keep_title_and_answer() -> None:
