@@ -7,11 +7,13 @@ never written to memory. The weights do not depend on which one trained them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from blockrag.training.evidence import EvidenceLosses
 
 TRAINING_ATTENTION = "blockrag_training"
 
@@ -23,17 +25,21 @@ def training_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
+    evidence: EvidenceLosses | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention with an additive mask.
 
     ``query`` [B, heads, T, D], ``key`` and ``value`` [B, kv_heads, T, D], ``attention_mask`` [B, 1, T, T] in the
-    query's dtype, 0 where attended and a large negative number elsewhere. Gives [B, T, heads, D].
+    query's dtype, 0 where attended and a large negative number elsewhere. Gives [B, T, heads, D]; ``evidence`` gets
+    to see the scores.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     query = query.to(value.dtype)  # the rotation left queries and keys in fp32 under autocast
     key = key.to(value.dtype)
+    if evidence is not None:
+        evidence.look(cast(int, module.layer_idx), query, key, attention_mask, scaling)
     if query.device.type != "cpu":
         output = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
         return output.transpose(1, 2).contiguous(), None

@@ -77,6 +77,8 @@ class ReaderTrainingConfig:
     warmup_steps: int = 100
     optimizer: str = "muon"
     """``muon`` for the matrices inside the layers with ``adamw`` for the rest, or ``adamw`` for all."""
+    evidence: float = 0.5
+    """Weight of the loss that shows the attention where an answer stands, beside the answers' 1; 0: none."""
     passage_share: float = 0.5
     """Share of the passage tokens, drawn anew each step, that the loss looks at; their weight rises to make up."""
     checkpoint_steps: int = 200

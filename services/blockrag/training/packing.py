@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from blockrag.training.contexts import Context
+from blockrag.training.evidence import Evidence, find_evidence
 
 IGNORED = -100
 """Target of a token that has no loss."""
@@ -44,6 +45,9 @@ class PackedBatch:
     """[B, T] float32; weight of the loss at this place."""
     branches: torch.Tensor
     """[B, T] int64; number of the question whose answer token is predicted here, counted through the batch; else -1."""
+
+    evidence: tuple[Evidence, ...] = ()
+    """Of each row: where the answers of its questions stand."""
 
     @property
     def tokens(self) -> int:
@@ -79,6 +83,7 @@ def pack(contexts: list[Context], *, block: bool, weights: Weights, multiple: in
     targets = np.full(shape, IGNORED, np.int64)
     loss = np.zeros(shape, np.float32)
     branches = np.full(shape, -1, np.int64)
+    evidence: list[Evidence] = []
     number = 0
     for row, context in enumerate(contexts):
         at = skipped = 0
@@ -95,9 +100,11 @@ def pack(contexts: list[Context], *, block: bool, weights: Weights, multiple: in
             at = end
         in_context[row, :at] = True
         asked_at = at + skipped + gaps[-1]
+        last_places: list[int] = []
         for branch_number, branch in enumerate(context.branches):
             tokens = [*branch.prompt, *branch.answer]
             end, asked = at + len(tokens), at + len(branch.prompt) - 1
+            last_places.append(asked)
             ids[row, at:end] = tokens
             positions[row, at:end] = asked_at + np.arange(len(tokens))
             segments[row, at:end] = len(context.blocks) + branch_number
@@ -106,6 +113,8 @@ def pack(contexts: list[Context], *, block: bool, weights: Weights, multiple: in
             loss[row, asked : end - 1] = 1.0
             branches[row, asked : end - 1] = number
             at, number = end, number + 1
+        answers = [branch.answer[:-1] for branch in context.branches]
+        evidence.append(find_evidence(context.blocks, last_places, answers, width))
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
@@ -114,6 +123,7 @@ def pack(contexts: list[Context], *, block: bool, weights: Weights, multiple: in
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(loss),
         branches=torch.from_numpy(branches),
+        evidence=tuple(evidence),
     )
 
 

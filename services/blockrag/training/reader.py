@@ -107,7 +107,7 @@ def _run(
         batches = feed.take(state.step, partial(_fraction_at, config, fraction))
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
         parts = [Part.choose(batch, config.passage_share, generator) for batch in batches]
-        losses = update(model, optimizers, parts, pool, config.device)
+        losses = update(model, optimizers, parts, pool, config.device, config.evidence)
         state = replace(
             state,
             step=state.step + 1,
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--masks", choices=("both", "full"), default=ReaderTrainingConfig.masks)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default=ReaderTrainingConfig.optimizer)
     parser.add_argument("--learning-rate", type=float, default=ReaderTrainingConfig.learning_rate)
+    parser.add_argument("--evidence", type=float, default=ReaderTrainingConfig.evidence)
     parser.add_argument("--passage-share", type=float, default=ReaderTrainingConfig.passage_share)
     parser.add_argument("--tokens-per-step", type=int, default=ReaderTrainingConfig.tokens_per_step)
     parser.add_argument("--size", choices=SHAPES, default="6m", help="of a reader trained from random weights")

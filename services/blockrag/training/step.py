@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from blockrag.training.attention import additive_mask
+from blockrag.training.evidence import EvidenceLosses
 from blockrag.training.loss import linear_cross_entropy
 from blockrag.training.packing import IGNORED, PackedBatch
 
@@ -36,13 +37,16 @@ class Part:
         return cls(batch, places, is_answer[places], batch.weights[places], batch.targets[places])
 
 
-def hidden_states(model: LlamaForCausalLM, batch: PackedBatch, device: str) -> torch.Tensor:
-    """Last hidden states [B, T, width] of the rows of ``batch``."""
+def hidden_states(
+    model: LlamaForCausalLM, batch: PackedBatch, device: str, evidence: EvidenceLosses | None = None
+) -> torch.Tensor:
+    """Last hidden states [B, T, width] of the rows of ``batch``; ``evidence`` gets to see the attention."""
     output = model.model(
         input_ids=batch.input_ids.to(device),
         attention_mask=additive_mask(batch.mask(device), torch.bfloat16),
         position_ids=batch.position_ids.to(device),
         use_cache=False,
+        evidence=evidence,
     )
     hidden: torch.Tensor = output.last_hidden_state
     return hidden
@@ -54,19 +58,29 @@ def update(
     parts: list[Part],
     pool: ThreadPoolExecutor,
     device: str,
+    evidence_weight: float = 0.0,
 ) -> tuple[float, float]:
-    """One update from the parts of a step; gives the mean losses per answer token and per other token, in nats."""
+    """One update from the parts of a step; gives the mean losses per answer token and per other token, in nats.
+
+    ``evidence_weight``: of the mean loss of a question's evidence, beside the answers' weight of 1.
+    """
     answers, others = (sum(int((part.answers == kind).sum()) for part in parts) for kind in (True, False))
+    questions = sum(len(row.asked) for part in parts for row in part.batch.evidence)
+    layers = model.config.num_hidden_layers
     parameters = list(model.parameters())
 
     def run(part: Part) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         weights = part.weights / torch.where(part.answers, max(1, answers), max(1, others))
         # Autocast's cache of half-precision weights is shared between threads, and so would the graphs be.
         with torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False):
-            hidden = hidden_states(model, part.batch, device)[part.places.to(device)].to(torch.bfloat16)
+            evidence = EvidenceLosses(part.batch.evidence, layers // 2, layers - 2) if evidence_weight else None
+            hidden = hidden_states(model, part.batch, device, evidence)[part.places.to(device)].to(torch.bfloat16)
             total, losses = linear_cross_entropy(
                 hidden, model.lm_head.weight, part.targets.to(device), weights.to(device)
             )
+            found = evidence.total() if evidence is not None else None
+            if found is not None:
+                total = total + found * (evidence_weight / questions)
         return torch.autograd.grad(total, parameters), losses.cpu()
 
     results = list(pool.map(run, parts))
