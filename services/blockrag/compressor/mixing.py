@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -55,7 +55,10 @@ class Mixture:
 
 
 class Mixer:
-    """Makes mixtures for a bundle that can compress. All calls from one event loop; the policy has its own thread."""
+    """Makes mixtures for a bundle that can compress. All calls from one event loop.
+
+    What takes more than about a millisecond, questions' embeddings and long prompts' logits, has its own thread.
+    """
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class Mixer:
         *,
         threads: int = 1,
     ) -> None:
-        """``threads``: CPU threads of the policy."""
+        """``threads``: CPU threads of what is computed by torch."""
         self._chunk_tokens = chunk_tokens
         self._rater = rater
         self._embeddings = embeddings
@@ -163,10 +166,10 @@ class Mixer:
         question = self._question(candidates.final_ids) if self._rater.sees_question(policy) else None
         embeddings = await self._embeddings.get(keys, wanted)
         asked = await question if question is not None else None
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._executor, self._rater.rate, policy, blocks, embeddings, candidates.final_ids, asked, kept
-        )
+        rate = partial(self._rater.rate, policy, blocks, embeddings, candidates.final_ids, asked, kept)
+        if self._rater.is_quick(policy, sum(map(len, embeddings))):
+            return rate()  # to another thread and back, and to a core whose caches are cold, takes as long
+        return await asyncio.get_running_loop().run_in_executor(self._executor, rate)
 
     async def prepare(self, final_ids: Sequence[int]) -> None:
         """Embed a question that will be planned for soon."""

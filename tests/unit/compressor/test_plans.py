@@ -321,6 +321,21 @@ async def test_a_prepared_question_is_embedded_once(bundle: Bundle, source: Enco
     assert len(embedded) == 2
 
 
+@pytest.mark.parametrize("policy", ["query", "blind"])
+async def test_plans_are_the_same_without_compiled_kernels(
+    bundle: Bundle, planner: Planner, source: Encoding, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so in a thread of their own, as those of long prompts are."""
+    asked = request(Compression(rate=2, policy=policy))
+    expected = await planner.plan(asked)
+    monkeypatch.setattr("blockrag.compressor.rating.compile_policy", lambda policy: None)
+    rater = ChunkRater.load(bundle)
+    assert not rater.is_quick(policy, 1)
+    keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint)
+    mixer = Mixer(CHUNK, rater, EmbeddingCache(source, 2**20), keys, DecoderCosts(decoder_status))
+    assert forms(await make_planner(bundle, mixer).plan(asked)) == forms(expected)
+
+
 async def test_a_bundle_that_cannot_compress_prepares_nothing(plain: Bundle) -> None:
     planner = make_planner(plain, None)
     before = await planner.plan(request())

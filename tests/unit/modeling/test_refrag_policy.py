@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from blockrag.errors import BundleError
 from blockrag.modeling.refrag.chunks import chunk_bounds
@@ -22,7 +21,6 @@ from blockrag.modeling.refrag.policy import (
     ChunkPolicy,
     PolicyConfig,
     PolicyInput,
-    attend_to_all,
     choose,
     choose_within,
     draw,
@@ -135,31 +133,6 @@ def test_overlaps_are_those_counted_one_by_one(passages: list[list[int]], questi
     scores = [sum(rarity(sum(pair in other for other in pairs)) for pair in asked if pair in here) for here in pairs]
     found = features[:, FEATURES.index("passage's overlap in pairs of tokens")]
     np.testing.assert_allclose(found * (max(scores) or 1.0), [scores[owner] for owner in owners], atol=1e-5)
-
-
-@pytest.mark.parametrize(("heads", "count", "width"), [(3, 327, 32), (2, 5, 16), (1, 1, 4)])
-def test_attention_without_a_mask_is_the_stock_one(heads: int, count: int, width: int) -> None:
-    query, key, value = torch.randn(3, heads, count, width, generator=torch.Generator().manual_seed(0))
-    found = attend_to_all(query, key, value)
-    assert found is not None
-    expected = functional.scaled_dot_product_attention(query[None], key[None], value[None])[0].transpose(0, 1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("factor", [1e4, float("nan")])
-def test_attention_out_of_range_is_left_to_the_stock_one(factor: float) -> None:
-    query, key, value = torch.ones(3, 2, 8, 16)
-    assert attend_to_all(query * factor, key, value) is None
-    assert attend_to_all(-query * factor, key, value) is None
-
-
-def test_large_scores_do_not_change_what_one_prompt_gets() -> None:
-    policy, prompt = _policy(query=True), _prompt(9)
-    with torch.no_grad():
-        for layer in policy.layers:
-            layer.attention.weight.mul_(60)  # type: ignore[operator, union-attr]
-        together = policy(make_policy_batch([prompt, _prompt(5, seed=1)]))[0, :9]
-    np.testing.assert_allclose(policy.rate(prompt), together.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_input_is_refused_where_it_does_not_fit() -> None:

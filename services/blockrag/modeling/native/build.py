@@ -1,8 +1,8 @@
-"""Compiling ``slots.c``, which takes a second, once for each version of it.
+"""Compiling the C files beside this one, which takes two seconds, once for each version of them.
 
-The library is looked for beside the source, where ``python -m blockrag.modeling.native.build`` puts it when an image is
-built, and in the user's cache, where a process that does not find it puts it. Its name holds a hash of the source and
-the compiler's options, so that another version's library is never loaded.
+The library is looked for beside the sources, where ``python -m blockrag.modeling.native.build`` puts it when an image
+is built, and in the user's cache, where a process that does not find it puts it. Its name holds a hash of the sources
+and the compiler's options, so that another version's library is never loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("slots.c")
+_HERE = Path(__file__).parent
+SOURCES = tuple(_HERE / name for name in ("slots.c", "policy.c"))
 _OPTIONS = (
     *("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
     *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
@@ -38,9 +39,11 @@ def check_processor() -> None:
 
 def library(directories: tuple[Path, ...] | None = None) -> Path:
     """The compiled library, compiled now if none of ``directories`` has it. Raises CannotBuildError."""
-    directories = (SOURCE.parent, _cache()) if directories is None else directories
-    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(_OPTIONS).encode()).hexdigest()[:16]
-    paths = [directory / f"slots-{digest}.so" for directory in directories]
+    directories = (_HERE, _cache()) if directories is None else directories
+    digest = hashlib.sha256(" ".join(_OPTIONS).encode())
+    for source in SOURCES:
+        digest.update(source.read_bytes())
+    paths = [directory / f"kernels-{digest.hexdigest()[:16]}.so" for directory in directories]
     found = next((path for path in paths if path.is_file()), None)
     return found or build(paths[-1])
 
@@ -54,7 +57,7 @@ def build(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [*compiler.split(), *_OPTIONS, "-o", str(made), str(SOURCE)]
+            command = [*compiler.split(), *_OPTIONS, "-o", str(made), *map(str, SOURCES)]
             run = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
             if run.returncode:
                 raise CannotBuildError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
@@ -72,4 +75,4 @@ def _cache() -> Path:
 
 
 if __name__ == "__main__":
-    print(library((SOURCE.parent,)))
+    print(library((_HERE,)))

@@ -8,6 +8,8 @@ drawn, so one policy serves every budget, and a larger budget only adds chunks.
 Two variants. ``blind`` is the paper's: it sees the embeddings and where each chunk stands. ``query`` sees the question
 too: its chunks' embeddings as further tokens and as products with those of the passages, and the features of
 ``policy_features``.
+
+This is the reference, for training and evaluation. Serving takes ``policy_kernel`` where the machine has it.
 """
 
 from __future__ import annotations
@@ -26,13 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockrag.errors import BundleError
-from blockrag.modeling.matmul import linear, onednn_available, speed_up_linear_layers
+from blockrag.modeling.matmul import speed_up_linear_layers
 from blockrag.modeling.refrag.policy_features import FEATURES, PLACE_FEATURES, TokenTraits, chunk_features
 
 _METADATA = "policy"
-_LOG2_E = 1.4426950408889634
-_LEAST_SUM = 2.0**-90
-"""Sums of exponentials between this and its inverse: without the row's maximum subtracted, nothing was out of range."""
 
 
 @dataclass(frozen=True)
@@ -221,39 +220,11 @@ class _Layer(nn.Module):
         """tokens [prompts, n, width]; ``seen``: bool [prompts, 1, 1, n], None for all."""
         prompts, count, width = tokens.shape
         joined = self.attention(self.before_attention(tokens)).view(prompts, count, 3, self._heads, -1)
-        by_head = joined.permute(2, 0, 3, 1, 4)
-        found = None
-        if prompts == 1 and seen is None and not torch.is_grad_enabled() and onednn_available(tokens.device):
-            found = attend_to_all(*by_head[:, 0].contiguous())
-        if found is None:
-            query, key, value = by_head
-            found = F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2)
+        query, key, value = joined.permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2)
         tokens = tokens + self.attended(found.reshape(prompts, count, width))
         update: Tensor = self.down(F.relu(self.up(self.before_hidden(tokens))))
         return tokens + update
-
-
-def attend_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
-    """Softmax attention without a mask on a CPU: contiguous float32 [heads, n, d] each to [n, heads, d].
-
-    Products by oneDNN, powers of two, and no row's maximum, whose subtraction takes as long as the exponentials: the
-    rows' sums prove that nothing overflowed or vanished. None where something did.
-    """
-    heads, count, width = query.shape
-    query = query * (_LOG2_E * width**-0.5)
-    found = query.new_empty(count, heads, width)
-    for head in range(heads):
-        if not _attend_head(query[head], key[head], value[head], found[:, head]):
-            return None
-    return found
-
-
-def _attend_head(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> bool:
-    # a function of its own, so that the weights' memory is freed, and still in the core's cache for the next head
-    weights = linear(query, key).exp2_()
-    sums = weights.sum(1, keepdim=True)
-    torch.div(linear(weights, value.t()), sums, out=out)
-    return _LEAST_SUM < float(sums.min()) <= float(sums.max()) < 1 / _LEAST_SUM
 
 
 def _present(*lengths: tuple[Sequence[int], int], device: torch.device) -> Tensor | None:
