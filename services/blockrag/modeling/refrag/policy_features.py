@@ -81,8 +81,9 @@ def chunk_features(
         raise ValueError("a chunk and a passage have at least one token")
     counts = -(-lengths // chunk_tokens)
     owner = np.repeat(np.arange(len(lengths)), counts)
-    index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.repeat(np.cumsum(lengths) - lengths, counts) + index * chunk_tokens
+    first_chunks = np.cumsum(counts) - counts
+    index = np.arange(len(owner)) - first_chunks[owner]
+    starts = (np.cumsum(lengths) - lengths)[owner] + index * chunk_tokens
     sizes = np.minimum(lengths[owner] - index * chunk_tokens, chunk_tokens)
     tokens = np.fromiter(chain.from_iterable(passages), dtype=np.int64, count=int(lengths.sum()))
     rank = (np.arange(len(lengths)) if ranks is None else np.asarray(ranks, dtype=np.int64))[owner]
@@ -98,7 +99,7 @@ def chunk_features(
         *_overlaps(
             tokens,
             np.asarray(question, dtype=np.int64),
-            np.cumsum(counts) - counts,
+            first_chunks,
             np.repeat(np.arange(len(owner)), sizes),
             owner,
         ),
@@ -106,7 +107,10 @@ def chunk_features(
     # what the passage asked about is read from its beginning on: given as products, which a small network learns late
     best = columns[FEATURES.index("inverse rank by overlap")] == 1.0
     columns += [best, best / (1.0 + index), best * np.minimum(index / 16.0, 1.0)]
-    return np.stack(columns, axis=1).astype(np.float32)
+    features = np.empty((len(owner), len(FEATURES)), dtype=np.float32)
+    for number, column in enumerate(columns):
+        features[:, number] = column
+    return features
 
 
 def _look_up(trait: NDArray[np.bool_], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -128,12 +132,11 @@ def _overlaps(
     ``first_chunks`` [passages]: the first chunk of each; ``chunk_of`` [tokens]: the chunk that a token stands in.
     """
     chunks, passages = len(owner), len(first_chunks)
-    nothing = [np.zeros(chunks) for _ in range(7)]
     if not question.size:
-        return nothing
+        return [np.zeros(chunks)] * 7
     # few tokens stand in the question at all: only those are compared with each of its tokens
     places = np.flatnonzero(_among(tokens, question))
-    found, column = np.nonzero(tokens[places, None] == question[None, :])
+    found, column = np.divmod(np.flatnonzero(tokens[places, None] == question[None, :]), question.size)
     place = places[found]
     own_held = np.zeros((chunks, question.size), dtype=np.bool_)
     own_held[chunk_of[place], column] = True
@@ -143,18 +146,19 @@ def _overlaps(
     once = np.zeros(question.size, dtype=np.bool_)  # a token that stands twice in the question counts once
     once[list(first_places.values())] = True
     weight *= once
-    if not weight.sum():
-        return nothing
-    whole = held @ weight / weight.sum()
+    total = weight.sum()
+    if not total:
+        return [np.zeros(chunks)] * 7
+    whole = held @ weight / total
     best = whole.max()
     order = (whole[None, :] > whole[:, None]).sum(axis=1)
-    own = own_held @ weight / weight.sum()
-    first = np.diff(owner, prepend=-1) != 0
-    before = np.where(first, 0.0, np.roll(own, 1))
-    after = np.where(np.roll(first, -1), 0.0, np.roll(own, -1))
+    own = own_held @ weight / total
+    before, after = np.zeros(chunks), np.zeros(chunks)
+    before[1:], after[:-1] = own[:-1], own[1:]
+    before[first_chunks] = after[first_chunks - 1] = 0.0  # the chunk before the first is the last, of its own passage
     return [
         whole[owner],
-        whole[owner] / best if best else nothing[0],
+        whole[owner] / best if best else np.zeros(chunks),
         1.0 / (1.0 + order[owner]),
         _pairs(place, column, owner[chunk_of[place]], question.size, passages)[owner],
         own,
