@@ -78,6 +78,19 @@ def read_compression(
     return CompressionRequest(kind, limit, _policy(message.policy, ability.policies))
 
 
+def sizes_decide(message: common_pb2.Compression, chunk_tokens: int) -> bool:
+    """Whether a plan follows from the passages' sizes and order: no policy has a say, and no time is predicted.
+
+    Without compression; with the policy "retrieval"; at the highest rate, which leaves no chunk to expand.
+    """
+    kind = message.WhichOneof("budget")
+    if kind is None or kind == "off":
+        return True
+    if kind == "max_ttft_ms":
+        return False
+    return message.policy == RETRIEVAL or (kind == "rate" and message.rate >= chunk_tokens)
+
+
 def _policy(asked: str, known: frozenset[str]) -> str:
     if not asked:
         return next((name for name in _PREFERRED if name in known), RETRIEVAL)

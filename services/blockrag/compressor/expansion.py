@@ -51,6 +51,11 @@ class Room:
     """The extra slots that expanding every chunk takes."""
 
     @property
+    def kept(self) -> list[int]:
+        """Places of the passages that are in the prompt."""
+        return [place for place, decision in enumerate(self.decisions) if decision.in_prompt]
+
+    @property
     def choice(self) -> bool:
         """Whether some chunks can be expanded and not all."""
         return 0 < self.extra_slots < self.needed_slots

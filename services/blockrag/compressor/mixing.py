@@ -23,6 +23,7 @@ from blockrag.compressor.planning import PassageDecision
 from blockrag.compressor.rating import ChunkRater
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
+from blockrag.modeling.refrag.chunks import chunk_count
 from blockrag.types import BlockForm, BlockRequest
 from blockrag.v1 import compressor_pb2
 
@@ -93,25 +94,21 @@ class Mixer:
         ``InvalidRequestError`` for a latency that the question alone takes, and what the cache and the decoder raise.
         """
         sizes = [len(ids) for ids in candidates.blocks]
-        policy, policy_ms = compression.policy, 0.0
+        policy = compression.policy
         if compression.kind == "max_ttft_ms":
             room, policy = await self._timed_room(request, compression, candidates, sizes)
         else:
             room = room_for(sizes, self._chunk_tokens, compression, candidates.most_slots)
-        kept = [place for place, decision in enumerate(room.decisions) if decision.in_prompt]
+        if not room.choice or policy == RETRIEVAL:
+            return _mixture_by_size(room, sizes, self._chunk_tokens)
+        kept = room.kept
         lengths = chunk_lengths([sizes[place] for place in kept], self._chunk_tokens)
-        if not room.choice:
-            expanded = np.full(len(lengths), room.everything)
-        elif policy == RETRIEVAL:
-            logits = retrieval_logits([sizes[place] for place in kept], self._chunk_tokens)
-            expanded = expand(logits, lengths, room.extra_slots)
-        else:
-            started = time.perf_counter()
-            logits = await self._logits(request, policy, candidates, kept)
-            policy_ms = 1000 * (time.perf_counter() - started)
-            self._times.record(len(lengths), policy_ms)
-            expanded = expand(logits, lengths, room.extra_slots)
-        return Mixture(room.decisions, self._by_passage(expanded, sizes, kept), policy_ms)
+        started = time.perf_counter()
+        logits = await self._logits(request, policy, candidates, kept)
+        policy_ms = 1000 * (time.perf_counter() - started)
+        self._times.record(len(lengths), policy_ms)
+        expanded = expand(logits, lengths, room.extra_slots)
+        return Mixture(room.decisions, _by_passage(expanded, sizes, kept, self._chunk_tokens), policy_ms)
 
     async def _timed_room(
         self,
@@ -192,16 +189,38 @@ class Mixer:
     def _make_key(self, tenant: str, ids: tuple[int, ...]) -> str:
         return self._keys.block_key(tenant, ids, self._form)
 
-    def _by_passage(
-        self, expanded: NDArray[np.bool_], sizes: Sequence[int], kept: Sequence[int]
-    ) -> list[NDArray[np.bool_]]:
-        parts = [np.zeros(0, dtype=np.bool_)] * len(sizes)
-        start = 0
-        for place in kept:
-            end = start + self._form.size(sizes[place])
-            parts[place] = expanded[start:end]
-            start = end
-        return parts
+
+def mix_by_size(compression: CompressionRequest, candidates: Candidates, chunk_tokens: int) -> Mixture:
+    """The mixture of a request that ``sizes_decide``. Raises ValueError for one that a policy or time decides."""
+    sizes = [len(ids) for ids in candidates.blocks]
+    room = room_for(sizes, chunk_tokens, compression, candidates.most_slots)
+    if compression.kind == "max_ttft_ms" or (room.choice and compression.policy != RETRIEVAL):
+        raise ValueError(f"{compression} is not decided by sizes")
+    return _mixture_by_size(room, sizes, chunk_tokens)
+
+
+def _mixture_by_size(room: Room, sizes: Sequence[int], chunk_tokens: int) -> Mixture:
+    """Better passages' chunks first, where there is a choice."""
+    kept = room.kept
+    lengths = chunk_lengths([sizes[place] for place in kept], chunk_tokens)
+    if room.choice:
+        logits = retrieval_logits([sizes[place] for place in kept], chunk_tokens)
+        expanded = expand(logits, lengths, room.extra_slots)
+    else:
+        expanded = np.full(len(lengths), room.everything)
+    return Mixture(room.decisions, _by_passage(expanded, sizes, kept, chunk_tokens))
+
+
+def _by_passage(
+    expanded: NDArray[np.bool_], sizes: Sequence[int], kept: Sequence[int], chunk_tokens: int
+) -> list[NDArray[np.bool_]]:
+    parts = [np.zeros(0, dtype=np.bool_)] * len(sizes)
+    start = 0
+    for place in kept:
+        end = start + chunk_count(sizes[place], chunk_tokens)
+        parts[place] = expanded[start:end]
+        start = end
+    return parts
 
 
 def _failed(future: asyncio.Future[Tensor]) -> bool:

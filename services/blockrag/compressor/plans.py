@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression
 from blockrag.compressor.drafts import PassageDrafts
-from blockrag.compressor.mixing import Candidates, Mixer, Mixture
+from blockrag.compressor.mixing import Candidates, Mixer, Mixture, mix_by_size
 from blockrag.compressor.planning import PromptBudget, expand_what_fits
 from blockrag.compressor.tokenizing import PassageTokenizer
 from blockrag.errors import InvalidRequestError
@@ -25,7 +25,7 @@ class Planner:
         drafts: PassageDrafts,
         mixer: Mixer | None = None,
     ) -> None:
-        """``mixer``: None where the bundle cannot compress."""
+        """``mixer``: None where the bundle cannot compress, or compressed plans are made that ``sizes_decide`` only."""
         self._tokenizer = tokenizer
         self._max_positions = max_positions
         self._ability = ability
@@ -109,10 +109,11 @@ class Planner:
         final_ids: tuple[int, ...],
         most_slots: int,
     ) -> Mixture:
-        assert self._mixer is not None, "a bundle that cannot compress was refused"
         document_ids = [passage.document_id for passage in request.passages]
         instruction_tokens = len(self._tokenizer.instruction_ids)
         candidates = Candidates(blocks, document_ids, instruction_tokens, final_ids, most_slots)
+        if self._mixer is None:
+            return mix_by_size(compression, candidates, self._chunk_tokens)
         return await self._mixer.mix(request, compression, candidates)
 
     def _slots(self, tokens: int, expanded: NDArray[np.bool_]) -> int:

@@ -172,7 +172,7 @@ class Answering:
                 timings.time_to_first_token_ms,
                 timings.stage_ms,
                 plan.policy_ms,
-                compressed=question.compression is not None,
+                by_compressor=question.needs_compressor,
             )
             finish.usage.context_tokens = sum(len(planned.token_ids) for planned in plan.passages if planned.in_prompt)
             _describe(current, finish.usage, timings)
@@ -198,7 +198,8 @@ class Answering:
         that its client leaves, cancels it.
         """
         compression = question.compression
-        if compression is None or compression.policy == RETRIEVAL or question.given:
+        sees_question = compression is not None and question.needs_compressor and compression.policy != RETRIEVAL
+        if not sees_question or question.given:
             yield
             return
         request = PrepareQuestionRequest(context=context, question=question.text)

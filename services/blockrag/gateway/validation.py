@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from google.protobuf.struct_pb2 import Value
 
-from blockrag.compressor.compression import CompressionAbility, read_compression
+from blockrag.compressor.compression import CompressionAbility, read_compression, sizes_decide
 from blockrag.errors import InvalidRequestError
 from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
 from blockrag.settings import GatewaySettings
@@ -57,6 +57,8 @@ class Question:
     """Passages that the caller brought; when there are any, nothing is retrieved."""
     compression: common_pb2.Compression | None = None
     """None: off."""
+    needs_compressor: bool = False
+    """Whether its plan takes more than the passages' sizes."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
         max_context_tokens=request.max_context_tokens,
         given=given,
         compression=request.compression if compressing else None,
+        needs_compressor=compressing and not sizes_decide(request.compression, ability.chunk_tokens),
     )
 
 

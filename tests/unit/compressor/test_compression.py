@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression
+from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression, sizes_decide
 from blockrag.errors import InvalidRequestError
 from blockrag.v1.common_pb2 import ATTENTION_MODE_BLOCK, ATTENTION_MODE_FULL, ATTENTION_MODE_NONE, Compression
 
@@ -73,6 +73,26 @@ def test_what_cannot_be_is_named(message: Compression, field: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         read(message)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("message", "decided"),
+    [
+        (Compression(), True),
+        (Compression(off=True), True),
+        (Compression(rate=8), True),
+        (Compression(rate=8, policy="query"), True),
+        (Compression(rate=7.9), False),
+        (Compression(rate=1), False),
+        (Compression(rate=2, policy="retrieval"), True),
+        (Compression(max_context_tokens=100), False),
+        (Compression(max_context_tokens=100, policy="retrieval"), True),
+        (Compression(max_ttft_ms=100), False),
+        (Compression(max_ttft_ms=100, policy="retrieval"), False),
+    ],
+)
+def test_what_sizes_decide(message: Compression, decided: bool) -> None:
+    assert sizes_decide(message, 8) is decided
 
 
 def test_a_bundle_that_cannot_compress_says_so() -> None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.compression import CompressionAbility, sizes_decide
 from blockrag.compressor.costs import DecoderCosts
 from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.embeddings import EmbeddingCache
@@ -185,6 +185,28 @@ async def test_retrieval_reads_the_best_passages_word_for_word(planner: Planner,
     first = order.index(CHUNK_FORM_COMPRESSED)
     assert set(order[first:]) == {CHUNK_FORM_COMPRESSED}
     assert source.fetched == []
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        Compression(rate=CHUNK),
+        Compression(rate=CHUNK, policy="query"),
+        Compression(rate=2, policy="retrieval"),
+        Compression(max_context_tokens=9, policy="retrieval"),
+        Compression(max_context_tokens=60, policy="retrieval"),
+    ],
+)
+async def test_what_sizes_decide_needs_no_mixer(bundle: Bundle, planner: Planner, compression: Compression) -> None:
+    assert sizes_decide(compression, CHUNK)
+    assert await make_planner(bundle, None).plan(request(compression)) == await planner.plan(request(compression))
+
+
+@pytest.mark.parametrize("compression", [Compression(rate=2), Compression(max_ttft_ms=500, policy="retrieval")])
+async def test_what_sizes_do_not_decide_needs_one(bundle: Bundle, compression: Compression) -> None:
+    assert not sizes_decide(compression, CHUNK)
+    with pytest.raises(ValueError, match="not decided by sizes"):
+        await make_planner(bundle, None).plan(request(compression))
 
 
 async def test_only_the_query_policy_sees_the_question(planner: Planner) -> None:

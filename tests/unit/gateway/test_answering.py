@@ -36,7 +36,7 @@ from tests.unit.kv_cache.parts import settle
 from .fakes import FakeDecoder, FakePlanner, FakeSearcher, broken, forever, nothing
 
 LIMITS = GatewaySettings()
-ABILITY = CompressionAbility("reader", 2, frozenset({"query"}))
+ABILITY = CompressionAbility("reader", 4, frozenset({"query"}))
 PASSAGES = [
     Passage(passage_id=f"p{place}", document_id=f"d{place}", title=f"T{place}", text="a b c", score=1 / (place + 1))
     for place in range(10)
@@ -317,6 +317,16 @@ async def test_a_plan_for_a_latency_hears_what_is_spent_elsewhere() -> None:
     assert 50.0 < planner.requests[0].spent_ms < 100.0
 
 
+@pytest.mark.parametrize(("rate", "counts"), [(2, True), (4, False)])
+async def test_answers_that_sizes_plan_do_not_hide_what_the_call_to_the_compressor_takes(
+    rate: int, counts: bool
+) -> None:
+    service = answering()
+    service.overhead.record(1e6, {}, by_compressor=True)
+    await collect(service, compression=Compression(rate=rate))
+    assert (service.overhead.milliseconds < 1e6) is counts
+
+
 @pytest.mark.parametrize("prepare", [nothing, broken])
 async def test_a_question_is_embedded_while_its_passages_are_searched(prepare: Callable[[], Awaitable[None]]) -> None:
     planner = FakePlanner(prepare=prepare)
@@ -438,6 +448,8 @@ async def test_an_answer_that_fails_cancels_the_preparation(parts: dict[str, Any
     [
         {},
         {"compression": Compression(rate=2, policy="retrieval")},
+        {"compression": Compression(max_ttft_ms=50, policy="retrieval")},
+        {"compression": Compression(rate=4)},
         {"compression": Compression(rate=2), "passages": [GivenPassage(text="a b c")]},
     ],
 )

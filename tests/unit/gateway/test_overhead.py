@@ -21,10 +21,10 @@ def test_old_answers_and_those_without_a_token_do_not_count() -> None:
     assert overhead.milliseconds == 0.0
 
 
-def test_answers_with_compression_count_where_there_are_any() -> None:
+def test_answers_that_the_compressor_planned_count_where_there_are_any() -> None:
     overhead = Overhead()
     overhead.record(5.0, {})
     assert overhead.milliseconds == 5.0
-    overhead.record(9.0, {}, compressed=True)
+    overhead.record(9.0, {}, by_compressor=True)
     overhead.record(5.0, {})
     assert overhead.milliseconds == 9.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.compression import CompressionAbility, sizes_decide
 from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.tokenizing import PassageTokenizer
@@ -21,26 +21,27 @@ from .fakes import FakePlanner
 ABILITY = CompressionAbility("tiny", 4, frozenset({"query"}))
 
 
-def make_planner() -> tuple[Planner, PassageTokenizer]:
+def make_planner() -> tuple[Planner, PassageTokenizer, PassageDrafts]:
     tokenizer = make_tiny_tokenizer()
     passages = PassageTokenizer(tokenizer, READER_TEMPLATE)
     drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), ABILITY.chunk_tokens)
-    return Planner(passages, 40_000, ABILITY, drafts), passages
+    return Planner(passages, 40_000, ABILITY, drafts), passages, drafts
 
 
 class Compressor(FakePlanner):
-    """Plans like the service, without a policy, and counts."""
+    """Plans like the service, but without compression where a policy would have a say; counts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._planner, _ = make_planner()
+        self._planner, _, _ = make_planner()
 
     async def plan(self, request: PlanRequest) -> PlanResponse:
         self.requests.append(request)
-        without = PlanRequest()
-        without.CopyFrom(request)
-        without.ClearField("compression")
-        return await self._planner.plan(without)
+        simpler = PlanRequest()
+        simpler.CopyFrom(request)
+        if not sizes_decide(request.compression, ABILITY.chunk_tokens):
+            simpler.ClearField("compression")
+        return await self._planner.plan(simpler)
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def compressor() -> Compressor:
 
 @pytest.fixture
 def near(compressor: Compressor) -> NearPlanner:
-    return NearPlanner(*make_planner(), compressor)
+    return NearPlanner(*make_planner(), compressor, ABILITY.chunk_tokens)
 
 
 def request(*texts: str, compression: Compression | None = None, mode: int = ATTENTION_MODE_BLOCK) -> PlanRequest:
@@ -63,19 +64,30 @@ def request(*texts: str, compression: Compression | None = None, mode: int = ATT
     )
 
 
-async def test_a_plan_without_compression_is_the_compressors_made_here(
-    near: NearPlanner, compressor: Compressor
-) -> None:
-    off = request("one", "two", compression=Compression(off=True))
-    for asked in (request("one", "two words"), off, request(), request("one", mode=ATTENTION_MODE_NONE)):
+BUDGETS = (
+    Compression(off=True),
+    Compression(rate=4),
+    Compression(rate=2, policy="retrieval"),
+    Compression(max_context_tokens=5, policy="retrieval"),
+)
+
+
+async def test_a_plan_that_sizes_decide_is_the_compressors_made_here(near: NearPlanner, compressor: Compressor) -> None:
+    budgets = [request("one", "two and three", compression=budget) for budget in BUDGETS]
+    for asked in (request("one", "two words"), *budgets, request(), request("one", mode=ATTENTION_MODE_NONE)):
         made = await near.plan(asked)
         assert compressor.requests == []
         assert made == await compressor.plan(asked)
         compressor.requests.clear()
 
 
-async def test_compression_is_the_compressors(near: NearPlanner, compressor: Compressor) -> None:
-    asked = request("one", compression=Compression(rate=2))
+@pytest.mark.parametrize(
+    "budget", [Compression(rate=2), Compression(max_context_tokens=9), Compression(max_ttft_ms=9, policy="retrieval")]
+)
+async def test_what_takes_a_policy_or_a_prediction_is_the_compressors(
+    near: NearPlanner, compressor: Compressor, budget: Compression
+) -> None:
+    asked = request("one", compression=budget)
     await near.plan(asked)
     assert compressor.requests == [asked]
     await near.prepare_question(PrepareQuestionRequest(question="where"))
@@ -88,6 +100,21 @@ async def test_long_unknown_text_is_tokenised_by_the_compressor_once(near: NearP
     assert compressor.requests == [asked]
     assert await near.plan(asked) == first
     assert len(compressor.requests) == 1
+
+
+async def test_the_words_of_long_text_are_the_compressors_once(near: NearPlanner, compressor: Compressor) -> None:
+    """Tokens that are known from a plan without compression come without the words of chunks."""
+    texts = ["word " * (MOST_UNKNOWN_CHARS // 5), "and more than that"]
+    await near.plan(request(*texts))
+    compressed = request(*texts, compression=Compression(rate=4))
+    compressed.max_context_tokens = 100  # the long passage is dropped
+    first = await near.plan(compressed)
+    assert len(compressor.requests) == 2
+    assert {planned.in_prompt for planned in first.passages} == {True, False}
+    assert await near.plan(compressed) == first
+    whole = request(*texts, compression=Compression(rate=4))
+    assert await near.plan(whole) == await compressor.plan(whole)
+    assert len(compressor.requests) == 3
 
 
 async def test_what_does_not_fit_is_refused_here(near: NearPlanner, compressor: Compressor) -> None:
