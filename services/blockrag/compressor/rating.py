@@ -21,7 +21,7 @@ _QUICK_CHUNKS = 512
 
 
 class ChunkRater:
-    """A bundle's policies and its chunk encoder, for the question. One thread may rate while another embeds."""
+    """A bundle's policies and its chunk encoder, for the question. Several threads may use it at a time."""
 
     def __init__(self, compressor: ChunkCompressor, policies: Mapping[str, ChunkPolicy], traits: TokenTraits) -> None:
         self._compressor = compressor
