@@ -43,7 +43,7 @@ class PolicyConfig:
     query: bool
     """Whether it sees the question."""
     width: int = 96
-    """Of the transformer. 96 rates 320 chunks in 2 ms on one core; 128 takes half as long again."""
+    """Of the transformer. 64, 96 and 128 rate 320 chunks in 0.6, 1.0 and 1.5 ms on one core, compiled."""
     layers: int = 2
     heads: int = 3
     hidden: int = 192
