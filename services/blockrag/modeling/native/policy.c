@@ -2,7 +2,7 @@
  * operations of torch, each with memory of its own that is cold between requests.
  *
  * What it computes is written in torch in ``blockrag.modeling.refrag.policy``; how the weights are laid out, in
- * ``policy.py`` beside this file. Every product is of ROWS rows with a panel of PANEL columns, whose sums stand in
+ * ``policy_kernel`` beside it. Every product is of ROWS rows with a panel of PANEL columns, whose sums stand in
  * registers: a linear layer's weights are panels, and so are keys (transposed) and values. Rows are padded with zeros
  * to whole blocks of ROWS, keys to whole panels, whose weight in the attention is zero.
  */
