@@ -27,6 +27,9 @@ def reader(
     minutes: Annotated[float | None, typer.Option(help="Training time; the learning rate ends with it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps instead, for reproducible runs.")] = None,
     start_from: Annotated[Path | None, typer.Option(help="Bundle whose weights and tokenizer to start from.")] = None,
+    stretch_rope: Annotated[
+        bool, typer.Option("--stretch-rope", help="Give that bundle a new reader's rotations, for longer prompts.")
+    ] = False,
     masks: Annotated[
         Literal["both", "full"], typer.Option(help="full: never train under the block mask, for comparison.")
     ] = "both",
@@ -57,6 +60,7 @@ def reader(
             minutes=minutes,
             steps=steps,
             start_from=start_from,
+            stretch_rope=stretch_rope,
             masks=masks,
             learning_rate=learning_rate,
             shape=SHAPES[size],

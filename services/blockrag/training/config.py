@@ -13,6 +13,21 @@ from blockrag.training.mixture import Mixture
 from blockrag.training.packing import Weights
 from blockrag.training.tokenizer import BEGIN_ID, END_ID, PAD_ID
 
+STRETCHED_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 64.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+"""Rotations that tell positions apart within a sentence or two, and hardly at all beyond.
+
+A reader finds a passage by its words, wherever it stands. With the usual frequencies only a quarter of a head's numbers
+keep their direction over a prompt of ten passages; here wavelengths above 512 tokens are 64 times as long, and more
+than half do. Wavelengths below 128 stay as they are, for what stands beside what.
+"""
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -38,6 +53,7 @@ class ModelShape:
             head_dim=self.head_dim,
             intermediate_size=self.intermediate,
             max_position_embeddings=self.max_tokens,
+            rope_parameters=dict(STRETCHED_ROPE),
             tie_word_embeddings=True,
             pad_token_id=PAD_ID,
             bos_token_id=BEGIN_ID,
@@ -66,6 +82,8 @@ class ReaderTrainingConfig:
     start_from: Path | None = None
     """A bundle whose weights and tokenizer the run starts from; ``shape`` and ``tokenizer_articles`` then do not
     count, and contexts are long from the beginning."""
+    stretch_rope: bool = False
+    """Give the bundle that the run starts from the rotations of new readers (``STRETCHED_ROPE``)."""
     shape: ModelShape = field(default_factory=ModelShape)
     mixture: Mixture = field(default_factory=Mixture)
     weights: Weights = field(default_factory=Weights)

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.model import load_stock_model
 from blockrag.training.allocator import keep_freed_memory
 from blockrag.training.attention import register as register_attention
 from blockrag.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from blockrag.training.config import SHAPES, ReaderTrainingConfig
+from blockrag.training.config import SHAPES, STRETCHED_ROPE, ReaderTrainingConfig
 from blockrag.training.contexts import Context
 from blockrag.training.data import ReaderData, load_reader_data
 from blockrag.training.export import BundleFacts, export_bundle
@@ -190,6 +191,9 @@ def _model(config: ReaderTrainingConfig) -> LlamaForCausalLM:
     model = load_stock_model(load_bundle(config.start_from), device=config.device)
     if not isinstance(model, LlamaForCausalLM):
         raise ValueError(f"{config.start_from}: {type(model).__name__}; readers are Llamas, see adapt block for others")
+    if config.stretch_rope:
+        model.config.rope_parameters = dict(STRETCHED_ROPE)
+        model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(config.device)
     return model
 
 
@@ -215,6 +219,7 @@ def main() -> None:
     budget.add_argument("--minutes", type=float, help="time budget of the training")
     budget.add_argument("--steps", type=int, help="budget in steps")
     parser.add_argument("--start-from", type=Path, help="bundle whose weights and tokenizer the run starts from")
+    parser.add_argument("--stretch-rope", action="store_true", help="give that bundle a new reader's rotations")
     parser.add_argument("--related-words", type=Path, help="directory of a sentence encoder")
     parser.add_argument("--masks", choices=("both", "full"), default=ReaderTrainingConfig.masks)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default=ReaderTrainingConfig.optimizer)

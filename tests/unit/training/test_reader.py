@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from blockrag.training.config import ModelShape, ReaderTrainingConfig
+from blockrag.training.config import STRETCHED_ROPE, ModelShape, ReaderTrainingConfig
 from blockrag.training.export import file_sha256
 from blockrag.training.optimizer import learning_rate_factor
 from blockrag.training.reader import TrainingProgress, train_reader
@@ -59,6 +60,30 @@ def test_a_run_starts_from_a_bundle(data_dir: Path, tmp_path: Path) -> None:
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], msg=name)
     assert (second / "decoder/tokenizer.json").read_text() == (first / "decoder/tokenizer.json").read_text()
+
+
+def test_a_bundle_can_be_given_stretched_rotations(data_dir: Path, tmp_path: Path) -> None:
+    first = train_reader(_config(data_dir, tmp_path / "first", 1))
+    path = first / "decoder/config.json"
+    old = json.loads(path.read_text()) | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    path.write_text(json.dumps(old))
+    manifest = json.loads((first / "manifest.json").read_text())
+    manifest["files"]["decoder/config.json"] = file_sha256(path)
+    (first / "manifest.json").write_text(json.dumps(manifest))
+    kept = train_reader(replace(_config(data_dir, tmp_path / "kept", 1), start_from=first))
+    stretched = train_reader(replace(_config(data_dir, tmp_path / "second", 1), start_from=first, stretch_rope=True))
+    assert json.loads((kept / "decoder/config.json").read_text())["rope_parameters"] == old["rope_parameters"]
+    assert json.loads((stretched / "decoder/config.json").read_text())["rope_parameters"] == STRETCHED_ROPE
+
+
+def test_only_long_wavelengths_are_stretched() -> None:
+    frequencies = LlamaRotaryEmbedding(ModelShape().config()).inv_freq
+    usual = 10000.0 ** -(torch.arange(16) / 16)
+    wavelengths = 2 * torch.pi / usual
+    torch.testing.assert_close(frequencies[wavelengths < 128], usual[wavelengths < 128])
+    torch.testing.assert_close(frequencies[wavelengths > 512], usual[wavelengths > 512] / 64)
+    assert int((frequencies * 1300 < 1).sum()) >= 8, "half of a head's pairs hardly turn over ten passages"
+    assert int((usual * 1300 < 1).sum()) == 3
 
 
 def test_full_masks_alone_give_another_model(data_dir: Path, tmp_path: Path) -> None:
