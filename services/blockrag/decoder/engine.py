@@ -39,6 +39,10 @@ _SHORTEST_RETRY_MS = 50
 _HANDOFF_S = 2e-5
 """Pause after a step with a first token. It gives the interpreter lock to the thread that delivers the token, which
 would else wait until this thread has been through a good part of the next step (measured: 1.1 to 0.3 ms, median)."""
+_WORTH_THREADS = 1_000_000_000
+"""Multiplications of a step that are worth more than one thread. In a service threads sleep while they wait, and waking
+one for each of a hundred small products takes longer than it helps: the prefill of 50 tokens of the bundled reader
+took 9.1 ms on one of two cores and 11.0 on both."""
 _AVERAGING = 0.2
 """Weight of the newest sequence in the running mean behind retry hints."""
 
@@ -69,7 +73,7 @@ class Engine:
         threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``threads``: CPU threads of a forward pass; None leaves torch's own choice."""
+        """``threads``: most CPU threads of a forward pass; None leaves torch's own choice."""
         self._model = model
         self._threads = threads
         self._limits = limits
@@ -186,8 +190,6 @@ class Engine:
         return True
 
     def _run(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)  # holds for the calling thread
         try:
             while self._wait_for_work():
                 answering = self._answering
@@ -234,6 +236,9 @@ class Engine:
 
     def _forward(self, work: SequenceOf[Work]) -> tuple[list[Sequence], torch.Tensor]:
         """Compute a step; returns the sequences whose next token can be drawn and their logits."""
+        if self._threads is not None:
+            cost = self._model.multiply_adds([(item.state, len(item.token_ids)) for item in work])
+            torch.set_num_threads(self._threads if cost >= _WORTH_THREADS else 1)  # holds for the calling thread
         try:
             logits = self._model.forward([(item.state, item.token_ids) for item in work])
         except Exception as error:

@@ -45,6 +45,7 @@ class SlotModel:
         self.num_kv_heads = facts.shape.num_kv_heads
         self.head_dim = facts.shape.head_dim
         self.vocab_size = facts.vocab_size
+        self._num_parameters = model.num_parameters()
         self.width = int(model.config.hidden_size)
         """Numbers of an input embedding."""
         self.max_positions = facts.max_positions
@@ -211,6 +212,14 @@ class SlotModel:
         for (state, _), ids in zip(work, token_ids, strict=True):
             state.advance(len(ids))
         return logits
+
+    def multiply_adds(self, work: Sequence[tuple[SequenceState, int]]) -> int:
+        """About how many multiplications ``forward`` makes for so many tokens of each sequence."""
+        heads_width = int(self._model.config.num_attention_heads) * self.head_dim
+        return sum(
+            tokens * (self._num_parameters + 2 * self.num_layers * heads_width * state.num_slots)
+            for state, tokens in work
+        )
 
     def _encode(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -325,3 +326,27 @@ def test_stages_add_up_to_the_time_it_took(bench: Bench) -> None:
     assert finish is not None
     stages = finish.stages
     assert 0 < stages.queue + stages.compose + stages.prefill + stages.decode <= took
+
+
+@pytest.mark.parametrize(("cost", "threads"), [(1_000, 1), (10**12, 3)])
+def test_small_steps_take_one_thread(cost: int, threads: int) -> None:
+    seen: list[int] = []
+
+    class Measured(FakeModel):
+        def multiply_adds(self, work: list[tuple[object, int]]) -> int:
+            assert [tokens for _, tokens in work] == [1]
+            return cost
+
+        def forward(self, work: Any) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            return super().forward(work)
+
+    limits = EngineLimits(max_sequences=4, max_waiting=2, max_batch_tokens=32, slots=1000)
+    engine = Engine(Measured(), limits, LetterDetokenizer, threads=3)  # type: ignore[arg-type]
+    engine.start()
+    sink = CollectingSink()
+    engine.submit(GenerationRequest("r", (), (10,), SamplingParams(max_tokens=3)), sink)
+    assert sink.done.wait(10)
+    engine.stop()
+    assert seen
+    assert set(seen) == {threads}

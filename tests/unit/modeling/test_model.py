@@ -231,6 +231,16 @@ def test_resident_blocks_are_private_copies() -> None:
     assert torch.equal(resident.keys, before)
 
 
+def test_the_cost_of_a_pass_is_its_weights_and_its_scores() -> None:
+    (block,) = SLOTS.encode([tokens(6)], ["a"])
+    resident = SLOTS.to_resident(block)
+    empty, composed = SLOTS.new_sequence([], 9), SLOTS.new_sequence([resident, resident], 9)
+    weights = sum(parameter.numel() for parameter in STOCK.parameters())
+    scores = 2 * STOCK.config.num_hidden_layers * STOCK.config.num_attention_heads * SLOTS.head_dim * 12
+    assert SLOTS.multiply_adds([(empty, 4)]) == 4 * weights
+    assert SLOTS.multiply_adds([(empty, 1), (composed, 3)]) == 4 * weights + 3 * scores
+
+
 def test_bfloat16_cache_halves_the_bytes_and_stays_close() -> None:
     stock = make_tiny_model("qwen3")
     model = SlotModel.from_pretrained_model(copy.deepcopy(stock), kv_dtype="bfloat16")
