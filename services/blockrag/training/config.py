@@ -23,9 +23,9 @@ STRETCHED_ROPE = {
 }
 """Rotations that tell positions apart within a sentence or two, and hardly at all beyond.
 
-A reader finds a passage by its words, wherever it stands. With the usual frequencies only a quarter of a head's numbers
-keep their direction over a prompt of ten passages; here wavelengths above 512 tokens are 64 times as long, and more
-than half do. Wavelengths below 128 stay as they are, for what stands beside what.
+A reader finds a passage by its words, wherever it stands. With the usual frequencies three of a small head's sixteen
+pairs keep their direction over a prompt of ten passages; here wavelengths above 512 tokens are 64 times as long, and
+eight do. Wavelengths below 128 stay as they are, for what stands beside what.
 """
 
 
