@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any
 
 import pytest
 
-from blockrag.compressor.compression import CompressionAbility
 from blockrag.errors import DeadlineError, InvalidRequestError, UnavailableError
 from blockrag.gateway import validation
-from blockrag.gateway.answering import STAGES, Answering, Deadline, Timings
-from blockrag.settings import GatewaySettings
-from blockrag.telemetry import Span, span
+from blockrag.gateway.answering import STAGES, Deadline, Timings
 from blockrag.v1.common_pb2 import (
     ATTENTION_MODE_BLOCK,
     ATTENTION_MODE_FULL,
@@ -26,45 +19,12 @@ from blockrag.v1.common_pb2 import (
     FINISH_REASON_END,
     ChunkDecision,
     Compression,
-    Passage,
-    RequestContext,
 )
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
-from blockrag.v1.rag_pb2 import GenerateRequest, GenerateResponse, GivenPassage
-from tests.unit.kv_cache.parts import settle
+from blockrag.v1.rag_pb2 import GenerateRequest, GivenPassage
 
-from .fakes import FakeDecoder, FakePlanner, FakeSearcher, broken, forever, nothing
-
-LIMITS = GatewaySettings()
-ABILITY = CompressionAbility("reader", 4, frozenset({"query"}))
-PASSAGES = [
-    Passage(passage_id=f"p{place}", document_id=f"d{place}", title=f"T{place}", text="a b c", score=1 / (place + 1))
-    for place in range(10)
-]
-
-
-@contextmanager
-def request_span() -> Iterator[Span]:
-    with span("test", RequestContext(request_id="r1", tenant="acme", traceparent=f"00-{'a' * 32}-{'b' * 16}-01")) as it:
-        yield it
-
-
-async def collect(answering: Answering, **fields: Any) -> list[GenerateResponse]:
-    question = validation.check_generate(GenerateRequest(**{"question": "Where?", **fields}), LIMITS, ABILITY)
-    with request_span() as current:
-        timings = Timings(received=time.perf_counter())
-        events = answering.answer(question, current, timings, Deadline(question.timeout_ms))
-        return await collected(events)
-
-
-async def collected(events: AsyncIterator[GenerateResponse]) -> list[GenerateResponse]:
-    return [event async for event in events]
-
-
-def answering(
-    searcher: FakeSearcher | None = None, planner: FakePlanner | None = None, decoder: FakeDecoder | None = None
-) -> Answering:
-    return Answering(searcher or FakeSearcher(PASSAGES), planner or FakePlanner(), decoder or FakeDecoder(), "f00d")
+from .fakes import FakeDecoder, FakePlanner, FakeSearcher, forever
+from .questions import ABILITY, LIMITS, PASSAGES, answering, collect, request_span
 
 
 async def test_the_stream_is_retrieved_text_completion() -> None:
@@ -325,135 +285,3 @@ async def test_answers_that_sizes_plan_do_not_hide_what_the_call_to_the_compress
     service.overhead.record(1e6, {}, by_compressor=True)
     await collect(service, compression=Compression(rate=rate))
     assert (service.overhead.milliseconds < 1e6) is counts
-
-
-@pytest.mark.parametrize("prepare", [nothing, broken])
-async def test_a_question_is_embedded_while_its_passages_are_searched(prepare: Callable[[], Awaitable[None]]) -> None:
-    planner = FakePlanner(prepare=prepare)
-    searcher = FakeSearcher(PASSAGES, delay=settle)
-    events = await collect(answering(searcher=searcher, planner=planner), compression=Compression(rate=2))
-    assert events[-1].HasField("completion"), "what goes wrong ahead of the plan is the plan's to tell"
-    assert planner.prepared == ["Where?"]
-
-
-class Preparation:
-    """Embeds a question until it is let go, and then ends or fails; notes how it ended."""
-
-    def __init__(self, failure: Exception | None = None) -> None:
-        self.go = asyncio.Event()
-        self.ended = ""
-        self._failure = failure
-
-    async def __call__(self) -> None:
-        try:
-            await self.go.wait()
-        except asyncio.CancelledError:
-            self.ended = "cancelled"
-            raise
-        self.ended = "whole" if self._failure is None else "failed"
-        if self._failure is not None:
-            raise self._failure
-
-
-@asynccontextmanager
-async def compressed_answer(service: Answering) -> AsyncIterator[AsyncGenerator[GenerateResponse, None]]:
-    """The events of an answer whose plan looks at the question; nothing that went wrong is left for asyncio to tell."""
-    untold: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: untold.append(context))
-    question = validation.check_generate(
-        GenerateRequest(question="Where?", compression=Compression(rate=2)), LIMITS, ABILITY
-    )
-    with request_span() as current:
-        timings = Timings(received=time.perf_counter())
-        async with aclosing(service.answer(question, current, timings, Deadline(question.timeout_ms))) as events:
-            yield events
-    await settle()
-    gc.collect()
-    assert not untold
-
-
-async def test_a_preparation_slower_than_the_search_is_not_cancelled() -> None:
-    preparation = Preparation()
-
-    class WaitingPlanner(FakePlanner):
-        """Its plan needs what is being prepared."""
-
-        async def plan(self, request: PlanRequest) -> PlanResponse:
-            assert preparation.ended == ""
-            preparation.go.set()
-            await settle()
-            assert preparation.ended == "whole"
-            return await super().plan(request)
-
-    async with compressed_answer(answering(planner=WaitingPlanner(prepare=preparation))) as events:
-        assert (await collected(events))[-1].HasField("completion")
-
-
-@pytest.mark.parametrize(("failure", "ending"), [(None, "whole"), (ConnectionError("broken"), "failed")])
-async def test_a_preparation_slower_than_the_answer_comes_to_its_end(failure: Exception | None, ending: str) -> None:
-    preparation = Preparation(failure)
-    async with compressed_answer(answering(planner=FakePlanner(prepare=preparation))) as events:
-        while not (await anext(events)).HasField("completion"):
-            assert preparation.ended == ""
-        last = asyncio.ensure_future(anext(events, None))
-        await settle()
-        assert not last.done(), "it is waited for when everything was sent"
-        preparation.go.set()
-        async with asyncio.timeout(5):
-            assert await last is None
-    assert preparation.ended == ending
-
-
-async def test_a_preparation_that_does_not_end_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blockrag.gateway.answering._PREPARING_GRACE_S", 0.01)
-    preparation = Preparation()
-    async with asyncio.timeout(5), compressed_answer(answering(planner=FakePlanner(prepare=preparation))) as events:
-        assert (await collected(events))[-1].HasField("completion")
-    assert preparation.ended == "cancelled"
-
-
-@pytest.mark.parametrize("seen", [1, 2])
-async def test_a_client_that_leaves_cancels_the_preparation(seen: int) -> None:
-    preparation = Preparation()
-    async with compressed_answer(answering(planner=FakePlanner(prepare=preparation))) as events:
-        for _ in range(seen):
-            await anext(events)
-        assert preparation.ended == ""
-        await events.aclose()
-        assert preparation.ended == "cancelled"
-
-
-async def breaks_later() -> None:
-    await settle()
-    await broken()
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"searcher": FakeSearcher(PASSAGES, delay=breaks_later)},
-        {"decoder": FakeDecoder(failures=[(1, ConnectionError("broken"))])},
-    ],
-)
-async def test_an_answer_that_fails_cancels_the_preparation(parts: dict[str, Any]) -> None:
-    preparation = Preparation()
-    async with compressed_answer(answering(planner=FakePlanner(prepare=preparation), **parts)) as events:
-        with pytest.raises(ConnectionError):
-            await collected(events)
-        assert preparation.ended == "cancelled"
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"compression": Compression(rate=2, policy="retrieval")},
-        {"compression": Compression(max_ttft_ms=50, policy="retrieval")},
-        {"compression": Compression(rate=4)},
-        {"compression": Compression(rate=2), "passages": [GivenPassage(text="a b c")]},
-    ],
-)
-async def test_nothing_is_embedded_where_nobody_looks_at_the_question(fields: dict[str, Any]) -> None:
-    planner = FakePlanner()
-    await collect(answering(planner=planner), **fields)
-    assert planner.prepared == []
