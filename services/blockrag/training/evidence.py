@@ -1,15 +1,16 @@
 """Telling the reader where an answer stands, while it is trained.
 
 The answer's own loss says what to copy, and only through several layers from where. A second loss asks that some head
-of a middle layer looks from the last token of a question at the words around its answer, and some head of a later layer
-at the answer itself. "Some head" is a noisy-or over the heads, so one that looks there is enough and the others stay
-free. It costs a few rows of scores, and nothing at inference.
+of a middle layer looks from the last token of a question at the words around its answer, and some head of each of the
+last two layers at the answer itself. "Some head" is a noisy-or over the heads, so one that looks there is enough and
+the others stay free. It costs a few rows of scores, and nothing at inference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -73,16 +74,27 @@ def _occurrences(ids: NDArray[np.int64], answer: Sequence[int]) -> list[int]:
     return [int(start) for start in starts if ids[start : start + len(answer)].tolist() == list(answer)]
 
 
+class Watched(NamedTuple):
+    """What some head of a layer should look at."""
+
+    kind: Literal["around", "exact"]
+    layer: int
+
+
+def watched_layers(layers: int) -> tuple[Watched, ...]:
+    """Of a model of ``layers`` layers: surroundings in the middle, the answer itself in the last two."""
+    return Watched("around", layers // 2), Watched("exact", layers - 2), Watched("exact", layers - 1)
+
+
 @dataclass
 class EvidenceLosses:
     """Collects the losses of a forward pass, which hands it through to the attention of every layer."""
 
     rows: Sequence[Evidence]
     """One per row of the batch."""
-    around_layer: int
-    exact_layer: int
-    found: dict[str, torch.Tensor] = field(default_factory=dict)
-    """``around`` and ``exact``: loss of every question, nats, float32 [all questions]."""
+    watched: Sequence[Watched]
+    found: dict[Watched, torch.Tensor] = field(default_factory=dict)
+    """Loss of every question, nats, float32 [all questions]."""
 
     @property
     def questions(self) -> int:
@@ -92,12 +104,12 @@ class EvidenceLosses:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
     ) -> None:
         """Adds a layer's losses; ``query`` and ``key`` [B, heads, T, D], ``mask`` additive [B, 1, T, T]."""
-        for kind, watched in (("around", self.around_layer), ("exact", self.exact_layer)):
-            if layer == watched and self.questions:
-                self.found[kind] = torch.cat(list(self._losses(kind, query, key, mask, scaling)))
+        for watched in self.watched:
+            if layer == watched.layer and self.questions:
+                self.found[watched] = torch.cat(list(self._losses(watched.kind, query, key, mask, scaling)))
 
     def total(self) -> torch.Tensor | None:
-        """Sum of all questions' losses of both kinds; None where there is no question."""
+        """Sum of all questions' losses in all watched layers; None where there is no question."""
         return torch.stack([losses.sum() for losses in self.found.values()]).sum() if self.found else None
 
     def _losses(

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from blockrag.training.attention import additive_mask
-from blockrag.training.evidence import EvidenceLosses
+from blockrag.training.evidence import EvidenceLosses, watched_layers
 from blockrag.training.loss import linear_cross_entropy
 from blockrag.training.packing import IGNORED, PackedBatch
 
@@ -62,18 +62,18 @@ def update(
 ) -> tuple[float, float]:
     """One update from the parts of a step; gives the mean losses per answer token and per other token, in nats.
 
-    ``evidence_weight``: of the mean loss of a question's evidence, beside the answers' weight of 1.
+    ``evidence_weight``: of the mean loss of a question's evidence in each layer, beside the answers' weight of 1.
     """
     answers, others = (sum(int((part.answers == kind).sum()) for part in parts) for kind in (True, False))
     questions = sum(len(row.asked) for part in parts for row in part.batch.evidence)
-    layers = model.config.num_hidden_layers
+    watched = watched_layers(model.config.num_hidden_layers)
     parameters = list(model.parameters())
 
     def run(part: Part) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         weights = part.weights / torch.where(part.answers, max(1, answers), max(1, others))
         # Autocast's cache of half-precision weights is shared between threads, and so would the graphs be.
         with torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False):
-            evidence = EvidenceLosses(part.batch.evidence, layers // 2, layers - 2) if evidence_weight else None
+            evidence = EvidenceLosses(part.batch.evidence, watched) if evidence_weight else None
             hidden = hidden_states(model, part.batch, device, evidence)[part.places.to(device)].to(torch.bfloat16)
             total, losses = linear_cross_entropy(
                 hidden, model.lm_head.weight, part.targets.to(device), weights.to(device)

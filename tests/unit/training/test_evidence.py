@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from blockrag.training.attention import register
 from blockrag.training.config import ModelShape
 from blockrag.training.contexts import Branch, Context
-from blockrag.training.evidence import EvidenceLosses, find_evidence, missed
+from blockrag.training.evidence import EvidenceLosses, Watched, find_evidence, missed, watched_layers
 from blockrag.training.optimizer import build_optimizers
 from blockrag.training.packing import Weights, pack
 from blockrag.training.step import Part, hidden_states, update
@@ -78,18 +78,18 @@ CONTEXTS = [
 
 def _means(model: LlamaForCausalLM) -> dict[str, float]:
     batch = pack(CONTEXTS, block=True, weights=Weights())
-    losses = EvidenceLosses(batch.evidence, 2, 2)
+    losses = EvidenceLosses(batch.evidence, watched_layers(4))
     with torch.no_grad():
         hidden_states(model, batch, "cpu", losses)
     assert losses.questions == 4
-    return {kind: float(found.mean()) for kind, found in losses.found.items()}
+    return {f"{kind} {layer}": float(found.mean()) for (kind, layer), found in losses.found.items()}
 
 
 def test_watching_the_attention_does_not_change_it(model: LlamaForCausalLM) -> None:
     batch = pack(CONTEXTS, block=True, weights=Weights())
     with torch.no_grad():
         plain = hidden_states(model, batch, "cpu")
-        watched = hidden_states(model, batch, "cpu", EvidenceLosses(batch.evidence, 2, 1))
+        watched = hidden_states(model, batch, "cpu", EvidenceLosses(batch.evidence, [Watched("around", 2), Watched("exact", 1)]))
     assert torch.equal(plain, watched)
 
 
@@ -102,8 +102,8 @@ def test_heads_learn_to_look_at_the_evidence(model: LlamaForCausalLM, weight: fl
         for _ in range(80):
             update(model, optimizers, [part], pool, "cpu", weight)
     after = _means(model)
+    assert set(after) == {"around 2", "exact 2", "exact 3"}
     if weight:
-        assert after["around"] < 0.1 * before["around"]
-        assert after["exact"] < 0.1 * before["exact"]
+        assert all(after[place] < 0.1 * before[place] for place in after)
     else:
-        assert after["exact"] > 0.7 * before["exact"], "the answers' loss alone does not ask for it"
+        assert after["exact 2"] > 0.7 * before["exact 2"], "the answers' loss alone does not ask for it"
