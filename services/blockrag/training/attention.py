@@ -1,12 +1,16 @@
-"""The attention used in training: on a CPU plain bf16 matrix products, elsewhere torch's fused kernels.
+"""The attention used in training: on a CPU plain bf16 matrix products by tiles, elsewhere torch's fused kernels.
 
-At training's lengths (a few hundred tokens a row) torch's fused CPU attention takes more than twice as long as two
-batched products and a softmax, mostly in its backward pass. On a GPU it is the other way round, because the scores are
-never written to memory. The weights do not depend on which one trained them.
+At training's lengths (hundreds to a few thousand tokens a row) torch's fused CPU attention takes more than twice as
+long as two batched products and a softmax, mostly in its backward pass. On a GPU it is the other way round, because the
+scores are never written to memory. The weights do not depend on which one trained them.
+
+Most of a row's mask is empty: passages do not see one another, questions neither. So queries are taken some at a time,
+with the keys that any of them attends to, and the scores of a tile stay in the cache.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,6 +20,33 @@ from transformers import AttentionInterface
 from blockrag.training.evidence import EvidenceLosses
 
 TRAINING_ATTENTION = "blockrag_training"
+_TILE = 256
+"""Queries of a tile: half and twice as many are slower."""
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Neighbouring queries and all keys that any of them attends to, in any row of the batch."""
+
+    queries: slice
+    keys: torch.Tensor
+    """[K] int64."""
+    mask: torch.Tensor
+    """[B, 1, 1, queries, K], additive."""
+
+
+def _tiles(mask: torch.Tensor) -> list[_Tile]:
+    """The tiles of an additive mask [B, 1, T, T]; they stay with it, because every layer gets the same one."""
+    found: list[_Tile] | None = getattr(mask, "tiles", None)
+    if found is None:
+        attended = (mask == 0).any(0)[0]
+        found = []
+        for start in range(0, mask.shape[2], _TILE):
+            queries = slice(start, start + _TILE)
+            keys = attended[queries].any(0).nonzero().flatten()
+            found.append(_Tile(queries, keys, mask[:, :, queries].index_select(3, keys).unsqueeze(1)))
+        mask.tiles = found  # type: ignore[attr-defined]
+    return found
 
 
 def training_attention(
@@ -23,7 +54,7 @@ def training_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
     scaling: float,
     evidence: EvidenceLosses | None = None,
     **_: Any,
@@ -34,21 +65,28 @@ def training_attention(
     query's dtype, 0 where attended and a large negative number elsewhere. Gives [B, T, heads, D]; ``evidence`` gets
     to see the scores.
     """
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     query = query.to(value.dtype)  # the rotation left queries and keys in fp32 under autocast
     key = key.to(value.dtype)
+    group = query.shape[1] // key.shape[1]
     if evidence is not None:
-        evidence.look(cast(int, module.layer_idx), query, key, attention_mask, scaling)
+        evidence.look(cast(int, module.layer_idx), query, key.repeat_interleave(group, 1), attention_mask, scaling)
     if query.device.type != "cpu":
-        output = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=group > 1
+        )
         return output.transpose(1, 2).contiguous(), None
     # Autocast would compute the softmax in fp32 and keep both copies; its bf16 kernel accumulates in fp32 anyway.
-    with torch.autocast(query.device.type, enabled=False):
-        scores = torch.matmul(query * scaling, key.transpose(2, 3))
-        if attention_mask is not None:
-            scores = scores + attention_mask
-        output = torch.matmul(torch.softmax(scores, dim=-1), value)
+    with torch.autocast("cpu", enabled=False):
+        grouped = (query * scaling).unflatten(1, (key.shape[1], group))
+        outputs = []
+        for tile in _tiles(attention_mask):
+            # The heads of a group stand side by side, so that their keys and values are not repeated.
+            queries = grouped[:, :, :, tile.queries]
+            keys, values = key.index_select(2, tile.keys), value.index_select(2, tile.keys)
+            scores = torch.matmul(queries.flatten(2, 3), keys.transpose(2, 3)).unflatten(2, queries.shape[2:4])
+            weights = torch.softmax(scores + tile.mask, dim=-1)
+            outputs.append(torch.matmul(weights.flatten(2, 3), values).view(queries.shape))
+        output = torch.cat(outputs, dim=3).flatten(1, 2)
     return output.transpose(1, 2).contiguous(), None
 
 

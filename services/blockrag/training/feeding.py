@@ -59,12 +59,15 @@ class BatchMaker:
         self._sampler = ContextSampler(data, tokenizer, recipe.template, recipe.mixture, related)
 
     def batches(self, step: int, progress: float) -> list[PackedBatch]:
-        """The parts of a step: contexts of one shape, the longest together so that little is padding."""
+        """The parts of a step: contexts of one shape, like lengths together so that little is padding, longest first.
+
+        Threads that share the parts out then end at about the same time.
+        """
         recipe = self._recipe
         random = Random(f"{recipe.seed}/{step}")
         shape = batch_shape(random, 1.0 if recipe.always_long else progress, recipe.mixture)
         rows = max(2, round(recipe.tokens_per_step / shape.row_tokens))
-        contexts = sorted((self._sampler.sample(shape, random) for _ in range(rows)), key=row_tokens)
+        contexts = sorted((self._sampler.sample(shape, random) for _ in range(rows)), key=row_tokens, reverse=True)
         size = -(-rows // recipe.parts)
         block = recipe.block_masks and step % 2 == 0
         return [

@@ -1,8 +1,9 @@
+import pytest
 import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from blockrag.training.attention import additive_mask, register
+from blockrag.training import attention
 from blockrag.training.config import ModelShape
 from blockrag.training.loss import linear_cross_entropy
 
@@ -21,15 +22,22 @@ def test_chunked_cross_entropy_has_the_loss_and_gradients_of_the_plain_one() -> 
     torch.testing.assert_close(gradients, (hidden.grad, head.grad), atol=1e-4, rtol=1e-4)
 
 
-def test_training_attention_agrees_with_the_stock_one() -> None:
+@pytest.mark.parametrize("tile", [256, 5])
+def test_training_attention_agrees_with_the_stock_one(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_TILE", tile)
     torch.manual_seed(0)
     config = ModelShape(vocab_size=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=48).config()
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 64, (2, 12))
     mask = torch.ones(2, 1, 12, 12).tril().bool()
-    mask[0, 0, 6:, :3] = False
-    with torch.no_grad():
-        stock = model(input_ids=ids, attention_mask=mask).logits
-        model.set_attn_implementation(register())
-        ours = model(input_ids=ids, attention_mask=additive_mask(mask, torch.float32)).logits
-    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-4)
+    mask[0, 0, 6:, :3] = False  # a key that one row sees and the other does not
+    mask[:, 0, 5:10, :5] = False  # a tile of five has keys that nobody there sees
+    found = []
+    for name, given in ((None, mask), (attention.register(), attention.additive_mask(mask, torch.float32))):
+        if name:
+            model.set_attn_implementation(name)
+        model.zero_grad()
+        logits = model(input_ids=ids, attention_mask=given).logits
+        logits.square().mean().backward()
+        found.append((logits.detach(), [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
