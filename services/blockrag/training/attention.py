@@ -32,11 +32,14 @@ class _Tile:
     keys: torch.Tensor
     """[K] int64."""
     mask: torch.Tensor
-    """[B, 1, 1, queries, K], additive."""
+    """[B, 1, group * queries, K], additive; the same for every head of a group."""
 
 
-def _tiles(mask: torch.Tensor) -> list[_Tile]:
-    """The tiles of an additive mask [B, 1, T, T]; they stay with it, because every layer gets the same one."""
+def _tiles(mask: torch.Tensor, group: int) -> list[_Tile]:
+    """The tiles of an additive mask [B, 1, T, T] for groups of so many heads.
+
+    They stay with the mask, because every layer gets the same one.
+    """
     found: list[_Tile] | None = getattr(mask, "tiles", None)
     if found is None:
         attended = (mask == 0).any(0)[0]
@@ -44,7 +47,7 @@ def _tiles(mask: torch.Tensor) -> list[_Tile]:
         for start in range(0, mask.shape[2], _TILE):
             queries = slice(start, start + _TILE)
             keys = attended[queries].any(0).nonzero().flatten()
-            found.append(_Tile(queries, keys, mask[:, :, queries].index_select(3, keys).unsqueeze(1)))
+            found.append(_Tile(queries, keys, mask[:, :, queries].index_select(3, keys).repeat(1, 1, group, 1)))
         mask.tiles = found  # type: ignore[attr-defined]
     return found
 
@@ -79,13 +82,12 @@ def training_attention(
     with torch.autocast("cpu", enabled=False):
         grouped = (query * scaling).unflatten(1, (key.shape[1], group))
         outputs = []
-        for tile in _tiles(attention_mask):
+        for tile in _tiles(attention_mask, group):
             # The heads of a group stand side by side, so that their keys and values are not repeated.
             queries = grouped[:, :, :, tile.queries]
             keys, values = key.index_select(2, tile.keys), value.index_select(2, tile.keys)
-            scores = torch.matmul(queries.flatten(2, 3), keys.transpose(2, 3)).unflatten(2, queries.shape[2:4])
-            weights = torch.softmax(scores + tile.mask, dim=-1)
-            outputs.append(torch.matmul(weights.flatten(2, 3), values).view(queries.shape))
+            scores = torch.matmul(queries.flatten(2, 3), keys.transpose(2, 3)).add_(tile.mask)
+            outputs.append(torch.matmul(torch.softmax(scores, dim=-1), values).view(queries.shape))
         output = torch.cat(outputs, dim=3).flatten(1, 2)
     return output.transpose(1, 2).contiguous(), None
 
