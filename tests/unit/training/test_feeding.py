@@ -73,3 +73,10 @@ def test_rows_are_padded_to_a_multiple(recipe: BatchRecipe, data: ReaderData) ->
     assert all(batch.input_ids.shape[1] % 16 == 0 for batch in padded)
     plain = BatchMaker(recipe, data).batches(1, 0.5)
     assert [batch.tokens for batch in padded] == [batch.tokens for batch in plain]
+
+
+def test_the_longest_rows_come_first(recipe: BatchRecipe, data: ReaderData) -> None:
+    found = BatchMaker(replace(recipe, tokens_per_step=3000), data).batches(0, 0.5)
+    widths = [batch.input_ids.shape[1] for batch in found]
+    assert len(set(widths)) > 1
+    assert widths == sorted(widths, reverse=True)
