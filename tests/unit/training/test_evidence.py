@@ -89,7 +89,9 @@ def test_watching_the_attention_does_not_change_it(model: LlamaForCausalLM) -> N
     batch = pack(CONTEXTS, block=True, weights=Weights())
     with torch.no_grad():
         plain = hidden_states(model, batch, "cpu")
-        watched = hidden_states(model, batch, "cpu", EvidenceLosses(batch.evidence, [Watched("around", 2), Watched("exact", 1)]))
+        watched = hidden_states(
+            model, batch, "cpu", EvidenceLosses(batch.evidence, [Watched("around", 2), Watched("exact", 1)])
+        )
     assert torch.equal(plain, watched)
 
 
