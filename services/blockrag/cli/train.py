@@ -42,6 +42,12 @@ def reader(
         Path | None,
         typer.Option(help="Sentence encoder's directory; questions in other words take theirs from its embeddings."),
     ] = None,
+    evidence: Annotated[
+        float, typer.Option(min=0, help="Weight of the loss that shows the attention where answers stand; 0: none.")
+    ] = 0.5,
+    passage_share: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of passage tokens that the loss looks at; fewer are faster.")
+    ] = 0.5,
     feeders: Annotated[int, typer.Option(min=0, help="Processes that prepare batches ahead; a GPU wants many.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -67,6 +73,8 @@ def reader(
             tokens_per_step=tokens_per_step,
             parts=1 if device.startswith("cuda") else ReaderTrainingConfig.parts,
             related_words=related_words,
+            evidence=evidence,
+            passage_share=passage_share,
             feeders=feeders,
             seed=seed,
             device=device,

@@ -66,7 +66,7 @@ def training_attention(
 
     ``query`` [B, heads, T, D], ``key`` and ``value`` [B, kv_heads, T, D], ``attention_mask`` [B, 1, T, T] in the
     query's dtype, 0 where attended and a large negative number elsewhere. Gives [B, T, heads, D]; ``evidence`` gets
-    to see the scores.
+    to see queries and keys.
     """
     query = query.to(value.dtype)  # the rotation left queries and keys in fp32 under autocast
     key = key.to(value.dtype)

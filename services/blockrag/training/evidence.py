@@ -100,9 +100,7 @@ class EvidenceLosses:
     def questions(self) -> int:
         return sum(len(row.asked) for row in self.rows)
 
-    def look(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
-    ) -> None:
+    def look(self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float) -> None:
         """Adds a layer's losses; ``query`` and ``key`` [B, heads, T, D], ``mask`` additive [B, 1, T, T]."""
         for watched in self.watched:
             if layer == watched.layer and self.questions:
@@ -113,14 +111,12 @@ class EvidenceLosses:
         return torch.stack([losses.sum() for losses in self.found.values()]).sum() if self.found else None
 
     def _losses(
-        self, kind: str, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
+        self, kind: str, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float
     ) -> Iterator[torch.Tensor]:
         for number, row in enumerate(self.rows):
             if not len(row.asked):
                 continue
-            scores = query[number][:, row.asked] @ key[number].transpose(1, 2) * scaling
-            if mask is not None:
-                scores = scores + mask[number][:, row.asked]
+            scores = query[number][:, row.asked] @ key[number].transpose(1, 2) * scaling + mask[number][:, row.asked]
             wanted = row.around if kind == "around" else row.exact
             yield missed(scores.float().softmax(-1), wanted.to(scores.device))
 

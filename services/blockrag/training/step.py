@@ -86,10 +86,10 @@ def update(
     results = list(pool.map(run, parts))
     # Summed in the order of the parts, so that the result does not depend on which thread was faster.
     for number, parameter in enumerate(parameters):
-        total = results[0][0][number]
+        summed = results[0][0][number]
         for gradients, _ in results[1:]:
-            total += gradients[number]
-        parameter.grad = total
+            summed += gradients[number]
+        parameter.grad = summed
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for optimizer in optimizers:
         optimizer.step()

@@ -13,9 +13,7 @@ import pytest
 
 from blockrag.gateway import validation
 from blockrag.gateway.answering import Answering, Deadline, Timings
-from blockrag.v1.common_pb2 import (
-    Compression,
-)
+from blockrag.v1.common_pb2 import Compression
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
 from blockrag.v1.rag_pb2 import GenerateRequest, GenerateResponse, GivenPassage
 from tests.unit.kv_cache.parts import settle
