@@ -24,7 +24,13 @@ app = typer.Typer(no_args_is_help=True, help="Adapt checkpoints and bundles.")
 @app.command(epilog="Example: blockrag adapt block --model ~/models/Llama-3.2-1B --data qa.jsonl --out my-bundle")
 def block(
     model: Annotated[Path, typer.Option(help="Hugging Face checkpoint, or a bundle to adapt further.")],
-    data: Annotated[list[Path], typer.Option(help="JSONL(.gz) of question rows, or a directory; may be repeated.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="JSONL(.gz) of question rows, or a directory; may be repeated. With --questions above 1 a file may be "
+            "followed by =SHARE, its share of the contexts, and pattern questions are read too."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Bundle to make; the run itself lives in OUT.run beside it.")],
     name: Annotated[str, typer.Option(help="The bundle's name; default: the directory's.")] = "",
     template: Annotated[
@@ -36,8 +42,22 @@ def block(
     learning_rate: Annotated[float, typer.Option(help="Peak; small models take more, 1e-4 at 10M.")] = 2e-5,
     warmup_steps: Annotated[int, typer.Option(help="Steps until the learning rate is reached.")] = 20,
     masks: Annotated[
-        Literal["both", "block", "full"], typer.Option(help="Masks to train; one alone makes an ablation's sibling.")
+        Literal["both", "mixed", "block", "full"],
+        typer.Option(
+            help="both: every sample under each. mixed: two of three under the block mask, the third under the full "
+            "one. block, full: one alone, an ablation's sibling."
+        ),
     ] = "both",
+    questions: Annotated[
+        int, typer.Option(help="Most questions behind one context; 1: each row by itself. 16 learns far more a token.")
+    ] = 1,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(help="Question file that is evaluated on: passages like its own are left out. May be repeated."),
+    ] = None,
+    lora_rank: Annotated[
+        int, typer.Option(help="Rank of a low-rank adapter that alone is trained; 0: all weights are.")
+    ] = 0,
     min_passages: Annotated[int, typer.Option(help="Fewest passages of a sample.")] = 1,
     max_passages: Annotated[int, typer.Option(help="Most passages of a sample.")] = 20,
     passage_tokens: Annotated[
@@ -79,9 +99,14 @@ def block(
 
     with console.errors_to_exit():
         logging.disable_progress_bar()  # ours shows what matters
+        files, shares = _files_and_shares(data)
         config = BlockAdaptConfig(
             model=model.expanduser().absolute(),  # workers have directories of their own
-            data=tuple(path.expanduser().absolute() for path in data),
+            data=files,
+            shares=shares,
+            exclude=tuple(path.expanduser().absolute() for path in exclude or ()),
+            questions=questions,
+            lora_rank=lora_rank,
             out=out.expanduser().absolute(),
             name=name,
             template_file=template.expanduser().absolute() if template else None,
@@ -117,6 +142,22 @@ def block(
             console.print_json_line({"bundle": bundle, "run": config.run_dir})
         else:
             console.out.print(f"bundle: {bundle}\nmetrics: {config.run_dir}\ncheck it: blockrag bundle verify {bundle}")
+
+
+def _files_and_shares(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...]]:
+    """FILE or FILE=SHARE each; no shares where none is named, and 1 for files without one where another has one."""
+    files: list[Path] = []
+    shares: list[float | None] = []
+    for text in data:
+        name, separator, share = text.rpartition("=")
+        try:
+            value = float(share) if separator else None
+        except ValueError:
+            name, value = text, None  # a file whose name holds the sign
+        files.append(Path(name if value is not None else text).expanduser().absolute())
+        shares.append(value)
+    named = any(share is not None for share in shares)
+    return tuple(files), tuple(1.0 if share is None else share for share in shares) if named else ()
 
 
 def _run(config: BlockAdaptConfig, workers: int, ray_address: str, show: Callable[[StepMetrics], None]) -> Path:

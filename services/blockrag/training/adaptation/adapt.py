@@ -13,12 +13,16 @@ from typing import Any
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from blockrag.errors import SetupError
+from blockrag.evaluation.pieces import PieceMaker
 from blockrag.modeling.bundle import file_sha256
+from blockrag.training.adaptation.batch import Prompts
 from blockrag.training.adaptation.config import BlockAdaptConfig
+from blockrag.training.adaptation.contexts import ContextSource
 from blockrag.training.adaptation.metrics import DevScores, MetricsLog, StepMetrics
+from blockrag.training.adaptation.pools import load_pools
 from blockrag.training.adaptation.rows import Row, data_files, read_rows
 from blockrag.training.adaptation.run import RunFolder, RunState
-from blockrag.training.adaptation.samples import Sample, SampleLimits, SampleSource
+from blockrag.training.adaptation.samples import SampleLimits, SampleSource
 from blockrag.training.adaptation.source import Source, load_for_training, open_source
 from blockrag.training.adaptation.trainer import BlockTrainer
 from blockrag.training.adaptation.workers import OneWorker, Workers
@@ -36,6 +40,7 @@ class Preparation:
 
     source: Source
     train: Sequence[Row]
+    """Empty where contexts of many questions are drawn."""
     dev: Sequence[Row]
     """Empty where nothing is measured."""
 
@@ -47,6 +52,9 @@ def prepare(config: BlockAdaptConfig, workers: int = 1) -> Preparation:
     if config.batch_size % workers:
         raise SetupError(f"batch_size {config.batch_size} is no multiple of {workers} workers")
     source = open_source(config)
+    if config.questions > 1:
+        data_files([*config.data, *config.exclude])  # named before the model is loaded
+        return Preparation(source, [], read_rows([config.dev]) if config.dev and config.dev_rows else [])
     rows = read_rows(config.data)
     if config.dev is not None:
         return Preparation(source, rows, read_rows([config.dev]) if config.dev_rows else [])
@@ -78,6 +86,7 @@ def adapt_block(
         "template": prepared.source.template.to_dict(),
         "data": [{"file": path.name, "sha256": file_sha256(path)} for path in data_files(config.data)],
         "dev": config.dev.name if config.dev else None,
+        "exclude": [path.name for path in config.exclude],
         "recipe": {**config.recipe(), "passage_tokens": prepared.source.passage_tokens},
     }
     with run.opened(identity):
@@ -111,14 +120,25 @@ class _Adaptation:
             refusal_share=config.refusal_share,
         )
         template = prepared.source.template
-        self._samples = SampleSource(prepared.train, self._tokenizer, template, limits, config.seed)
-        self._dev: list[Sample] = []
+        self._samples = self._source_of_samples(prepared, limits)
+        self._dev: list[Prompts] = []
         if prepared.dev:
             dev = SampleSource(prepared.dev, self._tokenizer, template, limits, f"{config.seed}/dev")
             self._dev = [dev.sample(number) for number in range(min(config.dev_rows, len(prepared.dev)))]
         self._trainer = BlockTrainer(model, token_ids, config, workers)
         self._log: MetricsLog | None = None
         self._reported: set[str] = set()
+
+    def _source_of_samples(self, prepared: Preparation, limits: SampleLimits) -> SampleSource | ContextSource:
+        config, template = self._config, prepared.source.template
+        if config.questions == 1:
+            return SampleSource(prepared.train, self._tokenizer, template, limits, config.seed)
+        pieces = PieceMaker(template, self._tokenizer, limits.passage_tokens)
+        pools = load_pools(data_files(config.data), pieces, config.exclude)
+        shares = config.shares or (1.0,) * len(pools)
+        return ContextSource(
+            list(zip(pools, shares, strict=True)), self._tokenizer, template, limits, config.questions, config.seed
+        )
 
     def run(self) -> Path:
         config = self._config
@@ -186,7 +206,7 @@ class _Adaptation:
                 if done:
                     return state, scores
 
-    def _draw(self, step: int) -> list[Sample]:
+    def _draw(self, step: int) -> list[Prompts]:
         """This worker's samples of a step."""
         first = step * self._config.batch_size
         mine = range(self._workers.rank, self._config.batch_size, self._workers.size)

@@ -1,43 +1,61 @@
 """Samples as rows of a tensor.
 
-A row is ``[instruction][passage 1] … [passage n][final block, answer]`` with global contiguous positions, as the
-decoder composes it. Rows are padded on the left, so that all answers end at the same place and the logits of the last
-few positions are all that a loss on answers needs.
+A row is ``[instruction][passage 1] … [passage n][question 1, answer 1] … [question m, answer m]``. Positions are
+contiguous up to a question's answer, and every question starts where the passages end, as if it stood there alone: as
+the decoder composes it. Rows are padded on the left, so that answers end at the same place where each row has one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from blockrag.training.adaptation.masks import FINAL, PADDING
-from blockrag.training.adaptation.samples import Sample
-from blockrag.training.packing import IGNORED
+
+IGNORED = -100
+"""Target of a token that has no loss."""
+Branch = tuple[tuple[int, ...], tuple[int, ...]]
+"""Ids of a question's final block and of its answer, with the token that ends it."""
+
+
+class Prompts(Protocol):
+    """Passages with one question behind them, or several."""
+
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Ids of the instruction block and of each passage's block."""
+
+    @property
+    def branches(self) -> tuple[Branch, ...]: ...
+
+    @property
+    def tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens whose answers have at most K tokens."""
+    """B rows of T tokens, A answers, whose tokens are predicted at P of the T places."""
 
     input_ids: Tensor
     """[B, T] int64; padding is 0."""
     position_ids: Tensor
-    """[B, T] int64: 0, 1, … from a row's first token on."""
+    """[B, T] int64: 0, 1, … from a row's first token on; a question's start where its passages end."""
     segments: Tensor
-    """[B, T] int64: number of the token's block, ``FINAL`` or ``PADDING``."""
+    """[B, T] int64: number of the token's block, ``FINAL`` plus the question's number, or ``PADDING``."""
+    predicted: Tensor
+    """[P] int64, ascending: places in a row at which, in any row, the next token belongs to an answer."""
     targets: Tensor
-    """[B, K] int64: ids of the last K tokens where they belong to the answer, else ``IGNORED``. Position T - K - 1 + k
-    predicts the k-th."""
+    """[B, P] int64: the next token's id where it belongs to an answer, else ``IGNORED``."""
+    answers: Tensor
+    """[B, P] int64: number of the answer that it belongs to, 0 to A - 1."""
+    count: int
+    """A."""
     tokens: int
     """Tokens that are no padding."""
-
-    @property
-    def logits_to_keep(self) -> int:
-        """Positions at the end whose logits a loss on answers needs: K + 1, the last of which predicts nothing."""
-        return int(self.targets.shape[1]) + 1
 
     @property
     def answer_tokens(self) -> int:
@@ -46,31 +64,47 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            segments=self.segments.to(device),
-            targets=self.targets.to(device),
-            tokens=self.tokens,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
-def make_batch(samples: Sequence[Sample], multiple: int = 1) -> Batch:
+def make_batch(samples: Sequence[Prompts], multiple: int = 1) -> Batch:
     """One row per sample, padded to a multiple of ``multiple`` tokens."""
     width = -(-max(sample.tokens for sample in samples) // multiple) * multiple
-    answers = max(len(sample.answer) for sample in samples)
     shape = (len(samples), width)
     ids = torch.zeros(shape, dtype=torch.long)
     positions = torch.zeros(shape, dtype=torch.long)
     segments = torch.full(shape, PADDING, dtype=torch.long)
-    targets = torch.full((len(samples), answers), IGNORED, dtype=torch.long)
+    targets = torch.full(shape, IGNORED, dtype=torch.long)
+    answers = torch.zeros(shape, dtype=torch.long)
+    count = 0
     for row, sample in enumerate(samples):
-        at = start = width - sample.tokens
-        for number, block in enumerate((*sample.blocks, (*sample.prompt, *sample.answer))):
+        at = width - sample.tokens
+        place = 0
+        for number, block in enumerate(sample.blocks):
             end = at + len(block)
             ids[row, at:end] = torch.tensor(block)
-            segments[row, at:end] = number if number < len(sample.blocks) else FINAL
+            positions[row, at:end] = torch.arange(place, place + len(block))
+            segments[row, at:end] = number
+            at, place = end, place + len(block)
+        for number, (prompt, answer) in enumerate(sample.branches):
+            end = at + len(prompt) + len(answer)
+            ids[row, at:end] = torch.tensor((*prompt, *answer))
+            positions[row, at:end] = torch.arange(place, place + end - at)
+            segments[row, at:end] = FINAL + number
+            first = at + len(prompt) - 1
+            targets[row, first : end - 1] = torch.tensor(answer)
+            answers[row, first : end - 1] = count
+            count += 1
             at = end
-        positions[row, start:] = torch.arange(width - start)
-        targets[row, answers - len(sample.answer) :] = torch.tensor(sample.answer)
-    return Batch(ids, positions, segments, targets, sum(sample.tokens for sample in samples))
+    predicted = (targets != IGNORED).any(0).nonzero().flatten()
+    return Batch(
+        input_ids=ids,
+        position_ids=positions,
+        segments=segments,
+        predicted=predicted,
+        targets=targets[:, predicted],
+        answers=answers[:, predicted],
+        count=count,
+        tokens=sum(sample.tokens for sample in samples),
+    )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from blockrag.errors import SetupError
 
-Masks = Literal["both", "block", "full"]
+Masks = Literal["both", "mixed", "block", "full"]
 Trainable = Literal["all", "tokens"]
 AttentionKind = Literal["auto", "flex", "dense"]
 Precision = Literal["bf16", "fp32"]
@@ -38,7 +38,19 @@ class BlockAdaptConfig:
     """Peak of AdamW's rate. Small models take more: 1e-4 at ten million parameters."""
     warmup_steps: int = 20
     masks: Masks = "both"
-    """"block" or "full" alone make the siblings that an ablation compares with."""
+    """"both": every sample under each. "mixed": two samples of three under the block mask, the third under the full
+    one, so that as many tokens hold twice the questions. "block" or "full" alone make the siblings that an ablation
+    compares with."""
+    questions: int = 1
+    """Most questions of a context. 1: every row is a sample of its own. More: one pass over the passages serves all
+    questions that they answer; batches then count contexts, and ``data`` may hold pattern questions too."""
+    shares: tuple[float, ...] = ()
+    """With ``questions`` above 1: each file's share of the contexts, in the order of ``data``; empty: all alike."""
+    exclude: tuple[Path, ...] = ()
+    """Question files that are evaluated on: passages that share twelve words in a row with theirs are left out. Only
+    with ``questions`` above 1."""
+    lora_rank: int = 0
+    """Rank of a low-rank adapter (LoRA) beside every linear layer, which alone is trained; 0: all weights are."""
     min_passages: int = 1
     max_passages: int = 20
     passage_tokens: int | None = None
@@ -74,17 +86,28 @@ class BlockAdaptConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "micro_batch", "min_passages", "max_tokens", "eval_steps"):
+        for field in ("steps", "batch_size", "micro_batch", "min_passages", "max_tokens", "eval_steps", "questions"):
             self._require(getattr(self, field) >= 1, field, "must be at least 1")
         self._require(self.checkpoint_steps >= 1, "checkpoint_steps", "must be at least 1")
         self._require(self.max_passages >= self.min_passages, "max_passages", "must not be below min_passages")
         self._require(0 <= self.refusal_share <= 1, "refusal_share", "must be from 0 to 1")
         self._require(self.learning_rate > 0, "learning_rate", "must be positive")
-        for field in ("warmup_steps", "distillation", "link_tokens", "sink_tokens", "dev_rows"):
+        for field in ("warmup_steps", "distillation", "link_tokens", "sink_tokens", "dev_rows", "lora_rank"):
             self._require(getattr(self, field) >= 0, field, "must not be negative")
         self._require(self.passage_tokens is None or self.passage_tokens >= 8, "passage_tokens", "must be at least 8")
         self._require(
             not self.distillation or self.masks == "both", "distillation", "needs both masks: the full one teaches"
+        )
+        self._require(
+            self.questions > 1 or not (self.shares or self.exclude), "questions", "is 1: no shares, nothing to exclude"
+        )
+        self._require(
+            not self.shares or (len(self.shares) == len(self.data) and min(self.shares) > 0),
+            "shares",
+            "must be positive, one for each file of data",
+        )
+        self._require(
+            not (self.lora_rank and self.train == "tokens"), "lora_rank", "trains an adapter, not the tokens alone"
         )
         self._require(
             self.train == "all" or self.link_tokens + self.sink_tokens > 0,
@@ -105,6 +128,9 @@ class BlockAdaptConfig:
             "learning_rate",
             "warmup_steps",
             "masks",
+            "questions",
+            "shares",
+            "lora_rank",
             "min_passages",
             "max_passages",
             "passage_tokens",

@@ -1,8 +1,8 @@
 """What a token of a training row may see: the block mask and the full mask, dense or for FlexAttention.
 
 One rule serves both forms, over the segment of each token: a token sees earlier tokens of its own segment, and a
-token of the final block sees every earlier token (arXiv 2409.15355, figure 1). Under the full mask the whole row is
-one segment.
+token of a final block sees every earlier token of the passages (arXiv 2409.15355, figure 1). A row may have several
+final blocks, which do not see one another. Under the full mask all passages are one segment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from blockrag.training.attention import additive_mask
 from blockrag.training.attention import register as register_dense
 
 FINAL = 1_000_000
-"""Segment of the final block: beyond the number of any block."""
+"""Segment of the first final block, beyond the number of any block; the next ones have the numbers after it."""
 PADDING = -1
 """Segment of padding, which sees itself, so that no row of scores is empty, and is seen by nothing else."""
 
@@ -35,8 +35,8 @@ Mask = Literal["block", "full"]
 
 
 def mask_segments(segments: Tensor, mask: Mask) -> Tensor:
-    """Segments [B, T] as a mask sees them: unchanged, or all of a row's tokens in one."""
-    return segments if mask == "block" else torch.where(segments == PADDING, PADDING, FINAL)
+    """Segments [B, T] as a mask sees them: unchanged, or all passages of a row in one."""
+    return segments if mask == "block" else torch.where((segments >= 0) & (segments < FINAL), 0, segments)
 
 
 def visible(segments: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -44,7 +44,8 @@ def visible(segments: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tens
 
     def rule(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         of_query, of_key = segments[row, query], segments[row, key]
-        return (query >= key) & ((of_query == of_key) | ((of_query == FINAL) & (of_key != PADDING)))
+        in_passages = (of_key != PADDING) & (of_key < FINAL)
+        return (query >= key) & ((of_query == of_key) | ((of_query >= FINAL) & in_passages))
 
     return rule
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockrag.training.packing import IGNORED
+from blockrag.training.adaptation.batch import IGNORED, Batch
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,20 @@ class AnswerScores:
     exactly these."""
 
 
-def score_answers(logits: Tensor, targets: Tensor) -> AnswerScores:
-    """Scores of ``logits`` [B, K, V], of the places that predict ``targets`` [B, K]."""
+def score_answers(logits: Tensor, batch: Batch) -> AnswerScores:
+    """Scores of ``logits`` [B, P, V], of the places that predict the batch's targets."""
+    targets = batch.targets
     loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    right = (logits.argmax(-1) == targets) | (targets == IGNORED)
-    return AnswerScores(loss, right.all(1).sum())
+    wrong = (logits.argmax(-1) != targets) & (targets != IGNORED)
+    missed = torch.zeros(batch.count, dtype=torch.bool, device=targets.device)
+    missed[batch.answers[wrong]] = True
+    return AnswerScores(loss, (~missed).sum())
 
 
 def distillation(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """Sum over answer tokens of p(t) · KL(teacher ‖ student), scalar float32.
 
-    ``teacher`` [B, K, V] are the logits of the same weights under the full mask, ``student`` those under the block
+    ``teacher`` [B, P, V] are the logits of the same weights under the full mask, ``student`` those under the block
     mask; no gradient flows into the teacher. The weight p(t) is the probability that the teacher gives the right
     token: where it is wrong, or guesses, there is nothing to learn from it that cross-entropy would not unlearn. Not
     normalised by the sum of the weights, so an unsure teacher counts less over all.

@@ -32,6 +32,11 @@ class Sample:
     """Ids of the answer and of the token that ends it."""
 
     @property
+    def branches(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """Its one question."""
+        return ((self.prompt, self.answer),)
+
+    @property
     def tokens(self) -> int:
         return sum(map(len, self.blocks)) + len(self.prompt) + len(self.answer)
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockrag.training.adaptation.batch import Batch, make_batch
+from blockrag.training.adaptation.batch import Batch, Prompts, make_batch
 from blockrag.training.adaptation.config import BlockAdaptConfig
 from blockrag.training.adaptation.masks import Mask, TrainingAttention
 from blockrag.training.adaptation.metrics import DevScores
 from blockrag.training.adaptation.objective import distillation, score_answers
-from blockrag.training.adaptation.samples import Sample
 from blockrag.training.adaptation.workers import Workers, like_parameter, whole
+from blockrag.training.lora import add_lora
 
 _CLIP = 1.0
 
@@ -36,8 +36,8 @@ class StepLosses:
 class BlockTrainer:
     """Model and optimiser of one worker.
 
-    The full mask goes first, because its logits teach the block mask's in a distillation. Each mask's loss counts
-    half, so the learning rate means the same whether one or both are trained.
+    The full mask goes first, because its logits teach the block mask's in a distillation. The loss is the mean over all
+    answer tokens of a step, so the learning rate means the same whether one mask or both are trained.
     """
 
     def __init__(
@@ -49,11 +49,14 @@ class BlockTrainer:
         self._workers = workers
         self._attention = TrainingAttention(config.attention, workers.device)
         self._attention.install(model)
-        self._masks: tuple[Mask, ...] = ("full", "block") if config.masks == "both" else (config.masks,)
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         _switch_off_dropout(model)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
+        if config.lora_rank:
+            add_lora(model, config.lora_rank, seed=config.seed)
+            if workers.size == 1:  # FSDP2 wants a layer's parameters in one type
+                _narrow_frozen(model, self._dtype)
         if config.train == "tokens":
             model.requires_grad_(False)
             model.get_input_embeddings().weight.requires_grad_(True)
@@ -64,20 +67,24 @@ class BlockTrainer:
         # no weight decay: it would pull a pretrained model towards zero for reasons that the few steps cannot weigh
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
 
-    def step(self, samples: Sequence[Sample], learning_rate: float) -> StepLosses:
+    def step(self, samples: Sequence[Prompts], learning_rate: float) -> StepLosses:
         """One update from this worker's part of a step's samples; every worker must bring as many."""
         batches = list(self._batches(samples))
-        counts = [sum(batch.answer_tokens for batch in batches), sum(batch.tokens for batch in batches)]
-        answers, tokens = self._workers.sum(torch.tensor(counts)).tolist()
+        counts = torch.zeros(3)  # answer tokens under the block mask, under the full mask, tokens
+        for batch, masks in batches:
+            counts += torch.tensor(
+                [batch.answer_tokens * ("block" in masks), batch.answer_tokens * ("full" in masks), batch.tokens]
+            )
+        block_answers, full_answers, tokens = self._workers.sum(counts).tolist()
         # FSDP2 averages the workers' gradients; the loss is to be the mean over all answer tokens of the step
-        scale = self._workers.size / answers / len(self._masks)
+        scale = self._workers.size / (block_answers + full_answers)
         self.model.train()
         sums = {"block": 0.0, "full": 0.0, "distillation": 0.0}
-        for batch in batches:
+        for batch, masks in batches:
             teacher: Tensor | None = None
-            for mask in self._masks:
+            for mask in masks:
                 logits = self._logits(batch, mask)
-                loss = score_answers(logits, batch.targets).loss
+                loss = score_answers(logits, batch).loss
                 sums[mask] += float(loss.detach())
                 if teacher is not None and self._config.distillation:
                     divergence = distillation(logits, teacher, batch.targets)
@@ -86,58 +93,70 @@ class BlockTrainer:
                 teacher = logits.detach()
                 (loss * scale).backward()
         norm = self._update(learning_rate)
-        block, full, divergence_sum = (self._workers.sum(torch.tensor(list(sums.values()))) / answers).tolist()
+        block, full, divergence_sum = self._workers.sum(torch.tensor(list(sums.values()))).tolist()
         return StepLosses(
-            block=block if "block" in self._masks else None,
-            full=full if "full" in self._masks else None,
-            distillation=divergence_sum if self._config.distillation else None,
+            block=block / block_answers if block_answers else None,
+            full=full / full_answers if full_answers else None,
+            distillation=divergence_sum / block_answers if self._config.distillation else None,
             gradient_norm=norm,
-            tokens=round(tokens) * len(self._masks),
+            tokens=round(tokens) * (2 if self._config.masks == "both" else 1),
         )
 
     @torch.no_grad()
-    def measure(self, samples: Sequence[Sample]) -> DevScores:
+    def measure(self, samples: Sequence[Prompts]) -> DevScores:
         """Scores on ``samples``, the same on every worker, shared out among them."""
         self.model.train(False)
         size, rank = self._workers.size, self._workers.rank
         rounds = -(-len(samples) // size)
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(6, dtype=torch.float64)
         for number in range(rank, rounds * size, size):
             # every worker makes as many passes, because each one gathers the others' parameters
             batch = make_batch([samples[number % len(samples)]], self._attention.multiple).to(self._workers.device)
-            block = score_answers(self._logits(batch, "block"), batch.targets)
-            full = score_answers(self._logits(batch, "full"), batch.targets)
+            block = score_answers(self._logits(batch, "block"), batch)
+            full = score_answers(self._logits(batch, "full"), batch)
             if number < len(samples):
                 found = torch.stack([block.loss, full.loss, block.exact, full.exact]).double().cpu()
-                sums += torch.cat([torch.tensor([float(batch.answer_tokens)]), found])
-        answers, block_loss, full_loss, block_exact, full_exact = self._workers.sum(sums).tolist()
+                sums += torch.cat([torch.tensor([batch.answer_tokens, batch.count], dtype=torch.float64), found])
+        tokens, answers, block_loss, full_loss, block_exact, full_exact = self._workers.sum(sums).tolist()
         return DevScores(
-            block_loss=block_loss / answers,
-            full_loss=full_loss / answers,
-            block_exact=block_exact / len(samples),
-            full_exact=full_exact / len(samples),
+            block_loss=block_loss / tokens,
+            full_loss=full_loss / tokens,
+            block_exact=block_exact / answers,
+            full_exact=full_exact / answers,
         )
 
     def _logits(self, batch: Batch, mask: Mask) -> Tensor:
-        """Logits [B, K, V] of the places that predict the batch's targets."""
-        with torch.autocast(self._workers.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+        """Logits [B, P, V] of the places that predict the batch's targets."""
+        narrow = self._dtype == torch.bfloat16 and self.model.dtype != torch.bfloat16
+        with torch.autocast(self._workers.device.type, torch.bfloat16, enabled=narrow):
             output = self.model(
                 input_ids=batch.input_ids,
                 attention_mask=self._attention.mask(batch.segments, mask, self._dtype),
                 position_ids=batch.position_ids,
                 use_cache=False,
-                logits_to_keep=batch.logits_to_keep,
+                logits_to_keep=batch.predicted,
             )
-        logits: Tensor = output.logits[:, :-1]
+        logits: Tensor = output.logits
         return logits
 
-    def _batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
-        """Micro-batches of samples of about the same length."""
-        ordered = sorted(samples, key=lambda sample: sample.tokens)
+    def _batches(self, samples: Sequence[Prompts]) -> Iterator[tuple[Batch, tuple[Mask, ...]]]:
+        """Micro-batches of samples of about the same length, with the masks they are trained under."""
         size = self._config.micro_batch
-        for start in range(0, len(ordered), size):
-            batch = make_batch(ordered[start : start + size], self._attention.multiple)
-            yield batch.to(self._workers.device)
+        for masks, chosen in self._by_mask(samples):
+            ordered = sorted(chosen, key=lambda sample: sample.tokens)
+            for start in range(0, len(ordered), size):
+                batch = make_batch(ordered[start : start + size], self._attention.multiple)
+                yield batch.to(self._workers.device), masks
+
+    def _by_mask(self, samples: Sequence[Prompts]) -> list[tuple[tuple[Mask, ...], Sequence[Prompts]]]:
+        match self._config.masks:
+            case "both":
+                return [(("full", "block"), samples)]
+            case "mixed":
+                full = [sample for place, sample in enumerate(samples) if place % 3 == 2]
+                return [(("full",), full), (("block",), [s for place, s in enumerate(samples) if place % 3 != 2])]
+            case mask:
+                return [((mask,), samples)]
 
     def _update(self, learning_rate: float) -> float:
         """Clip, step and clear; gives the gradient's norm."""
@@ -167,3 +186,10 @@ def _switch_off_dropout(model: PreTrainedModel) -> None:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+
+
+def _narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """What is not trained is held in the type it is computed in."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +11,18 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from blockrag.errors import SetupError
 from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.training.adaptation.batch import Batch, make_batch
+from blockrag.training.adaptation.contexts import Context
 from blockrag.training.adaptation.masks import (
     FINAL,
     FLEX_ATTENTION,
+    Mask,
     TrainingAttention,
     dense_mask,
     flex_mask,
     mask_segments,
     visible,
 )
-from blockrag.training.adaptation.objective import score_answers
+from blockrag.training.adaptation.objective import AnswerScores, score_answers
 from blockrag.training.adaptation.samples import Sample
 from tests.models import TINY_VOCAB, make_tiny_model
 
@@ -40,6 +43,23 @@ def random_samples(count: int, seed: int = 0, longest: int = 12) -> list[Sample]
         )
         for _ in range(count)
     ]
+
+
+def random_contexts(count: int, seed: int = 0) -> list[Context]:
+    random = Random(seed)
+    samples = random_samples(4 * count, seed)
+    return [
+        Context(
+            samples[4 * place].blocks,
+            tuple((other.prompt, other.answer) for other in samples[4 * place : 4 * place + random.randint(2, 4)]),
+        )
+        for place in range(count)
+    ]
+
+
+def alone(context: Context) -> list[Sample]:
+    """Each question of a context as a sample of its own."""
+    return [Sample(context.blocks, prompt, answer) for prompt, answer in context.branches]
 
 
 def lengths(sample: Sample) -> tuple[list[int], int]:
@@ -92,6 +112,38 @@ def test_rows_end_with_their_answers_at_contiguous_positions() -> None:
     assert batch.answer_tokens == sum(len(sample.answer) for sample in samples)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("mask", ["block", "full"])
+def test_questions_behind_one_context_do_not_see_one_another(family: str, mask: Mask) -> None:
+    contexts = random_contexts(3)
+    model = make_tiny_model(family)
+    attention = TrainingAttention("auto", CPU)
+    attention.install(model)
+
+    def scores(samples: list[Any]) -> AnswerScores:
+        batch = make_batch(samples)
+        with torch.no_grad():
+            return score_answers(forward(model, batch, attention.mask(batch.segments, mask, torch.float32)), batch)
+
+    packed = scores(contexts)
+    single = [scores([sample]) for context in contexts for sample in alone(context)]
+
+    assert float(packed.loss) == pytest.approx(sum(float(each.loss) for each in single), rel=1e-5)
+    assert int(packed.exact) == sum(int(each.exact) for each in single)
+
+
+def test_every_answer_of_a_context_is_a_target() -> None:
+    contexts = random_contexts(4, seed=8)
+    batch = make_batch(contexts, multiple=16)
+
+    answers = [answer for context in contexts for _, answer in context.branches]
+    assert batch.count == len(answers)
+    assert batch.answer_tokens == sum(map(len, answers))
+    for number, answer in enumerate(answers):
+        row = (batch.targets != -100) & (batch.answers == number)
+        assert batch.targets[row].tolist() == list(answer)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 @pytest.mark.parametrize("mask", ["block", "full"])
 def test_the_loss_of_a_padded_batch_is_that_of_the_explicit_masks(family: str, mask: str) -> None:
@@ -110,7 +162,7 @@ def test_the_loss_of_a_padded_batch_is_that_of_the_explicit_masks(family: str, m
     attention = TrainingAttention("auto", CPU)
     attention.install(model)
     with torch.no_grad():
-        got = score_answers(forward(model, batch, attention.mask(batch.segments, mask, torch.float32)), batch.targets)
+        got = score_answers(forward(model, batch, attention.mask(batch.segments, mask, torch.float32)), batch)
 
     assert float(got.loss) == pytest.approx(expected, rel=1e-5)
 
@@ -121,9 +173,9 @@ def forward(model: torch.nn.Module, batch: Batch, mask: object) -> torch.Tensor:
         attention_mask=mask,
         position_ids=batch.position_ids,
         use_cache=False,
-        logits_to_keep=batch.logits_to_keep,
+        logits_to_keep=batch.predicted,
     )
-    logits: torch.Tensor = output.logits[:, :-1]
+    logits: torch.Tensor = output.logits
     return logits
 
 
@@ -164,7 +216,7 @@ def test_flex_and_dense_give_the_same_gradients_on_a_gpu() -> None:
         attention.install(model)
         with torch.autocast("cuda", torch.bfloat16):
             logits = forward(model, batch, attention.mask(batch.segments, "block", torch.bfloat16))
-        score_answers(logits, batch.targets).loss.backward()
+        score_answers(logits, batch).loss.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
 
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.05

@@ -4,9 +4,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from blockrag.training.adaptation.batch import Batch
 from blockrag.training.adaptation.objective import distillation, score_answers
 
 TARGETS = torch.tensor([[-100, 2, 0], [1, 1, 3]])
+NOTHING = torch.zeros(0, dtype=torch.long)
+BATCH = Batch(
+    input_ids=NOTHING,
+    position_ids=NOTHING,
+    segments=NOTHING,
+    predicted=torch.arange(3),
+    targets=TARGETS,
+    answers=torch.tensor([[0, 0, 0], [1, 2, 2]]),
+    count=3,
+    tokens=0,
+)
 
 
 def random_logits(seed: int) -> torch.Tensor:
@@ -17,16 +29,18 @@ def test_loss_counts_answer_tokens_only() -> None:
     logits = random_logits(0)
     expected = -sum(logits[row, k].log_softmax(-1)[TARGETS[row, k]] for row in (0, 1) for k in range(3) if row or k)
 
-    assert float(score_answers(logits, TARGETS).loss) == pytest.approx(float(expected), rel=1e-6)
+    assert float(score_answers(logits, BATCH).loss) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_an_answer_is_exact_when_all_its_tokens_are_most_likely() -> None:
     logits = F.one_hot(TARGETS.clamp_min(0), 4).float() * 9
     logits[0, 0] = torch.tensor([0.0, 9, 0, 0])  # belongs to no answer
 
-    assert int(score_answers(logits, TARGETS).exact) == 2
+    assert int(score_answers(logits, BATCH).exact) == 3
     logits[1, 2] = torch.tensor([9.0, 0, 0, 0])
-    assert int(score_answers(logits, TARGETS).exact) == 1
+    assert int(score_answers(logits, BATCH).exact) == 2
+    logits[1, 1] = torch.tensor([9.0, 0, 0, 0])
+    assert int(score_answers(logits, BATCH).exact) == 2, "one answer, two wrong tokens"
 
 
 def test_distillation_is_zero_between_equals_and_positive_otherwise() -> None:

@@ -1,0 +1,215 @@
+"""Many questions behind one context: passages once, then every question that they answer, and some that they do not.
+
+A context is drawn around one question, the lead: its gold passage (or, for a refusal, everything but that), passages
+that are easily mistaken for it, passages at random; then the other questions whose answers stand in what is shown.
+Each question sees the context and itself. With one question per context, 650 tokens are computed for one answer; so
+they are for ten.
+
+Context number n is a pure function of (seed, n), as samples are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from blockrag.errors import SetupError
+from blockrag.evaluation.metrics import contains
+from blockrag.evaluation.pieces import Piece
+from blockrag.evaluation.question_data import SourceQuestion
+from blockrag.modeling.template import BundleTokenizer, PromptTemplate
+from blockrag.training.adaptation.batch import Branch
+from blockrag.training.adaptation.pools import Pool
+from blockrag.training.adaptation.samples import SampleLimits
+
+_TRIES = 50
+_REMEMBERED = 50_000
+_HARD_SHARE = 0.7
+"""Share of distractors that are near to the lead: of its kind, of its title or ranked high for it."""
+_PER_PASSAGE = 4
+"""Most questions of one passage in a context."""
+_TYPED_SHARE = 0.15
+"""Share of questions written as people type them into a search box: in lower case, half of them without the mark."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Passages with questions behind them."""
+
+    blocks: tuple[tuple[int, ...], ...]
+    """Ids of the instruction block and of each passage's block, in the prompt's order."""
+    branches: tuple[Branch, ...]
+    """For each question the ids of its final block and of its answer with the token that ends it."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.blocks)) + sum(len(prompt) + len(answer) for prompt, answer in self.branches)
+
+
+class ContextSource:
+    """Makes contexts of pools. Not thread-safe: one thread draws."""
+
+    def __init__(
+        self,
+        pools: Sequence[tuple[Pool, float]],
+        tokenizer: BundleTokenizer,
+        template: PromptTemplate,
+        limits: SampleLimits,
+        questions: int,
+        seed: int | str,
+    ) -> None:
+        """``pools`` with their shares of the contexts; at most ``questions`` questions a context."""
+        self._pools = [pool for pool, _ in pools]
+        self._shares = [share for _, share in pools]
+        self._tokenizer = tokenizer
+        self._template = template
+        self._limits = limits
+        self._questions = questions
+        self._seed = seed
+        self._instruction = tuple(template.instruction_ids(tokenizer))
+        self._blocks: OrderedDict[Piece, tuple[int, ...]] = OrderedDict()
+        self.too_long: dict[str, int] = {}
+        """Empty: a context is cut to what fits."""
+
+    def sample(self, number: int) -> Context:
+        """Context ``number`` of an endless stream. Raises SetupError when nothing that is drawn fits."""
+        random = Random(f"{self._seed}/{number}")
+        for _ in range(_TRIES):
+            pool = random.choices(self._pools, self._shares)[0]
+            context = self._build(pool, random.choice(pool.questions), random)
+            if context is not None:
+                return context
+        raise SetupError(f"{_TRIES} contexts one after another do not fit {self._limits.max_tokens} tokens")
+
+    def _build(self, pool: Pool, lead: SourceQuestion, random: Random) -> Context | None:
+        limits = self._limits
+        found = pool.gold(lead)
+        if found is None:
+            return None
+        absent = bool(lead.answers) and random.random() < limits.refusal_share
+        # log-uniform: small contexts hold more answers a token, large ones must be met too
+        spread = random.uniform(math.log(limits.min_passages), math.log(limits.max_passages + 1))
+        count = min(limits.max_passages, int(math.exp(spread)))
+        shown: dict[Piece, int] = {} if absent else {found[1]: found[0]}
+        near = pool.near(lead, random)
+        unseen = [number for number in near if pool.asked_of(number)]
+        self._fill(shown, count, pool, lead, near, random)
+        if not shown:
+            return None
+        asked = [(lead, absent)]
+        others = [
+            question
+            for piece, number in shown.items()
+            for question in self._answered(pool, piece, number, random)
+            if question is not lead
+        ]
+        random.shuffle(others)
+        for question in others[: self._questions - 1]:
+            if random.random() < limits.refusal_share:
+                hidden = self._hidden(pool, shown, unseen, random)
+                if hidden is not None:
+                    asked.append((hidden, True))
+                    continue
+            asked.append((question, False))
+        return self._context(shown, asked, random)
+
+    def _fill(
+        self,
+        shown: dict[Piece, int],
+        count: int,
+        pool: Pool,
+        lead: SourceQuestion,
+        near: Sequence[int],
+        random: Random,
+    ) -> None:
+        """Add pieces that do not answer the lead until ``count`` are shown."""
+        waiting = list(near)
+        for _ in range(_TRIES + 4 * count):
+            if len(shown) >= count:
+                return
+            hard = waiting and random.random() < _HARD_SHARE
+            number = waiting.pop() if hard else pool.any(random)
+            pieces = pool.pieces(number)
+            if not pieces or number in lead.gold:
+                continue
+            questions = [question for question in pool.asked_of(number) if question.answers]
+            piece = random.choice(pieces)
+            if questions:
+                gold = pool.gold(random.choice(questions))
+                piece = gold[1] if gold is not None and gold[0] == number else piece
+            # of one kind, what a passage says of another entity may be the same word and is no answer
+            if piece in shown or (number not in lead.same_kind and contains(piece.text, lead.answers)):
+                continue
+            shown[piece] = number
+
+    def _answered(self, pool: Pool, piece: Piece, number: int, random: Random) -> list[SourceQuestion]:
+        questions = list(pool.asked_of(number))
+        random.shuffle(questions)
+        found = []
+        for question in questions[: 3 * _PER_PASSAGE]:
+            if question.answers and pool.gold(question) == (number, piece):
+                found.append(question)
+            if len(found) == _PER_PASSAGE:
+                break
+        return found
+
+    def _hidden(
+        self, pool: Pool, shown: dict[Piece, int], unseen: Sequence[int], random: Random
+    ) -> SourceQuestion | None:
+        """A question that nothing shown answers, of a passage near to those shown where there is one."""
+        numbers = set(shown.values())
+        for _ in range(_TRIES):
+            number = random.choice(unseen) if unseen and random.random() < _HARD_SHARE else pool.any(random)
+            questions = [question for question in pool.asked_of(number) if question.answers]
+            if number in numbers or not questions:
+                continue
+            question = random.choice(questions)
+            if not numbers.intersection(question.gold) and not any(
+                contains(piece.text, question.answers) for piece in shown
+            ):
+                return question
+        return None
+
+    def _context(
+        self, shown: dict[Piece, int], asked: Sequence[tuple[SourceQuestion, bool]], random: Random
+    ) -> Context | None:
+        blocks = [block for block in map(self._block, shown) if block]
+        random.shuffle(blocks)
+        room = self._limits.max_tokens - len(self._instruction) - sum(map(len, blocks))
+        branches = []
+        for question, refused in asked:
+            prompt = tuple(self._template.final_ids(self._tokenizer, _typed(question.text, random)))
+            answer = self._template.refusal if refused or not question.answers else self._answer(question, shown)
+            target = tuple(self._template.answer_ids(self._tokenizer, answer))
+            room -= len(prompt) + len(target)
+            if room < 0:
+                break
+            branches.append((prompt, target))
+        if not branches:
+            return None
+        instruction = (self._instruction,) if self._instruction else ()
+        return Context((*instruction, *blocks), tuple(branches))
+
+    @staticmethod
+    def _answer(question: SourceQuestion, shown: Iterable[Piece]) -> str:
+        """The answer as a passage that is shown writes it."""
+        texts = [piece.text for piece in shown]
+        return next((a for a in question.answers if any(a in text for text in texts)), question.answers[0])
+
+    def _block(self, piece: Piece) -> tuple[int, ...]:
+        ids = self._blocks.get(piece)
+        if ids is None:
+            ids = tuple(self._template.passage_ids(self._tokenizer, piece.title, piece.text))
+            self._blocks[piece] = ids
+            if len(self._blocks) > _REMEMBERED:
+                self._blocks.popitem(last=False)
+        return ids
+
+
+def _typed(question: str, random: Random) -> str:
+    if random.random() >= _TYPED_SHARE:
+        return question
+    return question.lower().rstrip("?") if random.random() < 0.5 else question.lower()

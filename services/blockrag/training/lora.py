@@ -1,0 +1,95 @@
+"""Low-rank adapters in training (LoRA, arXiv 2106.09685): frozen matrices, each with a trainable product beside it.
+
+The forward pass computes with the merged matrix W + alpha/r · B·A, as serving does, so an adapted layer costs one
+product instead of three, and what is trained is what the finished bundle computes, rounding included. The gradients of
+A and B are the same as those of the two small products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blockrag.errors import SetupError
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a decoder layer that get an adapter: all of them."""
+
+
+class _MergedLinear(torch.autograd.Function):
+    """y = x·(W + s·B·A)ᵀ, with gradients for x, A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        merged = torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=scale)
+        ctx.save_for_backward(x, merged, down, up)
+        ctx.scale = scale
+        return F.linear(x, merged)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, merged, down, up = ctx.saved_tensors
+        gradient = gradients[0]
+        for_x = gradient @ merged if ctx.needs_input_grad[0] else None
+        flat_x, flat = x.flatten(0, -2), gradient.flatten(0, -2)
+        half_down, half_up = down.to(x.dtype), up.to(x.dtype)
+        for_down = (flat @ half_up).T @ flat_x
+        for_up = flat.T @ (flat_x @ half_down.T)
+        return for_x, None, (for_down * ctx.scale).to(down.dtype), (for_up * ctx.scale).to(up.dtype), None
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with an adapter of rank r; ``lora_A`` [r, in] and ``lora_B`` [out, r] are float32."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
+        """B starts at zero: an adapter that was not trained changes nothing."""
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.scale = scale
+        width, out = linear.in_features, linear.out_features
+        self.lora_A = nn.Parameter(torch.randn(rank, width) / math.sqrt(width))
+        self.lora_B = nn.Parameter(torch.zeros(out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), self.weight.to(dtype)
+        else:
+            weight = self.weight
+        y: Tensor = _MergedLinear.apply(x, weight, self.lora_A, self.lora_B, self.scale)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def add_lora(
+    model: nn.Module, rank: int, *, alpha: float | None = None, seed: int = 0, targets: Sequence[str] = TARGET_MODULES
+) -> None:
+    """Freeze ``model`` and give every linear layer named in ``targets`` an adapter; ``alpha`` defaults to ``rank``.
+
+    Raises SetupError where there is none to adapt.
+    """
+    model.requires_grad_(False)
+    found = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if name in targets and isinstance(layer, nn.Linear)
+    ]
+    if not found:
+        raise SetupError(f"no linear layer is called {' or '.join(targets)}: nothing to adapt")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for parent, name, layer in found:
+            setattr(parent, name, LoraLinear(layer, rank, (alpha or rank) / rank))
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """The adapted layers by their name in the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield name, module
