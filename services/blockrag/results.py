@@ -215,6 +215,7 @@ class WarmProgress:
     """Of those done, in the cache already."""
     encoded_bytes: int
     over_budget: bool
+    """The cache's budget does not hold all of it; what was done first is warm, the rest was left."""
 
 
 @dataclass(frozen=True)

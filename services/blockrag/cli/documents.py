@@ -205,17 +205,22 @@ def warm(
         if as_json:
             console.print_json(last)
             return
-        console.out.print(
-            f"{last.total} passages: {last.hits} were warm, {last.total - last.hits} encoded "
-            f"({last.encoded_bytes / 2**20:.0f} MiB)"
-        )
-        if last.over_budget:
-            console.err.print("[yellow]the cache's byte budget does not hold all of it: raise kv_cache.budget_mb[/]")
+        console.out.print(describe_warming(last))
+        if last.done < last.total:
+            console.err.print("[yellow]the cache's byte budget holds no more: raise kv_cache.budget_mb[/]")
 
 
 async def _warm(client: BlockragClient, collection: str, document_ids: list[str], pin: bool) -> WarmProgress:
     async with client:
         return await show_warming(client.warm(collection=collection, document_ids=document_ids, pin=pin))
+
+
+def describe_warming(last: WarmProgress) -> str:
+    """What a finished warming did."""
+    return (
+        f"{last.done} of {last.total} passages are warm: {last.hits} were, {last.done - last.hits} encoded now "
+        f"({last.encoded_bytes / 2**20:.0f} MiB)"
+    )
 
 
 async def show_warming(steps: AsyncIterator[WarmProgress]) -> WarmProgress:

@@ -83,7 +83,13 @@ class Gateway:
             functools.partial(prepare_documents, splitter=splitter),
             settings.ingest.batch_passages,
         )
-        self._warming = Warming(retriever, compressor, kv_cache, ALL_FORMS if bundle.refrag is not None else ())
+        self._warming = Warming(
+            retriever,
+            compressor,
+            kv_cache,
+            ALL_FORMS if bundle.refrag is not None else (),
+            int(settings.kv_cache.budget_mb * 2**20 * settings.kv_cache.tenant_share),
+        )
         self._describing = Describing(
             retriever=retriever,
             encoder=remote.EncoderClient(serve.get_app_handle),

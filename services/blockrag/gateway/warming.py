@@ -60,11 +60,15 @@ class Warming:
     cache: BlockWarmer
     forms: Sequence[BlockForm] = ()
     """Of the passages' blocks; empty: full only."""
+    budget_bytes: int = 0
+    """What the cache holds of a tenant's blocks; 0: not known, so a warming goes on to the end."""
 
     async def warm(
         self, collection: str, document_ids: Sequence[str], pin: bool, context: RequestContext
     ) -> AsyncGenerator[corpus_pb2.WarmResponse, None]:
-        """Progress after each batch; the last one has done == total.
+        """Progress after each batch; the last one has done == total, or over_budget.
+
+        A warming ends where the budget is full of its own blocks: going on would put out what it began with.
 
         ``document_ids`` empty: the whole collection. ``NotFoundError`` for an unknown collection or document. The
         block that all prompts share is warmed with the first batch and not counted.
@@ -75,10 +79,20 @@ class Warming:
             await self._warm_batch(collection, passages, pin, context, progress)
             # Documents may be replaced meanwhile: the sum grows rather than ends below what was done.
             progress.total = max(progress.total, progress.done)
+            if progress.over_budget and self._full(progress):
+                yield _copy(progress)
+                return
             if progress.done < progress.total:
                 yield _copy(progress)
         progress.total = progress.done
         yield _copy(progress)
+
+    def _full(self, progress: corpus_pb2.WarmResponse) -> bool:
+        """Whether another batch would not fit beside what was done, found warm or encoded."""
+        encoded = progress.done - progress.hits
+        if not self.budget_bytes or not encoded:
+            return False
+        return progress.encoded_bytes * (progress.done + _BATCH_BLOCKS) / encoded > self.budget_bytes
 
     async def _documents(
         self, collection: str, document_ids: Sequence[str], context: RequestContext

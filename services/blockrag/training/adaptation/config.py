@@ -81,12 +81,24 @@ class BlockAdaptConfig:
     """Steps between two measurements; the start and the end are always measured."""
     checkpoint_steps: int = 100
     """Steps between two checkpoints: what a kill costs at most."""
+    threads: int = 1
+    """Micro-batches computed at a time on a CPU, each by one core; 1: one, by all cores. As many as there are cores is
+    a tenth faster, three times where other processes want them too, and takes memory for as many."""
     seed: int = 0
     device: str = "cpu"
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "micro_batch", "min_passages", "max_tokens", "eval_steps", "questions"):
+        for field in (
+            "steps",
+            "batch_size",
+            "micro_batch",
+            "min_passages",
+            "max_tokens",
+            "eval_steps",
+            "questions",
+            "threads",
+        ):
             self._require(getattr(self, field) >= 1, field, "must be at least 1")
         self._require(self.checkpoint_steps >= 1, "checkpoint_steps", "must be at least 1")
         self._require(self.max_passages >= self.min_passages, "max_passages", "must not be below min_passages")
@@ -98,6 +110,7 @@ class BlockAdaptConfig:
         self._require(
             not self.distillation or self.masks == "both", "distillation", "needs both masks: the full one teaches"
         )
+        self._require(self.threads == 1 or self.device == "cpu", "threads", "is for a CPU")
         self._require(
             self.questions > 1 or not (self.shares or self.exclude), "questions", "is 1: no shares, nothing to exclude"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from blockrag.training.adaptation.workers import Workers, like_parameter, whole
 from blockrag.training.lora import add_lora
 
 _CLIP = 1.0
+_Part = tuple[Batch, tuple[Mask, ...]]
+"""A micro-batch, and the masks it is trained under, in this order."""
 
 
 @dataclass(frozen=True)
@@ -79,21 +82,10 @@ class BlockTrainer:
         # FSDP2 averages the workers' gradients; the loss is to be the mean over all answer tokens of the step
         scale = self._workers.size / (block_answers + full_answers)
         self.model.train()
-        sums = {"block": 0.0, "full": 0.0, "distillation": 0.0}
-        for batch, masks in batches:
-            teacher: Tensor | None = None
-            for mask in masks:
-                logits = self._logits(batch, mask)
-                loss = score_answers(logits, batch).loss
-                sums[mask] += float(loss.detach())
-                if teacher is not None and self._config.distillation:
-                    divergence = distillation(logits, teacher, batch.targets)
-                    sums["distillation"] += float(divergence.detach())
-                    loss = loss + self._config.distillation * divergence
-                teacher = logits.detach()
-                (loss * scale).backward()
+        passes = self._in_threads(lambda one: self._pass(*one, scale), batches)
+        sums = torch.stack(passes).sum(0) if passes else torch.zeros(3)
         norm = self._update(learning_rate)
-        block, full, divergence_sum = self._workers.sum(torch.tensor(list(sums.values()))).tolist()
+        block, full, divergence_sum = self._workers.sum(sums).tolist()
         return StepLosses(
             block=block / block_answers if block_answers else None,
             full=full / full_answers if full_answers else None,
@@ -101,6 +93,33 @@ class BlockTrainer:
             gradient_norm=norm,
             tokens=round(tokens) * (2 if self._config.masks == "both" else 1),
         )
+
+    def _pass(self, batch: Batch, masks: tuple[Mask, ...], scale: float) -> Tensor:
+        """Add the gradients of a micro-batch; gives its sums of losses: block mask, full mask, distillation."""
+        sums = {"block": 0.0, "full": 0.0, "distillation": 0.0}
+        teacher: Tensor | None = None
+        for mask in masks:
+            logits = self._logits(batch, mask)
+            loss = score_answers(logits, batch).loss
+            sums[mask] += float(loss.detach())
+            if teacher is not None and self._config.distillation:
+                divergence = distillation(logits, teacher, batch.targets)
+                sums["distillation"] += float(divergence.detach())
+                loss = loss + self._config.distillation * divergence
+            teacher = logits.detach()
+            (loss * scale).backward()
+        return torch.tensor(list(sums.values()), dtype=torch.float64)
+
+    def _in_threads(self, function: Callable[[_Part], Tensor], parts: Sequence[_Part]) -> list[Tensor]:
+        """``function`` of each part; with ``config.threads`` above 1 of so many at a time, each on one core.
+
+        Torch's own threads meet after every operation, and a core that is shared with another process holds up both.
+        Gradients are added under a lock (in no fixed order, so that a run is repeated to rounding only).
+        """
+        if self._config.threads == 1:
+            return [function(part) for part in parts]
+        with ThreadPoolExecutor(self._config.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, parts))
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Prompts]) -> DevScores:
@@ -139,12 +158,12 @@ class BlockTrainer:
         logits: Tensor = output.logits
         return logits
 
-    def _batches(self, samples: Sequence[Prompts]) -> Iterator[tuple[Batch, tuple[Mask, ...]]]:
+    def _batches(self, samples: Sequence[Prompts]) -> Iterator[_Part]:
         """Micro-batches of samples of about the same length, with the masks they are trained under."""
         size = self._config.micro_batch
         for masks, chosen in self._by_mask(samples):
             ordered = sorted(chosen, key=lambda sample: sample.tokens)
-            for start in range(0, len(ordered), size):
+            for start in reversed(range(0, len(ordered), size)):  # longest first, so that threads end together
                 batch = make_batch(ordered[start : start + size], self._attention.multiple)
                 yield batch.to(self._workers.device), masks
 
