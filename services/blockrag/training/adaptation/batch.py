@@ -15,7 +15,9 @@ from torch import Tensor
 
 from blockrag.training.adaptation.masks import FINAL, PADDING
 from blockrag.training.adaptation.samples import Sample
-from blockrag.training.packing import IGNORED
+
+IGNORED = -100
+"""Target of a token that has no loss."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockrag.training.packing import IGNORED
+from blockrag.training.adaptation.batch import IGNORED
 
 
 @dataclass(frozen=True)
