@@ -33,11 +33,20 @@ from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.record import Alignment, Pooling
 from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
-from blockrag.modeling.template import READER_TEMPLATE
+from blockrag.modeling.template import PromptTemplate
 
 TINY_VOCAB = 300
 SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|passage|>", "<|text|>", "<|question|>", "<|answer|>")
 """Special tokens; the place in the list is the id. The end token's id is 2."""
+TEST_TEMPLATE = PromptTemplate(
+    instruction="<|begin|>",
+    passage="<|passage|> {title}<|text|> {text}",
+    final="<|question|> {question}<|answer|>",
+    answer_prefix=" ",
+    end="<|end|>",
+    refusal="not in the passages",
+)
+"""Of tiny bundles. The leading spaces give a word the same tokens wherever it stands."""
 
 _SIZES: dict[str, Any] = {
     "vocab_size": TINY_VOCAB,
@@ -110,10 +119,10 @@ def make_tiny_checkpoint(path: Path, *, family: str = "llama", seed: int = 0, **
 
 
 def make_tiny_bundle(path: Path, *, family: str = "llama", seed: int = 0, **overrides: Any) -> Path:
-    """A whole bundle with ``READER_TEMPLATE`` at ``path``, which must not exist; returns ``path``."""
+    """A whole bundle with ``TEST_TEMPLATE`` at ``path``, which must not exist; returns ``path``."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_tiny_checkpoint(Path(folder) / "checkpoint", family=family, seed=seed, **overrides)
-        create_bundle(checkpoint, path, READER_TEMPLATE, name="tiny", passage_tokens=64)
+        create_bundle(checkpoint, path, TEST_TEMPLATE, name="tiny", passage_tokens=64)
     return path
 
 
