@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from blockrag.corpus.sample import load_articles
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import create_bundle
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
@@ -33,11 +35,20 @@ from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.record import Alignment, Pooling
 from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
-from blockrag.modeling.template import READER_TEMPLATE
+from blockrag.modeling.template import PromptTemplate
 
 TINY_VOCAB = 300
 SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|passage|>", "<|text|>", "<|question|>", "<|answer|>")
 """Special tokens; the place in the list is the id. The end token's id is 2."""
+TEST_TEMPLATE = PromptTemplate(
+    instruction="<|begin|>",
+    passage="<|passage|> {title}<|text|> {text}",
+    final="<|question|> {question}<|answer|>",
+    answer_prefix=" ",
+    end="<|end|>",
+    refusal="not in the passages",
+)
+"""Of tiny bundles. The leading spaces give a word the same tokens wherever it stands."""
 
 _SIZES: dict[str, Any] = {
     "vocab_size": TINY_VOCAB,
@@ -82,17 +93,21 @@ def make_tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE with ``SPECIAL_TOKENS`` and ``TINY_VOCAB`` tokens: every text can be written with it."""
+    texts = ["the capital of the country is the largest city of the land", "it was founded in the year when there was"]
+    return _learn_tokenizer(texts * 4, TINY_VOCAB)
+
+
+def _learn_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=TINY_VOCAB,
+        vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = ["the capital of the country is the largest city of the land", "it was founded in the year when there was"]
-    tokenizer.train_from_iterator(texts * 4, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -110,10 +125,38 @@ def make_tiny_checkpoint(path: Path, *, family: str = "llama", seed: int = 0, **
 
 
 def make_tiny_bundle(path: Path, *, family: str = "llama", seed: int = 0, **overrides: Any) -> Path:
-    """A whole bundle with ``READER_TEMPLATE`` at ``path``, which must not exist; returns ``path``."""
+    """A whole bundle with ``TEST_TEMPLATE`` at ``path``, which must not exist; returns ``path``."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_tiny_checkpoint(Path(folder) / "checkpoint", family=family, seed=seed, **overrides)
-        create_bundle(checkpoint, path, READER_TEMPLATE, name="tiny", passage_tokens=64)
+        create_bundle(checkpoint, path, TEST_TEMPLATE, name="tiny", passage_tokens=64)
+    return path
+
+
+def make_small_bundle(path: Path) -> Path:
+    """A random bundle for what a tiny one is too small for, at ``path``; returns ``path``.
+
+    6 million parameters, 16,384 positions, and a vocabulary learnt from the sample corpus, in which a word is about
+    one token. Greedy answers go on to their limit: the token that ends one is never the likeliest.
+    """
+    tokenizer = _learn_tokenizer([article.text for article in load_articles()], 8192)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "max_position_embeddings": 16_384,
+        "initializer_range": 0.1,
+    }
+    model = make_tiny_model(**sizes)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        create_bundle(folder, path, TEST_TEMPLATE, name="small", chunk_tokens=8)
     return path
 
 

@@ -26,7 +26,7 @@ def make_refrag_bundle(plain: Bundle, out: Path, *, width: int, chunk_tokens: in
 
 
 def _policy(width: int, *, query: bool) -> ChunkPolicy:
-    policy = ChunkPolicy(PolicyConfig(width, query, width=32, layers=2, heads=2, hidden=32))
+    policy = ChunkPolicy(PolicyConfig(width, query, width=64, heads=2, hidden=128))
     # an untrained policy starts with equal logits
     torch.nn.init.normal_(policy.score.weight)
     return policy.eval()

@@ -1,6 +1,6 @@
-"""One real system for all integration tests: Ray, Serve with six applications, gRPC, the bundled reader.
+"""One real system for all integration tests: Ray, Serve with six applications, gRPC, a random bundle.
 
-The reader compresses with random parts here: contracts do not depend on what a compressed chunk says.
+Contracts depend neither on what an answer says nor on what a compressed chunk does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from blockrag.client import BlockragClient
 from blockrag.local import LocalSystem
 from blockrag.local.preflight import free_port
 from blockrag.local.system import ray_token_environment
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.modeling.bundle import load_bundle
 from blockrag.settings import (
     BundleSettings,
     ClusterSettings,
@@ -64,13 +64,13 @@ def cluster_settings(state_dir: Path, bundle: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The system, started once and stopped at the end."""
     import ray
 
     bundle = make_refrag_bundle(
-        load_bundle(DEFAULT_BUNDLE),
-        tmp_path_factory.mktemp("bundle") / "reader",
+        load_bundle(small_bundle),
+        tmp_path_factory.mktemp("bundle") / "compressing",
         width=64,
         chunk_tokens=CHUNK_TOKENS,
         decoder_width=256,

@@ -89,7 +89,7 @@ async def test_a_prompt_is_encoded_once_and_then_in_memory(asking: Asking) -> No
     request = asking.request()
     cold_text, cold = await asking.ask(request)
     warm_text, warm = await asking.ask(request)
-    assert cold_text == warm_text
+    assert cold_text == warm_text != ""
     blocks = _block_tokens(request)
     passages = blocks - len(request.blocks[0].token_ids)
     assert cold.usage.encoded_tokens >= passages
@@ -131,7 +131,7 @@ async def test_a_purged_document_leaves_the_decoders_memory(asking: Asking, chan
 
 
 async def test_a_client_that_leaves_frees_its_slots(asking: Asking) -> None:
-    endless = asking.request(sampling=common_pb2.Sampling(max_tokens=8000, temperature=10.0))
+    endless = asking.request(sampling=common_pb2.Sampling(max_tokens=8000, temperature=1.0))
     call = asking.stub.Decode(endless, metadata=_DECODER, timeout=60)
     await call.read()
     assert (await asking.status()).used_slots > 8000
@@ -144,7 +144,7 @@ async def test_a_client_that_leaves_frees_its_slots(asking: Asking) -> None:
 
 
 async def test_a_deadline_ends_the_answer(asking: Asking) -> None:
-    request = asking.request(sampling=common_pb2.Sampling(max_tokens=8000, temperature=10.0))
+    request = asking.request(sampling=common_pb2.Sampling(max_tokens=8000, temperature=1.0))
     await asking.ask(asking.request())  # the blocks are there, so the time goes into decoding
     request.context.deadline_unix_ms = int(time.time() * 1000) + 300
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -186,7 +186,7 @@ def _spans(settings: Settings, trace_id: str) -> list[StoredSpan]:
 
 async def test_the_handle_streams_and_stops_when_the_reader_does(asking: Asking, cluster: Cluster) -> None:
     handle = await asyncio.to_thread(serve.get_app_handle, "decoder")
-    endless = asking.request(sampling=common_pb2.Sampling(max_tokens=8000, temperature=10.0))
+    endless = asking.request(sampling=common_pb2.Sampling(max_tokens=8000, temperature=1.0))
     responses = handle.options(stream=True).Decode.remote(endless)
     async for message in responses:
         assert message.tokens > 0

@@ -14,7 +14,7 @@ from blockrag.errors import EnvironmentSetupError
 from blockrag.local import LocalSystem
 from blockrag.local.preflight import free_port
 from blockrag.local.state import read_state
-from blockrag.settings import ClusterSettings, KvCacheSettings, Settings
+from blockrag.settings import BundleSettings, ClusterSettings, KvCacheSettings, Settings
 
 _STARTER = """
 import sys, time
@@ -27,8 +27,11 @@ time.sleep(600)
 
 
 @pytest.mark.timeout(400)
-def test_a_killed_starter_takes_its_system_along_and_nothing_is_started_twice(tmp_path: Path) -> None:
+def test_a_killed_starter_takes_its_system_along_and_nothing_is_started_twice(
+    small_bundle: Path, tmp_path: Path
+) -> None:
     settings = Settings(
+        bundle=BundleSettings(path=str(small_bundle)),
         cluster=ClusterSettings(
             grpc_port=free_port(), http_port=free_port(), object_store_mb=128, state_dir=str(tmp_path)
         ),

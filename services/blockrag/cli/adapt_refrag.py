@@ -42,9 +42,6 @@ def refrag(
     data: Annotated[
         list[Path] | None, typer.Option(help="JSONL(.gz) of question rows, as adapt block reads them.")
     ] = None,
-    reader_data: Annotated[
-        Path | None, typer.Option(help="Directory that `train reader` reads: its texts and questions.")
-    ] = None,
     name: Annotated[str, typer.Option(help="The bundle's name; default: as before.")] = "",
     chunk_tokens: Annotated[
         int | None, typer.Option("--chunk-tokens", "-k", help="Tokens of a chunk; default: the bundle's.")
@@ -138,7 +135,6 @@ def refrag(
         # absolute, because workers have directories of their own
         source, target = (path.expanduser().absolute() for path in (bundle or DEFAULT_BUNDLE, out))
         texts, rows = (tuple(path.expanduser().absolute() for path in paths or ()) for paths in (text, data))
-        reader_data = reader_data.expanduser().absolute() if reader_data else None
         if encoder not in ("", "small"):
             encoder = str(Path(encoder).expanduser().absolute())
         if stage == "policy":
@@ -151,7 +147,6 @@ def refrag(
                 query=policy == "query",
                 text=texts,
                 data=rows,
-                reader_data=reader_data,
                 minutes=minutes,
                 steps=steps,
                 max_passages=max_passages,
@@ -180,7 +175,6 @@ def refrag(
                 stage=stage,
                 text=texts,
                 data=rows,
-                reader_data=reader_data,
                 name=name,
                 chunk_tokens=chunk_tokens,
                 encoder=encoder,

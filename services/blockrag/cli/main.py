@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from blockrag import __version__
-from blockrag.cli import adapt, ask, bench, bundle, demo, documents, evaluate, system, train
+from blockrag.cli import adapt, ask, bench, bundle, demo, documents, evaluate, system
 
 app = typer.Typer(
     name="blockrag",
@@ -34,7 +34,6 @@ for module in (system, documents, ask, demo):
     module.register(app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(bundle.app, name="bundle")
-app.add_typer(train.app, name="train")
 app.add_typer(adapt.app, name="adapt")
 app.add_typer(evaluate.app, name="eval")
 

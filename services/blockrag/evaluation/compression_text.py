@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from blockrag.evaluation.compression import COMPRESSED, UNCOMPRESSED, Cell
 from blockrag.evaluation.compression_selectors import ChoiceInput, Selectors, mask_at_rate, slots_of
 from blockrag.modeling.bundle import Bundle
-from blockrag.training.contexts import Branch
 from blockrag.training.refrag.composed import ComposedPrompt
+from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.policy_contexts import PolicyReader
 from blockrag.training.refrag.policy_samples import nearest_first
 from blockrag.training.refrag.texts import PassageSource, read_texts, text_start

@@ -64,17 +64,6 @@ class PromptTemplate:
         return list(content["input_ids"]) + _tokenize(tokenizer, self.end, {})
 
 
-READER_TEMPLATE = PromptTemplate(
-    instruction="<|begin|>",
-    passage="<|passage|> {title}<|text|> {text}",
-    final="<|question|> {question}<|answer|>",
-    answer_prefix=" ",
-    end="<|end|>",
-    refusal="not in the passages",
-)
-"""The bundled reader's template. The leading spaces give a word the same tokens wherever it stands."""
-
-
 def _tokenize(tokenizer: BundleTokenizer, pattern: str, fields: dict[str, str]) -> list[int]:
     ids: list[int] = []
     carried = ""

@@ -11,13 +11,11 @@ with the keys that any of them attends to, and the scores of a tile stay in the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-
-from blockrag.training.evidence import EvidenceLosses
 
 TRAINING_ATTENTION = "blockrag_training"
 _TILE = 256
@@ -59,20 +57,16 @@ def training_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float,
-    evidence: EvidenceLosses | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention with an additive mask.
 
     ``query`` [B, heads, T, D], ``key`` and ``value`` [B, kv_heads, T, D], ``attention_mask`` [B, 1, T, T] in the
-    query's dtype, 0 where attended and a large negative number elsewhere. Gives [B, T, heads, D]; ``evidence`` gets
-    to see queries and keys.
+    query's dtype, 0 where attended and a large negative number elsewhere. Gives [B, T, heads, D].
     """
     query = query.to(value.dtype)  # the rotation left queries and keys in fp32 under autocast
     key = key.to(value.dtype)
     group = query.shape[1] // key.shape[1]
-    if evidence is not None:
-        evidence.look(cast(int, module.layer_idx), query, key.repeat_interleave(group, 1), attention_mask, scaling)
     if query.device.type != "cpu":
         output = scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=group > 1

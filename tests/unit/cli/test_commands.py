@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from blockrag.cli.main import app
 from blockrag.local.preflight import free_port
 
-_PROMISED = ["up", "down", "status", "ingest", "ask", "delete", "warm", "bench", "bundle", "train", "eval", "demo"]
+_PROMISED = ["up", "down", "status", "ingest", "ask", "delete", "warm", "bench", "bundle", "adapt", "eval", "demo"]
 
 
 def _commands() -> list[tuple[str, ...]]:
@@ -52,7 +52,6 @@ def test_every_command_can_print_json(path: tuple[str, ...]) -> None:
         (["ingest"], "give files or directories, or --almanac"),
         (["ingest", "/no/such/file"], "does not exist"),
         (["delete"], "give documents, or --all"),
-        (["train", "reader", "--data", "/no/such", "--out", "/tmp/none"], "exactly one of --minutes and --steps"),
         (["bundle", "show", "/no/such/bundle"], "no such directory"),
         (["up", "--settings", "/no/such/settings.yaml"], "settings.yaml"),
     ],

@@ -1,6 +1,8 @@
-"""The shipped policies at inference."""
+"""Policies at inference."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,15 +11,18 @@ import torch
 from blockrag.compressor import rating
 from blockrag.compressor.rating import ChunkRater
 from blockrag.errors import DataError
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.native.kernels import kernels
+from tests.refrag_bundles import make_refrag_bundle
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 
 
 @pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return load_bundle(DEFAULT_BUNDLE, verify_files=False)
+def bundle(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    plain = load_bundle(small_bundle, verify_files=False)
+    out = tmp_path_factory.mktemp("rating") / "compressing"
+    return make_refrag_bundle(plain, out, width=64, chunk_tokens=8, decoder_width=256)
 
 
 def rate(rater: ChunkRater, bundle: Bundle, policy: str, texts: list[str]) -> np.ndarray:
@@ -47,7 +52,7 @@ def test_compiled_policies_give_the_reference_s_logits(
 
 
 @needs_kernels
-def test_the_shipped_policies_are_quick_for_prompts_of_usual_length(bundle: Bundle) -> None:
+def test_policies_are_quick_for_prompts_of_usual_length(bundle: Bundle) -> None:
     rater = ChunkRater.load(bundle)
     assert bundle.refrag is not None
     for policy in bundle.refrag.policies:

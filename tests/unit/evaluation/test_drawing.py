@@ -8,8 +8,7 @@ from blockrag.errors import SetupError
 from blockrag.evaluation.drawing import Distractors, Draw, draw_questions
 from blockrag.evaluation.pieces import PieceMaker
 from blockrag.evaluation.question_data import QuestionData, load_questions
-from blockrag.modeling.template import READER_TEMPLATE
-from tests.models import make_tiny_tokenizer
+from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 from tests.unit.evaluation.question_files import town, write_jsonl, write_key_values, write_patterns, write_rows
 
 TOKENIZER = make_tiny_tokenizer()
@@ -17,7 +16,7 @@ PASSAGE_TOKENS = 200
 
 
 def _maker() -> PieceMaker:
-    return PieceMaker(READER_TEMPLATE, TOKENIZER, PASSAGE_TOKENS)
+    return PieceMaker(TEST_TEMPLATE, TOKENIZER, PASSAGE_TOKENS)
 
 
 def _draw(
@@ -31,7 +30,7 @@ def test_passages_are_cut_as_serving_cuts_them(tmp_path: Path) -> None:
     pieces = _maker().pieces(data.passages[0])
     assert len(pieces) > 1
     assert " ".join(piece.text for piece in pieces) == data.passages[0].text
-    assert all(len(READER_TEMPLATE.passage_ids(TOKENIZER, one.title, one.text)) <= PASSAGE_TOKENS for one in pieces)
+    assert all(len(TEST_TEMPLATE.passage_ids(TOKENIZER, one.title, one.text)) <= PASSAGE_TOKENS for one in pieces)
 
 
 @pytest.mark.parametrize("kind", ["same", "bm25", "random"])

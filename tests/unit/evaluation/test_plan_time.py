@@ -9,7 +9,7 @@ import pytest
 from blockrag.errors import SettingsError
 from blockrag.evaluation.plan_time import measure_plans
 from blockrag.evaluation.workload import first_passages
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.modeling.bundle import load_bundle
 from blockrag.results import GivenPassage
 from tests.models import make_tiny_bundle
 from tests.refrag_bundles import make_refrag_bundle
@@ -35,8 +35,8 @@ async def test_every_policy_of_the_bundle_is_timed(tmp_path: Path) -> None:
     assert alone.policy == "off"
 
 
-def test_passages_of_the_sample_are_nearly_full() -> None:
-    bundle = load_bundle(DEFAULT_BUNDLE, verify_files=False)
+def test_passages_of_the_sample_are_nearly_full(small_bundle: Path) -> None:
+    bundle = load_bundle(small_bundle, verify_files=False)
     tokenizer = bundle.load_tokenizer()
     passages = first_passages(bundle, 20)
     sizes = [len(bundle.template.passage_ids(tokenizer, given.title, given.text)) for given in passages]

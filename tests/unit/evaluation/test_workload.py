@@ -1,12 +1,14 @@
+from pathlib import Path
+
 import pytest
 
 from blockrag.errors import SettingsError
 from blockrag.evaluation.workload import make_workload
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.modeling.bundle import load_bundle
 
 
-def test_contexts_have_their_sizes_and_share_no_passage() -> None:
-    bundle = load_bundle(DEFAULT_BUNDLE, verify_files=False)
+def test_contexts_have_their_sizes_and_share_no_passage(small_bundle: Path) -> None:
+    bundle = load_bundle(small_bundle, verify_files=False)
     workload = make_workload(bundle, (256, 512))
     tokenizer = bundle.load_tokenizer()
     for size, passages in workload.contexts.items():
@@ -16,6 +18,6 @@ def test_contexts_have_their_sizes_and_share_no_passage() -> None:
     assert len(set(taken)) == len(taken)
 
 
-def test_contexts_larger_than_the_corpus_are_refused() -> None:
+def test_contexts_larger_than_the_corpus_are_refused(small_bundle: Path) -> None:
     with pytest.raises(SettingsError, match="too few passages"):
-        make_workload(load_bundle(DEFAULT_BUNDLE, verify_files=False), (10**9,))
+        make_workload(load_bundle(small_bundle, verify_files=False), (10**9,))

@@ -12,7 +12,6 @@ from google.protobuf.struct_pb2 import Struct
 from blockrag.errors import InvalidRequestError
 from blockrag.gateway.corpus import Corpus
 from blockrag.ingest import PassageSplitter, prepare_documents
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
 from blockrag.v1 import corpus_pb2
 from blockrag.v1.common_pb2 import RequestContext
 from blockrag.v1.corpus_pb2 import (
@@ -21,6 +20,7 @@ from blockrag.v1.corpus_pb2 import (
     INGEST_OUTCOME_UNCHANGED,
     DocumentHeader,
 )
+from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 
 from .fakes import FakeCache, FakeIndex
 
@@ -30,8 +30,7 @@ LONG = " ".join(f"This is sentence number {number} of a long document." for numb
 
 @pytest.fixture(scope="module")
 def splitter() -> PassageSplitter:
-    bundle = load_bundle(DEFAULT_BUNDLE, verify_files=False)
-    return PassageSplitter(bundle.template, bundle.load_tokenizer(), 64)
+    return PassageSplitter(TEST_TEMPLATE, make_tiny_tokenizer(), 64)
 
 
 @pytest.fixture

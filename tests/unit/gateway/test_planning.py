@@ -11,10 +11,9 @@ from blockrag.compressor.tokenizing import PassageTokenizer
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.errors import InvalidRequestError, PromptTooLongError
 from blockrag.gateway.planning import MOST_UNKNOWN_CHARS, NearPlanner
-from blockrag.modeling.template import READER_TEMPLATE
 from blockrag.v1.common_pb2 import ATTENTION_MODE_BLOCK, ATTENTION_MODE_NONE, Compression, Passage
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse, PrepareQuestionRequest
-from tests.models import make_tiny_tokenizer
+from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 
 from .fakes import FakePlanner
 
@@ -23,7 +22,7 @@ ABILITY = CompressionAbility("tiny", 4, frozenset({"query"}))
 
 def make_planner() -> tuple[Planner, PassageTokenizer, PassageDrafts]:
     tokenizer = make_tiny_tokenizer()
-    passages = PassageTokenizer(tokenizer, READER_TEMPLATE)
+    passages = PassageTokenizer(tokenizer, TEST_TEMPLATE)
     drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), ABILITY.chunk_tokens)
     return Planner(passages, 40_000, ABILITY, drafts), passages, drafts
 

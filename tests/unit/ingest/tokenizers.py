@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from blockrag.modeling.template import READER_TEMPLATE
+from tests.models import TEST_TEMPLATE
 
-TEMPLATE = READER_TEMPLATE
+TEMPLATE = TEST_TEMPLATE
 
 
 class WordTokenizer:

@@ -14,8 +14,8 @@ from blockrag.errors import BundleError, UnsupportedModelError
 from blockrag.modeling.bundle import DEFAULT_BUNDLE, file_sha256, load_bundle
 from blockrag.modeling.bundle_writing import create_bundle
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.template import READER_TEMPLATE, PromptTemplate
-from tests.models import TINY_VOCAB, make_tiny_bundle, make_tiny_checkpoint
+from blockrag.modeling.template import PromptTemplate
+from tests.models import TEST_TEMPLATE, TINY_VOCAB, make_tiny_bundle, make_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def sign_again(root: Path) -> None:
 
 def test_loads_what_it_wrote(bundle_dir: Path) -> None:
     bundle = load_bundle(bundle_dir)
-    assert (bundle.name, bundle.version, bundle.template) == ("tiny", "1", READER_TEMPLATE)
+    assert (bundle.name, bundle.version, bundle.template) == ("tiny", "1", TEST_TEMPLATE)
     assert (bundle.chunk_tokens, bundle.passage_tokens, bundle.max_context_tokens) == (16, 64, 2048)
     assert bundle.vocab_size == TINY_VOCAB
     tokenizer = bundle.load_tokenizer()
@@ -197,7 +197,7 @@ def test_refuses_an_unknown_type(bundle_dir: Path) -> None:
 
 def test_create_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint")
-    wrong = PromptTemplate(**{**READER_TEMPLATE.to_dict(), "instruction": "<|no such token|>"})
+    wrong = PromptTemplate(**{**TEST_TEMPLATE.to_dict(), "instruction": "<|no such token|>"})
     with pytest.raises(BundleError, match="is no single token"):
         create_bundle(checkpoint, tmp_path / "out", wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -206,18 +206,18 @@ def test_create_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
 def test_create_refuses_what_exists_and_what_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(BundleError, match="exists already"):
-        create_bundle(checkpoint, tmp_path, READER_TEMPLATE)
+        create_bundle(checkpoint, tmp_path, TEST_TEMPLATE)
     with pytest.raises(BundleError, match="no causal language model"):
-        create_bundle(tmp_path / "nothing", tmp_path / "out", READER_TEMPLATE)
+        create_bundle(tmp_path / "nothing", tmp_path / "out", TEST_TEMPLATE)
     with pytest.raises(BundleError, match="9999 context tokens"):
-        create_bundle(checkpoint, tmp_path / "out", READER_TEMPLATE, max_context_tokens=9999)
+        create_bundle(checkpoint, tmp_path / "out", TEST_TEMPLATE, max_context_tokens=9999)
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(BundleError, match="lacks a fast tokenizer"):
-        create_bundle(checkpoint, tmp_path / "out", READER_TEMPLATE)
+        create_bundle(checkpoint, tmp_path / "out", TEST_TEMPLATE)
 
 
 def test_create_refuses_a_model_that_cannot_be_driven(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", rope_parameters=rope)
     with pytest.raises(UnsupportedModelError, match="dynamic"):
-        create_bundle(checkpoint, tmp_path / "out", READER_TEMPLATE)
+        create_bundle(checkpoint, tmp_path / "out", TEST_TEMPLATE)

@@ -1,11 +1,10 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
 
 from blockrag.training import attention
-from blockrag.training.config import ModelShape
 from blockrag.training.loss import linear_cross_entropy
+from tests.models import TINY_VOCAB, make_tiny_model
 
 
 def test_chunked_cross_entropy_has_the_loss_and_gradients_of_the_plain_one() -> None:
@@ -26,9 +25,8 @@ def test_chunked_cross_entropy_has_the_loss_and_gradients_of_the_plain_one() -> 
 def test_training_attention_agrees_with_the_stock_one(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_TILE", tile)
     torch.manual_seed(0)
-    config = ModelShape(vocab_size=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=48).config()
-    model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(0, 64, (2, 12))
+    model = make_tiny_model()
+    ids = torch.randint(0, TINY_VOCAB, (2, 12))
     mask = torch.ones(2, 1, 12, 12).tril().bool()
     mask[0, 0, 6:, :3] = False  # a key that one row sees and the other does not
     mask[:, 0, 5:10, :5] = False  # a tile of five has keys that nobody there sees

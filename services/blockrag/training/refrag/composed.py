@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from blockrag.modeling.rotary import RotaryTable
 from blockrag.modeling.support import inspect_model
-from blockrag.training.contexts import Branch
 from blockrag.training.refrag.composed_attention import COMPOSED_ATTENTION, BlockPass, FinalPass, UntouchedRotary
+from blockrag.training.refrag.contexts import Branch
 
 _PADDING_SHARE = 0.85
 """A pass takes blocks at least this long, as a share of its longest: the rest would be padding."""
@@ -68,8 +68,6 @@ class ComposedPrompt:
     """Numbers of slots of a bank, in the prompt's order."""
     branches: tuple[Branch, ...]
     """Questions with their answers; their positions start after the slots', as if each stood there alone."""
-    positions: NDArray[np.int64] | None = None
-    """Positions of the slots, rising; None: 0, 1, …"""
 
     @property
     def tokens(self) -> int:
@@ -266,14 +264,13 @@ class _FinalBatch:
         for row, (prompt, first) in enumerate(zip(prompts, first_branches, strict=True)):
             used = len(prompt.slots)
             slots[row, :used] = prompt.slots
-            slot_positions[row, :used] = np.arange(used) if prompt.positions is None else prompt.positions
-            asked_at = int(slot_positions[row, used - 1]) + 1 if used else 0
+            slot_positions[row, :used] = np.arange(used)
             at = 0
             for number, branch in enumerate(prompt.branches):
                 tokens = [*branch.prompt, *branch.answer]
                 end, answer_at = at + len(tokens), at + len(branch.prompt)
                 ids[row, at:end] = tokens
-                positions[row, at:end] = asked_at + np.arange(len(tokens))
+                positions[row, at:end] = used + np.arange(len(tokens))
                 visible[row, at:end, :used] = True
                 visible[row, at:end, length + at : length + end] |= np.tri(len(tokens), dtype=bool)
                 predicts.append(row * width + np.arange(answer_at - 1, end - 1))

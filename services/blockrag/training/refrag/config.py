@@ -28,9 +28,6 @@ class RefragConfig:
     """JSONL(.gz) files of long texts, ``{title, text}`` or ``{title, paragraphs}``, or directories of such."""
     data: tuple[Path, ...] = ()
     """JSONL(.gz) files of question rows, as ``adapt block`` reads them."""
-    reader_data: Path | None = None
-    """A directory that readers are trained from scratch on (``blockrag train reader``): its texts and its questions
-    stand beside or instead of ``text`` and ``data``."""
     name: str = ""
     """The bundle's name; empty: that of the bundle it starts from."""
     chunk_tokens: int | None = None
@@ -116,10 +113,10 @@ class RefragConfig:
             "distillation",
             "reconstruction has no other prompt",
         )
-        if self.stage in ("reconstruction", "pretrain", "mixed") and not (self.text or self.reader_data):
-            raise SetupError(f"stage {self.stage}: needs texts (--text, or --reader-data)")
-        if self.stage in ("policy", "tune") and not (self.data or self.reader_data):
-            raise SetupError(f"stage {self.stage}: needs questions (--data, or --reader-data)")
+        if self.stage in ("reconstruction", "pretrain", "mixed") and not self.text:
+            raise SetupError(f"stage {self.stage}: needs texts (--text)")
+        if self.stage in ("policy", "tune") and not self.data:
+            raise SetupError(f"stage {self.stage}: needs questions (--data)")
 
     @property
     def run_dir(self) -> Path:

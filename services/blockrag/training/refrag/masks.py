@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.modeling.refrag.chunks import chunk_bounds, chunk_count
-from blockrag.training.contexts import Branch
+from blockrag.training.refrag.contexts import Branch
 
 Mask = tuple[NDArray[np.bool_], ...]
 Place = tuple[int, int]

@@ -31,8 +31,6 @@ class PolicyTrainingConfig:
     """JSONL(.gz) files of long texts, or directories of such."""
     data: tuple[Path, ...] = ()
     """JSONL(.gz) files of question rows, as ``adapt block`` reads them."""
-    reader_data: Path | None = None
-    """A directory that readers are trained from scratch on: its texts and questions stand beside or instead."""
     minutes: float | None = None
     """Time budget of the steps. Pauses and measurements do not count."""
     steps: int | None = None
@@ -49,8 +47,6 @@ class PolicyTrainingConfig:
     """A policy's file to start from, after the parts it was trained with were tuned further; None: random weights."""
     contexts: int = 4
     """Contexts of a step: reading their blocks is what a step costs most, next to the draws."""
-    questions: int = 4
-    """Most questions of a context, each with draws of its own."""
     max_passages: int = 10
     ppo: PpoSettings = field(default_factory=PpoSettings)
     imitation: float | None = None
@@ -77,7 +73,7 @@ class PolicyTrainingConfig:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise SetupError("give exactly one of minutes and steps")
-        counts = ("contexts", "questions", "max_passages", "eval_steps", "checkpoint_steps", "threads")
+        counts = ("contexts", "max_passages", "eval_steps", "checkpoint_steps", "threads")
         for name in counts:
             if getattr(self, name) < 1:
                 raise SetupError(f"{name} {getattr(self, name)!r}: must be at least 1")
@@ -93,8 +89,8 @@ class PolicyTrainingConfig:
             raise SetupError(f"imitation {self.imitation!r}: must be from 0 to below 1, with at least one context")
         if self.text_share is not None and not 0 <= self.text_share <= 1:
             raise SetupError(f"text_share {self.text_share!r}: must be from 0 to 1")
-        if not (self.text or self.data or self.reader_data):
-            raise SetupError("a policy needs questions (--data), texts (--text) or both (--reader-data)")
+        if not (self.text or self.data):
+            raise SetupError("a policy needs questions (--data), texts (--text) or both")
 
     @property
     def policy_name(self) -> str:
@@ -126,7 +122,7 @@ class PolicyTrainingConfig:
     def recipe(self) -> dict[str, Any]:
         """The values that decide the result, beside bundle and data."""
         names = (
-            *("query", "minutes", "steps", "contexts", "questions", "max_passages", "learning_rate", "warmup_steps"),
+            *("query", "minutes", "steps", "contexts", "max_passages", "learning_rate", "warmup_steps"),
             *("dev_contexts", "precision", "seed", "text_reward", "width"),
         )
         chosen = {name: getattr(self, name) for name in names}

@@ -20,8 +20,8 @@ from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.policy import PolicyInput, make_policy_input
 from blockrag.modeling.refrag.policy_features import TokenTraits
-from blockrag.training.contexts import Branch
 from blockrag.training.refrag.composed import ComposedDecoder, ComposedPrompt, SlotBank
+from blockrag.training.refrag.contexts import Branch
 
 Masks = NDArray[np.bool_]
 """[masks, chunks]: one row per mask over the chunks of all passages, true where a chunk is expanded."""

@@ -16,19 +16,14 @@ from numpy.typing import NDArray
 from blockrag.modeling.refrag.chunks import chunk_count
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.samples import SampleSource
-from blockrag.training.contexts import Branch, Context, ContextSampler
-from blockrag.training.drafts import BatchShape
 from blockrag.training.passages import DecodingTokenizer
+from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.masks import answer_places, passage_ranking
-from blockrag.training.refrag.samples import split_instruction
+from blockrag.training.refrag.samples import row_context, split_instruction
 from blockrag.training.refrag.texts import PassageSource, text_start
 
 Kind = Literal["answers", "text"]
 
-_NUMBER_WEIGHT = 2.0
-"""How much likelier a question with a number in its answer is asked: numbers are what compression loses first."""
-_IMITATED = 16
-"""Most questions of a context in a step of imitation, where a question costs next to nothing."""
 _ANSWER_SHARE = 0.7
 _RANK_NOISE = 0.15
 """Share of passages that a question's ranking puts elsewhere: retrieval is not always right, nor always wrong."""
@@ -79,48 +74,36 @@ class PolicySamples:
     def __init__(
         self,
         *,
-        sampler: ContextSampler | None,
         rows: SampleSource | None,
         texts: PassageSource | None,
         template: PromptTemplate,
         tokenizer: DecodingTokenizer,
         text_share: float,
         max_passages: int,
-        passage_tokens: int,
-        questions: int,
         ranked: bool,
-        digits: frozenset[int],
         seed: int,
     ) -> None:
-        """Questions come from ``sampler`` and ``rows`` in turn; ``questions`` is how many a context is asked at most.
-
-        ``ranked``: passages of a question come with places that a retrieval could have given them; otherwise, as for
-        texts, those nearest to the target count as the best. ``digits``: tokens with a digit.
+        """``ranked``: passages of a question come with places that a retrieval could have given them; otherwise, as
+        for texts, those nearest to the target count as the best.
 
         ``text_share`` of the contexts are texts, all where there are no questions, none where there are no texts.
         """
-        self._sampler = sampler
         self._rows = rows
         self._texts = texts
         self._instruction = tuple(template.instruction_ids(tokenizer))
-        self._refusal = tuple(template.answer_ids(tokenizer, template.refusal))
-        self._digits = digits
-        asked = sampler is not None or rows is not None
-        self._text_share = 0.0 if texts is None else text_share if asked else 1.0
+        self._text_share = 0.0 if texts is None else text_share if rows is not None else 1.0
         self._max_passages = max_passages
-        self._passage_tokens = passage_tokens
-        self._questions = questions
         self._ranked = ranked
         self._seed = seed
 
     @property
     def has_questions(self) -> bool:
-        return self._sampler is not None or self._rows is not None
+        return self._rows is not None
 
     def questions(self, step: int, contexts: int) -> list[PolicyContext]:
         """Contexts with questions alone, for a step of imitation; a context may have none and is then left out."""
         random = Random(f"{self._seed}/imitation/{step}")
-        drawn = [self.asked(step * contexts + number, random, _IMITATED) for number in range(contexts)]
+        drawn = [self.asked(step * contexts + number, random) for number in range(contexts)]
         return [context for context in drawn if context is not None]
 
     def step(self, step: int, contexts: int) -> list[PolicyContext]:
@@ -134,31 +117,18 @@ class PolicySamples:
                 found.append(context)
         return found
 
-    def asked(self, number: int, random: Random, most: int | None = None) -> PolicyContext | None:
-        """A context with up to ``most`` questions that its passages answer; None where it has none."""
-        if self._sampler is None or (self._rows is not None and number % 2):
-            return self.row(number, random)
-        passages = max(2, self._max_passages - random.choice((0, 0, 0, 2, 5)))
-        context = self._sampler.sample(BatchShape(passages, self._passage_tokens), random)
-        branches = [branch for branch in context.branches if tuple(branch.answer) != self._refusal]
-        return self.of(context, self._sample(branches, most or self._questions, random), random)
-
-    def row(self, number: int, random: Random) -> PolicyContext | None:
-        """Sample ``number`` of the question rows."""
+    def asked(self, number: int, random: Random) -> PolicyContext | None:
+        """Sample ``number`` of the question rows; None where it has no passage."""
         assert self._rows is not None
-        sample = self._rows.sample(number)
-        branch = Branch(list(sample.prompt), list(sample.answer))
-        return self.of(Context([list(block) for block in sample.blocks], [branch]), [branch], random)
-
-    def of(self, context: Context, branches: Sequence[Branch], random: Random) -> PolicyContext | None:
-        """A context as a policy's; None without passages or branches."""
+        context = row_context(self._rows, number)
         instruction, passages = split_instruction(context, self._instruction)
-        if not branches or not passages:
+        if not passages:
             return None
         ranks = tuple(
-            _ranks(passages, branch, random) if self._ranked else nearest_first(len(passages)) for branch in branches
+            _ranks(passages, branch, random) if self._ranked else nearest_first(len(passages))
+            for branch in context.branches
         )
-        return PolicyContext(instruction, passages, tuple(branches), ranks, "answers")
+        return PolicyContext(instruction, passages, tuple(context.branches), ranks, "answers")
 
     def text(self, random: Random) -> PolicyContext:
         """Passages of one text, and the next one as the target."""
@@ -168,14 +138,6 @@ class PolicySamples:
         branch = Branch(list(drawn[-1][:start]), list(drawn[-1][start:]))
         passages = tuple(map(tuple, drawn[:-1]))
         return PolicyContext(self._instruction, passages, (branch,), (nearest_first(len(passages)),), "text")
-
-    def _sample(self, branches: list[Branch], most: int, random: Random) -> list[Branch]:
-        """Up to the wanted number of branches, those with a number in the answer more often."""
-        keys = {
-            place: random.random() ** (1 / (_NUMBER_WEIGHT if not self._digits.isdisjoint(branch.answer) else 1.0))
-            for place, branch in enumerate(branches)
-        }
-        return [branches[place] for place in sorted(keys, key=keys.__getitem__, reverse=True)[:most]]
 
 
 def nearest_first(passages: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from blockrag.training.loss import linear_cross_entropy
 from blockrag.training.refrag.composed import ComposedDecoder, ComposedPrompt, FinalStates, SlotBank
 from blockrag.training.refrag.distillation import linear_distillation
 from blockrag.training.refrag.masks import constant_mask
-from blockrag.training.refrag.samples import Kind, RefragSample, View, view_slots
+from blockrag.training.refrag.samples import Kind, RefragSample, view_slots
 
 
 class SampleLosses(NamedTuple):
@@ -139,7 +139,9 @@ class RefragReader(nn.Module):
                 if teaching:
                     mask = constant_mask(sample.passages[: len(mask)], self.chunk_tokens, True)
                 passages = view_slots(full, short, mask, self.chunk_tokens)
-                prompts.append(_prompt(sample, view, [*opening, *passages]))
+                composed = [*opening, *passages]
+                slots = np.concatenate(composed) if composed else np.zeros(0, np.int64)
+                prompts.append(ComposedPrompt(slots, view.branches))
         return prompts
 
     def _input_embeddings(self, blocks: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -201,14 +203,3 @@ def _compressed_blocks(samples: Sequence[RefragSample]) -> tuple[list[Sequence[i
 
 def _block(bank: SlotBank, number: int | None) -> NDArray[np.int64] | None:
     return None if number is None else bank.block(number)
-
-
-def _prompt(sample: RefragSample, view: View, blocks: Sequence[NDArray[np.int64]]) -> ComposedPrompt:
-    slots = np.concatenate(blocks) if blocks else np.zeros(0, np.int64)
-    if not sample.gaps or sample.whole:
-        return ComposedPrompt(slots, view.branches)
-    # the gap before a block moves it and all that follow
-    first = 0 if sample.instruction else 1
-    skipped = np.cumsum(sample.gaps[first : first + len(blocks)])
-    moved = np.repeat(skipped, [len(block) for block in blocks])
-    return ComposedPrompt(slots, view.branches, positions=np.arange(len(slots)) + moved)

@@ -15,10 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.training.adaptation.samples import SampleSource
-from blockrag.training.contexts import Branch, Context, ContextSampler
-from blockrag.training.drafts import BatchShape
-from blockrag.training.mixture import Mixture, batch_shape
 from blockrag.training.refrag.config import RefragConfig
+from blockrag.training.refrag.contexts import Branch, Context
 from blockrag.training.refrag.masks import (
     Mask,
     MaskSampler,
@@ -59,8 +57,6 @@ class RefragSample:
     kind: Kind
     whole: bool = False
     """Read instruction and passages as one block, without block mask and compression; views then have no mask."""
-    gaps: tuple[int, ...] = ()
-    """Positions left empty before the instruction and before each passage; empty: none."""
 
     @property
     def tokens(self) -> int:
@@ -167,28 +163,6 @@ class NextPassage:
         return fill_budget(passages, self._k, random_rate(self._k, random), places)
 
 
-class ContextSource(Protocol):
-    """Draws contexts with questions."""
-
-    def contexts(self, step: int, progress: float, random: Random, tokens: int) -> list[Context]: ...
-
-
-class ReaderContexts:
-    """Contexts of the data that readers are trained on from scratch."""
-
-    def __init__(self, sampler: ContextSampler, mixture: Mixture) -> None:
-        self._sampler = sampler
-        self._mixture = mixture
-
-    def contexts(self, step: int, progress: float, random: Random, tokens: int) -> list[Context]:
-        shape = batch_shape(random, 1.0, self._mixture)  # long contexts: their reader has learnt already
-        found: list[Context] = []
-        while tokens > 0:
-            found.append(self._sampler.sample(shape, random))
-            tokens -= context_tokens(found[-1])
-        return found
-
-
 class RowContexts:
     """Contexts of question rows, as ``adapt block`` samples them: one question each."""
 
@@ -197,15 +171,14 @@ class RowContexts:
         self._source = source
         self._per_step = per_step
 
-    def contexts(self, step: int, progress: float, random: Random, tokens: int) -> list[Context]:
+    def contexts(self, step: int) -> list[Context]:
+        """Those of ``step``."""
         first = step * self._per_step
         return [self.context(number) for number in range(first, first + self._per_step)]
 
     def context(self, number: int) -> Context:
         """Sample ``number`` as a context."""
-        sample = self._source.sample(number)
-        blocks = [list(block) for block in sample.blocks]
-        return Context(blocks, [Branch(list(sample.prompt), list(sample.answer))])
+        return row_context(self._source, number)
 
 
 class Questions:
@@ -213,14 +186,13 @@ class Questions:
 
     def __init__(
         self,
-        sources: Sequence[ContextSource],
+        source: RowContexts,
         texts: NextPassage | None,
         instruction: Sequence[int],
         config: RefragConfig,
         k: int,
     ) -> None:
-        """``sources`` take turns."""
-        self._sources = sources
+        self._source = source
         self._texts = texts
         self._instruction = tuple(instruction)
         self._config = config
@@ -231,10 +203,7 @@ class Questions:
         random = Random(f"{self._config.seed}/{step}")
         samples: list[RefragSample] = []
         room = int(self._config.text_share * tokens) if self._texts is not None else 0
-        source = self._sources[step % len(self._sources)]
-        turn = step // len(self._sources)
-        contexts = source.contexts(turn, progress, random, tokens - room)
-        samples += [self.sample(context, random) for context in contexts]
+        samples += [self.sample(context, random) for context in self._source.contexts(step)]
         while room > 0 and self._texts is not None:
             samples.append(self._texts.sample(random))
             room -= samples[-1].tokens
@@ -253,8 +222,13 @@ class Questions:
             size = random.choice(_GROUPS)
             group, branches = branches[:size], branches[size:]
             views.append(View(self._masks.draw(passages, group, random), tuple(group)))
-        gaps = context.gaps[: len(passages) + 1] if context.gaps else ()
-        return RefragSample(instruction, passages, tuple(views), "answers", gaps=gaps)
+        return RefragSample(instruction, passages, tuple(views), "answers")
+
+
+def row_context(source: SampleSource, number: int) -> Context:
+    """Sample ``number`` of question rows as a context."""
+    sample = source.sample(number)
+    return Context([list(block) for block in sample.blocks], [Branch(list(sample.prompt), list(sample.answer))])
 
 
 def split_instruction(
@@ -265,17 +239,6 @@ def split_instruction(
     if blocks and instruction and blocks[0] == tuple(instruction):
         return blocks[0], blocks[1:]
     return (), blocks
-
-
-def context_tokens(context: Context) -> int:
-    """Tokens of a context and of its questions."""
-    asked = sum(len(branch.prompt) + len(branch.answer) for branch in context.branches)
-    return sum(map(len, context.blocks)) + asked
-
-
-def probe_shape(config: RefragConfig, passage_tokens: int) -> BatchShape:
-    """Shape of the held-out contexts that a tuning is measured on."""
-    return BatchShape(config.max_passages, passage_tokens)
 
 
 def view_slots(

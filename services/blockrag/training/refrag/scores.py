@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from blockrag.training.contexts import Context
+from blockrag.training.refrag.contexts import Context
 from blockrag.training.refrag.masks import (
     Mask,
     all_places,

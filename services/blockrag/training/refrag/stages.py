@@ -9,27 +9,14 @@ from random import Random
 
 from transformers import PreTrainedTokenizerFast
 
-from blockrag.errors import SetupError
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.rows import Row, data_files, read_rows
 from blockrag.training.adaptation.samples import SampleLimits, SampleSource
-from blockrag.training.contexts import ContextSampler
-from blockrag.training.data import ReaderData, load_reader_data
-from blockrag.training.mixture import Mixture
 from blockrag.training.refrag.config import RefragConfig
 from blockrag.training.refrag.opening import Start
-from blockrag.training.refrag.samples import (
-    ContextSource,
-    NextPassage,
-    Questions,
-    ReaderContexts,
-    Reconstruction,
-    RowContexts,
-    SampleMaker,
-    probe_shape,
-)
+from blockrag.training.refrag.samples import NextPassage, Questions, Reconstruction, RowContexts, SampleMaker
 from blockrag.training.refrag.scores import ProbeGroup, question_probes, reconstruction_probes, text_probes
-from blockrag.training.refrag.texts import PassageSource, Text, hold_out, read_texts, reader_texts
+from blockrag.training.refrag.texts import PassageSource, Text, hold_out, read_texts
 
 _HELD_OUT_ROWS = 0.1
 _MAX_PROMPT = 4096
@@ -42,7 +29,6 @@ class StageData:
     texts: tuple[Sequence[Text], Sequence[Text]]
     """To train on, and held out."""
     rows: tuple[Sequence[Row], Sequence[Row]]
-    reader: ReaderData | None
 
 
 @dataclass(frozen=True)
@@ -55,31 +41,19 @@ class StagePlan:
 
 def load_data(config: RefragConfig) -> StageData:
     """Read what ``config`` names. Raises SetupError naming the file and the problem."""
-    reader: ReaderData | None = None
-    if config.reader_data is not None:
-        try:
-            reader = load_reader_data(config.reader_data)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise SetupError(str(error)) from error
     texts = read_texts(config.text) if config.text else []
-    if reader is not None:
-        texts = [*texts, *reader_texts(reader)]
     rows = read_rows(config.data) if config.data and config.stage == "tune" else []
     count = min(config.dev_samples, int(_HELD_OUT_ROWS * len(rows)))
     chosen = set(Random(f"{config.seed}/held out").sample(range(len(rows)), count))
     return StageData(
         texts=hold_out(texts) if texts else ((), ()),
         rows=([row for n, row in enumerate(rows) if n not in chosen], [rows[n] for n in sorted(chosen)]),
-        reader=reader,
     )
 
 
 def files_of(config: RefragConfig) -> list[Path]:
     """Every file that the stage's samples depend on."""
-    files = data_files(config.text) + data_files(config.data)
-    if config.reader_data is not None:
-        files += sorted(path for path in config.reader_data.glob("*/*.gz") if path.is_file())
-    return files
+    return data_files(config.text) + data_files(config.data)
 
 
 def plan_stage(config: RefragConfig, start: Start, data: StageData, tokenizer: PreTrainedTokenizerFast) -> StagePlan:
@@ -103,21 +77,12 @@ def plan_stage(config: RefragConfig, start: Start, data: StageData, tokenizer: P
     if config.stage != "tune":
         assert following is not None
         return StagePlan(following, probes)
-    sources: list[ContextSource] = []
-    if data.reader is not None:
-        sampler = ContextSampler(data.reader, tokenizer, template, Mixture())
-        sources.append(ReaderContexts(sampler, Mixture()))
-        shape = probe_shape(config, start.bundle.passage_tokens)
-        asked = sampler.probes(shape, config.dev_samples, Random(config.seed))
-        for name, contexts in asked.items():
-            probes += question_probes(contexts, instruction, k, name)
-    if data.rows[0]:
-        sources.append(_row_contexts(config, start, data.rows[0], tokenizer, template, config.seed))
     if data.rows[1]:
         dev = _row_contexts(config, start, data.rows[1], tokenizer, template, f"{config.seed}/dev")
         contexts = [dev.context(number) for number in range(len(data.rows[1]))]
         probes += question_probes(contexts, instruction, k, "rows")
-    return StagePlan(Questions(sources, following, instruction, config, k), probes)
+    source = _row_contexts(config, start, data.rows[0], tokenizer, template, config.seed)
+    return StagePlan(Questions(source, following, instruction, config, k), probes)
 
 
 def _row_contexts(

@@ -17,7 +17,6 @@ from blockrag.errors import SetupError
 from blockrag.jsonl import read_objects
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.rows import data_files
-from blockrag.training.data import ReaderData
 from blockrag.training.passages import DecodingTokenizer, sentences
 
 _HELD_OUT_SHARE = 50
@@ -47,13 +46,6 @@ def read_texts(paths: Sequence[Path]) -> list[Text]:
     if not texts:
         raise SetupError(f"{', '.join(map(str, files))}: no texts")
     return texts
-
-
-def reader_texts(data: ReaderData) -> list[Text]:
-    """The articles and documents that readers are trained on; what development asks about is not among them."""
-    articles = [Text(article.title, (article.text,)) for article in data.articles.values()]
-    documents = [Text(doc.title, doc.paragraphs) for found in data.documents.values() for doc in found]
-    return articles + documents
 
 
 def hold_out(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:

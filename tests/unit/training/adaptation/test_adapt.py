@@ -14,12 +14,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from blockrag.errors import BundleError, DataError, SetupError, UnsupportedModelError
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.template import READER_TEMPLATE
 from blockrag.modeling.verify import verify_bundle
 from blockrag.training.adaptation.adapt import adapt_block
 from blockrag.training.adaptation.config import BlockAdaptConfig
 from blockrag.training.adaptation.metrics import StepMetrics, open_tensorboard
-from tests.models import make_tiny_bundle, make_tiny_checkpoint, make_tiny_model, make_tiny_tokenizer
+from tests.models import TEST_TEMPLATE, make_tiny_bundle, make_tiny_checkpoint, make_tiny_model, make_tiny_tokenizer
 from tests.unit.training.adaptation.conftest import colour_rows, write_rows
 
 Make = Callable[..., BlockAdaptConfig]
@@ -192,7 +191,7 @@ def test_a_bundle_keeps_its_template_and_sizes(config: Make, tmp_path: Path) -> 
 
     bundle = load_bundle(adapt_block(config(model=base, passage_tokens=None)))
 
-    assert bundle.template == READER_TEMPLATE
+    assert bundle.template == TEST_TEMPLATE
     assert (bundle.passage_tokens, bundle.max_context_tokens) == (64, 700)
     assert bundle.training["base"] == load_bundle(base).fingerprint
 
@@ -239,7 +238,7 @@ class TestRefusals:
 
     def test_a_template_whose_end_is_no_token(self, config: Make, tmp_path: Path) -> None:
         path = tmp_path / "template.json"
-        path.write_text(json.dumps({**READER_TEMPLATE.to_dict(), "end": "<|finis|>"}), encoding="utf-8")
+        path.write_text(json.dumps({**TEST_TEMPLATE.to_dict(), "end": "<|finis|>"}), encoding="utf-8")
         with pytest.raises(BundleError, match=r"end '<\|finis\|>' is no single token"):
             adapt_block(config(template_file=path))
 

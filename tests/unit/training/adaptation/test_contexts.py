@@ -8,11 +8,10 @@ import pytest
 
 from blockrag.errors import SetupError
 from blockrag.evaluation.pieces import PieceMaker
-from blockrag.modeling.template import READER_TEMPLATE
 from blockrag.training.adaptation.contexts import Context, ContextSource
 from blockrag.training.adaptation.pools import Excluded, Pool, load_pools
 from blockrag.training.adaptation.samples import SampleLimits
-from tests.models import make_tiny_tokenizer
+from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 from tests.unit.evaluation.question_files import write_patterns
 from tests.unit.training.adaptation.conftest import write_rows
 
@@ -41,11 +40,11 @@ def pool(tmp_path: Path) -> Pool:
 
 
 def pieces() -> PieceMaker:
-    return PieceMaker(READER_TEMPLATE, TOKENIZER, 96)
+    return PieceMaker(TEST_TEMPLATE, TOKENIZER, 96)
 
 
 def source(pool: Pool, limits: SampleLimits = LIMITS, questions: int = 8, seed: int = 0) -> ContextSource:
-    return ContextSource([(pool, 1.0)], TOKENIZER, READER_TEMPLATE, limits, questions, seed)
+    return ContextSource([(pool, 1.0)], TOKENIZER, TEST_TEMPLATE, limits, questions, seed)
 
 
 def asked(context: Context) -> list[tuple[str, str]]:
@@ -75,7 +74,7 @@ def test_every_question_is_answered_by_what_is_shown_or_refused(pool: Pool) -> N
         questions = asked(context)
         assert len({question for question, _ in questions}) == len(questions) <= 8
         for question, answer in questions:
-            if answer == READER_TEMPLATE.refusal:
+            if answer == TEST_TEMPLATE.refusal:
                 refused += 1
                 assert answers[question] not in shown
             else:
@@ -91,7 +90,7 @@ def test_without_refusals_the_lead_is_always_answered(pool: Pool) -> None:
     for number in range(20):
         context = drawn.sample(number)
         assert len(context.blocks) == 2, "the instruction and the gold passage"
-        assert all(answer != READER_TEMPLATE.refusal for _, answer in asked(context))
+        assert all(answer != TEST_TEMPLATE.refusal for _, answer in asked(context))
 
 
 def test_a_context_stays_within_its_tokens(pool: Pool) -> None:
@@ -108,7 +107,7 @@ def test_a_question_that_its_own_passage_does_not_answer_is_refused_beside_it(tm
 
     found = {pair for number in range(30) for pair in asked(source(pool, LIMITS).sample(number))}
 
-    assert ("what is the roof made of", READER_TEMPLATE.refusal) in found
+    assert ("what is the roof made of", TEST_TEMPLATE.refusal) in found
     assert ("what is the door made of", "zinc") in found
 
 

@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 
 from blockrag.errors import SetupError
-from blockrag.modeling.template import READER_TEMPLATE
 from blockrag.training.adaptation.rows import Passage, Row
 from blockrag.training.adaptation.samples import Sample, SampleLimits, SampleSource
-from tests.models import make_tiny_tokenizer
+from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 from tests.unit.training.adaptation.conftest import colour_rows
 
 TOKENIZER = make_tiny_tokenizer()
@@ -40,7 +39,7 @@ def long_row(sentences: int, at: int, number: int = 0) -> Row:
 
 
 def source(of: list[Row], limits: SampleLimits = LIMITS, seed: int = 0) -> SampleSource:
-    return SampleSource(of, TOKENIZER, READER_TEMPLATE, limits, seed)
+    return SampleSource(of, TOKENIZER, TEST_TEMPLATE, limits, seed)
 
 
 def texts(sample: Sample) -> list[str]:

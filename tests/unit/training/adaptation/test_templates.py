@@ -8,9 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
-from blockrag.modeling.template import READER_TEMPLATE
 from blockrag.training.adaptation.templates import INSTRUCTION, REFUSAL, default_template, read_template
-from tests.models import make_tiny_tokenizer
+from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -104,9 +103,9 @@ def test_a_tokenizer_without_an_end_needs_a_file() -> None:
 
 def test_a_template_file(tmp_path: Path) -> None:
     path = tmp_path / "template.json"
-    path.write_text(json.dumps(READER_TEMPLATE.to_dict()), encoding="utf-8")
+    path.write_text(json.dumps(TEST_TEMPLATE.to_dict()), encoding="utf-8")
 
-    assert read_template(path) == READER_TEMPLATE
+    assert read_template(path) == TEST_TEMPLATE
 
 
 @pytest.mark.parametrize(
@@ -120,7 +119,7 @@ def test_a_template_file(tmp_path: Path) -> None:
 )
 def test_a_bad_template_file(tmp_path: Path, change: dict[str, object], problem: str) -> None:
     path = tmp_path / "template.json"
-    path.write_text(json.dumps({**READER_TEMPLATE.to_dict(), **change}), encoding="utf-8")
+    path.write_text(json.dumps({**TEST_TEMPLATE.to_dict(), **change}), encoding="utf-8")
 
     with pytest.raises(BundleError, match=rf"template\.json: .*{problem}"):
         read_template(path)

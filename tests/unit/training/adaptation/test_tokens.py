@@ -4,26 +4,25 @@ import pytest
 import torch
 
 from blockrag.errors import BundleError
-from blockrag.modeling.template import READER_TEMPLATE
 from blockrag.training.adaptation.tokens import add_block_tokens, with_block_tokens
-from tests.models import TINY_VOCAB, make_tiny_model, make_tiny_tokenizer
+from tests.models import TEST_TEMPLATE, TINY_VOCAB, make_tiny_model, make_tiny_tokenizer
 
 
 def test_they_stand_around_every_passage_as_tokens_of_their_own() -> None:
     model, tokenizer = make_tiny_model(), make_tiny_tokenizer()
-    template = with_block_tokens(READER_TEMPLATE, links=2, sinks=1)
+    template = with_block_tokens(TEST_TEMPLATE, links=2, sinks=1)
 
     ids = add_block_tokens(model, tokenizer, links=2, sinks=1, seed=0)
 
-    plain = READER_TEMPLATE.passage_ids(tokenizer, "T", "text")
+    plain = TEST_TEMPLATE.passage_ids(tokenizer, "T", "text")
     assert template.passage_ids(tokenizer, "T", "text") == [ids[0], *plain, ids[1], ids[2]]
-    assert template.final == READER_TEMPLATE.final and template.instruction == READER_TEMPLATE.instruction
+    assert template.final == TEST_TEMPLATE.final and template.instruction == TEST_TEMPLATE.instruction
 
 
 def test_text_in_a_passage_cannot_write_them() -> None:
     model, tokenizer = make_tiny_model(), make_tiny_tokenizer()
     ids = add_block_tokens(model, tokenizer, links=1, sinks=0, seed=0)
-    template = with_block_tokens(READER_TEMPLATE, links=1, sinks=0)
+    template = with_block_tokens(TEST_TEMPLATE, links=1, sinks=0)
 
     assert template.passage_ids(tokenizer, "<|link_0|>", "a <|link_0|> b").count(ids[0]) == 1
 
@@ -57,9 +56,9 @@ def test_none_changes_nothing() -> None:
 
     assert add_block_tokens(model, tokenizer, links=0, sinks=0, seed=0) == []
     assert len(tokenizer) == TINY_VOCAB
-    assert with_block_tokens(READER_TEMPLATE, 0, 0) == READER_TEMPLATE
+    assert with_block_tokens(TEST_TEMPLATE, 0, 0) == TEST_TEMPLATE
 
 
 def test_a_template_that_has_them_is_not_given_them_again() -> None:
     with pytest.raises(BundleError, match=r"holds <\|link_0\|> already"):
-        with_block_tokens(with_block_tokens(READER_TEMPLATE, 1, 0), 2, 0)
+        with_block_tokens(with_block_tokens(TEST_TEMPLATE, 1, 0), 2, 0)

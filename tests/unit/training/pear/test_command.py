@@ -13,9 +13,8 @@ from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import create_bundle
 from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.pear import attention_heads
-from blockrag.modeling.template import READER_TEMPLATE
 from blockrag.modeling.verify import verify_bundle
-from tests.models import make_tiny_bundle, make_tiny_checkpoint, make_tiny_model
+from tests.models import TEST_TEMPLATE, make_tiny_bundle, make_tiny_checkpoint, make_tiny_model
 
 QUICK = ["--sizes", "6x8,4x5", "--n", "8", "--steps", "4", "--batch", "4", "--distractors", "2"]
 
@@ -99,7 +98,7 @@ def test_no_suppressing_head_no_bundle(tmp_path: Path) -> None:
     for output in attention_heads(model).outputs:
         output.weight.data.zero_()
     model.save_pretrained(checkpoint)
-    source = create_bundle(checkpoint, tmp_path / "source", READER_TEMPLATE)
+    source = create_bundle(checkpoint, tmp_path / "source", TEST_TEMPLATE)
     result = run("--bundle", source.path, "--out", tmp_path / "made", *QUICK)
 
     assert result.exit_code == 0, result.output

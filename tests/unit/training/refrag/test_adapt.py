@@ -221,7 +221,6 @@ def test_what_is_wrong_on_disk_is_named(config: Make, tmp_path: Path) -> None:
         ({"chunk_tokens": 65}, "longer than a passage"),
         ({"encoder": str(tmp_path / "nowhere")}, "neither 'small' nor a directory"),
         ({"out": tmp_path}, "exists already"),
-        ({"reader_data": tmp_path / "nothing"}, "missing"),
         ({"stage": "policy"}, "policy_stage"),
     ):
         with pytest.raises(SetupError, match=problem):

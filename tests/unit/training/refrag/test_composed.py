@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from blockrag.modeling.model import SlotModel
-from blockrag.training.contexts import Branch
 from blockrag.training.refrag.composed import ComposedDecoder, ComposedPrompt, SlotBank
+from blockrag.training.refrag.contexts import Branch
 
 _SIZES = {
     "vocab_size": 97,
@@ -127,14 +127,3 @@ def test_padding_changes_nothing() -> None:
         return decoder.answer_losses(bank, prompts)
 
     assert torch.allclose(losses([0, 1]), torch.cat([losses([0]), losses([1])]), atol=1e-5)
-
-
-def test_positions_with_gaps_are_kept() -> None:
-    decoder = ComposedDecoder(_model())
-    bank = decoder.encode(_BLOCKS)
-    branch = (Branch([30, 31], [7]),)
-    plain = decoder.answer_losses(bank, [ComposedPrompt(bank.block(1), branch)])
-    shifted = ComposedPrompt(bank.block(1), branch, positions=np.arange(8) + 50)
-    spread = ComposedPrompt(bank.block(1), branch, positions=np.arange(8) * 5)
-    assert torch.allclose(plain, decoder.answer_losses(bank, [shifted]), atol=1e-4)  # rotary sees differences only
-    assert not torch.allclose(plain, decoder.answer_losses(bank, [spread]), atol=1e-4)

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.training.adaptation.workers import OneWorker
-from blockrag.training.contexts import Branch
 from blockrag.training.refrag.adapt import adapt_refrag
 from blockrag.training.refrag.config import RefragConfig
+from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.distillation import linear_distillation
 from blockrag.training.refrag.masks import constant_mask
 from blockrag.training.refrag.metrics import RefragMetrics

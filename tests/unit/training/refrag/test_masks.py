@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.training.contexts import Branch
+from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.masks import (
     MaskSampler,
     all_places,

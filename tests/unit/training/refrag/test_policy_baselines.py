@@ -14,7 +14,7 @@ from blockrag.modeling.refrag.composing import compose_passage
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.writing import write_refrag
-from blockrag.training.contexts import Branch
+from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.policy_baselines import (
     best_passages_first,
     holding_answer,

@@ -16,13 +16,13 @@ from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.writing import write_refrag
-from blockrag.training.contexts import Branch
+from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
 from blockrag.training.refrag.policy_metrics import PolicyMetrics
 from blockrag.training.refrag.policy_samples import PolicyContext, answer_target, nearest_first
 from blockrag.training.refrag.policy_stage import train_policy
 from tests.models import TINY_VOCAB, make_tiny_bundle
-from tests.unit.training.conftest import write_lines
+from tests.unit.training.adaptation.conftest import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +35,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
-def _config(bundle: Path, out: Path, data_dir: Path | None = None) -> PolicyTrainingConfig:
+def _config(
+    bundle: Path, out: Path, *, text: tuple[Path, ...] = (), data: tuple[Path, ...] = ()
+) -> PolicyTrainingConfig:
     return PolicyTrainingConfig(
         bundle=bundle,
         out=out,
-        reader_data=data_dir,
-        text=() if data_dir else (out,),
+        text=text,
+        data=data,
         steps=4,
         contexts=2,
-        questions=2,
         max_passages=3,
         dev_contexts=2,
         checkpoint_steps=2,
@@ -58,10 +59,12 @@ class _StopError(Exception):
 
 
 @pytest.mark.parametrize("query", [True, False])
-def test_a_resumed_run_equals_an_uninterrupted_one(query: bool, bundle: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    query: bool, bundle: Path, texts: Path, rows: Path, tmp_path: Path
+) -> None:
     whole, cut = (
         replace(
-            _config(bundle, tmp_path / name, data_dir),
+            _config(bundle, tmp_path / name, text=(texts,), data=(rows,)),
             query=query,
             text_share=0.5,
             imitation=0.5,
@@ -105,8 +108,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(query: bool, bundle: Path, da
     assert facts["held_out"]["after"] == lines[-1]["dev"]
 
 
-def test_a_second_policy_stands_beside_the_first(bundle: Path, tmp_path: Path) -> None:
-    rows = [
+def test_a_second_policy_stands_beside_the_first(bundle: Path, texts: Path, tmp_path: Path) -> None:
+    numbers = [
         {
             "question": f"What is the number of town {number}?",
             "answers": [str(number * 37)],
@@ -117,16 +120,9 @@ def test_a_second_policy_stands_beside_the_first(bundle: Path, tmp_path: Path) -
         }
         for number in range(30)
     ]
-    write_lines(tmp_path / "rows.jsonl.gz", rows)
-    write_lines(
-        tmp_path / "books.jsonl.gz",
-        [{"title": f"book {n}", "paragraphs": [f"Part {p} of book {n} is here." for p in range(9)]} for n in range(4)],
-    )
-    blind = replace(_config(bundle, tmp_path / "one"), query=False, steps=1, text=(tmp_path / "books.jsonl.gz",))
-    first = train_policy(blind)
-    both = replace(
-        _config(first, tmp_path / "two"), steps=1, data=(tmp_path / "rows.jsonl.gz",), text=(), name="numbers"
-    )
+    data = write_rows(tmp_path / "numbers.jsonl", numbers)
+    first = train_policy(replace(_config(bundle, tmp_path / "one", text=(texts,)), query=False, steps=1))
+    both = replace(_config(first, tmp_path / "two", data=(data,)), steps=1, name="numbers")
     made = load_bundle(train_policy(both))
     assert made.refrag is not None
     assert {name: policy.query for name, policy in made.refrag.policies.items()} == {"blind": False, "numbers": True}
@@ -157,15 +153,15 @@ def test_what_an_answer_is_imitated_by() -> None:
     assert answer_target(context, Branch([5], [77, 2]), 2) is None
 
 
-def test_what_cannot_be_trained_is_refused(bundle: Path, data_dir: Path, tmp_path: Path) -> None:
-    config = _config(bundle, tmp_path / "out", data_dir)
+def test_what_cannot_be_trained_is_refused(bundle: Path, rows: Path, tmp_path: Path) -> None:
+    config = _config(bundle, tmp_path / "out", data=(rows,))
     plain = make_tiny_bundle(tmp_path / "plain")
     with pytest.raises(BundleError, match="no chunk compression"):
         train_policy(replace(config, bundle=plain))
     with pytest.raises(SetupError, match="exists already"):
         train_policy(replace(config, out=plain))
-    with pytest.raises(SetupError, match="missing"):
-        train_policy(replace(config, reader_data=tmp_path))
+    with pytest.raises(SetupError, match="absent"):
+        train_policy(replace(config, data=(tmp_path / "absent.jsonl",)))
     with pytest.raises(SetupError, match="exactly one"):
         replace(config, minutes=1.0)
     for change in (
@@ -179,7 +175,7 @@ def test_what_cannot_be_trained_is_refused(bundle: Path, data_dir: Path, tmp_pat
         with pytest.raises(SetupError, match=next(iter(change))):
             replace(config, **change)
     with pytest.raises(SetupError, match="needs questions"):
-        replace(config, reader_data=None)
+        replace(config, data=())
     train_policy(replace(config, steps=1, contexts=1, dev_contexts=1))
     (tmp_path / "out.run").rename(tmp_path / "other.run")
     with pytest.raises(SetupError, match="holds another run"):

@@ -8,9 +8,8 @@ from random import Random
 import pytest
 
 from blockrag.errors import SetupError
-from blockrag.modeling.template import READER_TEMPLATE
 from blockrag.training.refrag.texts import PassageSource, Text, hold_out, read_texts, text_start
-from tests.models import make_tiny_tokenizer
+from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 
 
 def test_both_forms_of_texts_are_read(tmp_path: Path) -> None:
@@ -61,7 +60,7 @@ def test_texts_are_held_out_by_their_content() -> None:
 def test_passages_follow_each_other_and_keep_their_size() -> None:
     tokenizer = make_tiny_tokenizer()
     paragraphs = tuple(f"This is sentence {n}. It has number {n} too." for n in range(30))
-    source = PassageSource([Text("A", paragraphs)], tokenizer, READER_TEMPLATE, 64)
+    source = PassageSource([Text("A", paragraphs)], tokenizer, TEST_TEMPLATE, 64)
     passages = source.draw(4, Random(1), least=2)
     assert all(len(passage) <= 64 for passage in passages)
     texts = [tokenizer.decode(passage).split("<|text|>")[1].strip() for passage in passages]
@@ -73,7 +72,7 @@ def test_passages_follow_each_other_and_keep_their_size() -> None:
 def test_passages_of_a_text_in_one_paragraph_come_from_all_over_it() -> None:
     tokenizer = make_tiny_tokenizer()
     whole = " ".join(f"This is sentence {n}. It has number {n} too." for n in range(4000))
-    source = PassageSource([Text("A", (whole,))], tokenizer, READER_TEMPLATE, 64)
+    source = PassageSource([Text("A", (whole,))], tokenizer, TEST_TEMPLATE, 64)
     random = Random(2)
     places = []
     for _ in range(40):
@@ -88,6 +87,6 @@ def test_passages_of_a_text_in_one_paragraph_come_from_all_over_it() -> None:
 
 
 def test_texts_too_short_for_the_wanted_passages_are_an_error() -> None:
-    source = PassageSource([Text("A", ("Short.",))], make_tiny_tokenizer(), READER_TEMPLATE, 64)
+    source = PassageSource([Text("A", ("Short.",))], make_tiny_tokenizer(), TEST_TEMPLATE, 64)
     with pytest.raises(SetupError, match="fewer than 2 passages"):
         source.draw(3, Random(0), least=2)
