@@ -1,9 +1,14 @@
-"""``blockrag demo``: everything once, on this machine, with nothing to answer and nothing left behind."""
+"""``blockrag demo``: everything once, on this machine, with nothing to answer and nothing left behind.
+
+A few articles go in first, so that answers are on the screen while the rest is still being read. Each question is asked
+twice, without retrieval and with it. The table of times comes last, on a quiet system.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import statistics
 import tempfile
 import time
@@ -14,23 +19,29 @@ from random import Random
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from blockrag.cli import console
 from blockrag.cli.ask import print_citations
 from blockrag.cli.console import JsonOption, SettingsOption
-from blockrag.cli.documents import show_warming
+from blockrag.cli.documents import describe_warming
 from blockrag.client import BlockragClient
 from blockrag.corpus.sample import Question, articles_path, load_questions
+from blockrag.errors import InvalidRequestError
 from blockrag.local import LocalSystem
 from blockrag.local.preflight import free_port
-from blockrag.results import Answer, AttentionModeName, Completion, Retrieved
+from blockrag.results import Answer, AttentionModeName, Completion, Retrieved, WarmProgress
 from blockrag.settings import Settings
 
-_COLLECTION = "almanac"
+_COLLECTION, _OWN_COLLECTION = "almanac", "document"
 _ARTICLES_AT_A_TIME = 8
+_SHOWN = 3
+"""Questions about the almanac whose answers are shown."""
 _STAGES = ("retrieve", "plan", "queue", "kv_fetch", "compose", "prefill")
-_BUDGET_MB = 1536
+_BUDGET_MB = 1024
+_MEMORY_MB = 64
+"""Of the decoder's own memory: less than the table's passages take, so that one row finds them in the store alone."""
 
 
 @dataclass(frozen=True)
@@ -55,32 +66,53 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     settings: SettingsOption = None,
-    questions: Annotated[int, typer.Option(min=2, max=100, help="Questions per line of the table.")] = 20,
-    top_k: Annotated[int, typer.Option(min=1, max=50, help="Passages per question.")] = 10,
+    document: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A document of yours to ask about as well.")
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="What to ask about it; may be repeated. Default: what it is about.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=2, max=100, help="Questions per line of the table.")] = 10,
+    top_k: Annotated[int, typer.Option(min=1, max=50, help="Passages per question.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the draw of questions.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Start the system, ingest and warm the sample corpus, ask over gRPC, print times to first token, stop."""
+    """Start the system, answer from the sample corpus and a document of yours, print times to first token, stop.
+
+    Every question is asked with retrieval and without, so that one sees what retrieval does.
+    """
     with console.errors_to_exit(), tempfile.TemporaryDirectory(prefix="blockrag-demo-") as state_dir:
+        if question and document is None:
+            raise InvalidRequestError("question", "is asked about a document: name one with --document")
         loaded = _demo_settings(console.settings_from(settings), Path(state_dir))
         started = time.perf_counter()
         with console.err.status("starting") as line:
             system = LocalSystem.start(loaded, on_progress=line.update, owned=True)
         with system:
             console.err.print(f"six services are up at {system.target} ({time.perf_counter() - started:.0f} s)")
-            drawn = Random(seed).sample(load_questions(), 2 * questions)
-            rows = asyncio.run(_run(system.target, drawn[:questions], drawn[questions:], top_k, as_json))
+            drawn = Random(seed).sample(load_questions(), _SHOWN + questions)
+            own = (document, tuple(question or ("What is it about?",))) if document is not None else None
+            show = _Show(top_k, quiet=as_json)
+            warmed, rows = asyncio.run(_run(system.target, show, drawn[:_SHOWN], own, drawn[_SHOWN:]))
         if as_json:
             from blockrag.evaluation.environment import describe_environment
 
-            console.print_json({"rows": rows, "top_k": top_k, "environment": describe_environment()})
+            console.print_json(
+                {
+                    "rows": rows,
+                    "shown": show.asked,
+                    "warmed": warmed,
+                    "top_k": top_k,
+                    "environment": describe_environment(),
+                }
+            )
         else:
             console.out.print(_table(rows))
             console.out.print(f"[dim]the whole demo took {time.perf_counter() - started:.0f} s[/]")
 
 
 def _demo_settings(settings: Settings, state_dir: Path) -> Settings:
-    """Own ports and folder, and a cache that holds the whole sample corpus."""
+    """Own ports and folder, a cache that holds an eighth of the sample corpus, little memory in the decoder."""
     cluster = settings.cluster.model_copy(
         update={
             "state_dir": str(state_dir),
@@ -93,66 +125,123 @@ def _demo_settings(settings: Settings, state_dir: Path) -> Settings:
         update={
             "cluster": cluster,
             "kv_cache": settings.kv_cache.model_copy(update={"budget_mb": _BUDGET_MB}),
+            "decoder": settings.decoder.model_copy(update={"l1_mb": _MEMORY_MB}),
             "retriever": settings.retriever.model_copy(update={"threads": 2}),
         }
     )
 
 
-async def _run(target: str, cold: Sequence[Question], warm: Sequence[Question], top_k: int, as_json: bool) -> list[Row]:
+@dataclass(frozen=True)
+class Shown:
+    """A question with its two answers."""
+
+    question: str
+    without_retrieval: str
+    with_retrieval: str
+    expected: tuple[str, ...] = ()
+
+
+class _Show:
+    """Asks questions for people to watch."""
+
+    def __init__(self, top_k: int, *, quiet: bool) -> None:
+        self.top_k = top_k
+        self.asked: list[Shown] = []
+        self._quiet = quiet
+
+    async def ask(self, client: BlockragClient, question: str, collection: str, expected: tuple[str, ...] = ()) -> None:
+        alone = await client.ask(question, collection=collection, attention_mode="none")
+        if not self._quiet:
+            known = f"  [dim](right: {escape(' / '.join(expected))})[/]" if expected else ""
+            console.out.print(f"\n[bold]{escape(question)}[/]{known}")
+            console.out.print(
+                f"  without retrieval: [dim]{escape(alone.text.strip())}[/]\n  with retrieval:    ", end=""
+            )
+        text = ""
+        async for event in client.generate(question, collection=collection, top_k=self.top_k):
+            if isinstance(event, Completion):
+                if not self._quiet:
+                    console.out.print()
+                    print_citations(event)
+            elif not isinstance(event, Retrieved):
+                text += event
+                if not self._quiet:
+                    console.out.print(event, end="", markup=False, highlight=False)
+        self.asked.append(Shown(question, alone.text, text, expected))
+
+
+async def _run(
+    target: str,
+    show: _Show,
+    first: Sequence[Question],
+    own: tuple[Path, tuple[str, ...]] | None,
+    timed: Sequence[Question],
+) -> tuple[WarmProgress, list[Row]]:
     async with BlockragClient(target) as client:
-        await _ingest(client)
-        # Loads code paths and thread pools of every service; of passages that no row of the table asks for.
-        for mode in ("none", "full", "block"):
-            await client.ask("What is an almanac?", collection=_COLLECTION, top_k=1, attention_mode=mode)
-        answers: dict[str, list[Answer]] = {"block, cold": []}
-        for question in cold:
-            answers["block, cold"].append(await _ask(client, question, "block", top_k))
-        warmed = await show_warming(client.warm(collection=_COLLECTION))
-        console.err.print(f"warmed {warmed.total} passages: {warmed.encoded_bytes / 2**20:.0f} MiB of attention state")
-        if not as_json:
-            for question in warm[:5]:
-                await _stream(client, question, top_k)
+        early, late = _articles({question.article for question in first})
+        await _ingest(client, early)
+        for question in first:
+            await show.ask(client, question.question, _COLLECTION, question.answers)
+        if own is not None:
+            await client.ingest_file(own[0], collection=_OWN_COLLECTION)
+            for text in own[1]:
+                await show.ask(client, text, _OWN_COLLECTION)
+        stored = await _ingest(client, late)
+        warmed = await _warm(client)
+        console.err.print(
+            f"ingested {len(early) + len(late)} articles, the rest in {stored:.0f} s; {describe_warming(warmed)}"
+            + ("" if warmed.done == warmed.total else ": the cache is full")
+        )
+        answers: dict[str, list[Answer]] = {"block, first time": []}
+        for question in timed:
+            answers["block, first time"].append(await _ask(client, question, "block", show.top_k))
         kinds: tuple[tuple[str, AttentionModeName], ...] = (
             ("no retrieval", "none"),
             ("full attention", "full"),
             ("block, from the store", "block"),
             ("block, from memory", "block"),
         )
-        # The streamed questions are in the decoder's memory already: the others come first from the object store.
-        for question in warm[5:]:
+        # The decoder's memory holds less than all these questions' passages: each finds its own in the store first.
+        for question in timed:
             for name, mode in kinds:
-                answers.setdefault(name, []).append(await _ask(client, question, mode, top_k))
-        order = ("no retrieval", "full attention", "block, cold", *(name for name, mode in kinds if mode == "block"))
-        return [_row(name, answers[name]) for name in order]
+                answers.setdefault(name, []).append(await _ask(client, question, mode, show.top_k))
+        order = ("no retrieval", "full attention", *(name for name in answers if name.startswith("block")))
+        return warmed, [_row(name, answers[name]) for name in order]
 
 
-async def _ingest(client: BlockragClient) -> None:
+def _articles(first: set[str]) -> tuple[list[bytes], list[bytes]]:
+    """The sample corpus' lines: those of the articles named, and the rest."""
     lines = gzip.decompress(articles_path().read_bytes()).splitlines(keepends=True)
-    passages = 0
+    early = [line for line in lines if json.loads(line)["id"] in first]
+    chosen = set(early)
+    return early, [line for line in lines if line not in chosen]
+
+
+async def _ingest(client: BlockragClient, lines: Sequence[bytes]) -> float:
+    """Stores articles; gives the seconds it took."""
+    started = time.perf_counter()
     with console.progress_bar() as bar:
         task = bar.add_task("ingesting articles", total=len(lines))
         for start in range(0, len(lines), _ARTICLES_AT_A_TIME):
             part = lines[start : start + _ARTICLES_AT_A_TIME]
-            stored = await client.ingest_bytes(
-                f"almanac-{start}.jsonl", b"".join(part), collection=_COLLECTION, media_type="application/jsonl"
-            )
-            passages += sum(document.passages for document in stored)
+            name = f"almanac-{len(lines)}-{start}.jsonl"
+            await client.ingest_bytes(name, b"".join(part), collection=_COLLECTION, media_type="application/jsonl")
             bar.advance(task, len(part))
-    console.err.print(f"ingested {len(lines)} articles, {passages} passages")
+    return time.perf_counter() - started
+
+
+async def _warm(client: BlockragClient) -> WarmProgress:
+    """Encodes passages until all are warm or the cache is full."""
+    last = WarmProgress(0, 0, 0, 0, False)
+    with console.progress_bar() as bar:
+        task = bar.add_task("warming, until the cache is full", total=None)
+        async for last in client.warm(collection=_COLLECTION):
+            bar.update(task, completed=last.done, total=last.total)
+    return last
 
 
 async def _ask(client: BlockragClient, question: Question, mode: AttentionModeName, top_k: int) -> Answer:
     return await client.ask(question.question, collection=_COLLECTION, top_k=top_k, attention_mode=mode)
-
-
-async def _stream(client: BlockragClient, question: Question, top_k: int) -> None:
-    console.out.print(f"\n[bold]{question.question}[/]  [dim](answer: {' / '.join(question.answers)})[/]")
-    async for event in client.generate(question.question, collection=_COLLECTION, top_k=top_k):
-        if isinstance(event, Completion):
-            console.out.print()
-            print_citations(event)
-        elif not isinstance(event, Retrieved):
-            console.out.print(event, end="", markup=False, highlight=False)
 
 
 def _row(name: str, answers: Sequence[Answer]) -> Row:
