@@ -16,7 +16,7 @@ from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.support import inspect_model
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.config import BlockAdaptConfig
-from blockrag.training.adaptation.templates import default_template, read_template
+from blockrag.modeling.chat_template import default_template, read_template
 from blockrag.training.adaptation.tokens import add_block_tokens, with_block_tokens
 
 PASSAGE_TOKENS = 128

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
 from blockrag.modeling.template import READER_TEMPLATE
-from blockrag.training.adaptation.templates import INSTRUCTION, REFUSAL, default_template, read_template
+from blockrag.modeling.chat_template import INSTRUCTION, REFUSAL, default_template, read_template
 from tests.models import make_tiny_tokenizer
 
 CHATML = (
