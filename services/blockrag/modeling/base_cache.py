@@ -100,7 +100,9 @@ def _record(folder: Path) -> dict[str, dict[str, Any]]:
     """What the folder must hold; empty where that cannot be read."""
     try:
         files = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["files"]
-        return {str(name): {"size": int(facts["size"]), "sha256": str(facts["sha256"])} for name, facts in files.items()}
+        return {
+            str(name): {"size": int(facts["size"]), "sha256": str(facts["sha256"])} for name, facts in files.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -37,6 +37,7 @@ from blockrag.modeling.adapter import (
 )
 from blockrag.modeling.base import Base
 from blockrag.modeling.files import check_listed, file_sha256, hashed, read_json
+from blockrag.modeling.loading import read_tokenizer
 from blockrag.modeling.pear import PearRecord
 from blockrag.modeling.refrag.parts import check_fingerprints, check_parts, is_refrag_file
 from blockrag.modeling.refrag.record import CHUNK_ENCODER_DIR, PROJECTOR_FILE, RefragRecord
@@ -113,6 +114,11 @@ class Bundle:
     def decoder_files(self) -> tuple[str, ...]:
         """Names of the files that make the decoder, but for ``base``, by name."""
         return tuple(name for name in sorted(self.files) if is_decoder_file(name))
+
+    @property
+    def on_top_files(self) -> tuple[str, ...]:
+        """The names among them of what was learnt on top of ``base``."""
+        return tuple(name for name in self.decoder_files if not name.startswith("decoder/"))
 
     def weights_dir(self) -> Path:
         """Directory of the checkpoint that holds the weights before anything is merged into them.
@@ -194,13 +200,7 @@ class Bundle:
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """The bundle's tokenizer. Raises BundleError when it does not fit the decoder or the template."""
-        try:
-            # tokenizer.json as it stands; a class chosen by the model's type may add tokens of its own
-            tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-                self.decoder_dir, local_files_only=True
-            )
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise BundleError(f"{self.decoder_dir}: the tokenizer does not load: {error}") from error
+        tokenizer = read_tokenizer(self.decoder_dir)
         _check_tokenizer(tokenizer, self.template, self.vocab_size, self.decoder_dir)
         return tokenizer
 
@@ -220,8 +220,8 @@ def load_bundle(
     """Check the directory ``path``.
 
     ``verify_files`` reads every file, those of ``base`` too, to compare its SHA-256; without it only presence and the
-    lengths that safetensors headers promise are checked. The dtypes are what the model will be loaded with: the fingerprint counts
-    them. Raises BundleError naming the file and the problem.
+    lengths that safetensors headers promise are checked. The dtypes are what the model will be loaded with: the
+    fingerprint counts them. Raises BundleError naming the file and the problem.
     """
     root = Path(path).expanduser()
     for dtype in (compute_dtype, kv_dtype):

@@ -291,5 +291,7 @@ def _tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         )
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= file.config.vocab_size:
-        raise BundleError(f"{file.path}: the tokenizer has token {highest}, the embedding {file.config.vocab_size} rows")
+        raise BundleError(
+            f"{file.path}: the tokenizer has token {highest}, the embedding {file.config.vocab_size} rows"
+        )
     return tokenizer

@@ -8,8 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
-from blockrag.modeling.template import READER_TEMPLATE
 from blockrag.modeling.chat_template import INSTRUCTION, REFUSAL, default_template, read_template
+from blockrag.modeling.template import READER_TEMPLATE
 from tests.models import make_tiny_tokenizer
 
 CHATML = (
