@@ -11,6 +11,7 @@ values are the same (``tests/unit/modeling/test_gguf_file.py`` compares them).
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFReader, ReaderTensor, get_tensor_name_map
 from gguf.quants import dequantize
 from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -277,21 +278,31 @@ def _weights(file: GgufFile) -> Iterator[tuple[str, Tensor]]:
 
 def _tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+        read: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
             file.path.parent, gguf_file=file.path.name, local_files_only=True
         )
     except Exception as error:  # the tokenizers library raises bare Exception
         raise BundleError(f"{file.path}: the tokenizer does not load: {error}") from error
+    # transformers goes through GPT-2's class, which adds <|endoftext|> to a vocabulary without it
+    rows = int(file.config.vocab_size)
+    state = json.loads(read.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
+    backend = Tokenizer.from_str(json.dumps(state))
     if file.splits == "smollm":  # digits stand alone; transformers takes GPT-2's way, which joins what stands before
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= file.config.vocab_size:
-        raise BundleError(
-            f"{file.path}: the tokenizer has token {highest}, the embedding {file.config.vocab_size} rows"
-        )
+    highest = max(backend.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise BundleError(f"{file.path}: the tokenizer has a token {highest}, the embedding {rows} rows")
+    special = {name: getattr(read, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        **{name: text for name, text in special.items() if text in backend.get_vocab()},
+    )
+    tokenizer.chat_template = read.chat_template
     return tokenizer
