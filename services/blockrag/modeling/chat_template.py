@@ -34,6 +34,13 @@ QUESTION = "Question: {question}"
 _USER, _ASSISTANT = "USERCONTENT", "ASSISTANTCONTENT"
 # Two moments that differ in every part that a template may write.
 _MOMENTS = (datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 29, 17, 58, 49))
+# A chat template's only clock is the function strftime_now. This one, put before the template, takes the time from a
+# dictionary; it ends with an expression, because a line break after a statement is dropped.
+_CLOCK = (
+    "{%- macro strftime_now(format) %}{% set told = namespace(text=format) %}"
+    "{% for part, value in moment_for_template.items() %}{% set told.text = told.text | replace(part, value) %}"
+    "{% endfor %}{{ told.text }}{% endmacro %}{{ '' }}"
+)
 
 
 def read_template(path: Path) -> PromptTemplate:
@@ -120,12 +127,16 @@ def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], 
 def _render_at(
     moment: datetime, tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], options: dict[str, Any]
 ) -> str:
+    parts = [f"%{letter}" for letter in "aAwdbBmyYHIMpSfjUWcxXGuVe"] + ["%-d", "%-m", "%-I", "%-H"]
     try:
-        # a template's only clock is strftime_now, and what is given here goes before transformers' own; models that
-        # think first are told not to, and other chat templates ignore the name
         return str(
             tokenizer.apply_chat_template(
-                messages, tokenize=False, enable_thinking=False, strftime_now=moment.strftime, **options
+                messages,
+                chat_template=_CLOCK + tokenizer.get_chat_template(),
+                tokenize=False,
+                enable_thinking=False,  # models that think first are told not to; other templates ignore the name
+                moment_for_template={part: moment.strftime(part) for part in parts},
+                **options,
             )
         )
     except Exception as error:  # templates are programs; jinja raises what they raise
