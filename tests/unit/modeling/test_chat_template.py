@@ -137,8 +137,9 @@ def test_a_template_file_that_is_no_json(tmp_path: Path) -> None:
 
 DATED = (
     "{% if not date_string is defined %}{% if strftime_now is defined %}"
-    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}<|im_start|>system\nToday: {{ date_string }}"
-    "<|im_end|>\n"
+    "{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "<|im_start|>system\nToday: {{ date_string }}<|im_end|>\n"
 ) + CHATML
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
@@ -100,6 +100,31 @@ def test_digits_stand_alone_where_the_vocabulary_wants_it(tmp_path: Path) -> Non
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out", local_files_only=True)
     pieces = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in  1989")]
     assert pieces == ["in", "ĠĠ", "1", "9", "8", "9"]
+
+
+def test_a_sentencepiece_vocabulary_is_read(tmp_path: Path) -> None:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    merged = ["▁", "t", "h", "e", "▁t", "▁th", "▁the", "c", "a", "ca", "▁ca", "▁cat"]
+    pieces += [*merged, *(f"x{number}" for number in range(300 - len(pieces) - len(merged)))]
+
+    def change(writer: GGUFWriter) -> None:
+        for key in ("tokens", "token_type", "merges"):
+            del writer.kv_data[0][f"tokenizer.ggml.{key}"]
+        kinds = [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * 256]
+        kinds += [TokenType.NORMAL] * (len(pieces) - len(kinds))
+        writer.add_token_list(pieces)
+        writer.add_token_types(kinds)
+        writer.add_token_scores([-float(number) for number in range(len(pieces))])
+
+    file = make_tiny_gguf(tmp_path / "tiny.gguf", fields={"tokenizer": "llama"}, change=change)
+    converted_model(file, tmp_path / "out")
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert tokenizer("the cat", add_special_tokens=False)["input_ids"] == [pieces.index("▁the"), pieces.index("▁cat")]
+    assert tokenizer("<s>the", add_special_tokens=False)["input_ids"][0] == 1
+    assert tokenizer("ü", add_special_tokens=False)["input_ids"][1:] == [3 + 0xC3, 3 + 0xBC]
+    assert tokenizer.decode(tokenizer("the cat", add_special_tokens=False)["input_ids"]) == "the cat"
+    assert tokenizer("the")["input_ids"][0] == 1  # llama.cpp adds it where a file does not say otherwise
 
 
 def llama3_factors(factor: float = 8.0) -> np.ndarray[Any, Any]:
