@@ -28,6 +28,9 @@ from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.bundle_writing import create_bundle, write_pear
 from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.pear import HeadCoefficient
+from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.projector import Projector
+from blockrag.modeling.refrag.writing import write_refrag
 from blockrag.modeling.template import READER_TEMPLATE
 from blockrag.modeling.verify import verify_bundle
 from tests.models import TINY_VOCAB, make_tiny_checkpoint, make_tiny_model
@@ -152,6 +155,24 @@ def test_coefficients_are_folded_after_the_adapter(tmp_path: Path) -> None:
     assert torch.equal(after[:, 16:24], before[:, 16:24] * 0.5)
     with pytest.raises(BundleError, match="do not fit the base without the adapter"):
         load_stock_model(out, with_adapter=False)
+
+
+def test_chunks_are_compressed_on_a_base(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    parts: dict[str, Any] = {
+        "encoder": ChunkEncoder.for_tokens(TINY_VOCAB, None, width=16, layers=1, heads=2, max_chunk=8),
+        "projector": Projector(16, 32),
+        "chunk_tokens": 4,
+    }
+
+    out = write_refrag(bundle, tmp_path / "deeper" / "out", **parts)
+
+    assert (out.adapter, out.fingerprint) == (bundle.adapter, bundle.fingerprint)
+    assert largest_difference(load_stock_model(out), load_stock_model(bundle)) == 0.0
+    weights = load_stock_model(bundle).state_dict()
+    whole = write_refrag(bundle, tmp_path / "whole", decoder=weights, **parts)
+    assert (whole.base, whole.adapter, whole.on_top_files) == (None, None, ())
+    assert largest_difference(load_stock_model(whole), load_stock_model(bundle)) == 0.0
 
 
 class TestTokenRows:
