@@ -160,7 +160,8 @@ def open_base(model: str | Path, bundle: Path) -> Base:
 
 def is_base(model: str | Path) -> bool:
     """Whether ``model`` names a package or a GGUF file, which a bundle refers to, and not a directory."""
-    return str(model).startswith(PACKAGE_PREFIX) or Path(model).expanduser().suffix.lower() == ".gguf"
+    path = Path(model).expanduser()
+    return str(model).startswith(PACKAGE_PREFIX) or (path.suffix.lower() == ".gguf" and not path.is_dir())
 
 
 def _of_package(text: str) -> Base:

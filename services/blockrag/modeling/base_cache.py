@@ -76,7 +76,10 @@ def _folder(sha256: str) -> Path:
 
 
 def _convert(path: Path, sha256: str, folder: Path) -> None:
-    from blockrag.modeling.gguf_file import convert, open_gguf  # imports models; who only opens needs none
+    try:
+        from blockrag.modeling.gguf_file import convert, open_gguf  # what is converted already needs neither
+    except ImportError as error:
+        raise BundleError(f"{path}: reading GGUF files needs the package gguf: pip install gguf ({error})") from error
 
     for leftover in (folder, *folder.parent.glob(f".{folder.name}-*")):  # of killed processes: the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)

@@ -77,6 +77,8 @@ def open_gguf(path: Path) -> GgufFile:
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.")}
     values = {name: field.contents() for name, field in fields.items()}
     architecture = str(values.get("general.architecture"))
+    if int(values.get("split.count", 1)) > 1:
+        raise BundleError(f"{path}: one of {values['split.count']} parts; join them: llama-gguf-split --merge")
     if architecture not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise BundleError(f"{path}: architecture {architecture!r} cannot be read; these can: {known} (and Mistral)")
@@ -121,6 +123,8 @@ def _read(path: Path) -> GGUFReader:
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError, struct.error) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise BundleError(f"{path}: a tensor's type is not known, so it cannot be dequantised: {error}") from error
         raise BundleError(f"{path}: truncated or damaged: {error}") from error
 
 

@@ -166,6 +166,7 @@ def test_llama_3s_frequencies_are_recognised(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": ({"fields": {"architecture": "gpt2"}}, "architecture 'gpt2' cannot be read; these can"),
+    "a part of a file": ({"change": lambda writer: writer.add_uint16("split.count", 3)}, "one of 3 parts; join them"),
     "a mixture of experts": ({"change": lambda writer: writer.add_expert_count(4)}, "a mixture of experts"),
     "scaled positions": (
         {"change": lambda writer: writer.add_rope_scaling_type(type("", (), {"value": "yarn"}))},
@@ -211,6 +212,16 @@ def test_refuses_a_type_that_cannot_be_dequantised(tmp_path: Path) -> None:
     content[at] = GGMLQuantizationType.Q8_1
     file.write_bytes(content)
     with pytest.raises(BundleError, match=r"blk\.0\.ffn_up\.weight is of type Q8_1, which cannot be dequantised"):
+        open_gguf(file)
+
+
+def test_refuses_a_type_that_is_not_known(tmp_path: Path) -> None:
+    file = make_tiny_gguf(tmp_path / "tiny.gguf")
+    content = bytearray(file.read_bytes())
+    name = b"blk.0.ffn_up.weight"
+    content[content.index(name) + len(name) + 4 + 2 * 8] = 99
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match=r"a tensor's type is not known, so it cannot be dequantised: .*99"):
         open_gguf(file)
 
 
