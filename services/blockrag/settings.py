@@ -15,10 +15,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blockrag.errors import SettingsError
+from blockrag.modeling.cache import CACHE_VARIABLE
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
 API_KEY_VARIABLE = "BLOCKRAG_KEY"
-"""The tenant's key on the command line; the one variable with the prefix that is no setting."""
+"""The tenant's key on the command line; with BLOCKRAG_CACHE the only variables with the prefix that are no settings."""
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -244,7 +245,7 @@ def load_settings(path: str | Path | None = None, environment: Mapping[str, str]
     if path:
         values = _read_yaml(Path(path))
     for name, text in (os.environ if environment is None else environment).items():
-        if name.startswith(ENVIRONMENT_PREFIX) and name != API_KEY_VARIABLE:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in (API_KEY_VARIABLE, CACHE_VARIABLE):
             _override(values, name, text)
     try:
         return Settings.model_validate(values)

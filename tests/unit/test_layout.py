@@ -107,6 +107,12 @@ def test_packages_have_no_import_that_tests_would_need() -> None:
         assert external(path).isdisjoint({"pytest", "hypothesis", "locust", "tests", "load_tests"}), module_name(path)
 
 
+def test_adapters_are_served_without_peft() -> None:
+    for path in all_modules():
+        if not path.is_relative_to(PACKAGE / "training"):
+            assert external(path).isdisjoint({"peft", "accelerate"}), module_name(path)
+
+
 def test_modules_are_short() -> None:
     long = {module_name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in all_modules()}
 

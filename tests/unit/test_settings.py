@@ -41,6 +41,10 @@ def test_the_tenants_key_is_no_setting() -> None:
     assert load_settings(environment={"BLOCKRAG_KEY": "a key"}) == Settings()
 
 
+def test_the_cache_directory_is_no_setting() -> None:
+    assert load_settings(environment={"BLOCKRAG_CACHE": "/somewhere"}) == Settings()
+
+
 @pytest.mark.parametrize(
     "environment",
     [

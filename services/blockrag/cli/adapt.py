@@ -23,7 +23,9 @@ app = typer.Typer(no_args_is_help=True, help="Adapt checkpoints and bundles.")
 
 @app.command(epilog="Example: blockrag adapt block --model ~/models/Llama-3.2-1B --data qa.jsonl --out my-bundle")
 def block(
-    model: Annotated[Path, typer.Option(help="Hugging Face checkpoint, or a bundle to adapt further.")],
+    model: Annotated[
+        Path, typer.Option(help="Hugging Face checkpoint, .gguf file, package:NAME, or a bundle to adapt further.")
+    ],
     data: Annotated[
         list[str],
         typer.Option(
@@ -80,6 +82,9 @@ def block(
     dev_rows: Annotated[int, typer.Option(help="Samples to measure on; 0: none.")] = 64,
     eval_steps: Annotated[int, typer.Option(help="Steps between two measurements.")] = 200,
     checkpoint_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+    threads: Annotated[
+        int, typer.Option(help="Micro-batches computed at a time on a CPU, each by one core; faster, and more memory.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of samples and new tokens.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     workers: Annotated[int, typer.Option(help="Workers of Ray Train, one GPU or CPU each; 1: this process.")] = 1,
@@ -101,12 +106,14 @@ def block(
         logging.disable_progress_bar()  # ours shows what matters
         files, shares = _files_and_shares(data)
         config = BlockAdaptConfig(
-            model=model.expanduser().absolute(),  # workers have directories of their own
+            # workers have directories of their own
+            model=model if str(model).startswith("package:") else model.expanduser().absolute(),
             data=files,
             shares=shares,
             exclude=tuple(path.expanduser().absolute() for path in exclude or ()),
             questions=questions,
             lora_rank=lora_rank,
+            threads=threads,
             out=out.expanduser().absolute(),
             name=name,
             template_file=template.expanduser().absolute() if template else None,

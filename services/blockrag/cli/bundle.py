@@ -10,7 +10,6 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,7 +18,6 @@ from rich.table import Table
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
-from blockrag.errors import BundleError
 
 if TYPE_CHECKING:
     from blockrag.modeling.verify import VerifyReport
@@ -75,28 +73,32 @@ def _verify_table(report: VerifyReport) -> Table:
     return table
 
 
-@app.command(epilog="Example: blockrag bundle create ~/models/Llama-3.2-1B my-bundle --template template.json")
+@app.command(epilog="Example: blockrag bundle create ~/models/Llama-3.2-1B-Instruct my-bundle")
 def create(
-    model: Annotated[Path, typer.Argument(help="Hugging Face checkpoint: safetensors and a fast tokenizer.")],
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face checkpoint (safetensors, fast tokenizer), .gguf file or package:NAME.")
+    ],
     out: Annotated[Path, typer.Argument(help="Directory to make.")],
     template: Annotated[
-        Path, typer.Option(help="JSON file: instruction, passage, final, answer_prefix, end, refusal.")
-    ],
+        Path | None,
+        typer.Option(
+            help="JSON file: instruction, passage, final, answer_prefix, end, refusal; default: by the chat template."
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="Name; default: the directory's.")] = "",
     max_context_tokens: Annotated[int | None, typer.Option(help="Longest prompt and answer.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a bundle from a checkpoint of your own. Nothing is trained: verify it, then adapt it."""
+    """Make a bundle from a model of your own. Nothing is trained: verify it, then adapt it.
+
+    A checkpoint is copied. A GGUF file stays where it is; it is converted once per machine, into BLOCKRAG_CACHE or the
+    user's cache directory.
+    """
     from blockrag.modeling.bundle_writing import create_bundle
-    from blockrag.modeling.template import PromptTemplate
+    from blockrag.modeling.chat_template import read_template
 
     with console.errors_to_exit():
-        try:
-            values = json.loads(template.read_text(encoding="utf-8"))
-            texts = PromptTemplate(**values)
-        except (OSError, ValueError, TypeError) as error:
-            keys = ", ".join(field.name for field in fields(PromptTemplate))
-            raise BundleError(f"template {template}: {error}; it must be a JSON object of {keys}") from error
+        texts = read_template(template) if template is not None else None
         bundle = create_bundle(model, out, texts, name=name or out.name, max_context_tokens=max_context_tokens)
         if as_json:
             console.print_json({"path": bundle.path, "fingerprint": bundle.fingerprint})
@@ -119,6 +121,9 @@ def show(path: BundleArgument = None, as_json: JsonOption = False) -> None:
             "max_context_tokens": bundle.max_context_tokens,
             "passage_tokens": bundle.passage_tokens,
             "chunk_tokens": bundle.chunk_tokens,
+            "base": bundle.base.to_dict() if bundle.base is not None else None,
+            "adapter": bundle.adapter.to_dict() if bundle.adapter is not None else None,
+            "token_rows": dict(bundle.token_rows) if bundle.token_rows is not None else None,
             "template": bundle.template.to_dict(),
             "quality": dict(bundle.quality),
             "training": dict(bundle.training),

@@ -18,6 +18,7 @@ from blockrag.errors import EnvironmentSetupError, NotFoundError, UnavailableErr
 from blockrag.local.ports import serve_port_environment
 from blockrag.local.preflight import check_machine
 from blockrag.local.state import SystemState, read_state
+from blockrag.modeling.cache import CACHE_VARIABLE
 from blockrag.settings import ENVIRONMENT_PREFIX, Settings
 
 SERVICE_ENVIRONMENT = {
@@ -143,7 +144,11 @@ def _supervisor_environment(settings: Settings) -> dict[str, str]:
     scratch.mkdir(parents=True, exist_ok=True)
     environment = {
         # The settings file has the variables' values already, or what the starting program put in their place.
-        **{name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)},
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if name == CACHE_VARIABLE or not name.startswith(ENVIRONMENT_PREFIX)
+        },
         **ray_token_environment(settings),
         **serve_port_environment(),
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if settings.cluster.ha_proxy else "0",

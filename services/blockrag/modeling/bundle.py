@@ -3,9 +3,12 @@
 ::
 
     manifest.json           format, name, version, template, sizes, SHA-256 of every file, quality, training;
-                            optionally pear, the coefficients that are folded into the weights whenever they are
+                            optionally base, adapter and token_rows, weights that are elsewhere and what was learnt on
+                            top of them, pear, the coefficients that are folded into the weights whenever they are
                             loaded, and refrag, what chunks are compressed with
-    decoder/                a Hugging Face checkpoint with its tokenizer
+    decoder/                a Hugging Face checkpoint with its tokenizer; with base, all of it but the weights
+    adapter/                with adapter: a LoRA adapter in PEFT's format
+    token_rows.safetensors  with token_rows: embeddings of tokens that the base does not have
     chunk_encoder/          with refrag: a Hugging Face encoder, which may bring its tokenizer
     projector.safetensors   with refrag: from a chunk embedding to an input embedding of the decoder
     policy-NAME.safetensors with refrag: policies that choose the chunks to expand
@@ -14,23 +17,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
+from blockrag.modeling.adapter import (
+    ADAPTER_DIR,
+    ADAPTER_FILES,
+    TOKEN_ROWS_FILE,
+    AdapterConfig,
+    check_adapter,
+    read_token_rows,
+)
+from blockrag.modeling.base import Base
+from blockrag.modeling.files import check_listed, file_sha256, hashed, read_json
+from blockrag.modeling.loading import read_tokenizer
 from blockrag.modeling.pear import PearRecord
 from blockrag.modeling.refrag.parts import check_fingerprints, check_parts, is_refrag_file
 from blockrag.modeling.refrag.record import CHUNK_ENCODER_DIR, PROJECTOR_FILE, RefragRecord
 from blockrag.modeling.template import PromptTemplate
+
+__all__ = ["DEFAULT_BUNDLE", "DTYPES", "FORMAT", "Bundle", "file_sha256", "load_bundle"]
 
 FORMAT = 1
 DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "reader"
@@ -50,7 +63,7 @@ _KEYS: dict[str, type] = {
     "quality": dict,
     "training": dict,
 }
-_OPTIONAL_KEYS: dict[str, type] = {"pear": dict, "refrag": dict}
+_OPTIONAL_KEYS: dict[str, type] = {"base": dict, "adapter": dict, "token_rows": dict, "pear": dict, "refrag": dict}
 _REQUIRED_FILES = ("decoder/config.json", "decoder/tokenizer.json")
 
 
@@ -76,6 +89,12 @@ class Bundle:
     kv_dtype: str = "float32"
     quality: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    base: Base | None = None
+    """Where the weights are, when the bundle does not hold them."""
+    adapter: AdapterConfig | None = None
+    """What ``load_stock_model`` merges into the base's weights."""
+    token_rows: Mapping[str, int] | None = None
+    """First id and number of the tokens that are added to the base's."""
     pear: PearRecord | None = None
     """Coefficients of heads; ``load_stock_model`` folds them into the weights."""
     refrag: RefragRecord | None = None
@@ -83,8 +102,30 @@ class Bundle:
 
     @property
     def decoder_dir(self) -> Path:
-        """Directory of the Hugging Face checkpoint."""
+        """Directory of the Hugging Face checkpoint: configuration and tokenizer, and the weights without ``base``."""
         return self.path / "decoder"
+
+    @property
+    def adapter_dir(self) -> Path:
+        """Directory of the adapter, when ``adapter`` is there."""
+        return self.path / ADAPTER_DIR
+
+    @property
+    def decoder_files(self) -> tuple[str, ...]:
+        """Names of the files that make the decoder, but for ``base``, by name."""
+        return tuple(name for name in sorted(self.files) if is_decoder_file(name))
+
+    @property
+    def on_top_files(self) -> tuple[str, ...]:
+        """The names among them of what was learnt on top of ``base``."""
+        return tuple(name for name in self.decoder_files if not name.startswith("decoder/"))
+
+    def weights_dir(self) -> Path:
+        """Directory of the checkpoint that holds the weights before anything is merged into them.
+
+        A base that is a GGUF file is converted by the first who asks. Raises BundleError.
+        """
+        return self.decoder_dir if self.base is None else self.base.checkpoint(self.path)
 
     @property
     def chunk_encoder_dir(self) -> Path:
@@ -110,12 +151,12 @@ class Bundle:
 
         Not over the bundle's place, name, quality, model card or what it compresses chunks with.
         """
-        return _hashed({**self._decoder_content(), "compute_dtype": self.compute_dtype, "kv_dtype": self.kv_dtype})
+        return hashed({**self._decoder_content(), "compute_dtype": self.compute_dtype, "kv_dtype": self.kv_dtype})
 
     @property
     def decoder_fingerprint(self) -> str:
         """40 hex digits over the decoder's files, its coefficients and the template: what was trained, in any dtype."""
-        return _hashed(self._decoder_content())
+        return hashed(self._decoder_content())
 
     @property
     def compression_fingerprint(self) -> str:
@@ -123,7 +164,7 @@ class Bundle:
 
         Raises BundleError when the bundle has no chunk compression.
         """
-        return _hashed({"fingerprint": self.fingerprint, **self._compression_content()})
+        return hashed({"fingerprint": self.fingerprint, **self._compression_content()})
 
     @property
     def policy_basis(self) -> str:
@@ -131,14 +172,18 @@ class Bundle:
 
         Raises BundleError when the bundle has no chunk compression.
         """
-        return _hashed({"decoder": self.decoder_fingerprint, **self._compression_content()})
+        return hashed({"decoder": self.decoder_fingerprint, **self._compression_content()})
 
     def _decoder_content(self) -> dict[str, Any]:
         content: dict[str, Any] = {
             "format": FORMAT,
-            "files": {name: self.files[name] for name in sorted(self.files) if name.startswith("decoder/")},
+            "files": {name: self.files[name] for name in self.decoder_files},
             "template": self.template.to_dict(),
         }
+        if self.base is not None:
+            content["base"] = self.base.content
+        if self.token_rows is not None:
+            content["token_rows"] = dict(self.token_rows)
         if self.pear is not None:
             content["pear"] = sorted((head.layer, head.head, float(head.tau)) for head in self.pear.heads)
         return content
@@ -155,15 +200,14 @@ class Bundle:
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """The bundle's tokenizer. Raises BundleError when it does not fit the decoder or the template."""
-        try:
-            # tokenizer.json as it stands; a class chosen by the model's type may add tokens of its own
-            tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-                self.decoder_dir, local_files_only=True
-            )
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise BundleError(f"{self.decoder_dir}: the tokenizer does not load: {error}") from error
+        tokenizer = read_tokenizer(self.decoder_dir)
         _check_tokenizer(tokenizer, self.template, self.vocab_size, self.decoder_dir)
         return tokenizer
+
+
+def is_decoder_file(name: str) -> bool:
+    """Whether a file of a bundle belongs to its decoder."""
+    return name.startswith(("decoder/", f"{ADAPTER_DIR}/")) or name == TOKEN_ROWS_FILE
 
 
 def load_bundle(
@@ -175,9 +219,9 @@ def load_bundle(
 ) -> Bundle:
     """Check the directory ``path``.
 
-    ``verify_files`` reads every file to compare its SHA-256; without it only presence and the lengths that
-    safetensors headers promise are checked. The dtypes are what the model will be loaded with: the fingerprint counts
-    them. Raises BundleError naming the file and the problem.
+    ``verify_files`` reads every file, those of ``base`` too, to compare its SHA-256; without it only presence and the
+    lengths that safetensors headers promise are checked. The dtypes are what the model will be loaded with: the
+    fingerprint counts them. Raises BundleError naming the file and the problem.
     """
     root = Path(path).expanduser()
     for dtype in (compute_dtype, kv_dtype):
@@ -185,8 +229,9 @@ def load_bundle(
             raise BundleError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     manifest = _read_manifest(root)
     template = _read_template(root, manifest["template"])
-    files = _check_files(root, manifest["files"], verify_files=verify_files)
-    config = _read_json(root / "decoder" / "config.json")
+    files = _check_files(root, manifest, verify_files=verify_files)
+    base, adapter, token_rows = _read_base(root, manifest, verify_files)
+    config = read_json(root / "decoder" / "config.json")
     vocab_size = config.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size <= 0:
         raise BundleError(f"{root / 'decoder' / 'config.json'}: no vocab_size")
@@ -204,6 +249,9 @@ def load_bundle(
         kv_dtype=kv_dtype,
         quality=manifest["quality"],
         training=manifest["training"],
+        base=base,
+        adapter=adapter,
+        token_rows=token_rows,
         pear=PearRecord.from_dict(manifest["pear"], str(root / "manifest.json")) if "pear" in manifest else None,
         refrag=_read_refrag(root, manifest, files, config, verify_files) if "refrag" in manifest else None,
     )
@@ -212,29 +260,11 @@ def load_bundle(
     return bundle
 
 
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BundleError(f"{path}: missing") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path}: {error}") from error
-    if not isinstance(loaded, dict):
-        raise BundleError(f"{path}: must hold a JSON object")
-    return loaded
-
-
 def _read_manifest(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise BundleError(f"{root}: no such directory")
     path = root / "manifest.json"
-    manifest = _read_json(path)
+    manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise BundleError(f"{path}: format {manifest.get('format')!r} is unknown; this version reads {FORMAT}")
     unknown = sorted(set(manifest) - set(_KEYS) - set(_OPTIONAL_KEYS))
@@ -285,48 +315,43 @@ def _read_refrag(
     return record
 
 
-def _hashed(content: Mapping[str, Any]) -> str:
-    encoded = json.dumps(content, sort_keys=True, ensure_ascii=True).encode()
-    return hashlib.blake2b(encoded, digest_size=20, person=b"blockrag-bundle").hexdigest()
-
-
-def _check_files(root: Path, listed: dict[str, Any], *, verify_files: bool) -> dict[str, str]:
-    for name in _REQUIRED_FILES:
+def _check_files(root: Path, manifest: Mapping[str, Any], *, verify_files: bool) -> dict[str, str]:
+    where, listed = root / "manifest.json", manifest["files"]
+    needed = [
+        *_REQUIRED_FILES,
+        *(ADAPTER_FILES if "adapter" in manifest else ()),
+        *((TOKEN_ROWS_FILE,) if "token_rows" in manifest else ()),
+    ]
+    for name in needed:
         if name not in listed:
-            raise BundleError(f"{root / 'manifest.json'}: files lacks {name}")
-    if not any(name.endswith(".safetensors") for name in listed):
-        raise BundleError(f"{root / 'manifest.json'}: files lacks weights (*.safetensors)")
-    for name, digest in listed.items():
-        place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts:
-            raise BundleError(f"{root / 'manifest.json'}: file {name!r} is outside the bundle")
-        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise BundleError(f"{root / 'manifest.json'}: file {name!r} has no SHA-256")
-        path = root / place
-        if not path.is_file():
-            raise BundleError(f"{path}: missing")
-        if name.endswith(".safetensors"):
-            _check_safetensors(path)
-        if verify_files and file_sha256(path) != digest:
-            raise BundleError(f"{path}: content differs from the manifest (SHA-256)")
-    return dict(listed)
+            raise BundleError(f"{where}: files lacks {name}")
+    weights = [name for name in listed if name.startswith("decoder/") and name.endswith(".safetensors")]
+    if "base" not in manifest:
+        for key in ("adapter", "token_rows"):
+            if key in manifest:
+                raise BundleError(f"{where}: {key} without the base that it was made for")
+        if not weights:
+            raise BundleError(f"{where}: files lacks weights (*.safetensors)")
+    elif weights:
+        raise BundleError(f"{where}: both a base and weights of its own: {', '.join(weights)}")
+    return check_listed(root, listed, where, verify_files=verify_files)
 
 
-def _check_safetensors(path: Path) -> None:
-    """The header says how long the file must be; see the safetensors format."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as source:
-            (length,) = struct.unpack("<Q", source.read(8))
-            if length > size:
-                raise BundleError(f"{path}: truncated: {size} bytes, header of {length}")
-            header = json.loads(source.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BundleError(f"{path}: no safetensors header: {error}") from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise BundleError(f"{path}: truncated: {size} bytes where its header promises {expected}")
+def _read_base(
+    root: Path, manifest: Mapping[str, Any], verify_files: bool
+) -> tuple[Base | None, AdapterConfig | None, dict[str, int] | None]:
+    if "base" not in manifest:
+        return None, None, None
+    base = Base.from_dict(manifest["base"], root / "manifest.json")
+    base.check(root, verify_files=verify_files)
+    adapter = rows = None
+    if "adapter" in manifest:
+        adapter = AdapterConfig.from_dict(manifest["adapter"], root / "manifest.json")
+        check_adapter(root, adapter, base, read_weights=verify_files)
+    if "token_rows" in manifest:
+        read_token_rows(root, manifest["token_rows"])
+        rows = dict(manifest["token_rows"])
+    return base, adapter, rows
 
 
 def _check_tokenizer(

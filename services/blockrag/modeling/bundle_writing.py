@@ -14,16 +14,26 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockrag.errors import BundleError
+from blockrag.modeling.adapter import (
+    ADAPTER_DIR,
+    TOKEN_ROWS_FILE,
+    Adapter,
+    TokenRows,
+    write_adapter,
+    write_token_rows,
+)
+from blockrag.modeling.base import Base, is_base, open_base
 from blockrag.modeling.bundle import FORMAT, Bundle, file_sha256, load_bundle
+from blockrag.modeling.chat_template import default_template
+from blockrag.modeling.loading import read_tokenizer
 from blockrag.modeling.pear import PearRecord
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.modeling.template import PromptTemplate
 
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _COPIED = (
     "config.json",
     "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -35,10 +45,13 @@ _COPIED = (
 
 
 def create_bundle(
-    model_dir: str | Path,
+    model: str | Path,
     out: str | Path,
-    template: PromptTemplate,
+    template: PromptTemplate | None = None,
     *,
+    base: Base | None = None,
+    adapter: Adapter | None = None,
+    token_rows: TokenRows | None = None,
     name: str = "",
     version: str = "1",
     chunk_tokens: int = 16,
@@ -48,35 +61,72 @@ def create_bundle(
     training: Mapping[str, Any] | None = None,
     model_card: str = "",
 ) -> Bundle:
-    """Copy the checkpoint ``model_dir`` (safetensors, fast tokenizer) to a new bundle ``out`` and check it.
+    """Make a new bundle ``out`` from a checkpoint and check it.
 
-    ``max_context_tokens`` defaults to the model's positions. The directory appears whole or not at all. Raises
-    BundleError when ``out`` exists or the checkpoint is incomplete, UnsupportedModelError when the model cannot be
-    driven over slots.
+    ``model`` is a Hugging Face directory (safetensors, fast tokenizer), which is copied, or a GGUF file or package
+    (see ``open_base``), which becomes the bundle's base. ``base`` says instead where the weights of a directory are,
+    which then needs none, and ``adapter`` and ``token_rows`` what was learnt on top of them. ``template`` defaults to
+    one by the tokenizer, ``max_context_tokens`` to the model's positions. The directory appears whole or not at all.
+    Raises BundleError when ``out`` exists or the checkpoint is incomplete, UnsupportedModelError when the model cannot
+    be driven over slots.
     """
-    source, target = Path(model_dir).expanduser(), Path(out).expanduser()
+    target = Path(out).expanduser()
+    if target.exists():  # before a GGUF file is converted
+        raise BundleError(f"{target}: exists already")
+    if is_base(model):
+        base = open_base(model, target)
+        source, label = base.checkpoint(target), base.label
+    else:
+        source = Path(model).expanduser()
+        label = source.resolve().name
+    if base is None and (adapter is not None or token_rows is not None):
+        raise ValueError("an adapter or added tokens need a base")
     facts = _inspect(source)
     if max_context_tokens is not None and max_context_tokens > facts.max_positions:
         raise BundleError(f"{source}: {max_context_tokens} context tokens, where the model has {facts.max_positions}")
     with staged(target) as staging:
-        _copy_checkpoint(source, staging / "decoder")
+        _copy_checkpoint(source, staging / "decoder", weights=base is None)
         if model_card:
             (staging / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
+        on_top = _write_on_top(staging, base, adapter, token_rows)
+        template = template or default_template(read_tokenizer(source))
         manifest = {
             "format": FORMAT,
-            "name": name or source.resolve().name,
+            "name": name or label,
             "version": version,
+            **on_top,
             "template": template.to_dict(),
             "chunk_tokens": chunk_tokens,
             "passage_tokens": passage_tokens,
             "max_context_tokens": max_context_tokens or facts.max_positions,
-            "files": digests(staging, "decoder"),
+            "files": digests(staging, "decoder", *_on_top_files(on_top)),
             "quality": dict(quality or {}),
             "training": dict(training or {}),
         }
         write_manifest(staging, manifest)
         load_bundle(staging, verify_files=False).load_tokenizer()
     return load_bundle(target, verify_files=False)
+
+
+def _write_on_top(
+    staging: Path, base: Base | None, adapter: Adapter | None, token_rows: TokenRows | None
+) -> dict[str, Any]:
+    """Write what was learnt on top of ``base``; gives the manifest's keys for it."""
+    keys: dict[str, Any] = {}
+    if base is not None:
+        keys["base"] = base.to_dict()
+        if adapter is not None:
+            write_adapter(staging / ADAPTER_DIR, adapter.tensors, adapter.config, base.identity, adapter.dtype)
+            keys["adapter"] = adapter.config.to_dict()
+        if token_rows is not None:
+            write_token_rows(staging, token_rows)
+            keys["token_rows"] = {"first": token_rows.first, "count": len(token_rows.embedding)}
+    return keys
+
+
+def _on_top_files(keys: Mapping[str, Any]) -> list[str]:
+    names = {"adapter": ADAPTER_DIR, "token_rows": TOKEN_ROWS_FILE}
+    return [name for key, name in names.items() if key in keys]
 
 
 @contextmanager
@@ -148,6 +198,8 @@ def write_pear(bundle: Bundle, record: PearRecord, out: str | Path | None) -> Bu
         _replace(card, described)
         return load_bundle(bundle.path, verify_files=False, **options)
     target = Path(out).expanduser()
+    if bundle.base is not None:
+        manifest["base"] = bundle.base.moved(bundle.path, target).to_dict()
     with staged(target) as staging:
         copy_files(bundle, staging, bundle.files)
         write_manifest(staging, manifest)
@@ -192,11 +244,12 @@ def _inspect(source: Path) -> ModelFacts:
     return inspect_model(model)
 
 
-def _copy_checkpoint(source: Path, decoder: Path) -> None:
+def _copy_checkpoint(source: Path, decoder: Path, *, weights: bool) -> None:
     decoder.mkdir()
-    for pattern in _COPIED:
+    for pattern in (*_COPIED, *(_WEIGHTS if weights else ())):
         for path in sorted(source.glob(pattern)):
             shutil.copyfile(path, decoder / path.name)
-    for pattern, what in (("*.safetensors", "weights in safetensors"), ("tokenizer.json", "a fast tokenizer")):
+    needed = (("*.safetensors", "weights in safetensors"),) if weights else ()
+    for pattern, what in (*needed, ("tokenizer.json", "a fast tokenizer")):
         if not any(decoder.glob(pattern)):
             raise BundleError(f"{source}: lacks {what} ({pattern})")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from blockrag.errors import BundleError
@@ -48,3 +49,17 @@ def check_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         if not bool(torch.isfinite(tensor).all()):
             raise BundleError(f"{where}: NaN or infinity in {name}")
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint, by its ``tokenizer.json`` as it stands. Raises BundleError.
+
+    A class chosen by the model's type may add tokens of its own.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise BundleError(f"{folder}: lacks a fast tokenizer (tokenizer.json)")
+    try:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise BundleError(f"{folder}: the tokenizer does not load: {error}") from error
+    return tokenizer

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from blockrag.errors import BundleError, DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
+from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from blockrag.modeling.attention import ATTENTION_NAME, Capture, RaggedBatch, Segment
 from blockrag.modeling.bundle import DTYPES, Bundle
-from blockrag.modeling.loading import check_finite, check_missing, no_progress_bar
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
-from blockrag.modeling.pear import fold
 from blockrag.modeling.rotary import IdentityRotary, RotaryTable
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots
+from blockrag.modeling.stock import load_stock_model
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.types import BlockKV
+
+__all__ = ["SlotModel", "load_stock_model"]
 
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
@@ -295,32 +295,6 @@ class SlotModel:
 
 
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.bfloat16: np.uint16}
-
-
-def load_stock_model(
-    bundle: Bundle, *, device: str | torch.device = "cpu", compute_dtype: str | None = None
-) -> PreTrainedModel:
-    """The bundle's decoder as transformers loads it, checked for NaN and infinity. Raises BundleError.
-
-    PEAR's coefficients are folded here, and only here, so that whoever serves, verifies or evaluates a bundle has the
-    same weights.
-    """
-    dtype = DTYPES.get(compute_dtype or bundle.compute_dtype)
-    if dtype is None:
-        raise ValueError(f"compute_dtype {compute_dtype!r}: must be one of {', '.join(DTYPES)}")
-    try:
-        with no_progress_bar():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                bundle.decoder_dir, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BundleError(f"{bundle.decoder_dir}: the decoder does not load: {error}") from error
-    check_missing(bundle.decoder_dir, info["missing_keys"])
-    check_finite(bundle.decoder_dir, model.named_parameters())
-    if bundle.pear is not None:
-        fold(model, bundle.pear.heads)
-    loaded: PreTrainedModel = model.train(False).to(device)
-    return loaded
 
 
 def _segments(items: Sequence[tuple[SequenceState | None, int]]) -> tuple[Segment, ...]:

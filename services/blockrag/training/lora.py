@@ -8,7 +8,7 @@ A and B are the same as those of the two small products.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockrag.errors import SetupError
+from blockrag.modeling.adapter import Adapter, AdapterConfig
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a decoder layer that get an adapter: all of them."""
@@ -67,25 +68,52 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(
-    model: nn.Module, rank: int, *, alpha: float | None = None, seed: int = 0, targets: Sequence[str] = TARGET_MODULES
+    model: nn.Module,
+    rank: int,
+    *,
+    seed: int = 0,
+    targets: Sequence[str] = TARGET_MODULES,
+    start: Adapter | None = None,
 ) -> None:
-    """Freeze ``model`` and give every linear layer named in ``targets`` an adapter; ``alpha`` defaults to ``rank``.
+    """Freeze ``model`` and give every linear layer named in ``targets`` an adapter, scaled by 1.
 
-    Raises SetupError where there is none to adapt.
+    ``start`` is an adapter to go on from; its targets and its scale hold then. Raises SetupError where there is no
+    layer to adapt or ``start`` has another rank or other layers.
     """
     model.requires_grad_(False)
+    targets = start.config.target_modules if start is not None else targets
     found = [
-        (parent, name, layer)
-        for parent in model.modules()
+        (f"{where}.{name}" if where else name, parent, name, layer)
+        for where, parent in model.named_modules()
         for name, layer in parent.named_children()
         if name in targets and isinstance(layer, nn.Linear)
     ]
     if not found:
         raise SetupError(f"no linear layer is called {' or '.join(targets)}: nothing to adapt")
+    if start is not None and start.config.rank != rank:
+        raise SetupError(f"the bundle's adapter has rank {start.config.rank}, not {rank}: go on with that rank")
+    if start is not None and start.tensors.keys() != {name for name, *_ in found}:
+        raise SetupError("the bundle's adapter is of other layers than the model has")
+    scale = start.config.alpha / rank if start is not None else 1.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for parent, name, layer in found:
-            setattr(parent, name, LoraLinear(layer, rank, (alpha or rank) / rank))
+        for where, parent, name, layer in found:
+            adapted = LoraLinear(layer, rank, scale)
+            if start is not None:
+                for parameter, values in zip((adapted.lora_A, adapted.lora_B), start.tensors[where], strict=True):
+                    parameter.data.copy_(values)
+            setattr(parent, name, adapted)
+
+
+def trained_adapter(weights: Mapping[str, Tensor], rank: int, start: Adapter | None = None) -> Adapter:
+    """The adapter in a whole state dict of a model that ``add_lora`` changed."""
+    ends = ".lora_A"
+    names = [name.removesuffix(ends) for name in weights if name.endswith(ends)]
+    config = AdapterConfig(rank, float(rank), tuple(sorted({name.rpartition(".")[2] for name in names})))
+    return Adapter(
+        start.config if start is not None else config,
+        {name: (weights[f"{name}.lora_A"], weights[f"{name}.lora_B"]) for name in names},
+    )
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

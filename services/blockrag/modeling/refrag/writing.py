@@ -60,10 +60,10 @@ def write_refrag(
 ) -> Bundle:
     """A copy of ``bundle`` at ``out`` with these parts; what is None is taken from ``bundle``.
 
-    ``decoder`` is a whole state dict, written in the checkpoint's own type; it is taken to hold the bundle's
-    coefficients of heads already, as ``load_stock_model`` gives it, so the new manifest has none, and its quality is
-    emptied unless ``quality`` is given. ``policies`` replaces all: {} writes none, and None keeps those of ``bundle``,
-    which must have been trained with the parts that are written. ``training`` has the stages in order.
+    ``decoder`` is a whole state dict, written in the checkpoint's own type; it is taken to hold the bundle's base,
+    adapter and coefficients of heads already, as ``load_stock_model`` gives it, so the new manifest has none, and its
+    quality is emptied unless ``quality`` is given. ``policies`` replaces all: {} writes none, and None keeps those of
+    ``bundle``, which must have been trained with the parts that are written. ``training`` has the stages in order.
     ``encoder_dtype`` is the type that ``encoder`` is kept in, "float32" or "bfloat16"; it computes in float32.
 
     The directory appears whole or not at all. Raises BundleError when ``out`` exists, when parts do not fit each
@@ -87,8 +87,11 @@ def write_refrag(
             copy_files(bundle, staging, [PROJECTOR_FILE])
         manifest = json.loads((bundle.path / "manifest.json").read_text(encoding="utf-8"))
         manifest.pop("refrag", None)
+        if bundle.base is not None:
+            manifest["base"] = bundle.base.moved(bundle.path, target).to_dict()
         if decoder is not None:
-            manifest.pop("pear", None)
+            for key in ("pear", "base", "adapter", "token_rows"):  # all of them are in the weights given
+                manifest.pop(key, None)
             manifest["quality"] = {}
         if quality is not None:
             manifest["quality"] = dict(quality)
@@ -96,7 +99,11 @@ def write_refrag(
             chunk_tokens=k,
             name=name or bundle.name,
             version=version or bundle.version,
-            files=digests(staging, "decoder", CHUNK_ENCODER_DIR, PROJECTOR_FILE),
+            files=digests(
+                staging,
+                *("decoder", *(() if decoder is not None else bundle.on_top_files)),
+                *(CHUNK_ENCODER_DIR, PROJECTOR_FILE),
+            ),
         )
         write_manifest(staging, manifest)
         plain = load_bundle(staging, verify_files=False)
@@ -125,9 +132,9 @@ def _known(record: RefragRecord | None) -> RefragRecord:
 
 
 def _write_decoder(bundle: Bundle, staging: Path, weights: Mapping[str, Tensor] | None) -> None:
-    names = [name for name in bundle.files if name.startswith("decoder/")]
+    names = [name for name in bundle.decoder_files if name.startswith("decoder/")]
     if weights is None:
-        copy_files(bundle, staging, names)
+        copy_files(bundle, staging, bundle.decoder_files)
         return
     check_finite(bundle.decoder_dir, weights.items())
     config = AutoConfig.from_pretrained(bundle.decoder_dir, local_files_only=True)

@@ -28,6 +28,7 @@ from blockrag.training.adaptation.trainer import BlockTrainer
 from blockrag.training.adaptation.workers import OneWorker, Workers
 from blockrag.training.adaptation.writing import write_bundle
 from blockrag.training.allocator import keep_freed_memory
+from blockrag.training.lora import trained_adapter
 from blockrag.training.optimizer import learning_rate_factor
 
 _SPEED_STEPS = 20
@@ -111,7 +112,9 @@ class _Adaptation:
         self._on_progress = on_progress
         if workers.device.type == "cpu":
             keep_freed_memory()
-        model, self._tokenizer, token_ids = load_for_training(prepared.source, config)
+        model, self._tokenizer, token_ids = load_for_training(
+            prepared.source, config, with_adapter=not config.lora_rank
+        )
         limits = SampleLimits(
             min_passages=config.min_passages,
             max_passages=config.max_passages,
@@ -125,7 +128,7 @@ class _Adaptation:
         if prepared.dev:
             dev = SampleSource(prepared.dev, self._tokenizer, template, limits, f"{config.seed}/dev")
             self._dev = [dev.sample(number) for number in range(min(config.dev_rows, len(prepared.dev)))]
-        self._trainer = BlockTrainer(model, token_ids, config, workers)
+        self._trainer = BlockTrainer(model, token_ids, config, workers, prepared.source.adapter)
         self._log: MetricsLog | None = None
         self._reported: set[str] = set()
 
@@ -240,7 +243,9 @@ class _Adaptation:
                 "dev_scores": {name: asdict(found) for name, found in scores.items()},
                 "rows_too_long": len({place for record in self._run.records() for place in record.get("too_long", ())}),
             }
-            write_bundle(weights, self._tokenizer, self._source, self._config, training, scores)
+            rank = self._config.lora_rank
+            adapter = trained_adapter(weights, rank, self._source.adapter) if rank else None
+            write_bundle(weights, self._tokenizer, self._source, self._config, training, scores, adapter)
             self._run.drop_checkpoints()
         self._workers.barrier()
         return self._config.out

@@ -1,4 +1,4 @@
-"""The checkpoint or bundle that an adaptation starts from."""
+"""The checkpoint, GGUF file, package or bundle that an adaptation starts from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
+from blockrag.modeling.adapter import Adapter, read_adapter
+from blockrag.modeling.base import PACKAGE_PREFIX, Base, is_base, open_base
 from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
+from blockrag.modeling.chat_template import default_template, read_template
+from blockrag.modeling.files import hashed
+from blockrag.modeling.loading import read_tokenizer
 from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.support import inspect_model
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.config import BlockAdaptConfig
-from blockrag.training.adaptation.templates import default_template, read_template
 from blockrag.training.adaptation.tokens import add_block_tokens, with_block_tokens
 
 PASSAGE_TOKENS = 128
@@ -28,7 +32,8 @@ class Source:
     """What is adapted, checked; no weights are loaded yet."""
 
     checkpoint: Path
-    """Directory of the Hugging Face checkpoint."""
+    """Directory of the Hugging Face checkpoint: configuration and tokenizer, and the weights but for a bundle with a
+    base (``Bundle.weights_dir``)."""
     bundle: Bundle | None
     """The bundle it lies in, if it does."""
     template: PromptTemplate
@@ -39,11 +44,17 @@ class Source:
     max_positions: int
     dtype: torch.dtype
     """The checkpoint's own; the adapted one is written in it."""
+    base: Base | None = None
+    """The GGUF file or package that it is, or the bundle's base; paths as the bundle to be made has them."""
+    adapter: Adapter | None = None
+    """What the bundle has learnt on top of its base, to go on from."""
 
     def fingerprint(self) -> str:
         """40 hex digits over the checkpoint's files. Reads all weights."""
         if self.bundle is not None:
             return self.bundle.fingerprint
+        if self.base is not None:
+            return hashed({"base": self.base.content})
         digest = hashlib.blake2b(digest_size=20, person=b"blockrag-source")
         for path in sorted(self.checkpoint.iterdir()):
             if path.suffix in (".safetensors", ".json"):
@@ -52,34 +63,43 @@ class Source:
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """The checkpoint's tokenizer as bundles read it, without the link and sink tokens. Raises BundleError."""
-        return _tokenizer(self.checkpoint)
+        return read_tokenizer(self.checkpoint)
 
 
 def open_source(config: BlockAdaptConfig) -> Source:
     """Check what ``config.model`` names.
 
-    Raises BundleError for something that is no checkpoint, UnsupportedModelError for an architecture that cannot be
-    driven over slots.
+    That is a directory, a bundle, a ``.gguf`` file or ``package:NAME``; the last two are converted now, unless they
+    were. Raises BundleError for something that is none of them, UnsupportedModelError for an architecture that cannot
+    be driven over slots.
     """
-    root = config.model.expanduser()
-    if not root.is_dir():
-        raise BundleError(f"{root}: no such model directory")
-    bundle = load_bundle(root, verify_files=False) if (root / "manifest.json").is_file() else None
-    checkpoint = bundle.decoder_dir if bundle else root
+    bundle = base = None
+    if is_base(_model(config)):
+        base = open_base(_model(config), config.out)
+        checkpoint = weights = base.checkpoint(config.out)
+    else:
+        root = config.model.expanduser()
+        if not root.is_dir():
+            raise BundleError(f"{root}: no such model directory")
+        bundle = load_bundle(root, verify_files=False) if (root / "manifest.json").is_file() else None
+        checkpoint = bundle.decoder_dir if bundle else root
+        weights = bundle.weights_dir() if bundle else root
+        base = bundle.base.moved(bundle.path, config.out) if bundle and bundle.base else None
     try:
         architecture = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
         with torch.device("meta"):
             facts = inspect_model(AutoModelForCausalLM.from_config(architecture))
     except (OSError, ValueError, KeyError) as error:
         raise BundleError(f"{checkpoint}: no causal language model in the Hugging Face format: {error}") from error
-    if not any(checkpoint.glob("*.safetensors")):
-        raise BundleError(f"{checkpoint}: lacks weights in safetensors (*.safetensors)")
+    if not any(weights.glob("*.safetensors")):
+        raise BundleError(f"{weights}: lacks weights in safetensors (*.safetensors)")
     if config.template_file is not None:
         template = read_template(config.template_file)
     else:
-        template = bundle.template if bundle else default_template(_tokenizer(checkpoint))
+        template = bundle.template if bundle else default_template(read_tokenizer(checkpoint))
     limits = [facts.max_positions, *([bundle.max_context_tokens] if bundle else [])]
     dtype = architecture.dtype or torch.float32
+    adapter = read_adapter(bundle.adapter_dir) if bundle and bundle.adapter else None
     return Source(
         checkpoint=checkpoint,
         bundle=bundle,
@@ -88,19 +108,22 @@ def open_source(config: BlockAdaptConfig) -> Source:
         chunk_tokens=bundle.chunk_tokens if bundle else CHUNK_TOKENS,
         max_positions=min(limits),
         dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype)),
+        base=base,
+        adapter=adapter,
     )
 
 
 def load_for_training(
-    source: Source, config: BlockAdaptConfig
+    source: Source, config: BlockAdaptConfig, *, with_adapter: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[int]]:
     """The model in float32 on the CPU, its tokenizer, and the ids of the link and sink tokens added to both.
 
-    Coefficients that a bundle records for its heads are folded into the weights. Raises BundleError when the weights
-    do not load.
+    A bundle's adapter is merged and coefficients that it records for its heads are folded into the weights.
+    ``with_adapter`` False leaves the adapter out, for who goes on from ``source.adapter``. Raises BundleError when the
+    weights do not load.
     """
     if source.bundle is not None:
-        model = load_stock_model(source.bundle, compute_dtype="float32")
+        model = load_stock_model(source.bundle, compute_dtype="float32", with_adapter=with_adapter)
     else:
         model = _load(source.checkpoint)
     model.config.dtype = source.dtype
@@ -124,14 +147,9 @@ def _load(checkpoint: Path) -> PreTrainedModel:
     return loaded
 
 
-def _tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
-    if not (checkpoint / "tokenizer.json").is_file():
-        raise BundleError(f"{checkpoint}: lacks a fast tokenizer (tokenizer.json)")
-    try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(checkpoint, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise BundleError(f"{checkpoint}: the tokenizer does not load: {error}") from error
-    return tokenizer
+def _model(config: BlockAdaptConfig) -> str | Path:
+    """A path that a caller made absolute still means a package when it was given as one."""
+    return config.model.name if config.model.name.startswith(PACKAGE_PREFIX) else config.model
 
 
 def _check_template(template: PromptTemplate, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blockrag.modeling.adapter import Adapter
 from blockrag.training.adaptation.batch import Batch, Prompts, make_batch
 from blockrag.training.adaptation.config import BlockAdaptConfig
 from blockrag.training.adaptation.masks import Mask, TrainingAttention
@@ -44,9 +45,15 @@ class BlockTrainer:
     """
 
     def __init__(
-        self, model: PreTrainedModel, token_ids: Sequence[int], config: BlockAdaptConfig, workers: Workers
+        self,
+        model: PreTrainedModel,
+        token_ids: Sequence[int],
+        config: BlockAdaptConfig,
+        workers: Workers,
+        adapter: Adapter | None = None,
     ) -> None:
-        """``token_ids``: the link and sink tokens; the only rows that change when ``config.train`` is "tokens"."""
+        """``token_ids``: the link and sink tokens, the only rows of the embedding that change when an adapter or these
+        tokens alone are trained. ``adapter``: what an adapter goes on from."""
         self.model = model
         self._config = config
         self._workers = workers
@@ -57,15 +64,17 @@ class BlockTrainer:
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if config.lora_rank:
-            add_lora(model, config.lora_rank, seed=config.seed)
-            if workers.size == 1:  # FSDP2 wants a layer's parameters in one type
-                _narrow_frozen(model, self._dtype)
+            add_lora(model, config.lora_rank, seed=config.seed, start=adapter)
+            model.get_input_embeddings().weight.requires_grad_(bool(token_ids))
+            if workers.size == 1 and not token_ids:  # FSDP2 wants a layer's parameters in one type; so do new rows
+                model.to(self._dtype)
+                _widen_trained(model)
         if config.train == "tokens":
             model.requires_grad_(False)
             model.get_input_embeddings().weight.requires_grad_(True)
         model.to(workers.device)
         workers.shard(model, model.model.layers)
-        self._rows = self._trained_rows(token_ids) if config.train == "tokens" else None
+        self._rows = self._trained_rows(token_ids) if config.train == "tokens" or config.lora_rank else None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # no weight decay: it would pull a pretrained model towards zero for reasons that the few steps cannot weigh
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -146,7 +155,8 @@ class BlockTrainer:
 
     def _logits(self, batch: Batch, mask: Mask) -> Tensor:
         """Logits [B, P, V] of the places that predict the batch's targets."""
-        narrow = self._dtype == torch.bfloat16 and self.model.dtype != torch.bfloat16
+        frozen = self.model.model.norm.weight.dtype
+        narrow = self._dtype == torch.bfloat16 and frozen != torch.bfloat16
         with torch.autocast(self._workers.device.type, torch.bfloat16, enabled=narrow):
             output = self.model(
                 input_ids=batch.input_ids,
@@ -207,8 +217,8 @@ def _switch_off_dropout(model: PreTrainedModel) -> None:
             module.attention_dropout = 0.0
 
 
-def _narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """What is not trained is held in the type it is computed in."""
+def _widen_trained(model: nn.Module) -> None:
+    """Small updates would be lost in bfloat16."""
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from blockrag.errors import BundleError
+from blockrag.modeling.adapter import Adapter, TokenRows
+from blockrag.modeling.base import Base, open_base
 from blockrag.modeling.bundle_writing import create_bundle
 from blockrag.training.adaptation.config import BlockAdaptConfig
 from blockrag.training.adaptation.metrics import DevScores
 from blockrag.training.adaptation.source import Source
 
+_BLOCK_TOKEN = re.compile(r"<\|(?:link|sink)_\d+\|>")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -26,15 +33,28 @@ def write_bundle(
     config: BlockAdaptConfig,
     training: Mapping[str, Any],
     scores: Mapping[str, DevScores],
+    adapter: Adapter | None = None,
 ) -> Path:
-    """Write ``weights`` (a whole state dict), in the checkpoint's own type, as the bundle ``config.out``.
+    """Write the bundle ``config.out``. The directory appears whole or not at all.
 
-    ``training`` goes to the manifest; ``scores`` are "before" and "after". The directory appears whole or not at all.
+    Without ``adapter`` it holds ``weights`` (a whole state dict) in the checkpoint's own type. With it, it holds the
+    adapter on the source's base, and of ``weights`` only the rows of link and sink tokens in
+    "model.embed_tokens.weight" (and "lm_head.weight", where that is not tied): nothing else may have been trained, and
+    without such tokens ``weights`` may be empty. The base of a checkpoint directory is that directory. ``training``
+    goes to the manifest; ``scores`` are "before" and "after". Raises BundleError for an adapter on a bundle that
+    holds its weights itself.
     """
     config.out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{config.out.name}-", dir=config.out.parent))
     try:
-        _write_checkpoint(weights, tokenizer, source, staging)
+        parts: dict[str, Any] = {}
+        if adapter is None:
+            _write_checkpoint(weights, tokenizer, source, staging)
+        else:
+            rows = _token_rows(weights, tokenizer, source)
+            cast = {name: (a.to(source.dtype), b.to(source.dtype)) for name, (a, b) in adapter.tensors.items()}
+            parts = {"base": _base(source, config), "adapter": replace(adapter, tensors=cast), "token_rows": rows}
+            _write_small_files(tokenizer, source, staging, rows)
         create_bundle(
             staging,
             config.out,
@@ -45,6 +65,7 @@ def write_bundle(
             max_context_tokens=source.max_positions,
             training=training,
             model_card=model_card(config, training, scores),
+            **parts,
         )
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -58,10 +79,17 @@ def model_card(config: BlockAdaptConfig, training: Mapping[str, Any], scores: Ma
         f"distillation from the full mask with weight {recipe['distillation']}" if recipe["distillation"] else "",
         f"{recipe['link_tokens']} link tokens after each passage" if recipe["link_tokens"] else "",
         f"{recipe['sink_tokens']} sink tokens before each passage" if recipe["sink_tokens"] else "",
+        f"a LoRA adapter of rank {recipe['lora_rank']} on the base" if recipe["lora_rank"] else "",
+        f"up to {recipe['questions']} questions behind one context" if recipe["questions"] > 1 else "",
         "only the embeddings of these tokens were trained" if recipe["train"] == "tokens" else "",
     ]
     chosen = "; ".join(extra for extra in extras if extra)
-    masks = {"both": "the block mask and the full mask", "block": "the block mask alone", "full": "the full mask alone"}
+    masks = {
+        "both": "the block mask and the full mask",
+        "mixed": "the block mask (two of three) or the full mask",
+        "block": "the block mask alone",
+        "full": "the full mask alone",
+    }
     lines = [
         f"# {config.name or config.out.name}",
         "",
@@ -95,13 +123,59 @@ def model_card(config: BlockAdaptConfig, training: Mapping[str, Any], scores: Ma
 def _write_checkpoint(
     weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast, source: Source, folder: Path
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(source.checkpoint, dtype=source.dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(source.checkpoint, local_files_only=True), dtype=source.dtype
+    )
     rows = weights["model.embed_tokens.weight"].shape[0]
     if rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     model.load_state_dict({name: tensor.to(source.dtype) for name, tensor in weights.items()})
     model.save_pretrained(folder)
-    if "<|link_0|>" in source.template.passage or "<|sink_0|>" in source.template.passage:
+    _copy_generation_config(source, folder)
+    _write_tokenizer(tokenizer, source, folder)
+
+
+def _write_small_files(
+    tokenizer: PreTrainedTokenizerFast, source: Source, folder: Path, rows: TokenRows | None
+) -> None:
+    values = json.loads((source.checkpoint / "config.json").read_text(encoding="utf-8"))
+    if rows is not None:
+        values["vocab_size"] = max(values["vocab_size"], rows.first + len(rows.embedding))
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _copy_generation_config(source, folder)
+    _write_tokenizer(tokenizer, source, folder)
+
+
+def _copy_generation_config(source: Source, folder: Path) -> None:
+    if (source.checkpoint / "generation_config.json").is_file():
+        shutil.copyfile(source.checkpoint / "generation_config.json", folder / "generation_config.json")
+
+
+def _base(source: Source, config: BlockAdaptConfig) -> Base:
+    if source.base is not None:
+        return source.base
+    if source.bundle is not None:
+        raise BundleError(f"{source.bundle.path}: holds its weights itself, so an adapter has no base to refer to")
+    return open_base(source.checkpoint, config.out)
+
+
+def _token_rows(weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast, source: Source) -> TokenRows | None:
+    """Rows from the first link or sink token of the template to the last."""
+    ids = [int(tokenizer.convert_tokens_to_ids(text)) for text in _BLOCK_TOKEN.findall(source.template.passage)]
+    if not ids:
+        return None
+    span = slice(min(ids), max(ids) + 1)
+    embedding, head = weights["model.embed_tokens.weight"], weights.get("lm_head.weight")
+    tied = json.loads((source.checkpoint / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings")
+    return TokenRows(
+        first=span.start,
+        embedding=embedding[span].to(source.dtype),
+        head=None if head is None or tied else head[span].to(source.dtype),
+    )
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerFast, source: Source, folder: Path) -> None:
+    if _BLOCK_TOKEN.search(source.template.passage):
         tokenizer.save_pretrained(folder)
     else:  # as it came, byte for byte
         for name in _TOKENIZER_FILES:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from blockrag.errors import BundleError, DataError, SetupError, UnsupportedModelError
+from blockrag.modeling.adapter import read_adapter
 from blockrag.modeling.bundle import Bundle, load_bundle
-from blockrag.modeling.model import SlotModel
+from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.verify import verify_bundle
 from blockrag.training.adaptation.adapt import adapt_block
 from blockrag.training.adaptation.config import BlockAdaptConfig
@@ -210,6 +211,91 @@ def test_rows_that_do_not_fit_are_reported(config: Make, tmp_path: Path) -> None
     assert load_bundle(out).training["rows_too_long"] == 1
 
 
+def adapter_of(bundle: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return dict(read_adapter(bundle / "adapter").tensors)
+
+
+class TestAdapters:
+    """``lora_rank``: the base stays as it is, an adapter is trained and kept beside it."""
+
+    def test_it_is_kept_on_its_base_and_serves(self, config: Make, checkpoint: Path) -> None:
+        progress: list[StepMetrics] = []
+        out = adapt_block(config(lora_rank=4, steps=12, learning_rate=2e-2), on_progress=progress.append)
+
+        bundle = load_bundle(out)
+        assert bundle.base is not None and bundle.adapter is not None and bundle.adapter.rank == 4
+        assert not list((out / "decoder").glob("*.safetensors"))
+        assert all(float(up.abs().max()) > 0 for _, up in adapter_of(out).values())
+        assert verify_bundle(bundle).passed
+        first, last = progress[0].dev, progress[-1].dev
+        assert first is not None and last is not None and last.block_loss < first.block_loss
+        merged, start = load_stock_model(bundle), load_file(checkpoint / "model.safetensors")
+        weight = merged.state_dict()["model.layers.0.self_attn.q_proj.weight"]
+        down, up = adapter_of(out)["model.layers.0.self_attn.q_proj"]
+        torch.testing.assert_close(weight, start["model.layers.0.self_attn.q_proj.weight"] + up @ down)
+        assert "LoRA adapter of rank 4" in (out / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+    def test_training_goes_on_from_one(self, config: Make, tmp_path: Path) -> None:
+        first = adapt_block(config(lora_rank=4))
+        again = adapt_block(config(model=first, lora_rank=4, learning_rate=1e-12, steps=1, out=tmp_path / "again"))
+        before, after = adapter_of(first), adapter_of(again)
+
+        assert before.keys() == after.keys()
+        for name, pair in before.items():
+            for one, other in zip(pair, after[name], strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        with pytest.raises(SetupError, match="has rank 4, not 2"):
+            adapt_block(config(model=first, lora_rank=2, out=tmp_path / "narrow"))
+
+    def test_it_can_be_merged_by_training_all_weights_on(self, config: Make, tmp_path: Path) -> None:
+        first = adapt_block(config(lora_rank=4))
+        whole = adapt_block(config(model=first, learning_rate=1e-12, steps=1, out=tmp_path / "whole"))
+
+        expected = load_stock_model(load_bundle(first)).state_dict()
+        for name, tensor in weights(whole).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+
+    def test_with_link_tokens_their_rows_are_trained_too(self, config: Make, checkpoint: Path) -> None:
+        out = adapt_block(config(lora_rank=4, link_tokens=2))
+
+        bundle = load_bundle(out)
+        assert verify_bundle(bundle).passed
+        rows = load_file(out / "token_rows.safetensors")["embedding"]
+        start = load_file(checkpoint / "model.safetensors")["model.embed_tokens.weight"]
+        embedding = load_stock_model(bundle).get_input_embeddings().weight
+        assert torch.equal(embedding[300:], rows) and torch.equal(embedding[:300], start)
+
+    def test_in_bfloat16_the_adapter_itself_is_trained_in_float32(self, config: Make) -> None:
+        progress: list[StepMetrics] = []
+        recipe = config(lora_rank=4, precision="bf16", steps=12, learning_rate=2e-2)
+        adapt_block(recipe, on_progress=progress.append)
+
+        assert progress[0].dev is not None and progress[-1].dev is not None
+        assert progress[-1].dev.block_loss < progress[0].dev.block_loss
+
+    def test_threads_compute_the_same_gradients(self, config: Make, tmp_path: Path) -> None:
+        one = adapt_block(config(lora_rank=4, micro_batch=1))
+        two = adapt_block(config(lora_rank=4, micro_batch=1, threads=2, out=tmp_path / "threads"))
+
+        for name, pair in adapter_of(one).items():
+            for a, b in zip(pair, adapter_of(two)[name], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_many_questions_behind_one_context(config: Make, tmp_path: Path) -> None:
+    progress: list[StepMetrics] = []
+    dev = write_rows(tmp_path / "dev.jsonl", colour_rows(10, seed=1))
+    recipe = config(questions=6, masks="mixed", lora_rank=4, steps=6, learning_rate=2e-2, dev=dev, shares=(2.0,))
+
+    out = adapt_block(recipe, on_progress=progress.append)
+
+    assert progress[-1].block_loss is not None and progress[-1].full_loss is not None
+    assert verify_bundle(out).passed
+    training = load_bundle(out).training
+    assert training["recipe"]["questions"] == 6 and training["recipe"]["shares"] == [2.0]
+    assert "up to 6 questions behind one context" in (out / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
 class TestRefusals:
     """Each before anything is trained or written."""
 
@@ -285,6 +371,11 @@ class TestRefusals:
             ({"train": "tokens"}, "needs link_tokens or sink_tokens"),
             ({"learning_rate": 0.0}, "learning_rate 0.0"),
             ({"passage_tokens": 4}, "passage_tokens 4"),
+            ({"lora_rank": -1}, "lora_rank -1"),
+            ({"lora_rank": 4, "train": "tokens", "link_tokens": 1}, "not the tokens alone"),
+            ({"questions": 4, "shares": (1.0, 2.0)}, "one for each file"),
+            ({"shares": (1.0,)}, "questions 1"),
+            ({"threads": 2, "device": "cuda"}, "threads 2"),
         ],
     )
     def test_values_out_of_range(self, config: Make, change: dict[str, Any], problem: str) -> None:

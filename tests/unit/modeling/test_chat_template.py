@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
-from blockrag.training.adaptation.templates import INSTRUCTION, REFUSAL, default_template, read_template
+from blockrag.modeling.chat_template import INSTRUCTION, REFUSAL, default_template, read_template
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 
 CHATML = (
@@ -132,3 +132,22 @@ def test_a_template_file_that_is_no_json(tmp_path: Path) -> None:
         read_template(tmp_path / "template.json")
     with pytest.raises(BundleError, match=r"absent\.json"):
         read_template(tmp_path / "absent.json")
+
+
+DATED = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "<|im_start|>system\nToday: {{ date_string }}<|im_end|>\n"
+) + CHATML
+
+
+@pytest.mark.parametrize("form", ["%d %b %Y", "%A", "%H:%M", "%y", "%m"])
+def test_a_chat_template_that_writes_the_date_is_refused(form: str) -> None:
+    with pytest.raises(BundleError, match="writes the current date, which would change a cached instruction block"):
+        default_template(chat_tokenizer(DATED.replace("%d %b %Y", form)))
+
+
+def test_a_chat_template_that_only_looks_at_the_date_is_not() -> None:
+    template = default_template(chat_tokenizer("{% set year = strftime_now('%Y') %}" + CHATML))
+    assert template == default_template(chat_tokenizer(CHATML))

@@ -3,6 +3,9 @@
 A template made here uses only tokens that the checkpoint has. A chat checkpoint keeps its own turns: the instruction
 block opens the user's turn and the final block closes it, so that the passages' blocks stand in between and hold
 nothing but text.
+
+A chat template that writes the date is refused: the instruction block is cached, and would say another day's date, or
+the day's on which somebody happened to make the bundle.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,15 @@ QUESTION = "Question: {question}"
 
 # Text that no chat template changes, and that says where a turn's content stands.
 _USER, _ASSISTANT = "USERCONTENT", "ASSISTANTCONTENT"
+# Two moments that differ in every part that a template may write.
+_MOMENTS = (datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 29, 17, 58, 49))
+# A chat template's only clock is the function strftime_now. This one, put before the template, takes the time from a
+# dictionary; it ends with an expression, because a line break after a statement is dropped.
+_CLOCK = (
+    "{%- macro strftime_now(format) %}{% set told = namespace(text=format) %}"
+    "{% for part, value in moment_for_template.items() %}{% set told.text = told.text | replace(part, value) %}"
+    "{% endfor %}{{ told.text }}{% endmacro %}{{ '' }}"
+)
 
 
 def read_template(path: Path) -> PromptTemplate:
@@ -102,8 +115,29 @@ def _answer_prefix(answered: str) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], **options: Any) -> str:
+    first, second = (_render_at(moment, tokenizer, messages, options) for moment in _MOMENTS)
+    if first != second:
+        raise BundleError(
+            "the tokenizer's chat template writes the current date, which would change a cached instruction block from "
+            "day to day: give a template file"
+        )
+    return first
+
+
+def _render_at(
+    moment: datetime, tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], options: dict[str, Any]
+) -> str:
+    parts = [f"%{letter}" for letter in "aAwdbBmyYHIMpSfjUWcxXGuVe"] + ["%-d", "%-m", "%-I", "%-H"]
     try:
-        # models that think first are told not to; other chat templates ignore the name
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options))
+        return str(
+            tokenizer.apply_chat_template(
+                messages,
+                chat_template=_CLOCK + tokenizer.get_chat_template(),
+                tokenize=False,
+                enable_thinking=False,  # models that think first are told not to; other templates ignore the name
+                moment_for_template={part: moment.strftime(part) for part in parts},
+                **options,
+            )
+        )
     except Exception as error:  # templates are programs; jinja raises what they raise
         raise BundleError(f"the tokenizer's chat template fails: {error}; give a template file") from error

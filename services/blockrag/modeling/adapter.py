@@ -1,0 +1,282 @@
+"""What was learnt on top of a base: a LoRA adapter (arXiv 2106.09685) in PEFT's format, and rows of added tokens.
+
+PEFT is not needed to use either. An adapter's files load with ``peft.PeftModel.from_pretrained`` on the same base, and
+merging gives what PEFT's ``merge_and_unload`` gives.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blockrag.errors import BundleError
+from blockrag.modeling.base import Base
+from blockrag.modeling.files import read_json
+from blockrag.modeling.loading import check_finite
+
+ADAPTER_DIR = "adapter"
+ADAPTER_FILES = (f"{ADAPTER_DIR}/adapter_config.json", f"{ADAPTER_DIR}/adapter_model.safetensors")
+TOKEN_ROWS_FILE = "token_rows.safetensors"
+
+_CONFIG, _WEIGHTS = (name.partition("/")[2] for name in ADAPTER_FILES)
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# Other kinds of LoRA that PEFT writes into the same file; each would merge otherwise.
+_UNSUPPORTED = ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How an adapter was made."""
+
+    rank: int
+    alpha: float
+    """What B A is scaled by, times the rank."""
+    target_modules: tuple[str, ...]
+    """Last names of the adapted linear layers, such as "q_proj"."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: Path) -> AdapterConfig:
+        """Read a manifest's ``adapter``. Raises BundleError naming ``where`` and the problem."""
+        names = ("rank", "alpha", "target_modules")
+        if set(values) != set(names):
+            raise BundleError(f"{where}: adapter must have the keys {', '.join(names)}")
+        rank, alpha, targets = (values[name] for name in names)
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise BundleError(f"{where}: adapter rank {rank!r}: must be a positive whole number")
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
+            raise BundleError(f"{where}: adapter alpha {alpha!r}: must be positive")
+        if not isinstance(targets, list | tuple) or not targets or not all(isinstance(name, str) for name in targets):
+            raise BundleError(f"{where}: adapter target_modules {targets!r}: must name linear layers")
+        return cls(rank=rank, alpha=float(alpha), target_modules=tuple(sorted(targets)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"rank": self.rank, "alpha": self.alpha, "target_modules": list(self.target_modules)}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that is read and checked in itself; ``merge_adapter`` checks it against a model."""
+
+    config: AdapterConfig
+    tensors: Mapping[str, tuple[Tensor, Tensor]]
+    """By module, such as "model.layers.0.self_attn.q_proj": A [rank, in] and B [out, rank]."""
+    base_name: str = ""
+    """What the adapter says it was made for: ``Base.identity``, or whatever PEFT wrote."""
+    path: Path = Path("the adapter")
+    """Where it was read from, for messages."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors; what a copy is written in."""
+        return next((down.dtype for down, _ in self.tensors.values()), torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Embeddings of added tokens."""
+
+    first: int
+    """Id of the first."""
+    embedding: Tensor
+    """[n, width]."""
+    head: Tensor | None = None
+    """[n, width], where the output embedding is not tied to the input's."""
+
+
+def read_adapter_config(folder: Path) -> tuple[AdapterConfig, str]:
+    """Configuration of the adapter in ``folder``, and the name of its base. Raises BundleError."""
+    path = folder / _CONFIG
+    values = read_json(path)
+    if values.get("peft_type") != "LORA":
+        raise BundleError(f"{path}: peft_type {values.get('peft_type')!r}; LORA can be read")
+    other = [name for name in _UNSUPPORTED if values.get(name)]
+    if values.get("bias", "none") != "none":
+        other.append("bias")
+    if other:
+        raise BundleError(f"{path}: {', '.join(other)} cannot be read")
+    named = {
+        "rank": values.get("r"),
+        "alpha": values.get("lora_alpha"),
+        "target_modules": values.get("target_modules"),
+    }
+    return AdapterConfig.from_dict(named, path), str(values.get("base_model_name_or_path") or "")
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read the adapter in ``folder``: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises BundleError for a kind of adapter that cannot be read, for tensors that are missing, left over, of another
+    rank or for other modules than the configuration says, and for NaN or infinity.
+    """
+    folder = Path(folder)
+    config, base_name = read_adapter_config(folder)
+    path = folder / _WEIGHTS
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in _read_tensors(path).items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise BundleError(f"{path}: {key} is no tensor of a LoRA adapter")
+        parts.setdefault(match[1], {})[match[2]] = tensor
+    tensors = {}
+    for module, pair in sorted(parts.items()):
+        if set(pair) != {"A", "B"}:
+            raise BundleError(f"{path}: {module} has lora_{next(iter(pair))} alone")
+        tensors[module] = pair["A"], pair["B"]
+    _check_pairs(path, tensors, config)
+    return Adapter(config, tensors, base_name, path)
+
+
+@torch.no_grad()
+def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Add alpha / rank * B A to the weights, in place; computed in float32, kept in the weights' type.
+
+    Raises BundleError where the adapter is for other modules or sizes than the model's; then nothing is changed.
+    """
+    modules = dict(model.named_modules())
+    found = []
+    for name, (down, up) in adapter.tensors.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear):
+            raise BundleError(f"{adapter.path}: made for another base: this one has no linear layer {name}")
+        fits = (up.shape[0], down.shape[1])
+        if fits != tuple(module.weight.shape):
+            raise BundleError(
+                f"{adapter.path}: made for another base: {name} is of shape {list(module.weight.shape)}, the adapter's "
+                f"product {list(fits)}"
+            )
+        found.append((module.weight, down, up))
+    scaling = adapter.config.alpha / adapter.config.rank
+    for weight, down, up in found:
+        down, up = (tensor.to(weight.device, torch.float32) for tensor in (down, up))
+        weight.copy_(weight.float() + scaling * (up @ down))
+
+
+def write_adapter(
+    folder: str | Path,
+    tensors: Mapping[str, tuple[Tensor, Tensor]],
+    config: AdapterConfig,
+    base_name: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write an adapter in PEFT's format into ``folder``, which is made. ``base_name`` is ``Base.identity``.
+
+    Raises BundleError as ``read_adapter`` would.
+    """
+    folder = Path(folder)
+    _check_pairs(folder, tensors, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "target_modules": sorted(config.target_modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / _CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    named = {
+        f"base_model.model.{module}.lora_{letter}.weight": tensor.detach().to("cpu", dtype).contiguous()
+        for module, pair in tensors.items()
+        for letter, tensor in zip("AB", pair, strict=True)
+    }
+    save_file(named, folder / _WEIGHTS, metadata={"format": "pt"})
+
+
+def check_adapter(root: Path, config: AdapterConfig, base: Base, *, read_weights: bool) -> None:
+    """Check the adapter of the bundle ``root`` against its manifest. Raises BundleError."""
+    stored, base_name = read_adapter_config(root / ADAPTER_DIR)
+    if stored != config:
+        raise BundleError(f"{root / ADAPTER_FILES[0]}: {stored}, where the manifest has {config}")
+    if base_name.startswith(("sha256:", "blake2b:")) and base_name != base.identity:
+        raise BundleError(
+            f"{root / ADAPTER_FILES[0]}: made for another base: {base_name}, where the bundle's is {base.identity}"
+        )
+    if read_weights:
+        read_adapter(root / ADAPTER_DIR)
+
+
+def write_token_rows(root: Path, rows: TokenRows) -> None:
+    """Write the rows into the bundle ``root``, in their own type."""
+    tensors = {"embedding": rows.embedding} | ({"head": rows.head} if rows.head is not None else {})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, root / TOKEN_ROWS_FILE, metadata={"format": "pt"})
+
+
+def read_token_rows(root: Path, place: Mapping[str, Any]) -> TokenRows:
+    """Rows of the bundle ``root``, whose manifest says {"first": id, "count": n}. Raises BundleError."""
+    path = root / TOKEN_ROWS_FILE
+    first, count = place.get("first"), place.get("count")
+    if set(place) != {"first", "count"} or not all(isinstance(item, int) and item >= 0 for item in (first, count)):
+        raise BundleError(f"{root / 'manifest.json'}: token_rows must have the whole numbers first and count")
+    tensors = _read_tensors(path)
+    embedding = tensors.get("embedding")
+    if embedding is None or not set(tensors) <= {"embedding", "head"}:
+        raise BundleError(f"{path}: must hold embedding, and head where that is not tied")
+    if any(tensor.ndim != 2 or tensor.shape != embedding.shape for tensor in tensors.values()):
+        raise BundleError(f"{path}: rows of different sizes")
+    if len(embedding) != count or not count:
+        raise BundleError(f"{path}: {len(embedding)} rows, where the manifest has {count}")
+    assert isinstance(first, int)
+    check_finite(path, tensors.items())
+    return TokenRows(first, embedding, tensors.get("head"))
+
+
+@torch.no_grad()
+def put_token_rows(model: PreTrainedModel, rows: TokenRows, vocab_size: int, where: Path) -> None:
+    """Give ``model`` a vocabulary of ``vocab_size`` and these rows in it. Raises BundleError where they do not fit."""
+    known = model.get_input_embeddings().weight.shape[0]
+    end = rows.first + len(rows.embedding)
+    if vocab_size < known or end > vocab_size or (vocab_size > known and (rows.first > known or end < vocab_size)):
+        raise BundleError(
+            f"{where}: rows of the tokens {rows.first} to {end - 1}, for a vocabulary that grows from {known} to "
+            f"{vocab_size}"
+        )
+    if vocab_size != known:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if tied != (rows.head is None):
+        raise BundleError(f"{where}: {'has' if tied else 'lacks'} head, where the output embedding is tied: {tied}")
+    for module, given in ((model.get_input_embeddings(), rows.embedding), (model.get_output_embeddings(), rows.head)):
+        if given is not None:
+            if given.shape[1] != module.weight.shape[1]:
+                raise BundleError(f"{where}: rows of {given.shape[1]} numbers, not {module.weight.shape[1]}")
+            module.weight[rows.first : end] = given.to(module.weight.device, module.weight.dtype)
+
+
+def _check_pairs(path: Path, tensors: Mapping[str, tuple[Tensor, Tensor]], config: AdapterConfig) -> None:
+    if not tensors:
+        raise BundleError(f"{path}: holds no adapted layer")
+    for module, (down, up) in tensors.items():
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != config.rank or up.shape[1] != config.rank:
+            raise BundleError(
+                f"{path}: {module} has A {list(down.shape)} and B {list(up.shape)}, where the rank is {config.rank}"
+            )
+        check_finite(path, ((f"{module}.lora_A", down), (f"{module}.lora_B", up)))
+    adapted = {module.rpartition(".")[2] for module in tensors}
+    if adapted != set(config.target_modules):
+        raise BundleError(
+            f"{path}: adapts {', '.join(sorted(adapted))}, where the configuration says "
+            f"{', '.join(config.target_modules)}"
+        )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: {error}") from error

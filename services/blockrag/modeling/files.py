@@ -1,0 +1,80 @@
+"""What every module that checks files needs: hashes, JSON objects, safetensors headers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from blockrag.errors import BundleError
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def hashed(content: Mapping[str, Any]) -> str:
+    """40 hex digits over what JSON makes of ``content``."""
+    encoded = json.dumps(content, sort_keys=True, ensure_ascii=True).encode()
+    return hashlib.blake2b(encoded, digest_size=20, person=b"blockrag-bundle").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises BundleError naming the file."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: missing") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise BundleError(f"{path}: must hold a JSON object")
+    return loaded
+
+
+def check_listed(root: Path, listed: Mapping[str, Any], where: Path, *, verify_files: bool) -> dict[str, str]:
+    """Check files by their SHA-256 ``listed``, by path within ``root``; without ``verify_files`` not their content.
+
+    Raises BundleError naming the file, or ``where`` for a list that cannot be right.
+    """
+    for name, digest in listed.items():
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts:
+            raise BundleError(f"{where}: file {name!r} is outside the bundle")
+        if not is_sha256(digest):
+            raise BundleError(f"{where}: file {name!r} has no SHA-256")
+        path = root / place
+        if not path.is_file():
+            raise BundleError(f"{path}: missing")
+        if name.endswith(".safetensors"):
+            check_safetensors(path)
+        if verify_files and file_sha256(path) != digest:
+            raise BundleError(f"{path}: content differs from the manifest (SHA-256)")
+    return dict(listed)
+
+
+def is_sha256(value: Any) -> bool:
+    """Whether ``value`` is a SHA-256 in lower-case hex."""
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def check_safetensors(path: Path) -> None:
+    """The header says how long the file must be; see the safetensors format. Raises BundleError."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as source:
+            (length,) = struct.unpack("<Q", source.read(8))
+            if length > size:
+                raise BundleError(f"{path}: truncated: {size} bytes, header of {length}")
+            header = json.loads(source.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BundleError(f"{path}: no safetensors header: {error}") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise BundleError(f"{path}: truncated: {size} bytes where its header promises {expected}")

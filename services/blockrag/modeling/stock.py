@@ -1,0 +1,86 @@
+"""A bundle's decoder as transformers has it: the one place where a bundle's parts become weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from blockrag.errors import BundleError
+from blockrag.modeling.adapter import merge_adapter, put_token_rows, read_adapter, read_token_rows
+from blockrag.modeling.bundle import DTYPES, Bundle
+from blockrag.modeling.files import read_json
+from blockrag.modeling.loading import check_finite, check_missing, no_progress_bar
+from blockrag.modeling.pear import fold
+
+
+def load_stock_model(
+    bundle: Bundle,
+    *,
+    device: str | torch.device = "cpu",
+    compute_dtype: str | None = None,
+    with_adapter: bool = True,
+) -> PreTrainedModel:
+    """The bundle's decoder as transformers loads it, checked for NaN and infinity. Raises BundleError.
+
+    A base's rows for added tokens, its adapter and PEAR's coefficients are put into the weights here, in this order,
+    and only here, so that whoever serves, verifies or evaluates a bundle has the same weights. ``with_adapter`` False
+    leaves the adapter out, for who trains it further; a bundle with coefficients is refused then, because they were
+    learnt for the merged weights.
+    """
+    dtype = DTYPES.get(compute_dtype or bundle.compute_dtype)
+    if dtype is None:
+        raise ValueError(f"compute_dtype {compute_dtype!r}: must be one of {', '.join(DTYPES)}")
+    if not with_adapter and bundle.pear is not None:
+        raise BundleError(f"{bundle.path}: its coefficients of heads (PEAR) do not fit the base without the adapter")
+    model = _load(bundle, dtype) if bundle.base is None else _load_on_base(bundle, dtype, with_adapter)
+    check_finite(bundle.decoder_dir, model.named_parameters())
+    if bundle.pear is not None:
+        fold(model, bundle.pear.heads)
+    return model.train(False).to(device)
+
+
+def _load(bundle: Bundle, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    folder = bundle.weights_dir()
+    try:
+        with no_progress_bar():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BundleError(f"{folder}: the decoder does not load: {error}") from error
+    check_missing(folder, info["missing_keys"])
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _load_on_base(bundle: Bundle, dtype: torch.dtype, with_adapter: bool) -> PreTrainedModel:
+    """The configuration is the bundle's, but for the vocabulary, which grows from the base's."""
+    stored = read_json(bundle.weights_dir() / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(bundle.decoder_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BundleError(f"{bundle.decoder_dir}: the configuration does not load: {error}") from error
+    config.vocab_size = int(stored["vocab_size"])
+    # merged before anything is rounded to a narrower type
+    kept = torch.float32 if stored.get("dtype", stored.get("torch_dtype")) != "bfloat16" else dtype
+    model = _load(bundle, kept, config=config)
+    if bundle.token_rows is not None:
+        rows = read_token_rows(bundle.path, bundle.token_rows)
+        put_token_rows(model, rows, bundle.vocab_size, bundle.path)
+    elif bundle.vocab_size != config.vocab_size:
+        raise BundleError(
+            f"{bundle.decoder_dir}: a vocabulary of {bundle.vocab_size}, where the base has {config.vocab_size} and no "
+            "token_rows were added"
+        )
+    if with_adapter and bundle.adapter is not None:
+        merge_adapter(model, read_adapter(bundle.adapter_dir))
+    if kept != dtype:
+        for parameter in model.parameters():  # not model.to: that rounds the rotary frequencies too
+            parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+    if (bundle.decoder_dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(bundle.decoder_dir, local_files_only=True)
+    return model
