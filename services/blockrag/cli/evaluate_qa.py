@@ -51,7 +51,7 @@ def qa(
     seed: SeedOption = 0,
     max_answer_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Longest answer.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights, K and V.")] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights, K and V.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="Directory for qa.json, qa.md, answers.jsonl, places.png.")] = None,
     as_json: JsonOption = False,
 ) -> None:

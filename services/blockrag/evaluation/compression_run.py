@@ -44,7 +44,7 @@ class CompressionOptions:
     seed: int = 0
     max_answer_tokens: int = 32
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = "bfloat16"
     """Of weights, and of K and V; paragraphs are predicted in float32."""
 
 

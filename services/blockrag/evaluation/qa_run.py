@@ -42,7 +42,7 @@ class QaOptions:
     seed: int = 0
     max_answer_tokens: int = 64
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = "bfloat16"
     """Of weights, and of K and V."""
 
 
