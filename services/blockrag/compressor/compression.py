@@ -26,7 +26,8 @@ class CompressionAbility:
     chunk_tokens: int
     """Tokens of a chunk (k): the highest rate."""
     policies: frozenset[str] | None
-    """Names of the bundle's own policies; None: the bundle has nothing to compress with."""
+    """Names of the bundle's own policies; None: the bundle has no chunk encoder. Then a prompt becomes small by leaving
+    passages out, the worst ones first."""
 
     @classmethod
     def of(cls, bundle: Bundle) -> CompressionAbility:
@@ -51,17 +52,19 @@ def read_compression(
 ) -> CompressionRequest | None:
     """The request in ``message``; None: nothing is to be compressed.
 
-    Raises ``InvalidRequestError`` naming the field: a value out of range, an unknown policy, a bundle that cannot
-    compress, an attention mode without cached blocks.
+    Raises ``InvalidRequestError`` naming the field: a value out of range, an unknown policy, a time where the bundle
+    has no chunk encoder, an attention mode without cached blocks.
     """
     kind = message.WhichOneof("budget")
     if kind is None or kind == "off":
         if message.policy and kind is None:
             raise InvalidRequestError("compression", "needs one of rate, max_context_tokens and max_ttft_ms, or off")
         return None
-    if ability.policies is None:
+    if ability.policies is None and kind == "max_ttft_ms":
         raise InvalidRequestError(
-            "compression", f"the bundle {ability.bundle_name!r} has no chunk encoder, so it cannot compress"
+            "compression.max_ttft_ms",
+            f"the bundle {ability.bundle_name!r} has no chunk encoder: ask for a rate or max_context_tokens, by which "
+            "whole passages are left out",
         )
     if (mode or common_pb2.ATTENTION_MODE_BLOCK) != common_pb2.ATTENTION_MODE_BLOCK:
         raise InvalidRequestError("compression", "is possible with attention_mode block only")
@@ -75,20 +78,21 @@ def read_compression(
         raise InvalidRequestError("compression.max_context_tokens", "must be at least 1")
     if kind == "max_ttft_ms" and not (limit > 0 and math.isfinite(limit)):
         raise InvalidRequestError("compression.max_ttft_ms", "must be a number above 0")
-    return CompressionRequest(kind, limit, _policy(message.policy, ability.policies))
+    return CompressionRequest(kind, limit, _policy(message.policy, ability.policies or frozenset()))
 
 
-def sizes_decide(message: common_pb2.Compression, chunk_tokens: int) -> bool:
+def sizes_decide(message: common_pb2.Compression, ability: CompressionAbility) -> bool:
     """Whether a plan follows from the passages' sizes and order: no policy has a say, and no time is predicted.
 
-    Without compression; with the policy "retrieval"; at the highest rate, which leaves no chunk to expand.
+    Without compression, or without a chunk encoder; with the policy "retrieval"; at the highest rate, which leaves no
+    chunk to expand.
     """
     kind = message.WhichOneof("budget")
-    if kind is None or kind == "off":
+    if kind is None or kind == "off" or ability.policies is None:
         return True
     if kind == "max_ttft_ms":
         return False
-    return message.policy == RETRIEVAL or (kind == "rate" and message.rate >= chunk_tokens)
+    return message.policy == RETRIEVAL or (kind == "rate" and message.rate >= ability.chunk_tokens)
 
 
 def _policy(asked: str, known: frozenset[str]) -> str:

@@ -6,7 +6,8 @@ Without compression that is the whole plan. With it, ``expansion`` goes on chunk
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from blockrag.errors import PromptTooLongError
 
@@ -45,6 +46,26 @@ class PassageDecision:
 
     in_prompt: bool
     dropped_reason: str = ""
+
+
+_WHOLE = " (the bundle has no chunk encoder: passages are read whole or not at all)"
+
+
+def whole_passages(
+    passage_tokens: Sequence[int], kind: Literal["rate", "max_context_tokens"], limit: float, budget_tokens: int
+) -> list[PassageDecision]:
+    """What becomes small without a chunk encoder: passages are taken best first, and the rest left out.
+
+    A rate keeps the best passage in any case.
+    """
+    wanted = int(limit) if kind == "max_context_tokens" else int(sum(passage_tokens) / limit)
+    if kind == "rate" and passage_tokens:
+        wanted = max(wanted, passage_tokens[0])
+    decisions = expand_what_fits(passage_tokens, min(wanted, budget_tokens))
+    return [
+        decision if decision.in_prompt else replace(decision, dropped_reason=decision.dropped_reason + _WHOLE)
+        for decision in decisions
+    ]
 
 
 def expand_what_fits(

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression
 from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.mixing import Candidates, Mixer, Mixture, mix_by_size
-from blockrag.compressor.planning import PromptBudget, expand_what_fits
+from blockrag.compressor.planning import PromptBudget, expand_what_fits, whole_passages
 from blockrag.compressor.tokenizing import PassageTokenizer
 from blockrag.errors import InvalidRequestError
 from blockrag.v1 import common_pb2, compressor_pb2
@@ -52,9 +52,12 @@ class Planner:
         none = request.attention_mode == common_pb2.ATTENTION_MODE_NONE
         passages = [] if none else list(request.passages)
         blocks = [self._block(passage) for passage in passages]
+        sizes = [len(ids) for ids in blocks]
+        mixture = None
         if compression is None:
-            mixture = None
-            decisions = expand_what_fits([len(ids) for ids in blocks], left)
+            decisions = expand_what_fits(sizes, left)
+        elif self._ability.policies is None and compression.kind != "max_ttft_ms":
+            decisions = whole_passages(sizes, compression.kind, compression.limit, left)
         else:
             mixture = await self._mixture(request, compression, blocks, final_ids, left)
             decisions = mixture.decisions

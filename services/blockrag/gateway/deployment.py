@@ -72,7 +72,7 @@ class Gateway:
         planner = Planner(passages, bundle.max_context_tokens, self._ability, drafts)
         self._answering = Answering(
             retriever,
-            NearPlanner(planner, passages, drafts, compressor, bundle.chunk_tokens),
+            NearPlanner(planner, passages, drafts, compressor, self._ability),
             decoder,
             bundle.fingerprint,
             record_text=settings.telemetry.record_text,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from blockrag.compressor.compression import sizes_decide
+from blockrag.compressor.compression import CompressionAbility, sizes_decide
 from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.tokenizing import PassageTokenizer
@@ -33,22 +33,28 @@ class NearPlanner:
     """Plans without the compressor where it can. Not thread-safe: it lives in one event loop."""
 
     def __init__(
-        self, own: Planner, tokenizer: PassageTokenizer, drafts: PassageDrafts, compressor: PlanMaker, chunk_tokens: int
+        self,
+        own: Planner,
+        tokenizer: PassageTokenizer,
+        drafts: PassageDrafts,
+        compressor: PlanMaker,
+        ability: CompressionAbility,
     ) -> None:
         """``own`` plans with ``tokenizer`` and ``drafts``, which also remember the compressor's results.
 
-        ``chunk_tokens``: of the bundle's chunks.
+        ``ability``: the bundle's.
         """
         self._own = own
         self._tokenizer = tokenizer
         self._drafts = drafts
         self._compressor = compressor
-        self._chunk_tokens = chunk_tokens
+        self._ability = ability
 
     async def plan(self, request: PlanRequest) -> PlanResponse:
         """Decides what enters the prompt. Raises what either planner raises."""
-        near = sizes_decide(request.compression, self._chunk_tokens)
-        worded = request.compression.WhichOneof("budget") not in (None, "off")
+        near = sizes_decide(request.compression, self._ability)
+        asked = request.compression.WhichOneof("budget") not in (None, "off")
+        worded = asked and self._ability.policies is not None
         if near and self._unknown_chars(request, worded) <= MOST_UNKNOWN_CHARS:
             return await self._own.plan(request)
         response = await self._compressor.plan(request)

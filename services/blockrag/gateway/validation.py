@@ -95,7 +95,7 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
         max_context_tokens=request.max_context_tokens,
         given=given,
         compression=request.compression if compressing else None,
-        needs_compressor=compressing and not sizes_decide(request.compression, ability.chunk_tokens),
+        needs_compressor=compressing and not sizes_decide(request.compression, ability),
     )
 
 

@@ -92,12 +92,17 @@ def test_what_cannot_be_is_named(message: Compression, field: str) -> None:
     ],
 )
 def test_what_sizes_decide(message: Compression, decided: bool) -> None:
-    assert sizes_decide(message, 8) is decided
+    assert sizes_decide(message, ABLE) is decided
+    assert sizes_decide(message, UNABLE)
 
 
-def test_a_bundle_that_cannot_compress_says_so() -> None:
-    with pytest.raises(InvalidRequestError, match="the bundle 'plain' has no chunk encoder, so it cannot compress"):
-        read(Compression(rate=4), UNABLE)
+def test_without_a_chunk_encoder_retrieval_chooses_and_a_time_is_refused() -> None:
+    assert read(Compression(rate=4), UNABLE) == CompressionRequest("rate", 4.0, "retrieval")
+    assert read(Compression(max_context_tokens=9), UNABLE) == CompressionRequest("max_context_tokens", 9.0, "retrieval")
+    with pytest.raises(InvalidRequestError, match="the bundle 'plain' has no chunk encoder: ask for a rate"):
+        read(Compression(max_ttft_ms=90), UNABLE)
+    with pytest.raises(InvalidRequestError, match="is 'query'; the bundle has retrieval"):
+        read(Compression(rate=4, policy="query"), UNABLE)
 
 
 @pytest.mark.parametrize("mode", [ATTENTION_MODE_FULL, ATTENTION_MODE_NONE])

@@ -198,13 +198,13 @@ async def test_retrieval_reads_the_best_passages_word_for_word(planner: Planner,
     ],
 )
 async def test_what_sizes_decide_needs_no_mixer(bundle: Bundle, planner: Planner, compression: Compression) -> None:
-    assert sizes_decide(compression, CHUNK)
+    assert sizes_decide(compression, CompressionAbility.of(bundle))
     assert await make_planner(bundle, None).plan(request(compression)) == await planner.plan(request(compression))
 
 
 @pytest.mark.parametrize("compression", [Compression(rate=2), Compression(max_ttft_ms=500, policy="retrieval")])
 async def test_what_sizes_do_not_decide_needs_one(bundle: Bundle, compression: Compression) -> None:
-    assert not sizes_decide(compression, CHUNK)
+    assert not sizes_decide(compression, CompressionAbility.of(bundle))
     with pytest.raises(ValueError, match="not decided by sizes"):
         await make_planner(bundle, None).plan(request(compression))
 
@@ -305,11 +305,28 @@ async def test_no_passages_and_modes_without_blocks(planner: Planner) -> None:
         await planner.plan(request(Compression(rate=2), attention_mode=ATTENTION_MODE_NONE))
 
 
-async def test_a_bundle_that_cannot_compress_plans_without_and_refuses_with(plain: Bundle) -> None:
+async def test_without_a_chunk_encoder_the_best_passages_stay_whole(plain: Bundle) -> None:
     planner = make_planner(plain, None)
-    assert (await planner.plan(request())).chunk_tokens == plain.chunk_tokens
+    everything = await planner.plan(request())
+    sizes = [len(passage.token_ids) for passage in everything.passages]
+    assert everything.chunk_tokens == plain.chunk_tokens and all(passage.in_prompt for passage in everything.passages)
+
+    halved = await planner.plan(request(Compression(rate=2)))
+
+    kept = [passage.in_prompt for passage in halved.passages]
+    used = sum(size for size, stays in zip(sizes, kept, strict=True) if stays)
+    assert kept[0] and not all(kept) and used <= max(sum(sizes) / 2, sizes[0])
+    assert {chunk.form for passage in halved.passages for chunk in passage.chunks} <= {
+        CHUNK_FORM_EXPANDED,
+        CHUNK_FORM_DROPPED,
+    }
+    dropped = [passage.dropped_reason for passage in halved.passages if not passage.in_prompt]
+    assert all("no chunk encoder: passages are read whole or not at all" in reason for reason in dropped)
+    assert (await planner.plan(request(Compression(rate=plain.chunk_tokens)))).passages[0].in_prompt
+    none = await planner.plan(request(Compression(max_context_tokens=1)))
+    assert not any(passage.in_prompt for passage in none.passages)
     with pytest.raises(InvalidRequestError, match="has no chunk encoder"):
-        await planner.plan(request(Compression(rate=2)))
+        await planner.plan(request(Compression(max_ttft_ms=100)))
 
 
 async def test_a_question_that_does_not_fit_is_refused_before_anything_is_fetched(

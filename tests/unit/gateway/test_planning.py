@@ -38,7 +38,7 @@ class Compressor(FakePlanner):
         self.requests.append(request)
         simpler = PlanRequest()
         simpler.CopyFrom(request)
-        if not sizes_decide(request.compression, ABILITY.chunk_tokens):
+        if not sizes_decide(request.compression, ABILITY):
             simpler.ClearField("compression")
         return await self._planner.plan(simpler)
 
@@ -50,7 +50,7 @@ def compressor() -> Compressor:
 
 @pytest.fixture
 def near(compressor: Compressor) -> NearPlanner:
-    return NearPlanner(*make_planner(), compressor, ABILITY.chunk_tokens)
+    return NearPlanner(*make_planner(), compressor, ABILITY)
 
 
 def request(*texts: str, compression: Compression | None = None, mode: int = ATTENTION_MODE_BLOCK) -> PlanRequest:

@@ -59,9 +59,12 @@ def test_compression_is_checked_against_the_bundle() -> None:
     )
     off = GenerateRequest(question="q", compression=Compression(off=True))
     assert validation.check_generate(off, LIMITS, ABILITY).compression is None
-    with pytest.raises(InvalidRequestError, match="cannot compress"):
-        plain = CompressionAbility("plain", 8, None)
-        validation.check_generate(GenerateRequest(question="q", compression=asked), LIMITS, plain)
+    plain = CompressionAbility("plain", 8, None)
+    whole = validation.check_generate(GenerateRequest(question="q", compression=asked), LIMITS, plain)
+    assert whole.compression == asked and not whole.needs_compressor
+    with pytest.raises(InvalidRequestError, match="no chunk encoder"):
+        timed = GenerateRequest(question="q", compression=Compression(max_ttft_ms=100))
+        validation.check_generate(timed, LIMITS, plain)
 
 
 def test_what_is_given_is_kept() -> None:
