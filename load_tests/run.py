@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("out/load"), help="folder for the reports")
     parser.add_argument("--target", default="", help="host:port of a running system that holds the collection")
     parser.add_argument("--seed", type=int, default=0, help="the same seed asks the same questions")
-    parser.add_argument("--hot-articles", type=int, default=50, help="how many of the hottest articles are warmed")
+    parser.add_argument("--hot-articles", type=int, default=10, help="how many of the hottest articles are warmed")
     parser.add_argument("--settings", type=Path, default=None, help="settings of the system that is started")
     return parser
 

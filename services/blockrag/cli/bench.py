@@ -32,8 +32,8 @@ _L1_MB = 96
 
 @app.command(epilog="Example: blockrag bench ttft --contexts 512,2048 --repeats 30 --out out/bench")
 def ttft(
-    contexts: Annotated[str, typer.Option(help="Passage tokens, comma separated.")] = "512,1024,2048,4096,8192",
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each, interleaved.")] = 20,
+    contexts: Annotated[str, typer.Option(help="Passage tokens, comma separated.")] = "512,1024,2048,4096,7680",
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each, interleaved.")] = 5,
     model: Annotated[bool, typer.Option(help="Measure the model alone.")] = True,
     grpc: Annotated[bool, typer.Option(help="Measure over gRPC, on a system started for it.")] = True,
     chunk_tokens: Annotated[
