@@ -52,6 +52,9 @@ def prepare(config: BlockAdaptConfig, workers: int = 1) -> Preparation:
         raise SetupError(f"{config.out}: exists already")
     if config.batch_size % workers:
         raise SetupError(f"batch_size {config.batch_size} is no multiple of {workers} workers")
+    if workers > 1 and config.masks == "mixed" and config.micro_batch > 1:
+        # workers must make as many passes, since each gathers the others' parameters
+        raise SetupError(f"micro_batch {config.micro_batch}: masks 'mixed' on several workers take 1")
     source = open_source(config)
     if config.questions > 1:
         data_files([*config.data, *config.exclude])  # named before the model is loaded

@@ -182,8 +182,12 @@ class BlockTrainer:
             case "both":
                 return [(("full", "block"), samples)]
             case "mixed":
-                full = [sample for place, sample in enumerate(samples) if place % 3 == 2]
-                return [(("full",), full), (("block",), [s for place, s in enumerate(samples) if place % 3 != 2])]
+                # by the place in the whole step, of which this worker has every size-th sample
+                size, rank = self._workers.size, self._workers.rank
+                parts: dict[Mask, list[Prompts]] = {"full": [], "block": []}
+                for place, sample in enumerate(samples):
+                    parts["full" if (place * size + rank) % 3 == 2 else "block"].append(sample)
+                return [((mask,), chosen) for mask, chosen in parts.items()]
             case mask:
                 return [((mask,), samples)]
 
