@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
-_L1_MB = 96
+_L1_MB = 256
 """Holds the largest default context and not two of them, so that one displaces the other."""
+_BUDGET_MB = 1536
+"""Holds all default contexts beside what cold repeats leave behind."""
 
 
 @app.command(epilog="Example: blockrag bench ttft --contexts 512,2048 --repeats 30 --out out/bench")
@@ -200,11 +202,17 @@ def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> l
                 )
 
     with tempfile.TemporaryDirectory(prefix="blockrag-bench-") as state_dir:
-        cluster = {"state_dir": state_dir, "grpc_port": free_port(), "http_port": free_port()}
+        cluster = {
+            "state_dir": state_dir,
+            "grpc_port": free_port(),
+            "http_port": free_port(),
+            "object_store_mb": max(settings.cluster.object_store_mb, _BUDGET_MB * 3 // 2),
+        }
         changed = settings.model_copy(
             update={
                 "cluster": settings.cluster.model_copy(update=cluster),
                 "gateway": settings.gateway.model_copy(update={"max_top_k": 1000}),
+                "kv_cache": settings.kv_cache.model_copy(update={"budget_mb": _BUDGET_MB}),
                 "decoder": settings.decoder.model_copy(update={"l1_mb": _L1_MB}),
             }
         )

@@ -39,7 +39,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "national_symbol": ("What is the national symbol of {about}?",),
     "largest_city": ("What is the largest urban area of {about}?",),
 }
-"""Wordings by relation. The first ten are forms that the bundled reader has seen, the others it has not."""
+"""Wordings by relation. The first ten are plain, the others ask in other words than the articles use."""
 
 QUOTAS: dict[str, int] = {
     "is_a": 20,
