@@ -83,7 +83,10 @@ def block(
     eval_steps: Annotated[int, typer.Option(help="Steps between two measurements.")] = 200,
     checkpoint_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
     threads: Annotated[
-        int, typer.Option(help="Micro-batches computed at a time on a CPU, each by one core; faster, and more memory.")
+        int,
+        typer.Option(
+            help="Micro-batches computed at a time on a CPU, each by one core; for busy machines, takes more memory."
+        ),
     ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of samples and new tokens.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -47,7 +47,7 @@ class BlockAdaptConfig:
     shares: tuple[float, ...] = ()
     """With ``questions`` above 1: each file's share of the contexts, in the order of ``data``; empty: all alike."""
     exclude: tuple[Path, ...] = ()
-    """Question files that are evaluated on: passages that share twelve words in a row with theirs are left out. Only
+    """Question files that are evaluated on: passages that share a run of words with theirs are left out. Only
     with ``questions`` above 1."""
     lora_rank: int = 0
     """Rank of a low-rank adapter (LoRA) beside every linear layer, which alone is trained; 0: all weights are."""
@@ -74,7 +74,7 @@ class BlockAdaptConfig:
     attention: AttentionKind = "auto"
     """"flex" (CUDA) skips what the block mask hides; "dense" runs everywhere; "auto" takes the first that can."""
     dev: Path | None = None
-    """Question rows to measure on; None: rows held out of ``data``."""
+    """Question rows to measure on; None: rows held out of ``data``, or nothing with ``questions`` above 1."""
     dev_rows: int = 64
     """Samples to measure on; at most a tenth of ``data`` is held out for them. 0 measures nothing."""
     eval_steps: int = 200
@@ -83,7 +83,7 @@ class BlockAdaptConfig:
     """Steps between two checkpoints: what a kill costs at most."""
     threads: int = 1
     """Micro-batches computed at a time on a CPU, each by one core; 1: one, by all cores. As many as there are cores is
-    a tenth faster, three times where other processes want them too, and takes memory for as many."""
+    faster where other processes want them too, and takes memory for as many."""
     seed: int = 0
     device: str = "cpu"
     tensorboard: bool = False

@@ -92,8 +92,8 @@ class Excluded:
     """Passages of files that are evaluated on, which training must not see."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """Of question rows, whatever shares twelve words in a row with a passage; of intros that pattern questions
-        are about, the same texts: two intros of one kind share more words than that."""
+        """Of question rows, what shares words in a row with a passage (``OverlapFilter``); of intros that pattern
+        questions are about, the same texts: two intros of one kind share more words than that."""
         self._texts: set[str] = set()
         rows: set[str] = set()
         for file in files:
