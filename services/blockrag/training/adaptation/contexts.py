@@ -31,7 +31,9 @@ _HARD_SHARE = 0.7
 """Share of distractors that are near to the lead: of its kind, of its title or ranked high for it."""
 _PER_PASSAGE = 4
 """Most questions of one passage in a context."""
-_TYPED_SHARE = 0.15
+_BESIDE_SHARE = 0.5
+"""Share of contexts that show what stands beside the lead's gold piece in its passage: a search finds both."""
+_TYPED_SHARE = 0.25
 """Share of questions written as people type them into a search box: in lower case, half of them without the mark."""
 
 
@@ -96,6 +98,10 @@ class ContextSource:
         shown: dict[Piece, int] = {} if absent else {found[1]: found[0]}
         near = pool.near(lead, random)
         unseen = [number for number in near if pool.asked_of(number)]
+        if random.random() < _BESIDE_SHARE:
+            beside = [p for p in pool.pieces(found[0]) if p != found[1] and not contains(p.text, lead.answers)]
+            # at most half of the context: the rest is of other passages
+            shown.update((piece, found[0]) for piece in random.sample(beside, min(len(beside), count // 2)))
         self._fill(shown, count, pool, lead, near, random)
         if not shown:
             return None
