@@ -58,7 +58,7 @@ class Mixture:
 class Mixer:
     """Makes mixtures for a bundle that can compress. All calls from one event loop.
 
-    What takes more than about a millisecond, questions' embeddings and long prompts' logits, has its own thread.
+    What takes more than about a millisecond, questions' embeddings and policies' logits, has its own thread.
     """
 
     def __init__(
@@ -164,8 +164,6 @@ class Mixer:
         embeddings = await self._embeddings.get(keys, wanted)
         asked = await question if question is not None else None
         rate = partial(self._rater.rate, policy, blocks, embeddings, candidates.final_ids, asked, kept)
-        if self._rater.is_quick(policy, sum(map(len, embeddings))):
-            return rate()  # to another thread and back, and to a core whose caches are cold, takes as long
         return await asyncio.get_running_loop().run_in_executor(self._executor, rate)
 
     async def prepare(self, final_ids: Sequence[int]) -> None:

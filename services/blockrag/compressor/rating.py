@@ -13,11 +13,7 @@ from blockrag.errors import BundleError, DataError
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.policy import ChunkPolicy, make_policy_input
-from blockrag.modeling.refrag.policy_features import TokenTraits, chunk_features
-from blockrag.modeling.refrag.policy_kernel import compile_policy
-
-_QUICK_CHUNKS = 512
-"""The most that a compiled policy rates in about a millisecond; the time grows with their square."""
+from blockrag.modeling.refrag.policy_features import TokenTraits
 
 
 class ChunkRater:
@@ -26,7 +22,6 @@ class ChunkRater:
     def __init__(self, compressor: ChunkCompressor, policies: Mapping[str, ChunkPolicy], traits: TokenTraits) -> None:
         self._compressor = compressor
         self._policies = dict(policies)
-        self._compiled = {name: compile_policy(policy) for name, policy in policies.items()}
         self._traits = traits
 
     @classmethod
@@ -47,10 +42,6 @@ class ChunkRater:
     def sees_question(self, policy: str) -> bool:
         """Whether a policy's logits depend on the question."""
         return self._policies[policy].config.query
-
-    def is_quick(self, policy: str, chunks: int) -> bool:
-        """Whether so many chunks are rated in less time than an event loop's other work may wait."""
-        return self._compiled[policy] is not None and chunks <= _QUICK_CHUNKS
 
     def embed_question(self, question: Sequence[int]) -> Tensor:
         """Chunk embeddings of a question's final block (token ids), float32 [chunks, width]."""
@@ -74,21 +65,16 @@ class ChunkRater:
         """
         if question_embeddings is None:
             question, question_embeddings = (), torch.empty(0, self._compressor.encoder_width)
-        compiled = self._compiled[policy]
-        if compiled is not None:
-            features = chunk_features(passages, question, self._compressor.chunk_tokens, self._traits, ranks)
-            logits = compiled.rate(embeddings, features, question_embeddings)
-        else:
-            prompt = make_policy_input(
-                passages,
-                embeddings,
-                question,
-                question_embeddings,
-                chunk_tokens=self._compressor.chunk_tokens,
-                traits=self._traits,
-                ranks=ranks,
-            )
-            logits = self._policies[policy].rate(prompt)
+        prompt = make_policy_input(
+            passages,
+            embeddings,
+            question,
+            question_embeddings,
+            chunk_tokens=self._compressor.chunk_tokens,
+            traits=self._traits,
+            ranks=ranks,
+        )
+        logits = self._policies[policy].rate(prompt)
         if not np.isfinite(logits).all():
             raise DataError(f"the policy {policy!r} gave a logit that is no finite number")
         return logits

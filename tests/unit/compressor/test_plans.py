@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from blockrag.compressor.compression import CompressionAbility, sizes_decide
@@ -361,18 +365,22 @@ async def test_a_prepared_question_is_embedded_once(bundle: Bundle, source: Enco
 
 
 @pytest.mark.parametrize("policy", ["query", "blind"])
-async def test_plans_are_the_same_without_compiled_kernels(
-    bundle: Bundle, planner: Planner, source: Encoding, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And so in a thread of their own, as those of long prompts are."""
-    asked = request(Compression(rate=2, policy=policy))
-    expected = await planner.plan(asked)
-    monkeypatch.setattr("blockrag.compressor.rating.compile_policy", lambda policy: None)
+async def test_policies_rate_in_a_thread_of_their_own(bundle: Bundle, source: Encoding, policy: str) -> None:
+    """They take milliseconds, which other plans of the event loop must not wait for."""
     rater = ChunkRater.load(bundle)
-    assert not rater.is_quick(policy, 1)
+    rate = rater.rate
+    threads: list[threading.Thread] = []
+
+    def watched(*given: Any) -> NDArray[np.float32]:
+        threads.append(threading.current_thread())
+        return rate(*given)
+
+    rater.rate = watched  # type: ignore[method-assign]
     keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint)
     mixer = Mixer(CHUNK, rater, EmbeddingCache(source, 2**20), keys, DecoderCosts(decoder_status))
-    assert forms(await make_planner(bundle, mixer).plan(asked)) == forms(expected)
+    await make_planner(bundle, mixer).plan(request(Compression(rate=2, policy=policy)))
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
 
 
 async def test_a_bundle_that_cannot_compress_prepares_nothing(plain: Bundle) -> None:

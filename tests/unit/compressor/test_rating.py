@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from blockrag.compressor import rating
 from blockrag.compressor.rating import ChunkRater
 from blockrag.errors import DataError
 from blockrag.modeling.bundle import Bundle, load_bundle
-from blockrag.modeling.native.kernels import kernels
 from tests.refrag_bundles import make_refrag_bundle
-
-needs_kernels = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
 
 
 @pytest.fixture(scope="module")
@@ -25,45 +20,7 @@ def bundle(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bund
     return make_refrag_bundle(plain, out, width=64, chunk_tokens=8, decoder_width=256)
 
 
-def rate(rater: ChunkRater, bundle: Bundle, policy: str, texts: list[str]) -> np.ndarray:
-    tokenizer = bundle.load_tokenizer()
-    passages = [bundle.template.passage_ids(tokenizer, "Norway", text) for text in texts]
-    question = bundle.template.final_ids(tokenizer, "What is the capital of Norway?")
-    embeddings = [rater.embed_question(ids) for ids in passages]
-    asked = rater.embed_question(question) if rater.sees_question(policy) else None
-    return rater.rate(policy, passages, embeddings, question, asked, list(range(len(passages))))
-
-
-TEXTS = [
-    f"Oslo is the capital of Norway, which has {place} million inhabitants and many fjords. " * 4 for place in "59362"
-]
-
-
-@needs_kernels
-@pytest.mark.parametrize("policy", ["query", "blind"])
-def test_compiled_policies_give_the_reference_s_logits(
-    bundle: Bundle, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled = rate(ChunkRater.load(bundle), bundle, policy, TEXTS)
-    monkeypatch.setattr(rating, "compile_policy", lambda policy: None)
-    reference = rate(ChunkRater.load(bundle), bundle, policy, TEXTS)
-    assert np.ptp(reference) > 1
-    np.testing.assert_allclose(compiled, reference, atol=5e-5)
-
-
-@needs_kernels
-def test_policies_are_quick_for_prompts_of_usual_length(bundle: Bundle) -> None:
-    rater = ChunkRater.load(bundle)
-    assert bundle.refrag is not None
-    for policy in bundle.refrag.policies:
-        assert rater.is_quick(policy, 320)
-        assert not rater.is_quick(policy, 5000)
-
-
-@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_kernels), False])
-def test_logits_that_are_no_number_are_refused(bundle: Bundle, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not compiled:
-        monkeypatch.setattr(rating, "compile_policy", lambda policy: None)
+def test_logits_that_are_no_number_are_refused(bundle: Bundle) -> None:
     rater = ChunkRater.load(bundle)
     passage = list(range(16))
     embeddings = torch.full_like(rater.embed_question(passage), float("nan"))

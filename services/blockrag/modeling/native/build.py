@@ -19,7 +19,7 @@ from pathlib import Path
 from blockrag.modeling.cache import cache_dir
 
 _HERE = Path(__file__).parent
-SOURCES = tuple(_HERE / name for name in ("slots.c", "policy.c"))
+SOURCES = (_HERE / "slots.c",)
 _OPTIONS = (
     *("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
     *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),

@@ -28,15 +28,6 @@ _WORTH_THREADS = 2**15
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class PolicySizes(ctypes.Structure):
-    """``Sizes`` of policy.c."""
-
-    _fields_: ClassVar = [
-        *((name, _INT) for name in ("encoder_width", "features", "width", "heads", "hidden", "layers", "query")),
-        ("epsilon", _FLOAT),
-    ]
-
-
 class Kernels:
     """Functions of the compiled library."""
 
@@ -51,11 +42,6 @@ class Kernels:
         self._place.argtypes = [_INT, *[_POINTER] * 3, _INT, _INT, _POINTER, _INT, _POINTER, _INT]
         self._attend.restype = _INT
         self._attend.argtypes = [*[_POINTER] * 3, *[_INT] * 6, *[_FLOAT] * 3, _INT, _POINTER]
-        self._rate, self._rate_room = compiled.rate_chunks, compiled.rate_chunks_room
-        self._rate.restype = None
-        self._rate.argtypes = [*[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER]
-        self._rate_room.restype = _INT
-        self._rate_room.argtypes = [_POINTER, _INT]
 
     @staticmethod
     def take(slots: Tensor) -> bool:
@@ -119,45 +105,6 @@ class Kernels:
             out.data_ptr(),
         )
         return unsuited == 0
-
-    def rate(
-        self, sizes: PolicySizes, weights: Tensor, embeddings: Sequence[Tensor], features: Tensor, question: Tensor
-    ) -> Tensor:
-        """A policy's logits, float32 [chunks]; on one thread.
-
-        ``weights``: of ``sizes``, packed as ``blockrag.modeling.refrag.policy_kernel`` does; ``embeddings``: of each
-        passage's chunks [n, encoder width]; ``features``: of all chunks [chunks, at least the policy's];
-        ``question``: of its chunks [n, encoder width], may be empty. All float32 on the CPU; raises ValueError for
-        anything else. Computed in float32; what is no number in the inputs is none in the logits.
-        """
-        chunks, columns = features.shape
-        counts = [len(part) for part in embeddings]
-        if sum(counts) != chunks or columns < sizes.features:
-            raise ValueError(f"{sum(counts)} chunk embeddings for features {chunks} x {columns}")
-        for part in (*embeddings, question):
-            if part.dim() != 2 or part.shape[1] != sizes.encoder_width:
-                raise ValueError(f"chunk embeddings {tuple(part.shape)} for a policy of {sizes.encoder_width}")
-        for part in (*embeddings, question, features, weights):
-            if part.dtype != torch.float32 or not part.is_cpu or not part.is_contiguous():
-                raise ValueError(f"{part.dtype} on {part.device} {part.stride()} for a kernel of packed float32")
-        asked = len(question)
-        size = ctypes.byref(sizes)
-        room = torch.empty(self._rate_room(size, chunks + asked))
-        logits = torch.empty(chunks)
-        self._rate(
-            size,
-            weights.data_ptr(),
-            (_POINTER * len(counts))(*[part.data_ptr() for part in embeddings]),
-            (_INT * len(counts))(*counts),
-            chunks,
-            question.data_ptr(),
-            asked,
-            features.data_ptr(),
-            columns,
-            room.data_ptr(),
-            logits.data_ptr(),
-        )
-        return logits
 
 
 def _threads(work: int) -> int:
