@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import itertools
 import logging
 import platform
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from blockrag.modeling import attention, slots
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.native import build
 from blockrag.modeling.native import kernels as native
 from blockrag.modeling.native.kernels import Kernels
 from blockrag.modeling.rotary import RotaryTable, rotate_into
@@ -25,10 +25,74 @@ from blockrag.modeling.slots import ResidentBlock, Slots, SlotSlice
 from tests.models import FAMILIES, make_tiny_model
 from tests.unit.modeling.test_model import close, compose, stock_logits, tokens
 
-COMPILED = native.kernels()
 LIMIT = 2.0**90
 LOG2_E = 1.4426950408889634
-needs_kernels = pytest.mark.skipif(COMPILED is None, reason="no compiled kernels on this machine")
+
+
+def kernels_here() -> Kernels:
+    library = native.kernels()
+    return library if library is not None else pytest.skip("no compiled kernels on this machine")
+
+
+def at(pointer: int, kind: torch.dtype, count: int) -> Tensor:
+    """The numbers that a pointer points to."""
+    return torch.frombuffer((ctypes.c_char * (count * kind.itemsize)).from_address(pointer), dtype=kind)
+
+
+class _Function:
+    """A Python function where ctypes has a foreign one, whose types may be declared."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *given: Any) -> Any:
+        return self._function(*given)
+
+
+class LibraryInTorch:
+    """The functions of slots.c, from the same pointers: what the tests run where the instructions are missing."""
+
+    def __init__(self) -> None:
+        self.attend, self.place_slots = _Function(self._attend), _Function(self._place)
+
+    def _attend(self, query: int, keys: int, values: int, *numbers: Any) -> int:
+        tokens, heads, kv_heads, width, total, plane, scale, least, most, _, out = numbers
+        group = heads // kv_heads
+        rows = at(query, torch.float32, tokens * heads * width).view(tokens, heads, width).transpose(0, 1).double()
+        span = (kv_heads - 1) * plane + total * width
+        held = [at(each, torch.bfloat16, span).double() for each in (keys, values)]
+        wide = [
+            each.as_strided((kv_heads, total, width), (plane, width, 1)).repeat_interleave(group, dim=0)
+            for each in held
+        ]
+        scores = rows @ wide[0].transpose(1, 2) * scale
+        hidden = torch.ones(tokens, total, dtype=torch.bool).triu_(total - tokens + 1)
+        weights = torch.exp2(scores.masked_fill(hidden, float("-inf")))
+        sums = weights.sum(-1, keepdim=True)
+        written = at(out, torch.float32, tokens * heads * width).view(tokens, heads, width)
+        written.copy_((weights @ wide[1] / sums).transpose(0, 1))
+        return int((~((sums > least) & (sums < most))).sum())
+
+    def _place(self, blocks: int, sources: Any, source_planes: Any, starts: Any, *numbers: Any) -> None:
+        key_planes, width, phases, _, out, out_plane = numbers
+        turns = at(phases, torch.complex64, starts[blocks] * width // 2).view(-1, width // 2)
+        for block, plane in itertools.product(range(blocks), range(2 * key_planes)):
+            start, stop = starts[block], starts[block + 1]
+            count = (stop - start) * width
+            if not count:
+                continue
+            placed = at(sources[block] + 2 * plane * source_planes[block], torch.bfloat16, count).view(-1, width)
+            if plane < key_planes:
+                rotated = torch.empty(placed.shape)
+                rotate_into(rotated, placed.float(), turns[start:stop])
+                placed = rotated
+            at(out + 2 * (plane * out_plane + start * width), torch.bfloat16, count).view(-1, width).copy_(placed)
+
+
+@pytest.fixture(scope="module", params=["compiled", "in torch"])
+def compiled(request: pytest.FixtureRequest) -> Kernels:
+    """The kernels, and the reference in their place: the tests hold what both do, and themselves on any machine."""
+    return Kernels(LibraryInTorch()) if request.param == "in torch" else kernels_here()
 
 
 @pytest.fixture(params=[1, 2])
@@ -56,60 +120,54 @@ def random_slots(kv_heads: int, count: int, width: int, seed: int = 0) -> tuple[
     return keys, values
 
 
-@needs_kernels
 @pytest.mark.parametrize(("width", "kv_heads", "group"), [(32, 4, 2), (64, 1, 1), (96, 2, 7), (128, 3, 1), (256, 1, 8)])
 @pytest.mark.parametrize(("new", "before"), [(1, 0), (1, 300), (50, 0), (5, 64), (130, 63)])
-def test_attention(new: int, before: int, kv_heads: int, group: int, width: int, threads: int) -> None:
-    assert COMPILED is not None
+def test_attention(
+    new: int, before: int, kv_heads: int, group: int, width: int, threads: int, compiled: Kernels
+) -> None:
     total = before + new
     keys, values = random_slots(kv_heads, total + 9, width)
     query = torch.randn(new, kv_heads * group, width, generator=torch.Generator().manual_seed(1))
     out = torch.full_like(query, 7.0)
     scaling = width**-0.5
-    assert COMPILED.attend(query, keys, values, total, scaling * LOG2_E, LIMIT, out)
+    assert compiled.attend(query, keys, values, total, scaling * LOG2_E, LIMIT, out)
     expected = reference(query, keys, values, total, scaling)
     assert float((out - expected).abs().max()) < 1e-2 * float(expected.abs().max())
 
 
-@needs_kernels
 @settings(max_examples=60, deadline=None)
 @given(new=st.integers(1, 140), before=st.integers(0, 200), spare=st.integers(0, 70), seed=st.integers(0, 9))
-def test_attention_to_any_number_of_slots(new: int, before: int, spare: int, seed: int) -> None:
+def test_attention_to_any_number_of_slots(compiled: Kernels, new: int, before: int, spare: int, seed: int) -> None:
     """Whatever finite numbers stand in the slots beyond."""
-    assert COMPILED is not None
     total = before + new
     keys, values = random_slots(2, total + spare, 32, seed)
     keys[:, total:], values[:, total:] = 3e4, -3e4
     query = torch.randn(new, 4, 32, generator=torch.Generator().manual_seed(seed))
     out = torch.empty_like(query)
-    assert COMPILED.attend(query, keys, values, total, 0.2 * LOG2_E, LIMIT, out)
+    assert compiled.attend(query, keys, values, total, 0.2 * LOG2_E, LIMIT, out)
     expected = reference(query, keys, values, total, 0.2)
     assert float((out - expected).abs().max()) < 1e-2 * float(expected.abs().max())
 
 
-@needs_kernels
 @pytest.mark.parametrize("factor", [300.0, -300.0])
-def test_sums_out_of_range_are_told_and_computed_otherwise(factor: float) -> None:
-    assert COMPILED is not None
+def test_sums_out_of_range_are_told_and_computed_otherwise(factor: float, compiled: Kernels) -> None:
     keys, values = random_slots(2, 90, 32)
     keys[..., 0] = 1.0
     query = torch.zeros(20, 4, 32)
     query[..., 0] = 1.0
     query[7, 3, 0] = factor
     out = torch.empty_like(query)
-    assert not COMPILED.attend(query, keys, values, 90, LOG2_E, LIMIT, out)
+    assert not compiled.attend(query, keys, values, 90, LOG2_E, LIMIT, out)
     attention.attend(query, keys, values, 90, 1.0, out)
     expected = reference(query, keys, values, 90, 1.0)
     assert float((out - expected).abs().max()) < 1e-2 * float(expected.abs().max())
 
 
-@needs_kernels
-def test_not_a_number_is_told() -> None:
-    assert COMPILED is not None
+def test_not_a_number_is_told(compiled: Kernels) -> None:
     keys, values = random_slots(1, 40, 32)
     query = torch.randn(4, 1, 32)
     query[2, 0, 5] = float("nan")
-    assert not COMPILED.attend(query, keys, values, 40, 0.2, LIMIT, torch.empty_like(query))
+    assert not compiled.attend(query, keys, values, 40, 0.2, LIMIT, torch.empty_like(query))
 
 
 def made_blocks(lengths: list[int], width: int = 32) -> list[ResidentBlock]:
@@ -120,12 +178,10 @@ def made_blocks(lengths: list[int], width: int = 32) -> list[ResidentBlock]:
     ]
 
 
-@needs_kernels
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), width=st.sampled_from([32, 64]), spare=st.integers(0, 5), scaling=st.sampled_from([1.0, 1.2]))
-def test_placing(data: st.DataObject, width: int, spare: int, scaling: float) -> None:
+def test_placing(compiled: Kernels, data: st.DataObject, width: int, spare: int, scaling: float) -> None:
     """Blocks and slices of blocks; nothing beyond them is touched."""
-    assert COMPILED is not None
     blocks = made_blocks(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5)), width)
     chosen: list[Slots] = []
     for block in data.draw(st.lists(st.sampled_from(blocks), min_size=1, max_size=8)):
@@ -136,7 +192,7 @@ def test_placing(data: st.DataObject, width: int, spare: int, scaling: float) ->
     rotary = RotaryTable(10000.0 ** -(torch.arange(0, width, 2) / width), scaling, 512, torch.device("cpu"))
     phases = rotary.phases(whole)[:whole]
     out = torch.full((2, 3, 2, whole + spare, width), 9.0, dtype=torch.bfloat16)
-    COMPILED.place([block.piece for block in chosen], phases, out)
+    compiled.place([block.piece for block in chosen], phases, out)
     joined = torch.cat([block.slots for block in chosen], dim=3)
     expected = torch.empty(joined[0].shape)
     rotate_into(expected, joined[0].float(), phases)
@@ -147,27 +203,43 @@ def test_placing(data: st.DataObject, width: int, spare: int, scaling: float) ->
     assert bool((out[..., whole:, :] == 9.0).all())
 
 
-@needs_kernels
-def test_placing_refuses_what_does_not_fit() -> None:
-    assert COMPILED is not None
+def test_placing_refuses_what_does_not_fit(compiled: Kernels) -> None:
     (block,) = made_blocks([10])
     phases = torch.ones(10, 16, dtype=torch.complex64)
     for room, known in ((9, phases), (10, phases[:9]), (10, phases.repeat(1, 2)[:, :16])):
         with pytest.raises(ValueError, match="10 slots"):
-            COMPILED.place([block.piece], known, torch.empty(2, 3, 2, room, 32, dtype=torch.bfloat16))
+            compiled.place([block.piece], known, torch.empty(2, 3, 2, room, 32, dtype=torch.bfloat16))
+    fits = torch.empty(2, 3, 2, 10, 32, dtype=torch.bfloat16)
+    for piece in (
+        (block.slots, 0, 11),
+        (block.slots, -1, 5),
+        (block.slots, 6, 5),
+        (block.slots[:, :2].contiguous(), 0, 10),
+        (block.slots[..., :5, :], 0, 5),
+        (block.slots.float(), 0, 10),
+        (block.slots.view(2, 6, 10, 32), 0, 10),
+    ):
+        with pytest.raises(ValueError, match="slots"):
+            compiled.place([piece], phases, fits)
+    for out in (fits.float(), fits.view(1, 6, 2, 10, 32), fits.transpose(1, 2), fits.view(2, 3, 2, 20, 16)):
+        with pytest.raises(ValueError, match=r"slots|out"):
+            compiled.place([block.piece], phases, out)
+    for known in (phases.to(torch.complex128), phases[:, :8].contiguous(), phases.conj()):
+        with pytest.raises(ValueError, match="phases"):
+            compiled.place([block.piece], known, fits)
 
 
-@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_with_and_without_kernels(family: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Composed prompts, then steps of several sequences in one pass, against the explicit mask."""
     calls = []
     if compiled:
-        assert COMPILED is not None
+        library = kernels_here()
         for name in ("attend", "place"):
-            original = getattr(COMPILED, name)
+            original = getattr(library, name)
             counted = lambda *given, name=name, original=original: calls.append(name) or original(*given)  # noqa: E731
-            monkeypatch.setattr(COMPILED, name, counted)
+            monkeypatch.setattr(library, name, counted)
     else:
         for module in (attention, slots):
             monkeypatch.setattr(module, "kernels", lambda: None)
@@ -203,35 +275,57 @@ def test_slots_that_are_not_packed_are_not_taken() -> None:
     assert not Kernels.take(fresh)
 
 
-@needs_kernels
-def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = tmp_path / "package", tmp_path / "cache"
-    path = build.library((first, second))
-    assert path.parent == second
-    assert [entry.name for entry in second.iterdir()] == [path.name]
-    monkeypatch.setattr(build, "build", lambda path: pytest.fail("built again"))
-    assert build.library((second, first)) == build.library((first, second)) == path
-    assert Kernels(str(path)).attend(
-        torch.ones(1, 1, 32), *random_slots(1, 1, 32), 1, 0.1, LIMIT, torch.empty(1, 1, 32)
-    )
+ATTENDED: dict[str, Any] = {
+    "query": torch.ones(3, 4, 32),
+    "keys": torch.ones(2, 9, 32, dtype=torch.bfloat16),
+    "values": torch.ones(2, 9, 32, dtype=torch.bfloat16),
+    "total": 9,
+    "out": torch.empty(3, 4, 32),
+}
 
 
 @pytest.mark.parametrize(
-    ("compiler", "message"),
-    [("", "no C compiler"), ("false", "false failed"), ("/nowhere/cc", "/nowhere/cc")],
+    ("argument", "wrong"),
+    [
+        ("query", torch.ones(3, 4, 32, dtype=torch.float64)),
+        ("query", torch.ones(3, 128)),
+        ("query", torch.ones(4, 3, 32).transpose(0, 1)),
+        ("query", torch.ones(3, 5, 32)),
+        ("query", torch.ones(3, 4, 32, device="meta")),
+        ("out", torch.empty(3, 4, 32, dtype=torch.bfloat16)),
+        ("out", torch.empty(3, 4, 16)),
+        ("out", torch.empty(2, 4, 32)),
+        ("out", torch.empty(4, 3, 32).transpose(0, 1)),
+        ("out", torch.empty(3, 4, 32, device="meta")),
+        ("keys", torch.ones(2, 9, 32)),
+        ("keys", torch.ones(2, 9, 64, dtype=torch.bfloat16)),
+        ("keys", torch.ones(9, 2, 32, dtype=torch.bfloat16).transpose(0, 1)),
+        ("keys", torch.ones(9, 32, dtype=torch.bfloat16)),
+        ("values", torch.ones(2, 9, 32)),
+        ("values", torch.ones(2, 8, 32, dtype=torch.bfloat16)),
+        ("values", torch.ones(2, 12, 32, dtype=torch.bfloat16)[:, :9]),
+        ("total", 10),
+        ("total", 2),
+        ("total", -1),
+    ],
 )
-def test_without_a_compiler_that_works(
-    compiler: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CC", compiler)
-    if not compiler:
-        monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.CannotBuildError, match=message):
-        build.library((tmp_path / "cache",))
-    assert not list(tmp_path.glob("cache/*"))
+def test_attention_refuses_what_does_not_fit(compiled: Kernels, argument: str, wrong: Any) -> None:
+    given = {**ATTENDED, argument: wrong}
+    if argument == "query" and wrong.shape != ATTENDED["out"].shape:
+        given["out"] = torch.empty(wrong.shape)
+    with pytest.raises(ValueError, match=f"^{argument}: "):
+        compiled.attend(**given, scaling=1.0, limit=LIMIT)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 32), (3, 0, 32), (3, 3, 32)])
+def test_attention_refuses_no_tokens_and_heads_that_are_no_groups(compiled: Kernels, shape: tuple[int, ...]) -> None:
+    given = {**ATTENDED, "query": torch.ones(shape), "out": torch.empty(shape)}
+    with pytest.raises(ValueError, match=r"tokens|heads"):
+        compiled.attend(**given, scaling=1.0, limit=LIMIT)
 
 
 def test_other_processors_do_without(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    before = native.kernels()
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     native.kernels.cache_clear()
     with caplog.at_level(logging.INFO):
@@ -239,4 +333,4 @@ def test_other_processors_do_without(monkeypatch: pytest.MonkeyPatch, caplog: py
     assert "this is riscv64" in caplog.text
     native.kernels.cache_clear()
     monkeypatch.undo()
-    assert (native.kernels() is None) == (COMPILED is None)
+    assert (native.kernels() is None) == (before is None)

@@ -1,16 +1,19 @@
-"""Compiling the C files beside this one, which takes two seconds, once for each version of them.
+"""Compiling the C file beside this one, which takes a second, once for each version of it.
 
-The library is looked for beside the sources, where ``python -m blockrag.modeling.native.build`` puts it when an image
-is built, and in the user's cache, where a process that does not find it puts it. Its name holds a hash of the sources
-and the compiler's options, so that another version's library is never loaded.
+The library is looked for beside the source, where ``python -m blockrag.modeling.native.build`` puts it when an image
+is built, and in the user's cache, where a process that does not find it puts it. Its name holds a hash of the source
+and the options, so that another version's library is never loaded, and one of the compiler; where there is no compiler,
+as in an image, any compiler's will do. Its SHA-256 stands in a file beside it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -19,54 +22,138 @@ from pathlib import Path
 from blockrag.modeling.cache import cache_dir
 
 _HERE = Path(__file__).parent
-SOURCES = (_HERE / "slots.c",)
-_OPTIONS = (
-    *("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
-    *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
-)
+SOURCE = _HERE / "slots.c"
+INSTRUCTIONS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+_OPTIONS = ("-O3", "-std=gnu11", "-Werror=vla", "-shared", "-fPIC", "-fopenmp", *INSTRUCTIONS)
+_CPUINFO = Path("/proc/cpuinfo")
 _TIMEOUT_S = 60
+
+_logger = logging.getLogger(__name__)
 
 
 class CannotBuildError(Exception):
     """There will be no library here; the message says why."""
 
 
-def check_processor() -> None:
-    """Raise CannotBuildError where the library would not run."""
+class UntrustedLibraryError(Exception):
+    """A compiled library that must not be loaded; the message says why."""
+
+
+def check_platform() -> None:
+    """Raise CannotBuildError where no processor could run the library."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise CannotBuildError(f"for x86-64 under Linux only, this is {platform.machine()} under {sys.platform}")
-    if " avx512_bf16 " not in Path("/proc/cpuinfo").read_text(encoding="utf-8").replace("\n", " "):
+
+
+def check_processor() -> None:
+    """Raise CannotBuildError where the library would not run."""
+    check_platform()
+    if " avx512_bf16 " not in _CPUINFO.read_text(encoding="utf-8").replace("\n", " "):
         raise CannotBuildError("the processor has no AVX-512 BF16")
 
 
 def library(directories: tuple[Path, ...] | None = None) -> Path:
-    """The compiled library, compiled now if none of ``directories`` has it. Raises CannotBuildError."""
+    """The compiled library, compiled now if none of ``directories`` has one to trust. Raises CannotBuildError."""
     directories = (_HERE, _cache()) if directories is None else directories
-    digest = hashlib.sha256(" ".join(_OPTIONS).encode())
-    for source in SOURCES:
-        digest.update(source.read_bytes())
-    paths = [directory / f"kernels-{digest.hexdigest()[:16]}.so" for directory in directories]
-    found = next((path for path in paths if path.is_file()), None)
-    return found or build(paths[-1])
+    name = f"kernels-{_digest(' '.join(_OPTIONS).encode(), SOURCE.read_bytes())}"
+    version = _compiler_version()
+    wanted = f"{name}-*.so" if version is None else f"{name}-{_digest(version)}.so"
+    for path in (path for directory in directories for path in sorted(directory.glob(wanted))):
+        try:
+            check_library(path)
+        except UntrustedLibraryError as error:
+            _logger.warning("a compiled library is left alone: %s", error)
+        else:
+            return path
+    return build(directories[-1] / f"{name}-{_digest(version or b'')}.so")
+
+
+def check_library(path: Path) -> None:
+    """Raise UntrustedLibraryError for a library that others may have changed, or that is not what was compiled."""
+    record = _record(path)
+    try:
+        for file in (path, record):
+            found = file.lstat()
+            if not stat.S_ISREG(found.st_mode):
+                raise UntrustedLibraryError(f"{file} is no plain file")
+            if found.st_uid not in (0, os.geteuid()):
+                raise UntrustedLibraryError(f"{file} belongs to the user {found.st_uid}")
+            if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise UntrustedLibraryError(f"{file} may be written by others, its mode is {found.st_mode & 0o777:o}")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != record.read_text(encoding="ascii").strip():
+            raise UntrustedLibraryError(f"{path} is not the one whose SHA-256 {record.name} holds")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UntrustedLibraryError(f"{path}: {error}") from error
 
 
 def build(path: Path) -> Path:
     """Compile to ``path``; whoever looks meanwhile sees all of it or nothing. Raises CannotBuildError."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    compiler = _compiler()
     if not compiler:
         raise CannotBuildError("there is no C compiler")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [*compiler.split(), *_OPTIONS, "-o", str(made), *map(str, SOURCES)]
+            command = [*compiler, *_OPTIONS, "-o", str(made), str(SOURCE)]
             run = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
             if run.returncode:
-                raise CannotBuildError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
-            made.replace(path)
+                raise CannotBuildError(f"{' '.join(compiler)} failed: {run.stderr.strip()[-500:]}")
+            _record(made).write_text(hashlib.sha256(made.read_bytes()).hexdigest(), encoding="ascii")
+            for file, place in ((_record(made), _record(path)), (made, path)):
+                file.chmod(0o644)
+                file.replace(place)
     except (OSError, subprocess.SubprocessError) as error:
         raise CannotBuildError(str(error)) from error
     return path
+
+
+def main() -> int:
+    """Compile beside the source. 0 also where there is nothing to compile, so that every image builds."""
+    try:
+        check_platform()
+    except CannotBuildError as error:
+        print(f"nothing to compile: {error}")
+        return 0
+    try:
+        print(library((_HERE,)))  # where this processor lacks the instructions too: the image may run on others
+    except CannotBuildError as error:
+        print(f"not compiled: {error}")
+        return 1 if _has_instructions() else 0
+    return 0
+
+
+def _has_instructions() -> bool:
+    try:
+        check_processor()
+    except CannotBuildError:
+        return False
+    return True
+
+
+def _compiler() -> list[str]:
+    """The command of the C compiler; empty: there is none."""
+    return (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or "").split()
+
+
+def _compiler_version() -> bytes | None:
+    """What the compiler says of itself; None where there is none that works."""
+    command = _compiler()
+    if not command:
+        return None
+    try:
+        run = subprocess.run([*command, "--version"], capture_output=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return None if run.returncode else run.stdout
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _record(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def _cache() -> Path:
@@ -77,4 +164,4 @@ def _cache() -> Path:
 
 
 if __name__ == "__main__":
-    print(library((_HERE,)))
+    sys.exit(main())

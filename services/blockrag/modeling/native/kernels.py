@@ -1,8 +1,8 @@
-"""The compiled kernels: for slots of bfloat16 on a CPU, and for policies; None where they cannot be had.
+"""The compiled kernels for slots of bfloat16 on a CPU; None where they cannot be had.
 
 Each is an optimisation of something that is written in torch too, which is its reference in the tests and what runs
-where the kernels do not: ``blockrag.modeling.slots`` places blocks, ``blockrag.modeling.attention`` attends,
-``blockrag.modeling.refrag.policy`` rates chunks.
+where the kernels do not: ``blockrag.modeling.slots`` places blocks, ``blockrag.modeling.attention`` attends. The C code
+believes what it is told, so what it would read or write is checked here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
-from typing import ClassVar
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,17 +32,21 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class Kernels:
     """Functions of the compiled library."""
 
-    def __init__(self, path: str) -> None:
-        """Raises OSError where the library does not load.
-
-        It finds torch's OpenMP by name, since torch was imported: one pool of threads for both.
-        """
-        compiled = ctypes.CDLL(path)
+    def __init__(self, compiled: Any) -> None:
+        """``compiled``: a library with the functions of slots.c."""
         self._place, self._attend = compiled.place_slots, compiled.attend
         self._place.restype = None
         self._place.argtypes = [_INT, *[_POINTER] * 3, _INT, _INT, _POINTER, _INT, _POINTER, _INT]
         self._attend.restype = _INT
         self._attend.argtypes = [*[_POINTER] * 3, *[_INT] * 6, *[_FLOAT] * 3, _INT, _POINTER]
+
+    @classmethod
+    def load(cls, path: Path) -> Kernels:
+        """Those of a library; raises OSError where it does not load.
+
+        It finds torch's OpenMP by name, since torch was imported: one pool of threads for both.
+        """
+        return cls(ctypes.CDLL(str(path)))
 
     @staticmethod
     def take(slots: Tensor) -> bool:
@@ -56,27 +61,39 @@ class Kernels:
     def place(self, pieces: Sequence[tuple[Tensor, int, int]], phases: Tensor, out: Tensor) -> None:
         """Copy pieces of blocks one behind the other to the beginning of ``out``, their keys rotated by ``phases``.
 
-        A piece is (slots of a block [2, layers, kv_heads, n, head_dim], contiguous, start, stop); ``out`` has the same
-        shape with other n, at least the pieces' sum; ``phases`` complex64 [that sum at least, head_dim / 2], row i for
-        the slot that gets place i. Computed in float32, rounded once.
+        A piece is (slots of a block [2, layers, kv_heads, n, head_dim], start, stop); ``out`` has the same shape with
+        other n, at least the pieces' sum; both are contiguous. ``phases``: complex64 [that sum at least, head_dim / 2],
+        row i for the slot that gets place i. Computed in float32, rounded once. Raises ValueError for anything else.
         """
-        count, width = len(pieces), out.shape[-1]
-        step = width * out.itemsize
+        for slots in (out, *(slots for slots, _, _ in pieces)):
+            if slots.dtype != torch.bfloat16 or not (slots.is_cpu and slots.is_contiguous()):
+                raise ValueError(f"{slots.dtype} {tuple(slots.shape)} {slots.stride()} on {slots.device} for slots")
+        if out.dim() != 5 or out.shape[0] != 2 or out.shape[4] not in _WIDTHS or not out.shape[1] * out.shape[2]:
+            raise ValueError(f"out: {tuple(out.shape)}")
+        _, layers, kv_heads, room, width = out.shape
+        for slots, start, stop in pieces:
+            if slots.shape != (2, layers, kv_heads, slots.size(-2), width):
+                raise ValueError(f"a block of {tuple(slots.shape)} for slots of {tuple(out.shape)}")
+            if not 0 <= start <= stop <= slots.shape[3]:
+                raise ValueError(f"slots {start} to {stop} of a block of {slots.shape[3]}")
+        if phases.dtype != torch.complex64 or not phases.is_cpu or phases.dim() != 2 or phases.shape[1] != width // 2:
+            raise ValueError(f"phases {phases.dtype} {tuple(phases.shape)} on {phases.device} for heads of {width}")
         starts = [0, *accumulate(stop - start for _, start, stop in pieces)]
         whole = starts[-1]
-        if whole > min(out.shape[3], len(phases)) or not phases.is_contiguous():
-            raise ValueError(f"{whole} slots for {out.shape[3]} places and {len(phases)} phases")
+        if whole > min(room, len(phases)) or not phases.is_contiguous() or phases.is_conj():
+            raise ValueError(f"{whole} slots for {room} places and {len(phases)} phases")
+        count, step = len(pieces), width * out.itemsize
         self._place(
             count,
             (_POINTER * count)(*[slots.data_ptr() + start * step for slots, start, _ in pieces]),
-            (_INT * count)(*[slots.stride(2) for slots, _, _ in pieces]),
+            (_INT * count)(*[slots.shape[3] * width for slots, _, _ in pieces]),
             (_INT * len(starts))(*starts),
-            out.shape[1] * out.shape[2],
+            layers * kv_heads,
             width,
             phases.data_ptr(),
-            _threads(whole * out.stride(3) * out.shape[1] * out.shape[2]),
+            _threads(whole * width * layers * kv_heads),
             out.data_ptr(),
-            out.stride(2),
+            room * width,
         )
 
     def attend(
@@ -84,9 +101,10 @@ class Kernels:
     ) -> bool:
         """What ``blockrag.modeling.attention.attend`` does, with queries and ``out`` in float32 and contiguous.
 
-        ``scaling`` is for powers of two. False where a row's sum of weights is not between 1 / ``limit`` and ``limit``:
-        ``out`` is of no use then.
+        Raises ValueError for anything else. ``scaling`` is for powers of two. False where a row's sum of weights is not
+        between 1 / ``limit`` and ``limit``: ``out`` is of no use then.
         """
+        _check_attended(query, keys, values, total, out)
         tokens, heads, width = query.shape
         unsuited: int = self._attend(
             query.data_ptr(),
@@ -107,6 +125,24 @@ class Kernels:
         return unsuited == 0
 
 
+def _check_attended(query: Tensor, keys: Tensor, values: Tensor, total: int, out: Tensor) -> None:
+    """Raise ValueError, naming the argument, for what the compiled function would read or write wrongly."""
+    if query.dim() != 3 or query.dtype != torch.float32 or not (query.is_cpu and query.is_contiguous()):
+        raise ValueError(f"query: {query.dtype} {tuple(query.shape)} {query.stride()} on {query.device}")
+    tokens, heads, width = shape = query.shape
+    if out.shape != shape or out.dtype != torch.float32 or not (out.is_cpu and out.is_contiguous()):
+        raise ValueError(f"out: {out.dtype} {tuple(out.shape)} {out.stride()} on {out.device}, query {tuple(shape)}")
+    if keys.dim() != 3 or keys.shape[2] != width or not Kernels.take(keys):
+        raise ValueError(f"keys: {keys.dtype} {tuple(keys.shape)} {keys.stride()} on {keys.device}, heads of {width}")
+    kv_heads, slots, _ = keys.shape
+    if values.shape != keys.shape or values.stride() != keys.stride() or values.dtype != keys.dtype:
+        raise ValueError(f"values: {values.dtype} {tuple(values.shape)} {values.stride()} on {values.device}")
+    if not 1 <= tokens <= total <= slots:
+        raise ValueError(f"total: {total}, for {tokens} tokens and {slots} slots")
+    if not heads or not kv_heads or heads % kv_heads:
+        raise ValueError(f"query: {heads} heads, for {kv_heads} of keys")
+
+
 def _threads(work: int) -> int:
     return torch.get_num_threads() if work >= _WORTH_THREADS else 1
 
@@ -116,7 +152,7 @@ def kernels() -> Kernels | None:
     """The kernels, compiled at the first call of this version on this machine; None where they cannot be had."""
     try:
         check_processor()
-        return Kernels(str(library()))
+        return Kernels.load(library())
     except (CannotBuildError, OSError) as error:
         _logger.info("slots are computed by torch, without compiled kernels: %s", error)
         return None

@@ -13,6 +13,7 @@
 enum {
     LANES = 16,    /* float32 in a register */
     CHUNK = 32,    /* bfloat16 in a register; widths are multiples of it */
+    WIDEST = 256,  /* head dimension */
     TILE = 64,     /* slots that are repacked at a time */
     PARTS = TILE / LANES,
     PAIRS = TILE / 2,
@@ -125,10 +126,11 @@ static inline __attribute__((always_inline)) int64_t attend_batch(const float *q
                                                                   float *out) {
     int64_t padded = (rows + ROWS - 1) / ROWS * ROWS, chunks = width / CHUNK, half = width / 2;
     int64_t end = before + (first + rows - 1) / group + 1, unsuited = 0;
-    __m512i tile_keys[PARTS * chunks * LANES], tile_values[chunks * PAIRS * 2];
+    /* of the widest head's size, a third of a megabyte in all; a narrower one uses the beginning of each */
+    __m512i tile_keys[PARTS * WIDEST / CHUNK * LANES], tile_values[WIDEST / CHUNK * PAIRS * 2];
     int64_t seen[BATCH]; /* how many slots */
-    __m512 sums[BATCH], attended[BATCH * width / LANES];
-    int32_t scaled[BATCH * half] __attribute__((aligned(64))); /* pairs of bfloat16 */
+    __m512 sums[BATCH], attended[BATCH * WIDEST / LANES];
+    int32_t scaled[BATCH * WIDEST / 2] __attribute__((aligned(64))); /* pairs of bfloat16 */
     int32_t weights[ROWS * PAIRS] __attribute__((aligned(64)));
     memset(sums, 0, padded * sizeof *sums);
     memset(attended, 0, padded * width * sizeof(float));

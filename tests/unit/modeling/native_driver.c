@@ -1,0 +1,75 @@
+/* Calls the functions of slots.c on buffers of exactly the sizes that they may touch, for the sanitizers to watch.
+ *
+ * Prints how many calls it made. With an argument the last call is told of one slot more than there is: that it is
+ * found shows that overruns are.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+void place_slots(int64_t, const uint16_t *const *, const int64_t *, const int64_t *, int64_t, int64_t, const float *,
+                 int64_t, uint16_t *, int64_t);
+int64_t attend(const float *, const uint16_t *, const uint16_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+               float, float, float, int64_t, float *);
+
+static uint16_t *narrow(int64_t count) {
+    uint16_t *made = malloc(count * sizeof *made);
+    for (int64_t i = 0; i < count; i++) made[i] = 0x3c00 + i * 37 % 512 + (i % 2 << 15);
+    return made;
+}
+
+static float *wide(int64_t count) {
+    float *made = malloc(count * sizeof *made);
+    for (int64_t i = 0; i < count; i++) made[i] = (i * 31 % 64 - 32) / 32.0f;
+    return made;
+}
+
+static void attended(int64_t tokens, int64_t kv_heads, int64_t group, int64_t width, int64_t total, int64_t slots,
+                     int64_t threads) {
+    int64_t numbers = tokens * kv_heads * group * width;
+    float *query = wide(numbers), *out = wide(numbers);
+    uint16_t *keys = narrow(kv_heads * slots * width), *values = narrow(kv_heads * slots * width);
+    int64_t unsuited = attend(query, keys, values, tokens, kv_heads * group, kv_heads, width, total, slots * width, 0.1f,
+                              1e-20f, 1e20f, threads, out);
+    for (int64_t i = 0; i < numbers; i++)
+        if (unsuited || !isfinite(out[i])) abort();
+    free(query), free(out), free(keys), free(values);
+}
+
+static void placed(int64_t blocks, int64_t key_planes, int64_t width, int64_t threads) {
+    const uint16_t *sources[8];
+    uint16_t *held[8];
+    int64_t source_planes[8], starts[9] = {0};
+    for (int64_t i = 0; i < blocks; i++) {
+        int64_t slots = 1 + i * 5 % 7, skipped = i % 2; /* every other one is a slice to its block's end */
+        held[i] = narrow(2 * key_planes * (slots + skipped) * width);
+        sources[i] = held[i] + skipped * width;
+        source_planes[i] = (slots + skipped) * width;
+        starts[i + 1] = starts[i] + slots;
+    }
+    int64_t whole = starts[blocks];
+    uint16_t *out = narrow(2 * key_planes * whole * width);
+    float *phases = wide(whole * width);
+    place_slots(blocks, sources, source_planes, starts, key_planes, width, phases, threads, out, whole * width);
+    for (int64_t i = 0; i < blocks; i++) free(held[i]);
+    free(out), free(phases);
+}
+
+int main(int count, char **arguments) {
+    static const int64_t widths[] = {32, 64, 96, 128, 256}, tokens[] = {1, 2, 9, 40, 129}, before[] = {0, 1, 31, 63, 200};
+    int64_t calls = 0;
+    for (int w = 0; w < 5; w++)
+        for (int64_t threads = 1; threads <= 2; threads++) {
+            for (int64_t blocks = 1; blocks <= 8; blocks += 7, calls++) placed(blocks, 3, widths[w], threads);
+            for (int t = 0; t < 5; t++)
+                for (int b = 0; b < 5; b++, calls++) {
+                    int64_t total = tokens[t] + before[b];
+                    attended(tokens[t], 1 + b % 3, 1 + t % 4, widths[w], total, total + t % 2, threads);
+                }
+        }
+    if (count > 1) attended(2, 1, 1, 32, 8, 7, 1);
+    printf("%d calls\n", (int)calls);
+    return 0;
+}

@@ -1,0 +1,54 @@
+"""The C code under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from blockrag.modeling.native import build
+
+SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+COMPILER = shutil.which("gcc") or shutil.which("cc")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if COMPILER is None:
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("sanitized")
+    empty = folder / "empty.c"
+    empty.write_text("int main(void) { return 0; }")
+    tried = subprocess.run([COMPILER, *SANITIZED, "-o", str(folder / "empty"), str(empty)], capture_output=True)
+    if tried.returncode:
+        pytest.skip("the compiler has no sanitizers")
+    try:
+        build.check_processor()
+    except build.CannotBuildError as error:
+        pytest.skip(str(error))
+    made = folder / "driver"
+    sources = [str(build.SOURCE), str(Path(__file__).with_name("native_driver.c"))]
+    subprocess.run(
+        [COMPILER, *SANITIZED, "-std=gnu11", "-fopenmp", *build.INSTRUCTIONS, "-o", str(made), *sources], check=True
+    )
+    return made
+
+
+def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # what the OpenMP runtime keeps until the end is no leak of ours
+    environment = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0", "OMP_NUM_THREADS": "2"}
+    return subprocess.run([driver, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_nothing_beyond_the_buffers_is_touched(driver: Path) -> None:
+    watched = run(driver)
+    assert watched.returncode == 0, watched.stderr
+    assert watched.stdout == "270 calls\n"
+
+
+def test_a_slot_too_many_is_found(driver: Path) -> None:
+    watched = run(driver, "overrun")
+    assert watched.returncode != 0
+    assert "heap-buffer-overflow" in watched.stderr
