@@ -16,11 +16,11 @@ from typing import Any, Protocol
 from urllib.parse import unquote
 
 from blockrag.errors import InvalidRequestError, UnauthenticatedError
+from blockrag.limits import LOOPBACK_NAMES
 from blockrag.settings import Settings, TenantSettings
 
 PUBLIC_TENANT = "public"
 _SCHEME = "bearer "
-_LOOPBACK_NAMES = ("127.0.0.1", "::1", "localhost")
 
 
 class Tenants:
@@ -74,7 +74,7 @@ def protect(settings: Settings) -> None:
     """
     global _tenants, _this_machine_only
     _tenants = Tenants(settings.gateway.tenants)
-    _this_machine_only = settings.cluster.host in _LOOPBACK_NAMES
+    _this_machine_only = settings.cluster.host in LOOPBACK_NAMES
 
 
 def check_call(request: Any, call: CallOrigin) -> None:

@@ -21,12 +21,11 @@ import grpc
 
 from blockrag.access import check_call
 from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from blockrag.limits import RETRY_AFTER_MS
 from blockrag.status import status_code
 
 _logger = logging.getLogger(__name__)
 
-RETRY_AFTER_MS = 250
-"""Retry hint for refusals that carry none."""
 _LONGEST_MESSAGE = 2000
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blockrag.errors import SettingsError
+from blockrag.limits import TENANT_PATTERN
 from blockrag.modeling.cache import CACHE_VARIABLE
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
@@ -68,7 +69,7 @@ class ClusterSettings(_Section):
 class TenantSettings(_Section):
     """One tenant of the server."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+    name: Annotated[str, Field(pattern=f"^{TENANT_PATTERN}$")]
     """Lower-case name; part of every collection's and cache entry's identity."""
     api_key: Annotated[str, Field(min_length=16)]
     """Bearer token of the tenant."""

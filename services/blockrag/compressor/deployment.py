@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 from ray import serve
 from ray.serve import Application
@@ -22,18 +21,13 @@ from blockrag.configured import configured_bundle, configured_keys
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.gateway.remote import DecoderClient
 from blockrag.grpc_status import translate_errors
-from blockrag.kv_cache.client import KvCacheClient
 from blockrag.kv_cache.deployment import connect
+from blockrag.kv_cache.following import follow_purges
+from blockrag.limits import MIB
 from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.v1 import compressor_pb2
-
-_MIB = 2**20
-_UPKEEP_PERIOD_S = 1.0
-"""How often purges are asked for."""
-
-_logger = logging.getLogger(__name__)
 
 
 class Compressor:
@@ -87,8 +81,8 @@ class Compressor:
 
     def _mixer(self, bundle: Bundle, settings: Settings) -> Mixer:
         cache = connect(settings)
-        embeddings = EmbeddingCache(cache, settings.compressor.embeddings_mb * _MIB)
-        self._upkeep = asyncio.get_running_loop().create_task(_follow_purges(cache, embeddings))
+        embeddings = EmbeddingCache(cache, settings.compressor.embeddings_mb * MIB)
+        self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, embeddings))
         costs = DecoderCosts(DecoderClient(serve.get_app_handle).status)
         rater = ChunkRater.load(bundle)
         rater.warm_up()
@@ -100,21 +94,6 @@ class Compressor:
             costs,
             threads=settings.compressor.threads,
         )
-
-
-async def _follow_purges(cache: KvCacheClient, embeddings: EmbeddingCache) -> None:
-    """Forgets embeddings of documents that were changed or deleted."""
-    while True:
-        await asyncio.sleep(_UPKEEP_PERIOD_S)
-        try:
-            purged = await cache.poll_purges()
-        except Exception:
-            _logger.exception("asking for purges failed; it is tried again")
-            continue
-        if purged.reset:
-            embeddings.clear()
-        else:
-            embeddings.purge(purged.keys)
 
 
 def build(args: dict[str, str]) -> Application:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from blockrag.aio import SingleFlight
 from blockrag.decoder.l1 import L1Cache, L1Entry
 from blockrag.encoder.forms import FormEncoder
-from blockrag.errors import DataError, UnavailableError
+from blockrag.errors import DataError
 from blockrag.kv_cache.messages import FetchedBlock, Tier
 from blockrag.types import BlockKV, BlockRequest, CachedBlock
 
@@ -71,16 +73,6 @@ class LoadedBlocks:
         return tuple(entry.block for entry in self.entries)
 
 
-@dataclass
-class _Fetch:
-    """One call to the source, and who waits for it."""
-
-    keys: tuple[str, ...]
-    waiters: int = 0
-    purged: set[str] = field(default_factory=set)
-    task: asyncio.Task[dict[str, tuple[ResidentBlock, Tier]]] | None = None
-
-
 class BlockLoader:
     """Brings blocks into the L1. All calls from one event loop."""
 
@@ -89,7 +81,9 @@ class BlockLoader:
         self._source = source
         self._to_resident = to_resident
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="decoder-blocks")
-        self._fetches: dict[str, _Fetch] = {}
+        self._flights: SingleFlight[tuple[ResidentBlock, Tier]] = SingleFlight()
+        self._coming: list[set[str]] = []
+        """Of each load that waits, the keys that may be kept."""
 
     async def load(self, requests: Sequence[BlockRequest], traceparent: str = "") -> LoadedBlocks:
         """The blocks of a prompt. When all are in the L1, this returns without giving up the event loop.
@@ -101,15 +95,19 @@ class BlockLoader:
         tiers: list[BlockTier] = ["l1"] * len(entries)
         missing = {request.key: request for request, entry in zip(requests, entries, strict=True) if entry is None}
         if missing:
+            may_stay = set(missing)
+            self._coming.append(may_stay)
             try:
-                fetched = await self._fetch(missing, traceparent)
+                fetched = await self._flights.run_all(missing, partial(self._fetch, missing, traceparent))
             except BaseException:
                 self._l1.release(entry for entry in entries if entry is not None)
                 raise
+            finally:
+                self._coming = [coming for coming in self._coming if coming is not may_stay]
             for place, request in enumerate(requests):
                 if entries[place] is None:
-                    block, tiers[place], listed = fetched[request.key]
-                    entries[place] = self._l1.insert(block, listed=listed)
+                    block, tiers[place] = fetched[request.key]
+                    entries[place] = self._l1.insert(block, listed=request.key in may_stay)
         return LoadedBlocks(tuple(entry for entry in entries if entry is not None), tuple(tiers))
 
     def release(self, loaded: LoadedBlocks) -> None:
@@ -120,86 +118,34 @@ class BlockLoader:
         """Forget blocks, those on their way included."""
         wanted = set(keys)
         self._l1.purge(wanted)
-        for key in wanted & self._fetches.keys():
-            self._forget(key)
+        self._forget(wanted)
 
     def clear(self) -> None:
         """Forget all blocks, those on their way included."""
         self._l1.clear()
-        for key in list(self._fetches):
-            self._forget(key)
+        self._forget(set().union(*self._coming))
 
-    def _forget(self, key: str) -> None:
+    def _forget(self, keys: set[str]) -> None:
         # Those that wait already get the block for their own prompt; it is not kept, and later prompts fetch anew.
-        self._fetches.pop(key).purged.add(key)
+        for coming in self._coming:
+            coming -= keys
+        for key in keys:
+            self._flights.forget(key)
 
     async def _fetch(
-        self, missing: dict[str, BlockRequest], traceparent: str
-    ) -> dict[str, tuple[ResidentBlock, Tier, bool]]:
-        fetches = {key: self._fetches[key] for key in missing if key in self._fetches}
-        new = [replace(request, traceparent=traceparent) for key, request in missing.items() if key not in fetches]
-        if new:
-            fetch = self._start(new)
-            fetches.update((request.key, fetch) for request in new)
-        involved = list({id(fetch): fetch for fetch in fetches.values()}.values())
-        for fetch in involved:
-            fetch.waiters += 1
-        try:
-            results = {}
-            for fetch in involved:
-                assert fetch.task is not None
-                results[id(fetch)] = await asyncio.shield(fetch.task)
-        finally:
-            for fetch in involved:
-                self._leave(fetch)
-        return {key: (*results[id(fetch)][key], key not in fetch.purged) for key, fetch in fetches.items()}
-
-    def _start(self, requests: list[BlockRequest]) -> _Fetch:
-        fetch = _Fetch(tuple(request.key for request in requests))
-        fetch.task = asyncio.get_running_loop().create_task(self._run(fetch, requests))
-        fetch.task.add_done_callback(_retrieve)
-        self._fetches.update((key, fetch) for key in fetch.keys)
-        return fetch
-
-    async def _run(self, fetch: _Fetch, requests: list[BlockRequest]) -> dict[str, tuple[ResidentBlock, Tier]]:
-        try:
-            fetched = await self._source.fetch(requests)
-            blocks = [_checked(request, item.block) for request, item in zip(requests, fetched, strict=True)]
-            loop = asyncio.get_running_loop()
-            residents = await loop.run_in_executor(self._executor, self._convert, blocks)
-            return {block.key: (block, item.tier) for block, item in zip(residents, fetched, strict=True)}
-        except asyncio.CancelledError as error:
-            self._unlist(fetch)
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise UnavailableError("the cache gave up on a block; send the request again") from error
-        except BaseException:
-            self._unlist(fetch)
-            raise
+        self, requests: dict[str, BlockRequest], traceparent: str, keys: Sequence[str]
+    ) -> dict[str, tuple[ResidentBlock, Tier]]:
+        new = [replace(requests[key], traceparent=traceparent) for key in keys]
+        fetched = await self._source.fetch(new)
+        blocks = [_checked(request, item.block) for request, item in zip(new, fetched, strict=True)]
+        residents = await asyncio.get_running_loop().run_in_executor(self._executor, self._convert, blocks)
+        return {block.key: (block, item.tier) for block, item in zip(residents, fetched, strict=True)}
 
     def _convert(self, blocks: list[BlockKV]) -> list[ResidentBlock]:
         return [self._to_resident(block) for block in blocks]
-
-    def _leave(self, fetch: _Fetch) -> None:
-        fetch.waiters -= 1
-        if fetch.waiters == 0 and fetch.task is not None:
-            # Listed until now, and not only until the task is done, so that a purge in between is not missed.
-            self._unlist(fetch)
-            fetch.task.cancel()
-
-    def _unlist(self, fetch: _Fetch) -> None:
-        for key in fetch.keys:
-            if self._fetches.get(key) is fetch:
-                del self._fetches[key]
 
 
 def _checked(request: BlockRequest, block: CachedBlock) -> BlockKV:
     if not isinstance(block, BlockKV) or block.key != request.key or block.num_slots != request.size:
         raise DataError(f"the cache answered block {request.key} with another one")
     return block
-
-
-def _retrieve(task: asyncio.Task[dict[str, tuple[ResidentBlock, Tier]]]) -> None:
-    if not task.cancelled():
-        task.exception()  # the last waiter may have left in the moment it failed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from collections.abc import AsyncGenerator
 
@@ -19,17 +18,14 @@ from blockrag.decoder.cost import measure_prefills
 from blockrag.decoder.runtime import assemble, warm_up
 from blockrag.grpc_status import translate_errors
 from blockrag.kv_cache.deployment import connect
+from blockrag.kv_cache.following import follow_purges
 from blockrag.modeling.model import SlotModel
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry
 from blockrag.v1 import decoder_pb2
 
-_logger = logging.getLogger(__name__)
-
 _SWITCH_INTERVAL_S = 0.0005
 """Longest wait of the event loop for the interpreter lock while the engine computes; Python's own is 5 ms."""
-_UPKEEP_PERIOD_S = 1.0
-"""How often purges are asked for, old blocks dropped and gauges set."""
 
 
 class Decoder:
@@ -44,11 +40,11 @@ class Decoder:
         device = configured_device(settings, granted=bool(ray.get_gpu_ids()))
         model = SlotModel.load(bundle, device=device)
         warm_up(model)
-        self._cache = connect(settings)
-        self._runtime = assemble(bundle, model, self._cache, settings)
+        cache = connect(settings)
+        self._runtime = assemble(bundle, model, cache, settings)
         measure_prefills(model, self._runtime.meter)
         self._runtime.engine.start()
-        self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
+        self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, self._runtime.loader, self._keep_up))
 
     @translate_errors
     async def Decode(
@@ -81,22 +77,9 @@ class Decoder:
         if runtime is not None:
             runtime.engine.stop()
 
-    async def _keep_up(self) -> None:
-        while True:
-            await asyncio.sleep(_UPKEEP_PERIOD_S)
-            try:
-                await self._follow_purges()
-                self._runtime.l1.expire()
-                self._runtime.service.record_gauges()
-            except Exception:
-                _logger.exception("the decoder's upkeep failed; it is tried again")
-
-    async def _follow_purges(self) -> None:
-        purged = await self._cache.poll_purges()
-        if purged.reset:
-            self._runtime.loader.clear()
-        elif purged.keys:
-            self._runtime.loader.purge(purged.keys)
+    def _keep_up(self) -> None:
+        self._runtime.l1.expire()
+        self._runtime.service.record_gauges()
 
 
 def build(args: dict[str, str]) -> Application:

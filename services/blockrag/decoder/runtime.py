@@ -17,11 +17,11 @@ from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
 from blockrag.decoder.scheduler import EngineLimits
 from blockrag.decoder.service import DecodeService, ModelDescription
+from blockrag.limits import MIB
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.settings import Settings
 
-_MIB = 2**20
 _WARM_UP_TOKENS = 64
 
 
@@ -47,7 +47,7 @@ def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Se
     )
     detokenizers = detokenizer_factory(bundle.load_tokenizer(), bundle.template.answer_prefix)
     engine = Engine(model, limits, detokenizers, threads=decoder.threads)
-    l1 = L1Cache(decoder.l1_mb * _MIB, decoder.l1_ttl_s)
+    l1 = L1Cache(decoder.l1_mb * MIB, decoder.l1_ttl_s)
     loader = BlockLoader(l1, source, model.to_resident)
     description = ModelDescription(
         bundle_name=bundle.name,

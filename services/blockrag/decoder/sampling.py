@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from blockrag.errors import DataError, InvalidRequestError
-
-MAX_TEMPERATURE = 10.0
+from blockrag.limits import MAX_TEMPERATURE
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from blockrag.decoder.sequence import Event, Finish, GenerationRequest
 from blockrag.decoder.stream import TokenStream
 from blockrag.errors import DeadlineError, OverloadedError
 from blockrag.keys import KeyMaker
+from blockrag.limits import RETRY_AFTER_MS
 from blockrag.telemetry import metrics, span
 from blockrag.v1 import common_pb2, decoder_pb2
 
-_RETRY_AFTER_MS = 250
 _NOTHING_LOADED = LoadedBlocks()
 _REASONS = {
     "end": common_pb2.FINISH_REASON_END,
@@ -152,7 +152,7 @@ class DecodeService:
         if not prompt.parts:
             return _NOTHING_LOADED
         if self._loading >= self._max_loading:
-            raise OverloadedError(f"{self._loading} requests are waiting for their blocks", _RETRY_AFTER_MS)
+            raise OverloadedError(f"{self._loading} requests are waiting for their blocks", RETRY_AFTER_MS)
         limit = asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
         self._loading += 1
         try:

@@ -16,12 +16,12 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from blockrag.access import protect
+from blockrag.aio import gather_or_cancel
 from blockrag.configured import configured_bundle, configured_device
 from blockrag.encoder.blocks import BlockEncoder
 from blockrag.errors import InvalidRequestError
 from blockrag.grpc_status import translate_errors
 from blockrag.kv_cache.requests import block_form
-from blockrag.kv_cache.tasks import gather_or_cancel
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.settings import Settings, load_application_settings

@@ -12,6 +12,7 @@ from google.protobuf.struct_pb2 import Value
 
 from blockrag.compressor.compression import CompressionAbility, read_compression, sizes_decide
 from blockrag.errors import InvalidRequestError
+from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_TEMPERATURE
 from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2
@@ -21,8 +22,6 @@ MAX_TOKENS = 100_000
 """Beyond any model; the decoder refuses what its own model cannot hold."""
 MAX_STOP_STRINGS = 8
 MAX_STOP_CHARS = 64
-MAX_CONDITIONS = 32
-MAX_CONDITION_VALUES = 256
 MAX_KEY_CHARS = 128
 MAX_GIVEN_CHARS = 65_536
 """Longest text of a given passage, in characters."""
@@ -31,7 +30,6 @@ MAX_GIVEN_TOTAL_CHARS = 262_144
 MAX_TITLE_CHARS = 1024
 MAX_PAGE = 500
 MAX_WARM_DOCUMENTS = 10_000
-MAX_TEMPERATURE = 10.0
 
 # Control characters but tab, line feed and carriage return; lone surrogates; U+FFFE and U+FFFF.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

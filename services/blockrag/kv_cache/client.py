@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from blockrag.aio import gather_or_cancel
 from blockrag.errors import DataError, UnavailableError
 from blockrag.kv_cache.messages import AcquiredBlock, FetchedBlock, PurgeLog
 from blockrag.kv_cache.shards import ShardGroup, patiently
-from blockrag.kv_cache.tasks import gather_or_cancel
 from blockrag.types import BlockRequest, CachedBlock
 
 LOST_RETRIES = 2

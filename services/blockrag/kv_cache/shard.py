@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from blockrag.aio import SingleFlight, gather_or_cancel
 from blockrag.errors import UnavailableError
 from blockrag.kv_cache.messages import (
     AcquiredBlock,
@@ -23,9 +24,7 @@ from blockrag.kv_cache.messages import (
     Tier,
     WarmOutcome,
 )
-from blockrag.kv_cache.single_flight import SingleFlight
 from blockrag.kv_cache.store import BlockStore
-from blockrag.kv_cache.tasks import gather_or_cancel
 from blockrag.types import BlockForm, BlockRequest
 
 ENCODE_ATTEMPTS = 4

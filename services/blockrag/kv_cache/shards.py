@@ -7,10 +7,10 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
+from blockrag.aio import gather_or_cancel
 from blockrag.errors import BlockragError, UnavailableError
 from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
 from blockrag.kv_cache.ring import HashRing
-from blockrag.kv_cache.tasks import gather_or_cancel
 from blockrag.types import BlockRequest
 
 PATIENCE_S = 60.0

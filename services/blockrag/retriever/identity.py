@@ -9,13 +9,14 @@ import uuid
 from dataclasses import dataclass
 
 from blockrag.errors import InvalidRequestError
+from blockrag.limits import TENANT_PATTERN
 
 DEFAULT_COLLECTION = "default"
 """The collection of requests that name none."""
 MAX_DOCUMENT_ID_CHARS = 512
 
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_TENANT_NAME = re.compile(TENANT_PATTERN)
 _PASSAGE_NAMESPACE = uuid.UUID("6f1d3a52-7e0b-5c53-9a54-0e2f7b8c1d90")
 
 

@@ -159,3 +159,19 @@ async def test_encoding_in_this_process_gives_the_models_blocks() -> None:
     assert loaded.tiers == ("encoded",)
     (expected,) = model.encode([[7, 7, 7, 7]], ["k"])
     assert loaded.blocks[0].values.numpy() == pytest.approx(expected.values, abs=1e-6)
+
+
+async def test_a_prompt_after_a_purge_fetches_anew_and_keeps_what_it_gets() -> None:
+    source = FakeSource()
+    loader, l1 = _loader(source)
+    source.gate.clear()
+    before = asyncio.ensure_future(loader.load([block_request("a")]))
+    await until(lambda: bool(source.calls))
+    loader.purge(["a"])
+    after = asyncio.ensure_future(loader.load([block_request("a")]))
+    await until(lambda: len(source.calls) == 2)
+    source.gate.set()
+    old, new = await asyncio.gather(before, after)
+    loader.release(old)
+    loader.release(new)
+    assert l1.acquire(["a"]) == [new.entries[0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def test_passages_keep_their_order_and_padding_changes_nothing(packaged: Embedde
 def test_recent_queries_are_remembered(packaged: Embedder) -> None:
     assert packaged.embed_query("same question?") is packaged.embed_query("same question?")
     for number in range(300):
-        packaged._remembered[f"filler {number}"] = np.zeros(384, dtype=np.float32)
+        packaged._remembered.put(f"filler {number}", np.zeros(384, dtype=np.float32))
     packaged.embed_query("another")
     assert np.allclose(
         packaged.embed_query("same question?"), packaged.embed_passages(["same question?"])[0], atol=1e-5
@@ -143,3 +144,30 @@ def test_what_cannot_be_used_is_refused(model_directory: Path, damage: Callable[
     with pytest.raises(SettingsError, match=problem) as caught:
         Embedder(find_embedding(str(model_directory)))
     assert "retriever.embedding_model" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "vocab.txt"])
+def test_a_changed_byte_is_another_model(name: str, model_directory: Path) -> None:
+    before = find_embedding(str(model_directory)).fingerprint
+    file = model_directory / name
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    changed = find_embedding(str(model_directory)).fingerprint
+    assert changed != before
+    assert find_embedding(str(model_directory)).fingerprint == changed
+    content[-2] ^= 1
+    file.write_bytes(content)
+    assert find_embedding(str(model_directory)).fingerprint == before
+
+
+def test_files_are_read_once_in_a_process(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = find_embedding(str(model_directory))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert find_embedding(str(model_directory)) == before
+
+
+def test_what_decides_no_vector_changes_nothing(model_directory: Path) -> None:
+    before = find_embedding(str(model_directory))
+    (model_directory / "README.md").write_text("Another sentence.")
+    assert find_embedding(str(model_directory)) == before

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from collections.abc import Sequence
 
 import pytest
 
+from blockrag.aio import SingleFlight, gather_or_cancel
 from blockrag.errors import InvalidRequestError, UnavailableError
-from blockrag.kv_cache.single_flight import SingleFlight
 
 
 class Work:
@@ -135,3 +136,60 @@ async def test_work_does_not_run_in_the_context_of_a_waiter() -> None:
         return variable.get()
 
     assert await flights.run("k", read) == "nobody's"
+
+
+async def test_several_keys_join_what_is_under_way_and_are_one_computation_otherwise() -> None:
+    flights: SingleFlight[str] = SingleFlight()
+    go = asyncio.Event()
+    started: list[list[str]] = []
+
+    async def work(keys: Sequence[str]) -> dict[str, str]:
+        started.append(list(keys))
+        await go.wait()
+        return {key: f"{key} of {len(started)}" for key in keys}
+
+    first = asyncio.ensure_future(flights.run_all(["a", "b", "a"], work))
+    await settle()
+    second = asyncio.ensure_future(flights.run_all(["c", "b", "d"], work))
+    await settle()
+    assert started == [["a", "b"], ["c", "d"]]
+    first.cancel()
+    await settle()
+    go.set()
+    assert list(await second) == ["c", "b", "d"]
+    assert len(flights) == 0
+
+
+async def test_a_forgotten_computation_is_left_to_those_who_wait() -> None:
+    flights: SingleFlight[str] = SingleFlight()
+    work = Work()
+    before = asyncio.ensure_future(flights.run("k", work))
+    await settle()
+    flights.forget("k")
+    flights.forget("nobody's")
+    after = asyncio.ensure_future(flights.run("k", work))
+    await settle()
+    assert work.starts == 2
+    before.cancel()
+    await settle()
+    assert "k" in flights
+    work.go.set()
+    assert await after == "result 2"
+
+
+async def test_gathering_raises_the_first_error_after_the_others_have_ended() -> None:
+    ended: list[str] = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("waiting")
+
+    async def fail() -> None:
+        raise ValueError("first")
+
+    with pytest.raises(ValueError, match="first"):
+        await gather_or_cancel([wait(), fail(), wait()])
+    assert ended == ["waiting", "waiting"]
+    assert await gather_or_cancel([]) == []
