@@ -155,7 +155,7 @@ class KvCacheSettings(_Section):
     """Which block KV the object store keeps."""
 
     shards: Positive = 1
-    """Cache shards; keys are spread by consistent hashing."""
+    """Cache shards; keys are spread by rendezvous hashing."""
     budget_mb: Positive = 512
     """Most bytes of block KV over all shards, in MiB; keep well under cluster.object_store_mb. A token of the bundled
     reader takes 22.5 KiB in bfloat16, so 512 MiB hold 23,000 tokens, about 200 passages."""

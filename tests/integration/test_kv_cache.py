@@ -16,7 +16,7 @@ from blockrag.configured import configured_bundle
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.client import KvCacheClient
-from blockrag.kv_cache.ring import HashRing, shard_names
+from blockrag.kv_cache.shards import owner, shard_names
 from blockrag.modeling.model import SlotModel
 from blockrag.types import BlockRequest
 from blockrag.v1.common_pb2 import PromptBlock, RequestContext
@@ -36,7 +36,8 @@ from tests.integration.replicas import kill, replica_pids
 with warnings.catch_warnings():
     # Importing Serve warns about its own use of pydantic.
     warnings.simplefilter("ignore", DeprecationWarning)
-    from blockrag.kv_cache.deployment import connect, read_objects
+    from blockrag.kv_cache.objects import read_objects
+    from blockrag.kv_cache.remote import connect
 
 TENANT = "cache-tests"
 CONTEXT = RequestContext(tenant=TENANT)
@@ -255,8 +256,7 @@ async def test_a_dead_shard_is_a_miss_and_no_error(
     await cache.poll_purges()
     blocks = fresh_blocks(keys, 24)
     before = {fetched.block.key: np.array(fetched.block.keys) for fetched in await cache.fetch(blocks)}
-    ring = HashRing(shard_names(2))
-    dead = {block.key for block in blocks if ring.index(block.key) == 0}
+    dead = {block.key for block in blocks if owner(block.key, shard_names(2)) == 0}
     assert 0 < len(dead) < 24
     kill(replica_pids("kv_cache", "KvCacheShard-0"))
     after = await cache.fetch(blocks)
@@ -270,7 +270,7 @@ async def test_a_dead_shard_is_a_miss_and_no_error(
 
 async def test_a_shard_that_dies_between_acquire_and_read_is_a_miss(cache: KvCacheClient, keys: KeyMaker) -> None:
     """The reader holds references whose owner is dead."""
-    block = next(each for each in fresh_blocks(keys, 50) if cache._shards.ring.index(each.key) == 1)
+    block = next(each for each in fresh_blocks(keys, 50) if owner(each.key, shard_names(2)) == 1)
     read = cache._read_objects
     killed: list[int] = []
 

@@ -21,8 +21,8 @@ from blockrag.configured import configured_bundle, configured_keys
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.gateway.remote import DecoderClient
 from blockrag.grpc_status import translate_errors
-from blockrag.kv_cache.deployment import connect
 from blockrag.kv_cache.following import follow_purges
+from blockrag.kv_cache.remote import connect
 from blockrag.limits import MIB
 from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings, load_application_settings

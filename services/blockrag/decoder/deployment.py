@@ -17,8 +17,8 @@ from blockrag.configured import configured_bundle, configured_device
 from blockrag.decoder.cost import measure_prefills
 from blockrag.decoder.runtime import assemble, warm_up
 from blockrag.grpc_status import translate_errors
-from blockrag.kv_cache.deployment import connect
 from blockrag.kv_cache.following import follow_purges
+from blockrag.kv_cache.remote import connect
 from blockrag.modeling.model import SlotModel
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry

@@ -83,7 +83,7 @@ class KvCacheClient:
 
         async def acquire(index: int, places: list[int]) -> list[AcquiredBlock]:
             mine = [requests[place] for place in places]
-            return await patiently(group.ring.nodes[index], lambda: group.shards[index].acquire(mine), _left(give_up))
+            return await patiently(group.names[index], lambda: group.shards[index].acquire(mine), _left(give_up))
 
         by_shard = group.places([request.key for request in requests])
         answers = await gather_or_cancel([acquire(index, places) for index, places in by_shard.items()])

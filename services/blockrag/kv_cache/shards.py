@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
@@ -10,7 +11,6 @@ from typing import Protocol, TypeVar
 from blockrag.aio import gather_or_cancel
 from blockrag.errors import BlockragError, UnavailableError
 from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
-from blockrag.kv_cache.ring import HashRing
 from blockrag.types import BlockRequest
 
 PATIENCE_S = 60.0
@@ -58,6 +58,20 @@ class Shard(Protocol):
         ...
 
 
+def shard_names(shards: int) -> list[str]:
+    """Names of the shards' deployments."""
+    return [f"KvCacheShard-{index}" for index in range(shards)]
+
+
+def owner(key: str, names: Sequence[str]) -> int:
+    """Index of the name that a key belongs to, by rendezvous hashing: the one with the greatest hash together with it.
+
+    Equal in every process, and a further name takes its share of the keys and moves no other.
+    """
+    hashes = [hashlib.blake2b(f"{name}\0{key}".encode(), digest_size=8).digest() for name in names]
+    return max(range(len(names)), key=lambda index: (hashes[index], names[index]))
+
+
 async def patiently(name: str, call: Callable[[], Awaitable[T]], patience_s: float) -> T:
     """The call's result; while it raises ``UnavailableError`` it is made again, with growing pauses.
 
@@ -85,18 +99,18 @@ async def patiently(name: str, call: Callable[[], Awaitable[T]], patience_s: flo
 class ShardGroup:
     """Calls that concern several shards. What one shard cannot do in time is an ``UnavailableError`` naming it."""
 
-    def __init__(self, shards: Sequence[Shard], ring: HashRing, *, patience_s: float = PATIENCE_S) -> None:
-        if len(shards) != len(ring.nodes):
-            raise ValueError(f"{len(shards)} shards for a ring of {len(ring.nodes)}")
+    def __init__(self, shards: Sequence[Shard], names: Sequence[str], *, patience_s: float = PATIENCE_S) -> None:
+        if not names or len(shards) != len(names) or len(set(names)) != len(names):
+            raise ValueError(f"{len(shards)} shards with the names {', '.join(names)}: one or more, each its own name")
         self.shards = tuple(shards)
-        self.ring = ring
+        self.names = tuple(names)
         self.patience_s = patience_s
 
     def places(self, keys: Sequence[str]) -> dict[int, list[int]]:
         """By shard, the places of its keys in ``keys``."""
         groups: dict[int, list[int]] = {}
         for place, key in enumerate(keys):
-            groups.setdefault(self.ring.index(key), []).append(place)
+            groups.setdefault(owner(key, self.names), []).append(place)
         return groups
 
     async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
@@ -148,7 +162,7 @@ class ShardGroup:
         return [answer for answer in answers if answer is not None]
 
     async def _call(self, index: int, call: Callable[[Shard], Awaitable[T]]) -> T:
-        return await patiently(self.ring.nodes[index], lambda: call(self.shards[index]), self.patience_s)
+        return await patiently(self.names[index], lambda: call(self.shards[index]), self.patience_s)
 
     async def _call_all(self, call: Callable[[Shard], Awaitable[T]]) -> list[T]:
         return await gather_or_cancel([self._call(index, call) for index in range(len(self.shards))])

@@ -7,8 +7,7 @@ import pytest
 from blockrag.errors import DataError, InvalidRequestError, UnavailableError
 from blockrag.kv_cache.client import LOST_RETRIES, KvCacheClient
 from blockrag.kv_cache.messages import DocumentId, WarmOutcome
-from blockrag.kv_cache.ring import HashRing, shard_names
-from blockrag.kv_cache.shards import ShardGroup, patiently
+from blockrag.kv_cache.shards import ShardGroup, owner, patiently, shard_names
 from tests.unit.kv_cache.parts import SIZE, Encoder, LocalShard, ObjectStore, eventually, request
 
 KEYS = [f"k{number}" for number in range(40)]
@@ -22,12 +21,11 @@ class Cache:
         self.encoder = Encoder()
         self.shards = [LocalShard(self.encoder) for _ in range(3)]
         self.store = ObjectStore()
-        self.ring = HashRing(shard_names(3))
-        self.group = ShardGroup(self.shards, self.ring, patience_s=patience_s)
+        self.group = ShardGroup(self.shards, shard_names(3), patience_s=patience_s)
         self.client = KvCacheClient(self.group, self.store.read)
 
     def shard_of(self, key: str) -> LocalShard:
-        return self.shards[self.ring.index(key)]
+        return self.shards[owner(key, self.group.names)]
 
 
 async def test_blocks_come_in_order_from_their_shards() -> None:
@@ -84,7 +82,7 @@ async def test_a_shard_that_does_not_come_back_is_named(silent: bool) -> None:
     cache = Cache(patience_s=0.2)
     shard = cache.shard_of("k0")
     shard.silent, shard.unavailable = silent, 10**6
-    with pytest.raises(UnavailableError, match=f"^KvCacheShard-{cache.ring.index('k0')}: "):
+    with pytest.raises(UnavailableError, match=f"^KvCacheShard-{owner('k0', shard_names(3))}: "):
         await cache.client.fetch(BLOCKS)
 
 
@@ -167,8 +165,3 @@ async def test_patience_passes_other_errors_on_at_once() -> None:
     with pytest.raises(InvalidRequestError):
         await patiently("shard", refuse, 5.0)
     assert calls == 1
-
-
-def test_a_ring_must_fit_its_shards() -> None:
-    with pytest.raises(ValueError, match="2 shards for a ring of 3"):
-        ShardGroup([LocalShard(Encoder())] * 2, HashRing(shard_names(3)))
