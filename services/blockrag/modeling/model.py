@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
-from blockrag.modeling.attention import ATTENTION_NAME, Capture, RaggedBatch, Segment
+from blockrag.modeling.attention.base import Capture, RaggedBatch, Segment, SlotAttention
+from blockrag.modeling.attention.over_lists import attention_over_lists
 from blockrag.modeling.bundle import DTYPES, Bundle
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.rotary import IdentityRotary, RotaryTable
@@ -87,7 +88,12 @@ class SlotModel:
 
     @classmethod
     def from_pretrained_model(
-        cls, model: PreTrainedModel, *, kv_dtype: str = "float32", end_token_ids: Iterable[int] | None = None
+        cls,
+        model: PreTrainedModel,
+        *,
+        kv_dtype: str = "float32",
+        end_token_ids: Iterable[int] | None = None,
+        attention: SlotAttention = attention_over_lists,
     ) -> SlotModel:
         """Take ``model`` over: its rotary module and attention are replaced, so keep a copy to compare with.
 
@@ -103,7 +109,7 @@ class SlotModel:
         probe = [(7 * i + 3) % facts.vocab_size for i in range(min(_PROBE_TOKENS, facts.max_positions))]
         with torch.inference_mode():
             expected = model(torch.tensor([probe], device=model.device), use_cache=False).logits[0, -1].float()
-        model.set_attn_implementation(ATTENTION_NAME)
+        model.set_attn_implementation(_registered(attention))
         model.model.rotary_emb = IdentityRotary()
         speed_up_linear_layers(model)
         slot_model = cls(model, facts, kv_dtype=DTYPES[kv_dtype], end_token_ids=ends)
@@ -295,6 +301,13 @@ class SlotModel:
 
 
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+
+
+def _registered(attention: SlotAttention) -> str:
+    """The name under which transformers knows it. No mask function has it, so transformers builds no mask."""
+    name = f"blockrag_{getattr(attention, '__name__', type(attention).__name__)}"
+    AttentionInterface.register(name, attention)
+    return name
 
 
 def _segments(items: Sequence[tuple[SequenceState | None, int]]) -> tuple[Segment, ...]:

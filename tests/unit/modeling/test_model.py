@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError
-from blockrag.modeling import attention
+from blockrag.modeling.attention import tiled
 from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.rotary import pair_order
@@ -93,8 +93,8 @@ def test_head_groups(kv_heads: int) -> None:
 def test_tiled_and_fused_attention_agree_with_the_mask(
     blocks: list[int], final: int, tiled_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_TILED_FROM", tiled_from)
-    monkeypatch.setattr(attention, "_TILE_SCORES", 4096)
+    monkeypatch.setattr(tiled, "_TILED_FROM", tiled_from)
+    monkeypatch.setattr(tiled, "_TILE_SCORES", 4096)
     placed = [tokens(length, number) for number, length in enumerate(blocks)]
     question = tokens(final, 99)
     got = SLOTS.forward([(compose(SLOTS, placed, final), question)])[0]
@@ -107,8 +107,8 @@ def test_tiled_and_fused_attention_agree_with_the_mask(
 def test_slots_of_bfloat16_agree_with_the_mask_whatever_stands_in_reserved_ones(
     blocks: list[int], final: int, tile_scores: int, spare: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_TILED_FROM", 0)
-    monkeypatch.setattr(attention, "_BATCHED_SCORES", tile_scores)
+    monkeypatch.setattr(tiled, "_TILED_FROM", 0)
+    monkeypatch.setattr(tiled, "_BATCHED_SCORES", tile_scores)
     model = SlotModel.from_pretrained_model(copy.deepcopy(STOCK), kv_dtype="bfloat16")
     for seed in range(2):  # the second sequence gets the first one's memory
         placed = [tokens(length, seed + number) for number, length in enumerate(blocks)]
@@ -123,16 +123,16 @@ def test_slots_of_bfloat16_agree_with_the_mask_whatever_stands_in_reserved_ones(
 @pytest.mark.parametrize("factor", [40.0, 300.0])
 def test_scores_out_of_range_are_shifted(factor: float, kv_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exponentials of large scores overflow unless each row's maximum is subtracted."""
-    monkeypatch.setattr(attention, "_TILED_FROM", 0)
+    monkeypatch.setattr(tiled, "_TILED_FROM", 0)
     stock = make_tiny_model("llama")
     with torch.no_grad():
         for layer in stock.model.layers:
             layer.self_attn.q_proj.weight.mul_(factor)
             layer.self_attn.k_proj.weight.mul_(factor)
     shifts = []
-    exponentials = attention._exponentials
+    exponentials = tiled._exponentials
     monkeypatch.setattr(
-        attention, "_exponentials", lambda scores, shift: shifts.append(shift) or exponentials(scores, shift)
+        tiled, "_exponentials", lambda scores, shift: shifts.append(shift) or exponentials(scores, shift)
     )
     model = SlotModel.from_pretrained_model(copy.deepcopy(stock), kv_dtype=kv_dtype)
     blocks, question = [tokens(40, 1), tokens(30, 2)], tokens(25, 3)

@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blockrag.modeling import attention, slots
+from blockrag.modeling import slots
+from blockrag.modeling.attention import compiled as compiled_attention
+from blockrag.modeling.attention.over_lists import attend
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.native import kernels as native
 from blockrag.modeling.native.kernels import Kernels
@@ -158,7 +160,7 @@ def test_sums_out_of_range_are_told_and_computed_otherwise(factor: float, compil
     query[7, 3, 0] = factor
     out = torch.empty_like(query)
     assert not compiled.attend(query, keys, values, 90, LOG2_E, LIMIT, out)
-    attention.attend(query, keys, values, 90, 1.0, out)
+    attend(query, keys, values, 90, 1.0, out)
     expected = reference(query, keys, values, 90, 1.0)
     assert float((out - expected).abs().max()) < 1e-2 * float(expected.abs().max())
 
@@ -241,7 +243,7 @@ def test_models_with_and_without_kernels(family: str, compiled: bool, monkeypatc
             counted = lambda *given, name=name, original=original: calls.append(name) or original(*given)  # noqa: E731
             monkeypatch.setattr(library, name, counted)
     else:
-        for module in (attention, slots):
+        for module in (compiled_attention, slots):
             monkeypatch.setattr(module, "kernels", lambda: None)
     stock = make_tiny_model(family, head_dim=32, hidden_size=128, initializer_range=0.1)
     model = SlotModel.from_pretrained_model(copy.deepcopy(stock), kv_dtype="bfloat16")

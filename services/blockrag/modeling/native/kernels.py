@@ -1,8 +1,8 @@
 """The compiled kernels for slots of bfloat16 on a CPU; None where they cannot be had.
 
 Each is an optimisation of something that is written in torch too, which is its reference in the tests and what runs
-where the kernels do not: ``blockrag.modeling.slots`` places blocks, ``blockrag.modeling.attention`` attends. The C code
-believes what it is told, so what it would read or write is checked here.
+where the kernels do not: ``blockrag.modeling.slots`` places blocks, ``blockrag.modeling.attention`` attends. The
+C code believes what it is told, so what it would read or write is checked here.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Kernels:
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: float, limit: float, out: Tensor
     ) -> bool:
-        """What ``blockrag.modeling.attention.attend`` does, with queries and ``out`` in float32 and contiguous.
+        """What ``blockrag.modeling.attention.base.Attend`` says, with queries and ``out`` in float32 and contiguous.
 
         Raises ValueError for anything else. ``scaling`` is for powers of two. False where a row's sum of weights is not
         between 1 / ``limit`` and ``limit``: ``out`` is of no use then.
