@@ -13,7 +13,7 @@ from blockrag.errors import BundleError, DataError
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.policy import ChunkPolicy, make_policy_input
-from blockrag.modeling.refrag.policy_features import TokenTraits, chunk_features
+from blockrag.modeling.refrag.policy_features import TokenTraits, chunk_features, policy_ranks
 from blockrag.modeling.refrag.policy_kernel import compile_policy
 
 _QUICK_CHUNKS = 512
@@ -72,6 +72,7 @@ class ChunkRater:
         final block, and ``question_embeddings`` those of its chunks, for policies that see the question; ``ranks``:
         each passage's place among the retrieved. Raises ``DataError`` when what comes out is no number.
         """
+        ranks = policy_ranks(self.sees_question(policy), ranks)
         if question_embeddings is None:
             question, question_embeddings = (), torch.empty(0, self._compressor.encoder_width)
         compiled = self._compiled[policy]

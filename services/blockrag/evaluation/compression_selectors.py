@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blockrag.budget import chunk_bounds
 from blockrag.errors import BundleError
 from blockrag.evaluation.compression_reading import EncodedPassage
 from blockrag.modeling.bundle import Bundle
-from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.modeling.refrag.policy import ChunkPolicy, choose_within, make_policy_input
 from blockrag.modeling.refrag.policy_features import TokenTraits
 from blockrag.modeling.template import BundleTokenizer

@@ -17,9 +17,9 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
+from blockrag.budget import chunk_count
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
-from blockrag.modeling.refrag.chunks import chunk_count
 from blockrag.modeling.refrag.composing import compose_passage
 from blockrag.modeling.slots import ResidentBlock, SequenceState, Slots
 from blockrag.types import BlockKV

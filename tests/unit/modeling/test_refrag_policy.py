@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from blockrag.budget import chunk_bounds
 from blockrag.errors import BundleError
-from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.modeling.refrag.policy import (
     ChunkPolicy,
     PolicyConfig,
