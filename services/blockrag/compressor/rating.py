@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class ChunkRater:
         self._traits = traits
 
     @classmethod
-    def load(cls, bundle: Bundle) -> ChunkRater:
+    def load(cls, bundle: Bundle) -> Self:
         """Load what a bundle that can compress chooses chunks with, on the CPU. Raises ``BundleError``."""
         if bundle.refrag is None:
             raise BundleError(f"{bundle.path}: the bundle has no chunk compression (refrag)")

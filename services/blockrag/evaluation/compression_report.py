@@ -1,24 +1,16 @@
-"""A run of ``blockrag eval compression`` written down: one JSON object, one Markdown page, every answer."""
+"""A run of ``blockrag eval compression`` written down."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from blockrag.evaluation.compression import Answers, Cell
 from blockrag.evaluation.compression_scores import CompressionScores
-from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.environment import Environment
 from blockrag.evaluation.intervals import Interval
-from blockrag.evaluation.markdown import percent, section
-
-FORMAT = 1
+from blockrag.evaluation.report import AnswersReport, percent, section
 
 
-@dataclass(frozen=True)
-class CompressionReport:
+@dataclass(frozen=True, kw_only=True)
+class CompressionReport(AnswersReport):
     """Everything that a run's tables say, and what is needed to repeat it."""
 
     bundle: str
@@ -28,23 +20,9 @@ class CompressionReport:
     """Fingerprint of decoder, chunk encoder and projector."""
     chunk_tokens: int
     policies: tuple[str, ...]
-    data: str
-    """Empty where no questions were asked."""
     text: str
     """Empty where no paragraphs were predicted."""
-    sha256: Mapping[str, str]
-    """Of every data file that was read."""
-    passages: int
-    distractors: str
-    max_answer_tokens: int
-    seed: int
-    seconds: float
     results: CompressionScores
-    environment: Environment
-
-    def to_json(self) -> str:
-        """The report as one JSON object."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, indent=2) + "\n"
 
     def to_markdown(self) -> str:
         """The report as tables."""
@@ -53,19 +31,14 @@ class CompressionReport:
         )
 
     def _head(self) -> list[str]:
-        files = [f"- {name}: SHA-256 `{digest}`" for name, digest in self.sha256.items()]
         return [
             f"# Compression: {self.bundle} {self.version}, chunks of {self.chunk_tokens} tokens",
             "",
             f"Policies: {', '.join(self.policies) or 'none'}. A rate is how many of the passages' tokens stand for one "
-            f"slot; a selector says which chunks are expanded within it. Greedy, at most {self.max_answer_tokens} "
-            f"tokens, seed {self.seed}, bootstrap 95 % intervals.",
+            f"slot; a selector says which chunks are expanded within it. Answers: {self.asked}; paragraphs in float32. "
+            "Bootstrap 95 % intervals.",
             "",
-            f"- {self.environment.source}, {self.environment.date}, {self.environment.cpu}, {self.environment.device}, "
-            f"{self.seconds:.0f} s",
-            f"- fingerprint `{self.fingerprint}`, compression `{self.compression}`",
-            *files,
-            "",
+            *self.facts(f"fingerprint `{self.fingerprint}`, compression `{self.compression}`"),
         ]
 
     def _questions(self) -> list[str]:
@@ -132,21 +105,6 @@ class CompressionReport:
             ["rate", "first", "second", "log-perplexity"],
             rows,
         )
-
-
-def compression_lines(questions: Sequence[DrawnQuestion], answers: Mapping[Cell, Answers]) -> str:
-    """One JSON line per question with the answers and slots of all cells, by "rate, selector"."""
-    lines: list[dict[str, Any]] = [
-        {
-            "id": question.source.id,
-            "question": question.source.text,
-            "answers": question.source.answers,
-            "outputs": {f"{cell.rate:g}, {cell.label}": found.outputs[number] for cell, found in answers.items()},
-            "slots": {f"{cell.rate:g}, {cell.label}": int(found.slots[number]) for cell, found in answers.items()},
-        }
-        for number, question in enumerate(questions)
-    ]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def _nats(value: Interval, *, sign: bool = False) -> str:

@@ -1,19 +1,11 @@
-"""A run of ``blockrag eval qa`` written down: one JSON object, one Markdown page, one curve, every answer."""
+"""A run of ``blockrag eval qa`` written down."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.environment import Environment
-from blockrag.evaluation.markdown import percent, section, table
-from blockrag.evaluation.qa import Cell
-from blockrag.evaluation.qa_scores import QaScores, cell_label
-
-FORMAT = 1
+from blockrag.evaluation.qa_scores import QaScores
+from blockrag.evaluation.report import AnswersReport, percent, section, table
 
 
 @dataclass(frozen=True)
@@ -28,31 +20,18 @@ class SystemFacts:
     """Whether the bundle's PEAR coefficients were folded."""
 
 
-@dataclass(frozen=True)
-class QaReport:
+@dataclass(frozen=True, kw_only=True)
+class QaReport(AnswersReport):
     """Everything that a run's tables say, and what is needed to repeat it."""
 
-    data: str
-    sha256: Mapping[str, str]
-    """Of every data file that was read."""
     questions: int
     without_gold: int
     """Questions passed over, because the file names no answer or no gold passage for them."""
     answer_in_gold: int
     """Questions whose gold piece holds an answer word for word."""
-    passages: int
-    distractors: str
     passage_tokens: int
-    max_answer_tokens: int
-    seed: int
-    seconds: float
     systems: tuple[SystemFacts, ...]
     results: QaScores
-    environment: Environment
-
-    def to_json(self) -> str:
-        """The report as one JSON object."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, indent=2) + "\n"
 
     def to_markdown(self) -> str:
         """The report as tables."""
@@ -60,24 +39,19 @@ class QaReport:
 
     def _head(self) -> list[str]:
         systems = [
-            f"- {one.label}: bundle {one.bundle} {one.version}, fingerprint `{one.fingerprint}`"
+            f"{one.label}: bundle {one.bundle} {one.version}, fingerprint `{one.fingerprint}`"
             + (", PEAR folded" if one.pear else "")
             for one in self.systems
         ]
-        files = [f"- {name}: SHA-256 `{digest}`" for name, digest in self.sha256.items()]
         return [
             f"# {self.data}: {self.questions} questions",
             "",
             f"{self.passages} passages of at most {self.passage_tokens} tokens, distractors: {self.distractors}, "
-            f"greedy, at most {self.max_answer_tokens} tokens, seed {self.seed}. Percent with bootstrap 95 % intervals "
+            f"{self.asked}. Percent with bootstrap 95 % intervals "
             f"over questions. {self.answer_in_gold} gold pieces hold an answer word for word; {self.without_gold} "
             f"questions without answer or gold passage were passed over.",
             "",
-            f"- {self.environment.source}, {self.environment.date}, {self.environment.cpu}, {self.environment.device}, "
-            f"{self.seconds:.0f} s",
-            *systems,
-            *files,
-            "",
+            *self.facts(*systems),
         ]
 
     def _scores(self) -> list[str]:
@@ -131,20 +105,3 @@ class QaReport:
             for name, values in sorted(groups.items(), key=lambda item: -item[1]["questions"])
         ]
         return section("Exact match by group", ["group", "questions", *columns], rows)
-
-
-def answer_lines(questions: Sequence[DrawnQuestion], answers: Mapping[Cell, Sequence[str]]) -> str:
-    """One JSON line per question with all its answers, by "system, mode, condition"."""
-    lines: list[dict[str, Any]] = [
-        {
-            "id": question.source.id,
-            "question": question.source.text,
-            "answers": question.source.answers,
-            "gold": asdict(question.gold),
-            "outputs": {
-                f"{cell_label(cell)}, {cell.condition.label}": found[number] for cell, found in answers.items()
-            },
-        }
-        for number, question in enumerate(questions)
-    ]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""From answers to scores: means with intervals, paired differences, refusals."""
+"""Cells of question answering, and their scores: means with intervals, paired differences, refusals."""
 
 from __future__ import annotations
 
@@ -10,15 +10,86 @@ from numpy.typing import NDArray
 
 from blockrag.evaluation.answering import Mode
 from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
-from blockrag.evaluation.metrics import contains, exact_match, f1
-from blockrag.evaluation.qa import NO_PASSAGES, Cell, Condition, QaPlan, System
-
-METRICS = ("exact_match", "f1", "contained")
+from blockrag.evaluation.experiment import AnswerScore, Values, answer_values, differences, means
+from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_ratio
 
 
 @dataclass(frozen=True)
-class Score:
+class Condition:
+    """What is shown with every question."""
+
+    passages: int
+    place: int | None = None
+    """Index of the gold passage; None: drawn for each question."""
+    gold: bool = True
+    """Whether the gold passage is there."""
+
+    @property
+    def label(self) -> str:
+        if not self.passages:
+            return "no passages"
+        shown = f"{self.passages} passage{'s' if self.passages > 1 else ''}"
+        if not self.gold:
+            return f"{shown}, gold absent"
+        return shown if self.place is None else f"{shown}, gold at {self.place + 1}"
+
+
+NO_PASSAGES = Condition(0, gold=False)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of answers: who was asked, how, with what shown."""
+
+    system: str
+    mode: Mode
+    condition: Condition
+
+    @property
+    def label(self) -> str:
+        """Its name in tables, the condition left out."""
+        return f"{self.system}, {self.mode}"
+
+
+@dataclass(frozen=True)
+class QaPlan:
+    """What a run asks."""
+
+    passages: int
+    """Passages of the main condition."""
+    modes: tuple[Mode, ...]
+    counts: tuple[int, ...] = ()
+    """Further numbers of passages."""
+    places: tuple[int, ...] = ()
+    """Indices of the gold passage among ``passages``."""
+    absent: bool = True
+    """Ask also without the gold passage."""
+
+    @property
+    def main(self) -> Condition:
+        return Condition(self.passages)
+
+    @property
+    def most_passages(self) -> int:
+        return max((self.passages, *self.counts))
+
+    def conditions(self, mode: Mode) -> Iterator[Condition]:
+        """What ``mode`` is asked under; without passages there is nothing to vary."""
+        if mode == "none":
+            yield NO_PASSAGES
+            return
+        yield self.main
+        if self.absent:
+            yield Condition(self.passages, gold=False)
+        for count in self.counts:
+            if count != self.passages:
+                yield Condition(count)
+        for place in self.places:
+            yield Condition(self.passages, place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(AnswerScore):
     """Scores of one cell whose condition can be answered."""
 
     system: str
@@ -27,9 +98,6 @@ class Score:
     passages: int
     place: int | None
     """Index of the gold passage; None: drawn."""
-    exact_match: Interval
-    f1: Interval
-    contained: Interval
     refused: Interval
     """Share of questions refused: all of them wrongly, but without passages."""
 
@@ -53,16 +121,13 @@ class RefusalScore:
     """Of the questions with gold passage, the share refused."""
 
 
-@dataclass(frozen=True)
-class Difference:
+@dataclass(frozen=True, kw_only=True)
+class Difference(AnswerScore):
     """Paired difference of two cells' means on the same questions: first minus second."""
 
     first: str
     second: str
     condition: str
-    exact_match: Interval
-    f1: Interval
-    contained: Interval
 
 
 @dataclass(frozen=True)
@@ -78,20 +143,16 @@ class QaScores:
 
 def score_answers(
     questions: Sequence[DrawnQuestion],
-    systems: Sequence[System],
+    systems: Sequence[str],
     plan: QaPlan,
     answers: Mapping[Cell, Sequence[str]],
+    refusals: Mapping[Cell, Sequence[bool]],
     seed: int = 0,
 ) -> QaScores:
-    """Score what ``evaluate_qa`` returned; ``seed`` draws the bootstrap's resamples."""
-    refused = {
-        cell: np.array([system.reader.is_refusal(answer) for answer in answers[cell]], dtype=np.float64)
-        for system in systems
-        for cell in answers
-        if cell.system == system.label
-    }
+    """Score what ``evaluate_qa`` returned; ``refusals`` says which answers are, ``seed`` draws the resamples."""
+    refused = {cell: np.array(found, dtype=np.float64) for cell, found in refusals.items()}
     values = {
-        cell: _values(questions, outputs)
+        cell: answer_values(questions, outputs)
         for cell, outputs in answers.items()
         if cell.condition.gold or cell.condition == NO_PASSAGES
     }
@@ -103,48 +164,31 @@ def score_answers(
             passages=cell.condition.passages,
             place=cell.condition.place,
             refused=bootstrap(refused[cell], seed),
-            **{metric: bootstrap(column, seed) for metric, column in columns.items()},
+            **means(columns, seed),
         )
         for cell, columns in values.items()
     )
-    differences = tuple(
+    pairs = tuple(
         Difference(
-            first=cell_label(first),
-            second=cell_label(second),
+            first=first.label,
+            second=second.label,
             condition=first.condition.label,
-            **{metric: bootstrap_difference(values[first][metric], values[second][metric], seed) for metric in METRICS},
+            **differences(values[first], values[second], seed),
         )
         for first, second in _pairs(systems, plan, values)
     )
-    refusals = tuple(_refusals(questions, refused, plan, seed)) if plan.absent else ()
-    return QaScores(scores, differences, refusals, _by_group(questions, plan, values))
+    absent = tuple(_refusals(questions, refused, plan, seed)) if plan.absent else ()
+    return QaScores(scores, pairs, absent, _by_group(questions, plan, values))
 
 
-def cell_label(cell: Cell) -> str:
-    """A cell's name in tables, its condition left out."""
-    return f"{cell.system}, {cell.mode}"
-
-
-def _values(questions: Sequence[DrawnQuestion], outputs: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    pairs = [(output, question.source.answers) for output, question in zip(outputs, questions, strict=True)]
-    columns = {
-        "exact_match": [float(exact_match(*pair)) for pair in pairs],
-        "f1": [f1(*pair) for pair in pairs],
-        "contained": [float(contains(*pair)) for pair in pairs],
-    }
-    return {metric: np.array(column) for metric, column in columns.items()}
-
-
-def _pairs(
-    systems: Sequence[System], plan: QaPlan, values: Mapping[Cell, Mapping[str, NDArray[np.float64]]]
-) -> Iterator[tuple[Cell, Cell]]:
+def _pairs(systems: Sequence[str], plan: QaPlan, values: Mapping[Cell, Values]) -> Iterator[tuple[Cell, Cell]]:
     """Within a system every mode against block mode; every other system against the first in the same mode."""
     conditions = list(dict.fromkeys(cell.condition for cell in values))
     for condition in conditions:
         for system in systems:
             for mode in plan.modes:
-                cell = Cell(system.label, mode, condition)
-                for other in (Cell(system.label, "block", condition), Cell(systems[0].label, mode, condition)):
+                cell = Cell(system, mode, condition)
+                for other in (Cell(system, "block", condition), Cell(systems[0], mode, condition)):
                     if cell in values and other in values and cell != other:
                         yield cell, other
 
@@ -171,14 +215,14 @@ def _refusals(
 
 
 def _by_group(
-    questions: Sequence[DrawnQuestion], plan: QaPlan, values: Mapping[Cell, Mapping[str, NDArray[np.float64]]]
+    questions: Sequence[DrawnQuestion], plan: QaPlan, values: Mapping[Cell, Values]
 ) -> dict[str, dict[str, float]]:
     groups = np.array([question.source.group for question in questions])
     found: dict[str, dict[str, float]] = {}
     for group in sorted(set(groups.tolist())):
         members = groups == group
         found[group] = {"questions": float(members.sum())} | {
-            cell_label(cell): float(columns["exact_match"][members].mean())
+            cell.label: float(columns["exact_match"][members].mean())
             for cell, columns in values.items()
             if cell.condition == plan.main
         }

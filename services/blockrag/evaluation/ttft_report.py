@@ -17,9 +17,10 @@ LABELS = {
     "stock": "stock transformers",
     "full": "full attention",
     "block_cold": "block, cold",
+    "block_copied": "block, warm: copied in",
     "block_store": "block, warm: object store",
     "block_l1": "block, warm: decoder memory",
-    "compressed_store": "compressed, warm: object store",
+    "compressed_copied": "compressed, warm: copied in",
     "compressed_l1": "compressed, warm: decoder memory",
     "rate_4": "mixed at rate 4: decoder memory",
     "rate_8": "mixed at rate 8: decoder memory",
@@ -40,8 +41,8 @@ class ReportRow:
     median_ms: float
     max_ms: float
     repeats: int
-    ratio_to_none: float
-    """Median of the ratios to the same repeat's time without retrieval."""
+    ratio_to_none: float | None
+    """Median of the ratios to the same repeat's time without retrieval; None where that was not measured."""
     slots: int | None = None
     """Slots of the passages in the prompt, where they were counted."""
     kv_bytes: int | None = None
@@ -53,10 +54,14 @@ def make_row(
     state: str,
     context_tokens: int,
     times: Sequence[float],
-    none: Sequence[float],
+    none: Sequence[float] | None,
     slots: int | None = None,
+    kv_bytes: int | None = None,
 ) -> ReportRow:
     """A row of interleaved times: ``times[i]`` and ``none[i]`` were measured one after the other."""
+    ratio = None
+    if none is not None:
+        ratio = round(statistics.median(time / base for time, base in zip(times, none, strict=True)), 3)
     return ReportRow(
         path=path,
         state=state,
@@ -65,8 +70,9 @@ def make_row(
         median_ms=round(statistics.median(times), 3),
         max_ms=round(max(times), 3),
         repeats=len(times),
-        ratio_to_none=round(statistics.median(time / base for time, base in zip(times, none, strict=True)), 3),
+        ratio_to_none=ratio,
         slots=slots,
+        kv_bytes=kv_bytes,
     )
 
 

@@ -1,19 +1,50 @@
-"""Quality against slots: what each selector gets for what it costs."""
+"""Plots of evaluations, as PNG."""
 
 from __future__ import annotations
 
 import io
 from typing import TYPE_CHECKING, Any
 
-from blockrag.evaluation.compression import COMPRESSED, UNCOMPRESSED
-from blockrag.evaluation.qa_plot import load_figure
+from blockrag.errors import SetupError
+from blockrag.evaluation.compression_scores import COMPRESSED, UNCOMPRESSED
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from blockrag.evaluation.compression_report import CompressionReport
+    from blockrag.evaluation.qa_report import QaReport
+
+
+def load_figure() -> type[Figure]:
+    """matplotlib's figure. Raises ``SetupError`` where it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SetupError("plots need matplotlib: pip install 'blockrag[plots]'") from error
+    return Figure
+
+
+def plot_places(report: QaReport) -> bytes:
+    """Exact match over the place of the gold passage: every system and mode with its 95 % intervals."""
+    figure = load_figure()(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    placed = [score for score in report.results.scores if score.place is not None]
+    for system, mode in dict.fromkeys((score.system, score.mode) for score in placed):
+        line = [score for score in placed if (score.system, score.mode) == (system, mode)]
+        places = [score.place + 1 for score in line if score.place is not None]
+        axes.plot(places, [100 * score.exact_match.mean for score in line], "o-", label=f"{system}, {mode}")
+        low, high = ([100 * getattr(score.exact_match, end) for score in line] for end in ("low", "high"))
+        axes.fill_between(places, low, high, alpha=0.15)
+    axes.set(xlabel="place of the gold passage", ylabel="exact match, %", ylim=(0, 100))
+    axes.set_xticks(sorted({score.place + 1 for score in placed if score.place is not None}))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(f"{report.data}: {report.questions} questions, {report.passages} passages", fontsize=10)
+    return _png(figure)
 
 
 def plot_compression(report: CompressionReport) -> bytes:
-    """One panel for questions and one for paragraphs, as PNG: a curve per selector with its 95 % intervals."""
+    """Quality against slots, a panel for questions and one for paragraphs: a curve per selector, 95 % intervals."""
     results = report.results
     panels: list[tuple[str, str, list[tuple[str, float, tuple[float, float, float]]]]] = []
     if results.scores:
@@ -32,9 +63,7 @@ def plot_compression(report: CompressionReport) -> bytes:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(f"{report.bundle} {report.version}, chunks of {report.chunk_tokens} tokens", fontsize=10)
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=130)
-    return target.getvalue()
+    return _png(figure)
 
 
 def _draw(axes: Any, points: list[tuple[str, float, tuple[float, float, float]]]) -> None:
@@ -53,3 +82,9 @@ def _draw(axes: Any, points: list[tuple[str, float, tuple[float, float, float]]]
 
 def _bounds(value: Any, scale: float) -> tuple[float, float, float]:
     return scale * value.mean, scale * value.low, scale * value.high
+
+
+def _png(figure: Figure) -> bytes:
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=130)
+    return target.getvalue()
