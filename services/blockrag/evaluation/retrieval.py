@@ -97,8 +97,8 @@ class RetrievalReport(Report):
             "",
             f"{self.passages} passages in {self.pieces} pieces, embedding {self.embedding}, {self.candidates} "
             f"candidates of each search, RRF constant {self.rrf_k}. Percent with bootstrap 95 % intervals over "
-            f"questions (seed {self.seed}), differences paired. {self.without_gold} questions without answer or gold passage "
-            "were passed over.",
+            f"questions (seed {self.seed}), differences paired. {self.without_gold} questions without answer or gold "
+            "passage were passed over.",
             "",
             *self.facts(f"passages as bundle `{self.bundle_fingerprint}` splits them"),
         ]
