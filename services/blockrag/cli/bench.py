@@ -52,7 +52,8 @@ def ttft(
     """
     from blockrag.configured import configured_bundle
     from blockrag.evaluation.environment import describe_environment
-    from blockrag.evaluation.ttft_report import plot_rows, rate_notes
+    from blockrag.evaluation.plots import plot_rows
+    from blockrag.evaluation.ttft_report import rate_notes
 
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
@@ -109,7 +110,7 @@ def plan(
     from blockrag.configured import configured_bundle
     from blockrag.evaluation.environment import describe_environment
     from blockrag.evaluation.plan_time import measure_plans
-    from blockrag.evaluation.workload import first_passages
+    from blockrag.evaluation.ttft_grpc import first_passages
 
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
@@ -167,8 +168,7 @@ def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int, chu
 def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> list[GrpcSample]:
     from blockrag.client import BlockragClient
     from blockrag.configured import configured_bundle
-    from blockrag.evaluation.ttft_grpc import measure_grpc_ttft
-    from blockrag.evaluation.workload import make_workload
+    from blockrag.evaluation.ttft_grpc import make_workload, measure_grpc_ttft
 
     bundle = configured_bundle(settings)
     workload = make_workload(bundle, sizes)

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from blockrag.configured import configured_bundle
 from blockrag.errors import SetupError
 from blockrag.evaluation.answering import PlannedPrompt, Prompt, Reader
-from blockrag.evaluation.compression_report import CompressionReport
 from blockrag.evaluation.compression_scores import (
     COMPRESSED,
     UNCOMPRESSED,
     Answers,
     Cell,
+    CompressionReport,
     CompressionScores,
     is_numeric,
     score_questions,

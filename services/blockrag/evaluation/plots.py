@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockrag.errors import SetupError
 from blockrag.evaluation.compression_scores import COMPRESSED, UNCOMPRESSED
+from blockrag.evaluation.ttft_report import LABELS, ReportRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from blockrag.evaluation.compression_report import CompressionReport
-    from blockrag.evaluation.qa_report import QaReport
+    from blockrag.evaluation.compression_scores import CompressionReport
+    from blockrag.evaluation.qa_scores import QaReport
 
 
 def load_figure() -> type[Figure]:
@@ -64,6 +67,31 @@ def plot_compression(report: CompressionReport) -> bytes:
         axes.legend(fontsize=8)
     figure.suptitle(f"{report.bundle} {report.version}, chunks of {report.chunk_tokens} tokens", fontsize=10)
     return _png(figure)
+
+
+def plot_rows(rows: Sequence[ReportRow], file: Path, title: str) -> None:
+    """Median time to first token over context size, one line per state, one panel per path; written as PNG.
+
+    Raises ``SetupError`` where matplotlib is not installed.
+    """
+    paths = [path for path in ("model", "grpc") if any(row.path == path for row in rows)]
+    figure = load_figure()(figsize=(6 * len(paths), 4.5), layout="constrained")
+    for axes, path in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths, strict=True):
+        for state, label in LABELS.items():
+            line = sorted(
+                (row for row in rows if row.path == path and row.state == state), key=lambda row: row.context_tokens
+            )
+            if line:
+                axes.plot([row.context_tokens for row in line], [row.median_ms for row in line], "o-", label=label)
+        axes.set(xscale="log", yscale="log", xlabel="passage tokens", ylabel="time to first token, ms")
+        axes.set_title("model alone" if path == "model" else "over gRPC")
+        axes.set_xticks(sorted({row.context_tokens for row in rows}))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(file, dpi=130)
 
 
 def _draw(axes: Any, points: list[tuple[str, float, tuple[float, float, float]]]) -> None:

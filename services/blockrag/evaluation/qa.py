@@ -18,8 +18,7 @@ from blockrag.evaluation.answering import Mode, Prompt, Reader
 from blockrag.evaluation.drawing import DrawnQuestion
 from blockrag.evaluation.environment import describe_environment
 from blockrag.evaluation.experiment import ExperimentOptions, Progress, Status, ask_all, draw_data
-from blockrag.evaluation.qa_report import QaReport, SystemFacts
-from blockrag.evaluation.qa_scores import Cell, QaPlan, score_answers
+from blockrag.evaluation.qa_scores import Cell, QaPlan, QaReport, SystemFacts, score_answers
 from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings
 

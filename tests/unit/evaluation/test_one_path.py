@@ -34,8 +34,14 @@ from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.settings import GatewaySettings, Settings
 from blockrag.training.refrag.policy_contexts import PolicyReader
 from blockrag.v1.common_pb2 import Compression
-from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse, PrepareQuestionRequest, PrepareQuestionResponse
-from blockrag.v1.rag_pb2 import Completion, GenerateRequest, GivenPassage
+from blockrag.v1.compressor_pb2 import (
+    PassagePlan,
+    PlanRequest,
+    PlanResponse,
+    PrepareQuestionRequest,
+    PrepareQuestionResponse,
+)
+from blockrag.v1.rag_pb2 import Citation, Completion, GenerateRequest, GivenPassage
 from tests.models import make_tiny_bundle
 from tests.refrag_bundles import make_refrag_bundle
 from tests.unit.gateway.fakes import FakeSearcher
@@ -139,13 +145,7 @@ async def test_the_plan_that_is_scored_is_the_plan_that_is_served_and_so_is_the_
             )
             done = await served(answering, request, ability)
             where = f"{cell}, {count} passages"
-            forms = [
-                [(chunk.start_token, chunk.end_token, chunk.form) for chunk in one.chunks] for one in done.citations
-            ]
-            assert forms == [
-                [(chunk.start_token, chunk.end_token, chunk.form) for chunk in one.chunks]
-                for one in planned.plan.passages
-            ], where
+            assert [forms(one) for one in done.citations] == [forms(one) for one in planned.plan.passages], where
             assert done.usage.prompt_tokens == planned.plan.prompt_tokens, where
             assert done.answer == text, where
             if cell.selector in ("query", "blind"):
@@ -158,6 +158,10 @@ async def test_the_plan_that_is_scored_is_the_plan_that_is_served_and_so_is_the_
     finally:
         decoder.engine.stop()
     assert compressor.plans, "the policies were asked"
+
+
+def forms(described: Citation | PassagePlan) -> list[tuple[int, int, int]]:
+    return [(chunk.start_token, chunk.end_token, chunk.form) for chunk in described.chunks]
 
 
 async def served(answering: Answering, request: GenerateRequest, ability: CompressionAbility) -> Completion:

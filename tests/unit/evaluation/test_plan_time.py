@@ -8,7 +8,7 @@ import pytest
 
 from blockrag.errors import SettingsError
 from blockrag.evaluation.plan_time import measure_plans
-from blockrag.evaluation.workload import first_passages
+from blockrag.evaluation.ttft_grpc import first_passages
 from blockrag.modeling.bundle import load_bundle
 from blockrag.results import GivenPassage
 from blockrag.settings import Settings
