@@ -133,7 +133,15 @@ class Reader:
         Raises ``PromptTooLongError`` where a passage does not fit the model: serving would leave it out, and another
         prompt would be measured than was asked for.
         """
-        request = PlanRequest(
+        plan = self._runner.run(self.planner.plan(self.plan_request(prompt)))
+        for passage in plan.passages:
+            if not passage.in_prompt:
+                raise PromptTooLongError(f"{len(prompt.passages)} passages do not fit: {passage.dropped_reason}")
+        return PlannedPrompt(prompt, plan)
+
+    def plan_request(self, prompt: Prompt) -> PlanRequest:
+        """What the gateway would ask of the compressor for given passages."""
+        return PlanRequest(
             context=_CONTEXT,
             question=prompt.question,
             passages=[
@@ -144,11 +152,6 @@ class Reader:
             max_tokens=self._max_answer_tokens,
             compression=prompt.compression,
         )
-        plan = self._runner.run(self.planner.plan(request))
-        for passage in plan.passages:
-            if not passage.in_prompt:
-                raise PromptTooLongError(f"{len(prompt.passages)} passages do not fit: {passage.dropped_reason}")
-        return PlannedPrompt(prompt, plan)
 
     def answer(self, planned: Sequence[PlannedPrompt]) -> list[str]:
         """Greedy answers as the decoder streams them, in order; as many at a time as the decoder computes together."""

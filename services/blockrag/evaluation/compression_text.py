@@ -103,11 +103,12 @@ def _measure(
     context = reader.capture(instruction, passages)
     sizes, k = [len(passage) for passage in passages], context.chunk_tokens
     selectors.asked = Asked(number, np.concatenate(reader.chunk_losses(passages)))
-    question = reader.compressor.embed([branch.prompt])[0]
+    question = reader.compressor.embed([branch.prompt])[0].cpu()
+    embeddings = [one.cpu() for one in context.embeddings]
     # nothing was retrieved: the paragraph nearest to the target counts as the best, as in training
     ranks = policy_ranks(False, range(len(passages)))
     chosen = {
-        name: selectors.rate(name, passages, context.embeddings, branch.prompt, question, ranks)
+        name: selectors.rate(name, passages, embeddings, branch.prompt, question, ranks)
         for name in {cell.selector for cell in found}
         if name in selectors.names
     }

@@ -13,6 +13,8 @@ from blockrag.compressor.rating import ChunkRater
 from blockrag.errors import DataError
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.native.kernels import kernels
+from blockrag.modeling.refrag.policy import ChunkPolicy, make_policy_input
+from blockrag.modeling.refrag.policy_features import TokenTraits
 from tests.refrag_bundles import make_refrag_bundle
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no compiled kernels on this machine")
@@ -49,6 +51,29 @@ def test_compiled_policies_give_the_reference_s_logits(
     reference = rate(ChunkRater.load(bundle), bundle, policy, TEXTS)
     assert np.ptp(reference) > 1
     np.testing.assert_allclose(compiled, reference, atol=5e-5)
+
+
+@pytest.mark.parametrize("policy", ["query", "blind"])
+def test_ranks_are_those_of_training(bundle: Bundle, policy: str) -> None:
+    """Retrieval's for a policy that sees the question; for the other the last passage is the first."""
+    rater, tokenizer = ChunkRater.load(bundle), bundle.load_tokenizer()
+    passages = [bundle.template.passage_ids(tokenizer, "Norway", text) for text in TEXTS]
+    question = bundle.template.final_ids(tokenizer, "What is the capital of Norway?") if policy == "query" else []
+    embeddings = [rater.embed_question(ids) for ids in passages]
+    retrieved = [3, 0, 4, 1, 2]
+    seen = make_policy_input(
+        passages,
+        embeddings,
+        question,
+        rater.embed_question(question) if question else embeddings[0][:0],
+        chunk_tokens=bundle.chunk_tokens,
+        traits=TokenTraits.of(tokenizer),
+        ranks=retrieved if policy == "query" else [4, 3, 2, 1, 0],
+    )
+    asked = rater.embed_question(question) if question else None
+    found = rater.rate(policy, passages, embeddings, question, asked, retrieved)
+    expected = ChunkPolicy.load(bundle.policy_file(policy)).rate(seen)
+    np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
 @needs_kernels
