@@ -13,8 +13,12 @@ import grpc
 import pytest
 
 from blockrag.client import BlockragClient
+from blockrag.configured import configured_bundle
 from blockrag.errors import InvalidRequestError
+from blockrag.evaluation.answering import PlannedPrompt, Prompt, Reader
+from blockrag.evaluation.pieces import Piece
 from blockrag.results import Citation, Compression, GivenPassage, TextChunk
+from blockrag.v1 import common_pb2
 from blockrag.v1.common_pb2 import (
     BLOCK_FORM_CHUNKS,
     BLOCK_FORM_COMPRESSED,
@@ -24,6 +28,8 @@ from blockrag.v1.common_pb2 import (
     RequestContext,
     Sampling,
 )
+from blockrag.v1.compressor_pb2 import PlanRequest
+from blockrag.v1.compressor_pb2_grpc import CompressorServiceStub
 from blockrag.v1.decoder_pb2 import DecodeRequest
 from blockrag.v1.decoder_pb2_grpc import DecoderServiceStub
 from blockrag.v1.encoder_pb2 import EncodeBlocksRequest, TokenBlock
@@ -196,6 +202,45 @@ async def test_given_passages_are_compressed_too(client: BlockragClient) -> None
     ]
     answer = await client.ask("What is the capital?", passages=given, max_tokens=4, compression=Compression(rate=2))
     assert answer.completion.usage.compressed_chunks > 0
+
+
+GIVEN = tuple(
+    Piece(town, f"{town} is a town on the river {town}a. It was founded in {1200 + 7 * number} and has {number} mills.")
+    for number, town in enumerate(TOWNS)
+)
+
+
+async def test_what_evaluation_plans_and_answers_is_what_is_served(client: BlockragClient, cluster: Cluster) -> None:
+    """For a grid of rates, policies and passages: the plan token for token, and the answer."""
+    grid = list(itertools.product((1.5, 3.0, CHUNK_TOKENS), ("query", "blind", "retrieval"), (1, 4, 6)))
+
+    def evaluated() -> list[tuple[PlanRequest, PlannedPrompt, str]]:
+        bundle = configured_bundle(cluster.settings)
+        with Reader(bundle, cluster.settings, max_answer_tokens=8) as reader:
+            prompts = [Prompt(GIVEN[:count], QUESTION) for count in (1, 4, 6)]
+            prompts += [
+                Prompt(GIVEN[:count], QUESTION, compression=common_pb2.Compression(rate=rate, policy=policy))
+                for rate, policy, count in grid
+            ]
+            planned = [reader.plan(prompt) for prompt in prompts]
+            requests = [reader.plan_request(prompt) for prompt in prompts]
+            return list(zip(requests, planned, reader.answer(planned), strict=True))
+
+    async with grpc.aio.insecure_channel(cluster.target) as channel:
+        compressor = CompressorServiceStub(channel)
+        for request, planned, text in await asyncio.to_thread(evaluated):
+            served = await compressor.Plan(request, metadata=(("application", "compressor"),))
+            served.policy_ms = planned.plan.policy_ms = 0.0
+            assert served == planned.plan
+            asked = planned.prompt.compression
+            answer = await client.ask(
+                QUESTION,
+                passages=[GivenPassage(piece.text, piece.title) for piece in planned.prompt.passages],
+                max_tokens=8,
+                compression=Compression(rate=asked.rate, policy=asked.policy) if asked is not None else None,
+            )
+            assert answer.text == text
+            assert answer.completion.usage.prompt_tokens == planned.plan.prompt_tokens
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

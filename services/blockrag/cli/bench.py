@@ -52,7 +52,8 @@ def ttft(
     """
     from blockrag.configured import configured_bundle
     from blockrag.evaluation.environment import describe_environment
-    from blockrag.evaluation.ttft_report import plot_rows, rate_notes
+    from blockrag.evaluation.plots import plot_rows
+    from blockrag.evaluation.ttft_report import rate_notes
 
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
@@ -109,15 +110,17 @@ def plan(
     from blockrag.configured import configured_bundle
     from blockrag.evaluation.environment import describe_environment
     from blockrag.evaluation.plan_time import measure_plans
-    from blockrag.evaluation.workload import first_passages
+    from blockrag.evaluation.ttft_grpc import first_passages
 
     with console.errors_to_exit():
-        bundle = configured_bundle(console.settings_from(settings))
+        loaded = console.settings_from(settings)
+        bundle = configured_bundle(loaded)
         with console.progress_bar() as bar:
             task = bar.add_task("plans", total=None)
             times = asyncio.run(
                 measure_plans(
                     bundle,
+                    loaded,
                     first_passages(bundle, passages),
                     rate=rate,
                     repeats=repeats,
@@ -146,45 +149,26 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int, chunk_tokens: int) -> list[ReportRow]:
-    import torch
-
     from blockrag.configured import configured_bundle, configured_device
     from blockrag.evaluation.ttft_model import measure_model_ttft
-    from blockrag.evaluation.ttft_report import ReportRow
 
-    torch.set_num_threads(settings.decoder.threads)
     with console.progress_bar() as bar:
         task = bar.add_task("model alone", total=None)
-        measured = measure_model_ttft(
+        return measure_model_ttft(
             configured_bundle(settings),
+            settings,
             contexts=sizes,
             repeats=repeats,
             chunk_tokens=chunk_tokens,
             device=configured_device(settings),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    return [
-        ReportRow(
-            path="model",
-            state=row.method,
-            context_tokens=row.context_tokens,
-            min_ms=round(row.min_ms, 3),
-            median_ms=round(row.p50_ms, 3),
-            max_ms=round(row.max_ms, 3),
-            repeats=row.repeats,
-            ratio_to_none=round(row.times_none, 3),
-            slots=row.slots,
-            kv_bytes=row.kv_bytes,
-        )
-        for row in measured
-    ]
 
 
 def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> list[GrpcSample]:
     from blockrag.client import BlockragClient
     from blockrag.configured import configured_bundle
-    from blockrag.evaluation.ttft_grpc import measure_grpc_ttft
-    from blockrag.evaluation.workload import make_workload
+    from blockrag.evaluation.ttft_grpc import make_workload, measure_grpc_ttft
 
     bundle = configured_bundle(settings)
     workload = make_workload(bundle, sizes)
@@ -267,10 +251,16 @@ def _table(rows: list[ReportRow], sizes: tuple[int, ...]) -> Table:
         for state, label in LABELS.items():
             line = [cells.get((state, size)) for size in sizes]
             if any(line):
-                shown = [f"{row.median_ms:.1f} ({row.ratio_to_none:.1f})" if row else "–" for row in line]
+                shown = [_timed(row) for row in line]
                 table.add_row(path, label, *shown)
         table.add_section()
     return table
+
+
+def _timed(row: ReportRow | None) -> str:
+    if row is None:
+        return "–"
+    return f"{row.median_ms:.1f}" if row.ratio_to_none is None else f"{row.median_ms:.1f} ({row.ratio_to_none:.1f})"
 
 
 def _moved_table(rows: list[ReportRow], sizes: tuple[int, ...]) -> Table:

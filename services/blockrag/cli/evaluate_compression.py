@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from blockrag.cli import console
-from blockrag.cli.console import JsonOption
-from blockrag.cli.evaluate_options import SeedOption, print_report, shown_progress, write_results
+from blockrag.cli.console import JsonOption, SettingsOption
+from blockrag.cli.evaluate_options import (
+    BundleOption,
+    ComputeTypeOption,
+    KvTypeOption,
+    SeedOption,
+    measured_settings,
+    print_report,
+    shown_progress,
+    write_results,
+)
 from blockrag.errors import SetupError
 
 if TYPE_CHECKING:
-    from blockrag.evaluation.compression_run import CompressionRun
+    from blockrag.evaluation.compression import CompressionRun
 
 
 def compression(
@@ -23,7 +32,8 @@ def compression(
     text: Annotated[
         Path | None, typer.Option(help="Long texts (JSONL, may be gzipped) whose paragraphs are predicted.")
     ] = None,
-    bundle: Annotated[Path | None, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = None,
+    settings: SettingsOption = None,
+    bundle: BundleOption = None,
     rates: Annotated[
         str, typer.Option(help="Tokens per slot, separated by commas; default: 1, k/4, k/2, 3k/4, k of the bundle.")
     ] = "",
@@ -44,7 +54,8 @@ def compression(
     seed: SeedOption = 0,
     max_answer_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Longest answer.")] = 32,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights, K and V.")] = "bfloat16",
+    compute_dtype: ComputeTypeOption = None,
+    kv_dtype: KvTypeOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Directory for compression.json, compression.md, compression.png, answers.jsonl."),
@@ -52,15 +63,14 @@ def compression(
     as_json: JsonOption = False,
 ) -> None:
     """Ask questions and predict paragraphs at several rates, with every way to choose what stays word for word."""
-    from blockrag.evaluation.compression_run import CompressionOptions, run_compression
+    from blockrag.evaluation.compression import CompressionOptions, run_compression
     from blockrag.evaluation.compression_text import TextOptions
-    from blockrag.modeling.bundle import DEFAULT_BUNDLE
 
     with console.errors_to_exit():
         if out is not None:
             _check_plots()
         options = CompressionOptions(
-            bundle=bundle or DEFAULT_BUNDLE,
+            settings=measured_settings(settings, bundle, compute_dtype, kv_dtype),
             data=data,
             text=TextOptions(text, paragraphs, context, seed) if text is not None else None,
             rates=_parse_rates(rates),
@@ -72,7 +82,6 @@ def compression(
             seed=seed,
             max_answer_tokens=max_answer_tokens,
             device=device,
-            dtype=dtype,
         )
         with shown_progress() as (progress, status):
             run = run_compression(options, progress, status)
@@ -89,14 +98,14 @@ def _parse_rates(text: str) -> tuple[float, ...]:
 
 
 def _check_plots() -> None:
-    from blockrag.evaluation.qa_plot import load_figure
+    from blockrag.evaluation.plots import load_figure
 
     load_figure()
 
 
 def _write(run: CompressionRun, out: Path) -> None:
-    from blockrag.evaluation.compression_plot import plot_compression
-    from blockrag.evaluation.compression_report import compression_lines
+    from blockrag.evaluation.plots import plot_compression
+    from blockrag.evaluation.report import answer_lines
 
     files = {
         "compression.json": run.report.to_json().encode(),
@@ -104,5 +113,10 @@ def _write(run: CompressionRun, out: Path) -> None:
         "compression.png": plot_compression(run.report),
     }
     if run.questions:
-        files["answers.jsonl"] = compression_lines(run.questions, run.answers).encode()
+        cells = {f"{cell.rate:g}, {cell.label}": found for cell, found in run.answers.items()}
+        columns = {
+            "outputs": {label: found.outputs for label, found in cells.items()},
+            "slots": {label: found.slots.tolist() for label, found in cells.items()},
+        }
+        files["answers.jsonl"] = answer_lines(run.questions, columns).encode()
     write_results(out, files)

@@ -5,19 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 import typer
 from rich.markdown import Markdown
 
 from blockrag.cli import console
 from blockrag.errors import SetupError
+from blockrag.settings import Settings
 
 DataOption = Annotated[
     Path, typer.Option(help="Questions (JSONL, may be gzipped), or a directory with dev/wiki_pattern_qa.jsonl.gz.")
 ]
 QuestionsOption = Annotated[int, typer.Option(min=1, help="How many questions to draw.")]
+BundleOption = Annotated[Path | None, typer.Option(help="Bundle; default: the settings', or the one that ships.")]
+TypeOption = Literal["float32", "bfloat16"]
+ComputeTypeOption = Annotated[
+    TypeOption | None, typer.Option(help="Type of weights and activations; default: the settings', as served.")
+]
+KvTypeOption = Annotated[
+    TypeOption | None, typer.Option(help="Type of cached K and V; default: the settings', as served.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the draw and of the intervals.")]
+
+
+def measured_settings(
+    settings: Path | None, bundle: Path | None, compute_dtype: TypeOption | None, kv_dtype: TypeOption | None
+) -> Settings:
+    """Settings of the system that is measured: those of a command's options, where they were given."""
+    loaded = console.settings_from(settings)
+    given = {"path": bundle and str(bundle), "compute_dtype": compute_dtype, "kv_dtype": kv_dtype}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return loaded.model_copy(update={"bundle": loaded.bundle.model_copy(update=changed)})
 
 
 def parse_numbers(text: str, option: str, most: int) -> tuple[int, ...]:
@@ -33,7 +52,7 @@ def parse_numbers(text: str, option: str, most: int) -> tuple[int, ...]:
 
 def write_results(out: Path, files: Mapping[str, bytes]) -> None:
     """Write result files together and say where they are."""
-    from blockrag.evaluation.writing import write_together
+    from blockrag.evaluation.report import write_together
 
     write_together(out, files)
     console.err.print(f"written: {', '.join(str(out / name) for name in files)}", markup=False, soft_wrap=True)

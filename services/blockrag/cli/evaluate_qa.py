@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from blockrag.cli import console
-from blockrag.cli.console import JsonOption
+from blockrag.cli.console import JsonOption, SettingsOption
 from blockrag.cli.evaluate_options import (
+    BundleOption,
+    ComputeTypeOption,
     DataOption,
+    KvTypeOption,
     QuestionsOption,
     SeedOption,
+    measured_settings,
     parse_numbers,
     print_report,
     shown_progress,
@@ -22,14 +26,15 @@ from blockrag.errors import SetupError
 
 if TYPE_CHECKING:
     from blockrag.evaluation.answering import Mode
-    from blockrag.evaluation.qa_run import QaRun
+    from blockrag.evaluation.qa import QaRun
 
 _PASSAGES_LIMIT = 100
 
 
 def qa(
     data: DataOption,
-    bundle: Annotated[Path | None, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = None,
+    settings: SettingsOption = None,
+    bundle: BundleOption = None,
     compare: Annotated[Path | None, typer.Option(help="A second bundle, asked the same.")] = None,
     without_pear: Annotated[
         bool, typer.Option("--without-pear", help="Ask also with the bundle's PEAR coefficients left out.")
@@ -51,20 +56,20 @@ def qa(
     seed: SeedOption = 0,
     max_answer_tokens: Annotated[int, typer.Option(min=1, max=1024, help="Longest answer.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights, K and V.")] = "bfloat16",
+    compute_dtype: ComputeTypeOption = None,
+    kv_dtype: KvTypeOption = None,
     out: Annotated[Path | None, typer.Option(help="Directory for qa.json, qa.md, answers.jsonl, places.png.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask questions with the right passage among others, and score every mode on the same questions."""
-    from blockrag.evaluation.qa_run import QaOptions, run_qa
-    from blockrag.modeling.bundle import DEFAULT_BUNDLE
+    from blockrag.evaluation.qa import QaOptions, run_qa
 
     with console.errors_to_exit():
         if out is not None and places:
             _check_plots()
         options = QaOptions(
+            settings=measured_settings(settings, bundle, compute_dtype, kv_dtype),
             data=data,
-            bundle=bundle or DEFAULT_BUNDLE,
             compare=compare,
             without_pear=without_pear,
             questions=questions,
@@ -77,7 +82,6 @@ def qa(
             seed=seed,
             max_answer_tokens=max_answer_tokens,
             device=device,
-            dtype=dtype,
         )
         with shown_progress() as (progress, status):
             run = run_qa(options, progress, status)
@@ -97,19 +101,20 @@ def _chosen_modes(text: str) -> tuple[Mode, ...]:
 
 
 def _check_plots() -> None:
-    from blockrag.evaluation.qa_plot import load_figure
+    from blockrag.evaluation.plots import load_figure
 
     load_figure()
 
 
 def _write(run: QaRun, out: Path) -> None:
-    from blockrag.evaluation.qa_plot import plot_places
-    from blockrag.evaluation.qa_report import answer_lines
+    from blockrag.evaluation.plots import plot_places
+    from blockrag.evaluation.report import answer_lines
 
+    outputs = {f"{cell.label}, {cell.condition.label}": found for cell, found in run.answers.items()}
     files = {
         "qa.json": run.report.to_json().encode(),
         "qa.md": run.report.to_markdown().encode(),
-        "answers.jsonl": answer_lines(run.questions, run.answers).encode(),
+        "answers.jsonl": answer_lines(run.questions, {"outputs": outputs}).encode(),
     }
     if any(score.place is not None for score in run.report.results.scores):
         files["places.png"] = plot_places(run.report)

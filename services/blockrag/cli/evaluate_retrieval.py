@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markdown import Markdown
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption, SettingsOption
-from blockrag.cli.evaluate_options import DataOption, QuestionsOption, SeedOption, parse_numbers, write_results
+from blockrag.cli.evaluate_options import (
+    DataOption,
+    QuestionsOption,
+    SeedOption,
+    parse_numbers,
+    print_report,
+    write_results,
+)
 from blockrag.errors import SetupError
 
 
@@ -34,7 +40,6 @@ def retrieval(
             raise SetupError("--at: name at least one number of results")
         retriever = console.settings_from(settings).retriever
         from blockrag.evaluation.retrieval import RetrievalOptions, evaluate_retrieval
-        from blockrag.evaluation.retrieval_report import to_json, to_markdown
         from blockrag.modeling.bundle import DEFAULT_BUNDLE
 
         options = RetrievalOptions(data, bundle or DEFAULT_BUNDLE, retriever, questions, wanted, seed)
@@ -47,9 +52,6 @@ def retrieval(
                 )
             )
         if out is not None:
-            files = {"retrieval.json": to_json(report).encode(), "retrieval.md": to_markdown(report).encode()}
+            files = {"retrieval.json": report.to_json().encode(), "retrieval.md": report.to_markdown().encode()}
             write_results(out, files)
-        if as_json:
-            console.print_json(report)
-        else:
-            console.out.print(Markdown(to_markdown(report)))
+        print_report(report, as_json)

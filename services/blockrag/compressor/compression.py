@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from blockrag.budget import BudgetKind
 from blockrag.errors import InvalidRequestError
 from blockrag.v1 import common_pb2
 
@@ -40,11 +41,17 @@ class CompressionAbility:
 class CompressionRequest:
     """A valid request for compression."""
 
-    kind: Literal["rate", "max_context_tokens", "max_ttft_ms"]
+    kind: BudgetKind
     limit: float
     """In the unit of ``kind``: tokens per slot, slots, milliseconds."""
     policy: str
     """Who chooses the chunks that stay word for word."""
+
+    def to_message(self) -> common_pb2.Compression:
+        """The message that reads as this."""
+        message = common_pb2.Compression(policy=self.policy)
+        setattr(message, self.kind, int(self.limit) if self.kind == "max_context_tokens" else self.limit)
+        return message
 
 
 def read_compression(
@@ -81,18 +88,18 @@ def read_compression(
     return CompressionRequest(kind, limit, _policy(message.policy, ability.policies or frozenset()))
 
 
-def sizes_decide(message: common_pb2.Compression, ability: CompressionAbility) -> bool:
+def sizes_decide(compression: CompressionRequest | None, ability: CompressionAbility) -> bool:
     """Whether a plan follows from the passages' sizes and order: no policy has a say, and no time is predicted.
 
     Without compression, or without a chunk encoder; with the policy "retrieval"; at the highest rate, which leaves no
     chunk to expand.
     """
-    kind = message.WhichOneof("budget")
-    if kind is None or kind == "off" or ability.policies is None:
+    if compression is None or ability.policies is None:
         return True
-    if kind == "max_ttft_ms":
+    if compression.kind == "max_ttft_ms":
         return False
-    return message.policy == RETRIEVAL or (kind == "rate" and message.rate >= ability.chunk_tokens)
+    highest = compression.kind == "rate" and compression.limit >= ability.chunk_tokens
+    return highest or compression.policy == RETRIEVAL
 
 
 def _policy(asked: str, known: frozenset[str]) -> str:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from blockrag.compressor.expansion import PrefillCost
+from blockrag.budget import PrefillCost
 from blockrag.errors import BlockragError, UnavailableError
 from blockrag.v1 import decoder_pb2
 

@@ -9,22 +9,12 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
 from blockrag.access import protect
-from blockrag.compressor.compression import CompressionAbility
-from blockrag.compressor.costs import DecoderCosts
-from blockrag.compressor.drafts import PassageDrafts
-from blockrag.compressor.embeddings import EmbeddingCache
-from blockrag.compressor.mixing import Mixer
-from blockrag.compressor.plans import Planner
-from blockrag.compressor.rating import ChunkRater
-from blockrag.compressor.tokenizing import PassageTokenizer
-from blockrag.configured import configured_bundle, configured_keys
-from blockrag.decoder.detokenizer import detokenizer_factory
+from blockrag.compressor.runtime import assemble, embedding_cache
+from blockrag.configured import configured_bundle
 from blockrag.gateway.remote import DecoderClient
 from blockrag.grpc_status import translate_errors
 from blockrag.kv_cache.following import follow_purges
 from blockrag.kv_cache.remote import connect
-from blockrag.limits import MIB
-from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.v1 import compressor_pb2
@@ -37,16 +27,13 @@ class Compressor:
         setup_telemetry("compressor", settings)
         protect(settings)
         bundle = configured_bundle(settings, verify_files=True)
-        tokenizer = bundle.load_tokenizer()
-        drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
+        embeddings = None
         self._upkeep: asyncio.Task[None] | None = None
-        self._planner = Planner(
-            PassageTokenizer(tokenizer, bundle.template),
-            bundle.max_context_tokens,
-            CompressionAbility.of(bundle),
-            drafts,
-            self._mixer(bundle, settings) if bundle.refrag is not None else None,
-        )
+        if bundle.refrag is not None:
+            cache = connect(settings)
+            embeddings = embedding_cache(cache, settings)
+            self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, embeddings))
+        self._planner = assemble(bundle, settings, embeddings, DecoderClient(serve.get_app_handle).status)
 
     @translate_errors
     async def Plan(
@@ -78,22 +65,6 @@ class Compressor:
         """Has Serve replace a replica whose upkeep ended."""
         if self._upkeep is not None and self._upkeep.done():
             raise RuntimeError("the upkeep task ended")
-
-    def _mixer(self, bundle: Bundle, settings: Settings) -> Mixer:
-        cache = connect(settings)
-        embeddings = EmbeddingCache(cache, settings.compressor.embeddings_mb * MIB)
-        self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, embeddings))
-        costs = DecoderCosts(DecoderClient(serve.get_app_handle).status)
-        rater = ChunkRater.load(bundle)
-        rater.warm_up()
-        return Mixer(
-            bundle.chunk_tokens,
-            rater,
-            embeddings,
-            configured_keys(settings, bundle),
-            costs,
-            threads=settings.compressor.threads,
-        )
 
 
 def build(args: dict[str, str]) -> Application:

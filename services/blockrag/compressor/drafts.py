@@ -8,8 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 
+from blockrag.budget import chunk_bounds
 from blockrag.decoder.detokenizer import Detokenizer
-from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.v1.common_pb2 import CHUNK_FORM_COMPRESSED, CHUNK_FORM_EXPANDED, ChunkDecision
 from blockrag.v1.compressor_pb2 import PassagePlan
 

@@ -15,15 +15,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from blockrag.budget import (
+    PassageDecision,
+    Room,
+    affordable_slots,
+    chunk_count,
+    chunk_lengths,
+    expand,
+    retrieval_logits,
+    room_for,
+)
 from blockrag.compressor.compression import RETRIEVAL, CompressionRequest
 from blockrag.compressor.costs import DecoderCosts, PolicyTimes
 from blockrag.compressor.embeddings import EmbeddingCache
-from blockrag.compressor.expansion import Room, affordable_slots, chunk_lengths, expand, retrieval_logits, room_for
-from blockrag.compressor.planning import PassageDecision
 from blockrag.compressor.rating import ChunkRater
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
-from blockrag.modeling.refrag.chunks import chunk_count
 from blockrag.types import BlockForm, BlockRequest
 from blockrag.v1 import compressor_pb2
 
@@ -98,7 +105,7 @@ class Mixer:
         if compression.kind == "max_ttft_ms":
             room, policy = await self._timed_room(request, compression, candidates, sizes)
         else:
-            room = room_for(sizes, self._chunk_tokens, compression, candidates.most_slots)
+            room = room_for(sizes, self._chunk_tokens, compression.kind, compression.limit, candidates.most_slots)
         if not room.choice or policy == RETRIEVAL:
             return _mixture_by_size(room, sizes, self._chunk_tokens)
         kept = room.kept
@@ -126,7 +133,9 @@ class Mixer:
 
         def room(spent_ms: float) -> Room:
             timed = affordable_slots(cost, compression.limit, spent_ms, candidates.instruction_tokens)
-            return room_for(sizes, self._chunk_tokens, compression, candidates.most_slots, timed)
+            return room_for(
+                sizes, self._chunk_tokens, compression.kind, compression.limit, candidates.most_slots, timed
+            )
 
         plain = room(request.spent_ms)
         if not plain.choice or compression.policy == RETRIEVAL:
@@ -191,7 +200,7 @@ class Mixer:
 def mix_by_size(compression: CompressionRequest, candidates: Candidates, chunk_tokens: int) -> Mixture:
     """The mixture of a request that ``sizes_decide``. Raises ValueError for one that a policy or time decides."""
     sizes = [len(ids) for ids in candidates.blocks]
-    room = room_for(sizes, chunk_tokens, compression, candidates.most_slots)
+    room = room_for(sizes, chunk_tokens, compression.kind, compression.limit, candidates.most_slots)
     if compression.kind == "max_ttft_ms" or (room.choice and compression.policy != RETRIEVAL):
         raise ValueError(f"{compression} is not decided by sizes")
     return _mixture_by_size(room, sizes, chunk_tokens)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from blockrag.budget import PromptBudget, composed_slots, expand_what_fits, whole_passages
 from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression
 from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.mixing import Candidates, Mixer, Mixture, mix_by_size
-from blockrag.compressor.planning import PromptBudget, expand_what_fits, whole_passages
 from blockrag.compressor.tokenizing import PassageTokenizer
 from blockrag.errors import InvalidRequestError
 from blockrag.v1 import common_pb2, compressor_pb2
@@ -34,12 +33,23 @@ class Planner:
         self._mixer = mixer
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
+        """The plan of a request whose compression was not read yet; raises what ``plan_read`` raises, and
+        ``InvalidRequestError`` for a compression that cannot be.
+        """
+        return await self.plan_read(
+            request, read_compression(request.compression, request.attention_mode, self._ability)
+        )
+
+    async def plan_read(
+        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest | None
+    ) -> compressor_pb2.PlanResponse:
         """The plan of a request; passages keep the request's order. Without compression it is made at once.
 
-        Raises ``InvalidRequestError`` for a passage without text and what cannot be compressed, ``PromptTooLongError``
-        when the question alone does not fit, and what the services raise that compression needs.
+        ``compression``: what the request's own message reads as.
+
+        Raises ``InvalidRequestError`` for a passage without text, ``PromptTooLongError`` when the question alone does
+        not fit, and what the services raise that compression needs.
         """
-        compression = read_compression(request.compression, request.attention_mode, self._ability)
         final_ids = self._tokenizer.final_ids(request.question)
         budget = PromptBudget(
             max_positions=self._max_positions,
@@ -56,7 +66,7 @@ class Planner:
         mixture = None
         if compression is None:
             decisions = expand_what_fits(sizes, left)
-        elif self._ability.policies is None and compression.kind != "max_ttft_ms":
+        elif self._ability.policies is None:
             decisions = whole_passages(sizes, compression.kind, compression.limit, left)
         else:
             mixture = await self._mixture(request, compression, blocks, final_ids, left)
@@ -85,7 +95,7 @@ class Planner:
                 expanded = mixture.expanded[place]
                 for index in np.flatnonzero(expanded).tolist():
                     planned.chunks[index].form = common_pb2.CHUNK_FORM_EXPANDED
-                response.prompt_tokens += self._slots(len(ids), expanded)
+                response.prompt_tokens += composed_slots([len(ids)], expanded, self._chunk_tokens)
         return response
 
     async def prepare(self, question: str) -> None:
@@ -118,12 +128,6 @@ class Planner:
         if self._mixer is None:
             return mix_by_size(compression, candidates, self._chunk_tokens)
         return await self._mixer.mix(request, compression, candidates)
-
-    def _slots(self, tokens: int, expanded: NDArray[np.bool_]) -> int:
-        """One for a compressed chunk and one per token for an expanded one, of which the last may be short."""
-        chunks = len(expanded)
-        missing = chunks * self._chunk_tokens - tokens if expanded[-1] else 0
-        return chunks + int(np.count_nonzero(expanded)) * (self._chunk_tokens - 1) - missing
 
     def _block(self, passage: common_pb2.Passage) -> tuple[int, ...]:
         if not passage.text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from blockrag.errors import BundleError, DataError
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.policy import ChunkPolicy, make_policy_input
-from blockrag.modeling.refrag.policy_features import TokenTraits
+from blockrag.modeling.refrag.policy_features import TokenTraits, policy_ranks
 
 
 class ChunkRater:
@@ -25,7 +26,7 @@ class ChunkRater:
         self._traits = traits
 
     @classmethod
-    def load(cls, bundle: Bundle) -> ChunkRater:
+    def load(cls, bundle: Bundle) -> Self:
         """Load what a bundle that can compress chooses chunks with, on the CPU. Raises ``BundleError``."""
         if bundle.refrag is None:
             raise BundleError(f"{bundle.path}: the bundle has no chunk compression (refrag)")
@@ -63,6 +64,7 @@ class ChunkRater:
         final block, and ``question_embeddings`` those of its chunks, for policies that see the question; ``ranks``:
         each passage's place among the retrieved. Raises ``DataError`` when what comes out is no number.
         """
+        ranks = policy_ranks(self.sees_question(policy), ranks)
         if question_embeddings is None:
             question, question_embeddings = (), torch.empty(0, self._compressor.encoder_width)
         prompt = make_policy_input(

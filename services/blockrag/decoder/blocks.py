@@ -48,7 +48,7 @@ class EncodingBlockSource:
         self._encoder = FormEncoder(model, compressor)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="decoder-encode")
 
-    async def fetch(self, requests: list[BlockRequest]) -> list[FetchedBlock]:
+    async def fetch(self, requests: Sequence[BlockRequest]) -> list[FetchedBlock]:
         loop = asyncio.get_running_loop()
         blocks = await loop.run_in_executor(self._executor, self._encoder.encode, requests)
         return [FetchedBlock(block, "encoded") for block in blocks]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from blockrag.budget import composed_slots
 from blockrag.decoder.sampling import SamplingParams
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
@@ -131,12 +132,11 @@ def _part(
     if not all(form in _IN_PROMPT for form in block.forms):
         raise InvalidRequestError(f"{field}.forms", "every chunk must be expanded or compressed")
     expanded = tuple(_IN_PROMPT[form] for form in block.forms)
-    sizes = (min(chunk_tokens, len(token_ids) - start) for start in range(0, len(token_ids), chunk_tokens))
     return PromptPart(
         full=wanted(FULL) if any(expanded) else None,
         compressed=None if all(expanded) else wanted(compressed),
         expanded=expanded,
-        slots=sum(size if keep else 1 for size, keep in zip(sizes, expanded, strict=True)),
+        slots=composed_slots([len(token_ids)], expanded, chunk_tokens),
     )
 
 

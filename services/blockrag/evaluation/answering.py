@@ -1,116 +1,244 @@
-"""Greedy answers of a bundle through the product's own engine core, many questions at a time.
+"""A bundle in this process, planned for and answered by the services' own code, so that what is measured is served.
 
-Blocks are encoded once and kept, up to a limit, for the other questions, modes and conditions that show them.
+The compressor's planner chooses, ranks and counts; the decoder's service composes and its engine generates, under the
+settings' types and limits. Two things are never served and answered by the same engine all the same: blocks that keep
+their own positions, and mixtures that are encoded anew.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 
-from blockrag.evaluation.decoding import BATCH_TOKENS, Job, answer_jobs
+from blockrag.compressor import runtime as compressing
+from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.rating import ChunkRater
+from blockrag.configured import configured_keys
+from blockrag.decoder import runtime as decoding
+from blockrag.decoder.blocks import EncodingBlockSource
+from blockrag.decoder.composing import compose
+from blockrag.decoder.engine import Engine
+from blockrag.decoder.prompt import PromptPart, read_prompt
+from blockrag.decoder.sequence import GenerationRequest
+from blockrag.decoder.stream import TokenStream
+from blockrag.errors import PromptTooLongError, UnavailableError
 from blockrag.evaluation.metrics import normalize
 from blockrag.evaluation.pieces import Piece
+from blockrag.gateway.planning import decode_request
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel
+from blockrag.modeling.refrag.composing import mixed_inputs
+from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.rotary import rotate_into
-from blockrag.modeling.slots import ResidentBlock, SequenceState
+from blockrag.modeling.slots import ResidentBlock, SequenceState, Slots
+from blockrag.settings import Settings
+from blockrag.v1.common_pb2 import (
+    ATTENTION_MODE_BLOCK,
+    ATTENTION_MODE_FULL,
+    ATTENTION_MODE_NONE,
+    AttentionMode,
+    Compression,
+    Passage,
+    RequestContext,
+    Sampling,
+)
+from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
+from blockrag.v1.decoder_pb2 import DecodeRequest, GetDecoderStatusResponse
 
 Mode = Literal["full", "block", "no-reencoding", "none"]
 MODES: tuple[Mode, ...] = ("full", "block", "no-reencoding", "none")
+_SERVED: dict[Mode, AttentionMode] = {
+    "full": ATTENTION_MODE_FULL,
+    "block": ATTENTION_MODE_BLOCK,
+    "no-reencoding": ATTENTION_MODE_BLOCK,
+    "none": ATTENTION_MODE_NONE,
+}
+_CONTEXT = RequestContext(request_id="evaluation", tenant="public")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question and the passages shown with it."""
+    """A question and the passages shown with it, best first."""
 
     passages: tuple[Piece, ...]
     question: str
+    mode: Mode = "block"
+    compression: Compression | None = None
+    reencoded: bool = False
+    """Each mixed passage is encoded anew as this mixture instead of composed: the exact alternative."""
 
 
-class SlotReader:
-    """Answers prompts with one bundle. Not thread-safe."""
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """A prompt and what the planner made of it."""
+
+    prompt: Prompt
+    plan: PlanResponse
+
+    @property
+    def slots(self) -> int:
+        """Slots of the passages."""
+        return self.plan.prompt_tokens - len(self.plan.instruction_token_ids) - len(self.plan.final_token_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the passages."""
+        return sum(len(passage.token_ids) for passage in self.plan.passages)
+
+
+class Reader:
+    """Plans and answers with one bundle; to be closed. Not thread-safe, and not for use inside an event loop."""
 
     def __init__(
-        self, bundle: Bundle, model: SlotModel, *, max_answer_tokens: int = 64, kept_bytes: int = 2**30
+        self,
+        bundle: Bundle,
+        settings: Settings,
+        *,
+        device: str = "cpu",
+        max_answer_tokens: int = 64,
+        rater: ChunkRater | None = None,
+        ability: CompressionAbility | None = None,
     ) -> None:
-        """``kept_bytes``: encoded blocks kept for later calls, the longest unused ones are dropped."""
+        """``rater`` and ``ability`` as in ``blockrag.compressor.runtime.assemble``."""
         self.bundle = bundle
-        self._model = model
-        self._tokenizer = bundle.load_tokenizer()
+        self.settings = settings
+        self.model = SlotModel.load(bundle, device=device)
+        self._compressor = ChunkCompressor.load(bundle, device) if bundle.refrag is not None else None
+        source = EncodingBlockSource(self.model, self._compressor)
+        self._runtime = decoding.assemble(bundle, self.model, source, settings)
+        embeddings = compressing.embedding_cache(source, settings) if self._compressor is not None else None
+        self.planner = compressing.assemble(bundle, settings, embeddings, no_decoder, rater=rater, ability=ability)
+        self._keys = configured_keys(settings, bundle)
         self._max_answer_tokens = max_answer_tokens
-        self._kept_bytes = kept_bytes
-        self._instruction = bundle.template.instruction_ids(self._tokenizer)
-        self._token_ids: dict[Piece | None, list[int]] = {None: self._instruction}
-        self._blocks: OrderedDict[Piece | None, ResidentBlock] = OrderedDict()
+        self._in_place: Engine | None = None
+        self._closing = ExitStack()
+        self._runner = self._closing.enter_context(asyncio.Runner())
+        self._start(self._runtime.engine)
 
-    def answer(self, prompts: Sequence[Prompt], mode: Mode) -> list[str]:
-        """The answers' texts. Raises ``PromptTooLongError`` for a prompt beyond the model's positions."""
-        blocks = self._encoded(prompts) if mode in ("block", "no-reencoding") else {}
-        jobs = [
-            Job(
-                slots=sum(len(self._ids(piece)) for piece in prompt.passages),
-                fresh=self._fresh_ids(prompt, mode),
-                start=partial(self._start, prompt, mode, blocks),
-            )
-            for prompt in prompts
-        ]
-        return answer_jobs(self._model, self._tokenizer, jobs, self._max_answer_tokens)
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def plan(self, prompt: Prompt) -> PlannedPrompt:
+        """What the compressor makes of a prompt.
+
+        Raises ``PromptTooLongError`` where a passage does not fit the model: serving would leave it out, and another
+        prompt would be measured than was asked for.
+        """
+        plan = self._runner.run(self.planner.plan(self.plan_request(prompt)))
+        for passage in plan.passages:
+            if not passage.in_prompt:
+                raise PromptTooLongError(f"{len(prompt.passages)} passages do not fit: {passage.dropped_reason}")
+        return PlannedPrompt(prompt, plan)
+
+    def plan_request(self, prompt: Prompt) -> PlanRequest:
+        """What the gateway would ask of the compressor for given passages."""
+        return PlanRequest(
+            context=_CONTEXT,
+            question=prompt.question,
+            passages=[
+                Passage(passage_id=str(place), title=piece.title, text=piece.text)
+                for place, piece in enumerate(prompt.passages)
+            ],
+            attention_mode=_SERVED[prompt.mode],
+            max_tokens=self._max_answer_tokens,
+            compression=prompt.compression,
+        )
+
+    def answer(self, planned: Sequence[PlannedPrompt]) -> list[str]:
+        """Greedy answers as the decoder streams them, in order; as many at a time as the decoder computes together."""
+        return self._runner.run(self._answers(planned))
 
     def is_refusal(self, answer: str) -> bool:
         """Whether an answer is the template's refusal, but for case and punctuation."""
         return normalize(answer) == normalize(self.bundle.template.refusal)
 
-    def _ids(self, piece: Piece | None) -> list[int]:
-        if piece is not None and piece not in self._token_ids:
-            self._token_ids[piece] = self.bundle.template.passage_ids(self._tokenizer, piece.title, piece.text)
-        return self._token_ids[piece]
+    def decode_request(self, planned: PlannedPrompt) -> DecodeRequest:
+        """What the gateway would ask of the decoder."""
+        sampling = Sampling(max_tokens=self._max_answer_tokens)
+        request = decode_request(planned.plan, sampling, mode=_SERVED[planned.prompt.mode])
+        request.context.CopyFrom(_CONTEXT)
+        return request
 
-    def _fresh_ids(self, prompt: Prompt, mode: Mode) -> list[int]:
-        """What is prefilled: the final block, and in the modes without cached blocks all before it."""
-        final = self.bundle.template.final_ids(self._tokenizer, prompt.question)
-        if mode == "full":
-            passages = [token for piece in prompt.passages for token in self._ids(piece)]
-            return [*self._instruction, *passages, *final]
-        return [*self._instruction, *final] if mode == "none" else final
+    def _start(self, engine: Engine) -> None:
+        engine.start()
+        self._closing.callback(engine.stop)
 
-    def _start(
-        self, prompt: Prompt, mode: Mode, blocks: dict[Piece | None, ResidentBlock], capacity: int
-    ) -> SequenceState:
-        if not blocks:
-            return self._model.new_sequence([], capacity)
-        shown = [blocks[piece] for piece in (None, *prompt.passages)]
-        if mode == "block":
-            return self._model.new_sequence(shown, capacity)
-        return compose_without_reencoding(self._model, shown, capacity)
+    async def _answers(self, planned: Sequence[PlannedPrompt]) -> list[str]:
+        places = asyncio.Semaphore(self.settings.decoder.max_sequences)
 
-    def _encoded(self, prompts: Sequence[Prompt]) -> dict[Piece | None, ResidentBlock]:
-        """The blocks of all passages of ``prompts``, and of the instruction under None."""
-        needed = dict.fromkeys([None, *(piece for prompt in prompts for piece in prompt.passages)])
-        missing = sorted((piece for piece in needed if piece not in self._blocks), key=lambda one: len(self._ids(one)))
-        while missing:
-            batch = [missing.pop()]
-            tokens = len(self._ids(batch[0]))
-            while missing and tokens + len(self._ids(missing[-1])) <= BATCH_TOKENS:
-                batch.append(missing.pop())
-                tokens += len(self._ids(batch[-1]))
-            names = [str(number) for number in range(len(batch))]
-            encoded = self._model.encode([self._ids(piece) for piece in batch], names)
-            for piece, block in zip(batch, encoded, strict=True):
-                self._blocks[piece] = self._model.to_resident(block)
-        found = {}
-        for piece in needed:
-            self._blocks.move_to_end(piece)
-            found[piece] = self._blocks[piece]
-        kept = sum(block.nbytes for block in self._blocks.values())
-        while kept > self._kept_bytes:
-            kept -= self._blocks.popitem(last=False)[1].nbytes
-        return found
+        async def answer(one: PlannedPrompt) -> str:
+            unserved = one.prompt.reencoded or one.prompt.mode == "no-reencoding"
+            async with places:
+                return await (self._unserved(one) if unserved else self._served(one))
+
+        async with asyncio.TaskGroup() as tasks:
+            answers = [tasks.create_task(answer(one)) for one in planned]
+        return [task.result() for task in answers]
+
+    async def _served(self, planned: PlannedPrompt) -> str:
+        messages = self._runtime.service.decode(self.decode_request(planned))
+        return "".join([message.text async for message in messages])
+
+    async def _unserved(self, planned: PlannedPrompt) -> str:
+        chunk_tokens = self.bundle.chunk_tokens if self._compressor is not None else 0
+        prompt = read_prompt(self.decode_request(planned), self._keys, self.model.vocab_size, chunk_tokens)
+        blocks: list[Slots] = []
+        with ExitStack() as held:
+            for part in prompt.parts:
+                if planned.prompt.reencoded and part.full is not None and part.compressed is not None:
+                    blocks.append(self._reencode(part))
+                    continue
+                loaded = await self._runtime.loader.load(part.requests)
+                held.callback(self._runtime.loader.release, loaded)
+                blocks += compose([part], loaded, chunk_tokens).blocks
+            stream = TokenStream()
+            engine = self._runtime.engine if planned.prompt.mode == "block" else self._unrotated()
+            engine.submit(GenerationRequest("", tuple(blocks), prompt.token_ids, prompt.sampling), stream)
+            text = ""
+            while (event := await stream.read()).finish is None:
+                text += event.text
+            return text + event.text
+
+    def _reencode(self, part: PromptPart) -> ResidentBlock:
+        assert self._compressor is not None and part.full is not None
+        ids = part.full.token_ids.tolist()
+        projected = self._compressor.project(self._compressor.embed([ids]))[0]
+        inputs = mixed_inputs(self.model, ids, projected, part.expanded, self.bundle.chunk_tokens)
+        (block,) = self.model.encode_embeddings([inputs], [ids], ["mixed"])
+        return self.model.to_resident(block)
+
+    def _unrotated(self) -> Engine:
+        if self._in_place is None:
+            model = cast(SlotModel, _InPlace(self.model))
+            runtime = decoding.assemble(self.bundle, model, EncodingBlockSource(self.model), self.settings)
+            self._in_place = runtime.engine
+            self._start(self._in_place)
+        return self._in_place
+
+
+async def no_decoder() -> GetDecoderStatusResponse:
+    """Stands for a decoder where no plan is under a time budget."""
+    raise UnavailableError("there is no decoder to ask: plan by a rate or by tokens")
+
+
+class _InPlace:
+    """A model that composes blocks without giving them positions in the prompt."""
+
+    def __init__(self, model: SlotModel) -> None:
+        self._model = model
+        self.new_sequence = partial(compose_without_reencoding, model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""From answers and losses under compression to scores: means with intervals, and paired differences."""
+"""Cells of compression, their scores (means with intervals, paired differences) and their report."""
 
 from __future__ import annotations
 
@@ -8,20 +8,69 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blockrag.evaluation.compression import UNCOMPRESSED, Answers, Cell, is_numeric
 from blockrag.evaluation.compression_selectors import RANDOM
-from blockrag.evaluation.compression_text import FULL, NO_CONTEXT, TextRun
 from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
-from blockrag.evaluation.metrics import contains, exact_match, f1
+from blockrag.evaluation.experiment import AnswerScore, answer_values, differences, means
+from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_ratio
+from blockrag.evaluation.report import AnswersReport, percent, section
 
-Values = Mapping[str, NDArray[np.float64]]
-"""A metric's values, one per question."""
-METRICS = ("exact_match", "f1", "contained")
+UNCOMPRESSED = "nothing compressed"
+COMPRESSED = "everything compressed"
 
 
 @dataclass(frozen=True)
-class CompressionScore:
+class Cell:
+    """One way to show the passages: a rate, and who chooses what is expanded."""
+
+    selector: str
+    """Who chooses; ``UNCOMPRESSED`` and ``COMPRESSED`` where there is nothing to choose."""
+    rate: float
+    """Tokens of the passages for each slot, at least; 0 where no passages are shown."""
+    reencoded: bool = False
+    """Mixed passages encoded anew instead of composed."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.selector}, re-encoded" if self.reencoded else self.selector
+
+
+NO_CONTEXT = Cell("no context", 0.0)
+FULL = Cell("full attention", 1.0)
+"""All passages as one block: every token sees those of the passages before its own."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a cell found, one entry per question."""
+
+    outputs: list[str]
+    slots: NDArray[np.int64]
+    """Slots of the passages in the prompt."""
+    tokens: NDArray[np.int64]
+    """Tokens of the passages."""
+
+
+@dataclass(frozen=True)
+class TextLosses:
+    """What a cell found, one entry per target."""
+
+    nats: NDArray[np.float64]
+    """Of the whole target."""
+    slots: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    """Of the passages before it."""
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """Losses of every cell on the same targets."""
+
+    cells: dict[Cell, TextLosses]
+    target_tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionScore(AnswerScore):
     """Scores of one cell on the questions."""
 
     selector: str
@@ -31,25 +80,19 @@ class CompressionScore:
     """Of the passages in the prompt, mean."""
     effective_rate: float
     """Tokens of all passages over their slots."""
-    exact_match: Interval
-    f1: Interval
-    contained: Interval
     numeric: Interval | None
     """Exact match of the questions whose answer has a digit; None where there are none."""
     other: Interval | None
     """Exact match of the others."""
 
 
-@dataclass(frozen=True)
-class CompressionDifference:
+@dataclass(frozen=True, kw_only=True)
+class CompressionDifference(AnswerScore):
     """Paired difference of two cells at one rate, or of a cell and no compression: first minus second."""
 
     first: str
     second: str
     rate: float
-    exact_match: Interval
-    f1: Interval
-    contained: Interval
     numeric: Interval | None
 
 
@@ -95,7 +138,7 @@ def score_questions(
     questions: Sequence[DrawnQuestion], answers: Mapping[Cell, Answers], seed: int
 ) -> tuple[tuple[CompressionScore, ...], tuple[CompressionDifference, ...]]:
     """Scores and differences of what ``ask_questions`` returned; ``seed`` draws the bootstrap's resamples."""
-    values = {cell: _values(questions, found.outputs) for cell, found in answers.items()}
+    values = {cell: answer_values(questions, found.outputs) for cell, found in answers.items()}
     numeric = np.array([is_numeric(question.source.answers) for question in questions])
     scores = tuple(
         CompressionScore(
@@ -106,21 +149,21 @@ def score_questions(
             effective_rate=float(answers[cell].tokens.sum() / answers[cell].slots.sum()),
             numeric=_mean_of(columns["exact_match"][numeric], seed),
             other=_mean_of(columns["exact_match"][~numeric], seed),
-            **{metric: bootstrap(columns[metric], seed) for metric in METRICS},
+            **means(columns, seed),
         )
         for cell, columns in values.items()
     )
-    differences = tuple(
+    pairs = tuple(
         CompressionDifference(
             first=first.label,
             second=second.label,
             rate=first.rate,
             numeric=_mean_of((values[first]["exact_match"] - values[second]["exact_match"])[numeric], seed),
-            **{metric: bootstrap_difference(values[first][metric], values[second][metric], seed) for metric in METRICS},
+            **differences(values[first], values[second], seed),
         )
         for first, second in _pairs(list(values))
     )
-    return scores, differences
+    return scores, pairs
 
 
 def score_text(run: TextRun, seed: int) -> tuple[tuple[TextScore, ...], tuple[TextDifference, ...]]:
@@ -139,13 +182,18 @@ def score_text(run: TextRun, seed: int) -> tuple[tuple[TextScore, ...], tuple[Te
         for cell, found in run.cells.items()
     )
     context = [cell for cell in run.cells if cell not in (NO_CONTEXT, FULL)]
-    differences = tuple(
+    pairs = tuple(
         TextDifference(
             first.label, second.label, first.rate, _ratio(run.cells[first].nats - run.cells[second].nats, tokens, seed)
         )
         for first, second in _pairs(context)
     )
-    return scores, differences
+    return scores, pairs
+
+
+def is_numeric(answers: Sequence[str]) -> bool:
+    """Whether an answer is about a number: its first wording has a digit."""
+    return any(character.isdigit() for character in answers[0])
 
 
 def _pairs(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Cell]]:
@@ -170,16 +218,6 @@ def _pairs(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Cell]]:
             yield first, cell
 
 
-def _values(questions: Sequence[DrawnQuestion], outputs: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    pairs = [(output, question.source.answers) for output, question in zip(outputs, questions, strict=True)]
-    columns = {
-        "exact_match": [float(exact_match(*pair)) for pair in pairs],
-        "f1": [f1(*pair) for pair in pairs],
-        "contained": [float(contains(*pair)) for pair in pairs],
-    }
-    return {metric: np.array(column) for metric, column in columns.items()}
-
-
 def _mean_of(values: NDArray[np.float64], seed: int) -> Interval | None:
     return bootstrap(values, seed) if len(values) else None
 
@@ -188,3 +226,107 @@ def _ratio(above: NDArray[np.float64], below: NDArray[np.int64], seed: int) -> I
     found = bootstrap_ratio(above, below, seed)
     assert found is not None  # every target has a token
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionReport(AnswersReport):
+    """Everything that a run's tables say, and what is needed to repeat it."""
+
+    bundle: str
+    version: str
+    fingerprint: str
+    compression: str
+    """Fingerprint of decoder, chunk encoder and projector."""
+    chunk_tokens: int
+    policies: tuple[str, ...]
+    text: str
+    """Empty where no paragraphs were predicted."""
+    results: CompressionScores
+
+    def to_markdown(self) -> str:
+        """The report as tables."""
+        return "\n".join(
+            [*self._head(), *self._questions(), *self._differences(), *self._text(), *self._text_differences()]
+        )
+
+    def _head(self) -> list[str]:
+        return [
+            f"# Compression: {self.bundle} {self.version}, chunks of {self.chunk_tokens} tokens",
+            "",
+            f"Policies: {', '.join(self.policies) or 'none'}. A rate is how many of the passages' tokens stand for one "
+            f"slot; a selector says which chunks are expanded within it. Answers: {self.asked}; paragraphs in float32. "
+            "Bootstrap 95 % intervals.",
+            "",
+            *self.facts(f"fingerprint `{self.fingerprint}`, compression `{self.compression}`"),
+        ]
+
+    def _questions(self) -> list[str]:
+        rows = [
+            [
+                f"{one.rate:g}",
+                f"{one.selector}, re-encoded" if one.reencoded else one.selector,
+                f"{one.slots:.0f}",
+                f"{one.effective_rate:.2f}",
+                *map(percent, (one.exact_match, one.f1, one.contained)),
+                *(percent(value) if value else "–" for value in (one.numeric, one.other)),
+            ]
+            for one in self.results.scores
+        ]
+        header = ["rate", "expanded by", "slots", "effective", "exact match", "F1", "contained", "numbers", "others"]
+        title = (
+            f"{self.data}: {self.results.questions} questions with {self.passages} passages ({self.distractors}), "
+            f"{self.results.numeric} with a number for an answer; percent"
+        )
+        return section(title, header, rows)
+
+    def _differences(self) -> list[str]:
+        rows = [
+            [
+                f"{one.rate:g}",
+                one.first,
+                one.second,
+                *(percent(value, sign=True) for value in (one.exact_match, one.f1, one.contained)),
+                percent(one.numeric, sign=True) if one.numeric else "–",
+            ]
+            for one in self.results.differences
+        ]
+        return section(
+            "Paired differences: first minus second, points",
+            ["rate", "first", "second", "exact match", "F1", "contained", "numbers"],
+            rows,
+        )
+
+    def _text(self) -> list[str]:
+        rows = [
+            [
+                "–" if one.effective_rate is None else f"{one.rate:g}",
+                one.selector,
+                f"{one.slots:.0f}",
+                "–" if one.effective_rate is None else f"{one.effective_rate:.2f}",
+                _nats(one.nats),
+                percent(one.recovered) if one.recovered else "–",
+            ]
+            for one in self.results.text
+        ]
+        return section(
+            f"{self.text}: next paragraph, {self.results.paragraphs} targets; nats per token",
+            ["rate", "expanded by", "slots", "effective", "log-perplexity", "gap recovered, %"],
+            rows,
+        )
+
+    def _text_differences(self) -> list[str]:
+        rows = [
+            [f"{one.rate:g}", one.first, one.second, _nats(one.nats, sign=True)]
+            for one in self.results.text_differences
+        ]
+        return section(
+            "Next paragraph, paired: first minus second, nats per token (below 0 the first is better)",
+            ["rate", "first", "second", "log-perplexity"],
+            rows,
+        )
+
+
+def _nats(value: Interval, *, sign: bool = False) -> str:
+    form = "{:+.4f}" if sign else "{:.4f}"
+    mean, low, high = (form.format(number) for number in (value.mean, value.low, value.high))
+    return f"{mean} ({low} to {high})"

@@ -1,4 +1,7 @@
-"""Who chooses the chunks to expand: trained policies, simple rules, and an oracle that knows the answer."""
+"""Who chooses the chunks to expand: a bundle's policies, and beside them simple rules and an oracle.
+
+A rule gives logits where a policy would, so the planner ranks, counts and expands for all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from blockrag.errors import BundleError
-from blockrag.evaluation.compression_reading import EncodedPassage
-from blockrag.modeling.bundle import Bundle
-from blockrag.modeling.refrag.chunks import chunk_bounds
-from blockrag.modeling.refrag.policy import ChunkPolicy, choose_within, make_policy_input
+from blockrag.budget import chunk_bounds
+from blockrag.compressor.compression import RETRIEVAL, CompressionAbility
+from blockrag.compressor.rating import ChunkRater
+from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.policy_features import TokenTraits
 from blockrag.modeling.template import BundleTokenizer
 from blockrag.training.refrag.policy_baselines import (
@@ -25,28 +29,19 @@ from blockrag.training.refrag.policy_baselines import (
     surprising_first,
     surprising_last,
 )
-from blockrag.training.refrag.policy_contexts import expansion_costs
-from blockrag.training.refrag.policy_samples import nearest_first
 
 RANDOM = "random"
-RULES = (RANDOM, "high perplexity", "low perplexity", "retrieval", "similarity")
+SIMILARITY = "similarity"
+RULES = (RANDOM, "high perplexity", "low perplexity", RETRIEVAL, SIMILARITY)
 ORACLE = "oracle"
 
 
 @dataclass(frozen=True)
-class ChoiceInput:
-    """One prompt, as all selectors see it."""
+class Asked:
+    """What the rules know of the prompt that is rated, beside what a policy sees."""
 
     number: int
     """Of the prompt in the run: it seeds the random choice."""
-    passages: Sequence[Sequence[int]]
-    """Token ids of the passages' blocks."""
-    embeddings: Sequence[torch.Tensor]
-    question: Sequence[int]
-    """Token ids of the final block."""
-    question_embeddings: torch.Tensor
-    ranks: Sequence[int]
-    """The place that retrieval gives each passage."""
     chunk_losses: NDArray[np.float32]
     """Nats per token of each chunk under the decoder, [chunks]."""
     gold: int | None = None
@@ -54,34 +49,14 @@ class ChoiceInput:
     spans: Sequence[tuple[int, int]] = ()
     """First tokens and ends of the answer in its block."""
 
-    @classmethod
-    def shown(cls, passages: Sequence[EncodedPassage], **rest: object) -> ChoiceInput:
-        """From encoded passages; ``rest`` are the other fields."""
-        return cls(
-            passages=[passage.token_ids for passage in passages],
-            embeddings=[passage.embeddings for passage in passages],
-            **rest,  # type: ignore[arg-type]
-        )
 
+class Selectors(ChunkRater):
+    """A rater that knows the rules too. ``asked`` must be set before anything is rated; one thread at a time."""
 
-class Selectors:
-    """Scores of chunks by every selector."""
-
-    def __init__(self, policies: Mapping[str, ChunkPolicy], traits: TokenTraits, chunk_tokens: int, seed: int) -> None:
-        self._policies = policies
-        self._traits = traits
-        self._chunk_tokens = chunk_tokens
-        self._seed = seed
-
-    @classmethod
-    def load(cls, bundle: Bundle, seed: int) -> Selectors:
-        """The policies that a bundle has, and the rules. Raises BundleError for a bundle without compression."""
-        if bundle.refrag is None:
-            raise BundleError(f"{bundle.path}: the bundle has no chunk compression (refrag)")
-        policies = {
-            name: ChunkPolicy.load(bundle.path / record.file) for name, record in bundle.refrag.policies.items()
-        }
-        return cls(policies, TokenTraits.of(bundle.load_tokenizer()), bundle.chunk_tokens, seed)
+    def __init__(self, compressor: ChunkCompressor, policies: Mapping[str, ChunkPolicy], traits: TokenTraits) -> None:
+        super().__init__(compressor, policies, traits)
+        self.seed = 0
+        self.asked = Asked(0, np.zeros(0, dtype=np.float32))
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -93,56 +68,40 @@ class Selectors:
         """Every selector of a question."""
         return (*self.policies, *RULES, ORACLE)
 
-    def scores(self, name: str, prompt: ChoiceInput) -> Scores:
-        """One number per chunk, [chunks]; the highest are expanded first."""
-        if name in self._policies:
-            policy = self._policies[name]
-            seen = make_policy_input(
-                prompt.passages,
-                prompt.embeddings,
-                prompt.question,
-                prompt.question_embeddings,
-                chunk_tokens=self._chunk_tokens,
-                traits=self._traits,
-                # retrieval has seen the question; a blind policy knows the prompt's order alone
-                ranks=prompt.ranks if policy.config.query else nearest_first(len(prompt.passages)),
-            )
-            return policy.rate(seen)
-        counts = [len(found) for found in prompt.embeddings]
-        if name == RANDOM:
-            return random_scores(sum(counts), self._seed * 1_000_003 + prompt.number)
-        if name == "high perplexity":
-            return surprising_first(prompt.chunk_losses)
-        if name == "low perplexity":
-            return surprising_last(prompt.chunk_losses)
-        if name == "retrieval":
-            return best_passages_first(counts, prompt.ranks)
-        if name == "similarity":
-            return similar_to_question(torch.cat(list(prompt.embeddings)), prompt.question_embeddings)
-        if name == ORACLE and prompt.gold is not None:
-            return holding_answer(prompt.passages, self._chunk_tokens, prompt.gold, prompt.spans)
-        raise ValueError(f"selector {name!r}: none of {', '.join(self.names)}")
+    def ability(self, bundle_name: str, chunk_tokens: int) -> CompressionAbility:
+        """That of a bundle which had every selector for a policy."""
+        return CompressionAbility(bundle_name, chunk_tokens, frozenset(self.names) - {RETRIEVAL})
 
+    def sees_question(self, policy: str) -> bool:
+        """As in ``ChunkRater``."""
+        return super().sees_question(policy) if policy in self._policies else policy == SIMILARITY
 
-def mask_at_rate(
-    passages: Sequence[Sequence[int]], chunk_tokens: int, scores: Scores | None, rate: float
-) -> NDArray[np.bool_]:
-    """The mask [chunks] of the highest scores at which ``rate`` tokens stand for a slot.
-
-    At rate 1 all chunks are expanded, from ``chunk_tokens`` on none is; ``scores`` is needed between.
-    """
-    costs = expansion_costs(passages, chunk_tokens)
-    if rate <= 1:
-        return np.ones(len(costs), dtype=np.bool_)
-    if rate >= chunk_tokens or scores is None:
-        return np.zeros(len(costs), dtype=np.bool_)
-    budget = int(sum(map(len, passages)) / rate) - len(costs)
-    return choose_within(scores, costs, max(0, budget))
-
-
-def slots_of(passages: Sequence[Sequence[int]], chunk_tokens: int, mask: NDArray[np.bool_]) -> int:
-    """Slots that the passages take under a mask."""
-    return len(mask) + int(expansion_costs(passages, chunk_tokens)[mask].sum())
+    def rate(
+        self,
+        policy: str,
+        passages: Sequence[Sequence[int]],
+        embeddings: Sequence[Tensor],
+        question: Sequence[int],
+        question_embeddings: Tensor | None,
+        ranks: Sequence[int],
+    ) -> Scores:
+        """As in ``ChunkRater``. Raises ValueError for a name that is none of ``names``."""
+        if policy in self._policies:
+            return super().rate(policy, passages, embeddings, question, question_embeddings, ranks)
+        counts, asked = [len(found) for found in embeddings], self.asked
+        if policy == RANDOM:
+            return random_scores(sum(counts), self.seed * 1_000_003 + asked.number)
+        if policy == "high perplexity":
+            return surprising_first(asked.chunk_losses)
+        if policy == "low perplexity":
+            return surprising_last(asked.chunk_losses)
+        if policy == RETRIEVAL:
+            return best_passages_first(counts, ranks)
+        if policy == SIMILARITY and question_embeddings is not None:
+            return similar_to_question(torch.cat(list(embeddings)), question_embeddings)
+        if policy == ORACLE and asked.gold is not None:
+            return holding_answer(passages, self._compressor.chunk_tokens, asked.gold, asked.spans)
+        raise ValueError(f"selector {policy!r}: none of {', '.join(self.names)}")
 
 
 def answer_spans(

@@ -12,20 +12,25 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from numpy.typing import NDArray
 
-from blockrag.evaluation.compression import COMPRESSED, UNCOMPRESSED, Cell
-from blockrag.evaluation.compression_selectors import ChoiceInput, Selectors, mask_at_rate, slots_of
+from blockrag.budget import composed_slots, expand_at_rate
+from blockrag.evaluation.compression_scores import (
+    COMPRESSED,
+    FULL,
+    NO_CONTEXT,
+    UNCOMPRESSED,
+    Cell,
+    TextLosses,
+    TextRun,
+)
+from blockrag.evaluation.compression_selectors import Asked, Selectors
 from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.refrag.policy_features import policy_ranks
 from blockrag.training.refrag.composed import ComposedPrompt
 from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.policy_contexts import PolicyReader
-from blockrag.training.refrag.policy_samples import nearest_first
 from blockrag.training.refrag.texts import PassageSource, read_texts, text_start
 
-NO_CONTEXT = Cell("no context", 0.0)
-FULL = Cell("full attention", 1.0)
-"""All passages as one block: every token sees those of the passages before its own."""
 TEXT_SELECTORS = ("random", "high perplexity", "low perplexity")
 """Rules that need no question; a text's last paragraphs first is ``retrieval`` with the nearest ranked best."""
 
@@ -41,25 +46,6 @@ class TextOptions:
     passages: int = 10
     """Passages before each."""
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class TextLosses:
-    """What a cell found, one entry per target."""
-
-    nats: NDArray[np.float64]
-    """Of the whole target."""
-    slots: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    """Of the passages before it."""
-
-
-@dataclass(frozen=True)
-class TextRun:
-    """Losses of every cell on the same targets."""
-
-    cells: dict[Cell, TextLosses]
-    target_tokens: NDArray[np.int64]
 
 
 def plan_text_cells(selectors: Selectors, rates: Sequence[float], chunk_tokens: int) -> list[Cell]:
@@ -115,26 +101,26 @@ def _measure(
     found: dict[Cell, TextLosses],
 ) -> None:
     context = reader.capture(instruction, passages)
-    k = context.chunk_tokens
-    choice = ChoiceInput(
-        number=number,
-        passages=passages,
-        embeddings=context.embeddings,
-        question=branch.prompt,
-        question_embeddings=reader.compressor.embed([branch.prompt])[0],
-        ranks=nearest_first(len(passages)),
-        chunk_losses=np.concatenate(reader.chunk_losses(passages)),
-    )
-    chosen = {name: selectors.scores(name, choice) for name in {cell.selector for cell in found}
-              if name in selectors.names}  # fmt: skip
+    sizes, k = [len(passage) for passage in passages], context.chunk_tokens
+    selectors.asked = Asked(number, np.concatenate(reader.chunk_losses(passages)))
+    question = reader.compressor.embed([branch.prompt])[0].cpu()
+    embeddings = [one.cpu() for one in context.embeddings]
+    # nothing was retrieved: the paragraph nearest to the target counts as the best, as in training
+    ranks = policy_ranks(False, range(len(passages)))
+    chosen = {
+        name: selectors.rate(name, passages, embeddings, branch.prompt, question, ranks)
+        for name in {cell.selector for cell in found}
+        if name in selectors.names
+    }
+    either = np.zeros(context.chunks, dtype=np.float32)
     prompts: dict[Cell, ComposedPrompt] = {}
     for cell, losses in found.items():
         losses.tokens[number] = context.tokens
         if cell == NO_CONTEXT:
             prompts[cell] = context.without_passages(branch)
         elif cell != FULL:
-            mask = mask_at_rate(passages, k, chosen.get(cell.selector), cell.rate)
-            losses.slots[number] = slots_of(passages, k, mask)
+            mask = expand_at_rate(chosen.get(cell.selector, either), sizes, k, cell.rate)
+            losses.slots[number] = composed_slots(sizes, mask, k)
             prompts[cell] = context.prompt(branch, mask)
     tokens = len(branch.answer)
     for cell, nats in zip(prompts, reader.prompt_losses(context, list(prompts.values())).tolist(), strict=True):

@@ -12,30 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blockrag.compressor.compression import RETRIEVAL, CompressionAbility
-from blockrag.compressor.costs import DecoderCosts
-from blockrag.compressor.drafts import PassageDrafts
-from blockrag.compressor.embeddings import EmbeddingCache
-from blockrag.compressor.mixing import Mixer
-from blockrag.compressor.plans import Planner
-from blockrag.compressor.rating import ChunkRater
-from blockrag.compressor.tokenizing import PassageTokenizer
-from blockrag.decoder.detokenizer import detokenizer_factory
-from blockrag.errors import UnavailableError
-from blockrag.keys import KeyMaker
-from blockrag.kv_cache.messages import FetchedBlock
+from blockrag.compressor.compression import RETRIEVAL
+from blockrag.compressor.runtime import assemble, embedding_cache
+from blockrag.decoder.blocks import EncodingBlockSource
+from blockrag.evaluation.answering import no_decoder
+from blockrag.modeling.model import SlotModel
+from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.results import GivenPassage
-from blockrag.types import BlockRequest, ChunkEmbeddings
+from blockrag.settings import Settings
 from blockrag.v1.common_pb2 import ATTENTION_MODE_BLOCK, Compression, Passage, RequestContext
 from blockrag.v1.compressor_pb2 import PlanRequest
-from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 
 if TYPE_CHECKING:
     from blockrag.modeling.bundle import Bundle
 
 OFF = "off"
 """Stands for a plan without compression."""
-_EMBEDDINGS_BYTES = 64 * 2**20
 _ANSWER_TOKENS = 16
 
 
@@ -56,6 +48,7 @@ class PlanTime:
 
 async def measure_plans(
     bundle: Bundle,
+    settings: Settings,
     passages: Sequence[GivenPassage],
     *,
     rate: float,
@@ -64,7 +57,11 @@ async def measure_plans(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[PlanTime]:
     """Times of plans for all of ``passages``, by policy; ``warmup`` repeats are run and not kept."""
-    planner = _planner(bundle)
+    embeddings = None
+    if bundle.refrag is not None:
+        source = EncodingBlockSource(SlotModel.load(bundle), ChunkCompressor.load(bundle))
+        embeddings = embedding_cache(source, settings)
+    planner = assemble(bundle, settings, embeddings, no_decoder)
     policies = [OFF, *((RETRIEVAL, *sorted(bundle.refrag.policies)) if bundle.refrag is not None else ())]
     times: dict[str, list[tuple[float, float]]] = {policy: [] for policy in policies}
     chunks = 0
@@ -81,24 +78,6 @@ async def measure_plans(
         if on_progress is not None:
             on_progress(repeat + warmup + 1, repeats + warmup)
     return [_summary(policy, len(passages), chunks, taken) for policy, taken in times.items()]
-
-
-def _planner(bundle: Bundle) -> Planner:
-    tokenizer = bundle.load_tokenizer()
-    mixer = None
-    if bundle.refrag is not None:
-        rater = ChunkRater.load(bundle)
-        rater.warm_up()
-        keys = KeyMaker(bundle.fingerprint, b"", bundle.compression_fingerprint)
-        embeddings = EmbeddingCache(_InProcess(rater), _EMBEDDINGS_BYTES)
-        mixer = Mixer(bundle.chunk_tokens, rater, embeddings, keys, DecoderCosts(_no_decoder))
-    return Planner(
-        PassageTokenizer(tokenizer, bundle.template),
-        bundle.max_context_tokens,
-        CompressionAbility.of(bundle),
-        PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens),
-        mixer,
-    )
 
 
 def _request(passages: Sequence[GivenPassage], policy: str, rate: float, question: str) -> PlanRequest:
@@ -126,27 +105,3 @@ def _summary(policy: str, passages: int, chunks: int, taken: Sequence[tuple[floa
         policy_ms=round(statistics.median(policy_ms for _, policy_ms in taken), 3),
         repeats=len(whole),
     )
-
-
-class _InProcess:
-    """Embeds here what the cluster's cache would have."""
-
-    def __init__(self, rater: ChunkRater) -> None:
-        self._rater = rater
-
-    async def fetch(self, requests: Sequence[BlockRequest]) -> list[FetchedBlock]:
-        return [
-            FetchedBlock(
-                ChunkEmbeddings(
-                    request.key,
-                    request.token_ids,
-                    self._rater.embed_question(request.token_ids.tolist()).numpy(),
-                ),
-                "encoded",
-            )
-            for request in requests
-        ]
-
-
-async def _no_decoder() -> GetDecoderStatusResponse:
-    raise UnavailableError("a rate asks no decoder")

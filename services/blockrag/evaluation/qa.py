@@ -1,4 +1,4 @@
-"""Question answering over drawn passages, mode by mode: ``evaluate_qa``.
+"""One run of ``blockrag eval qa``: questions over drawn passages, mode by mode.
 
 Every mode and every condition (number of passages, place of the gold one, gold absent) is asked the same questions
 with the same passages, so that all differences are paired.
@@ -6,134 +6,154 @@ with the same passages, so that all differences are paired.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from blockrag.evaluation.answering import Mode, Prompt, SlotReader
+from blockrag.configured import configured_bundle
+from blockrag.errors import SetupError
+from blockrag.evaluation.answering import Mode, Prompt, Reader
 from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.pieces import Piece
-
-_CHUNK = 64
-"""Questions answered in all modes before the next are encoded: their blocks fit what a reader keeps."""
-
-
-@dataclass(frozen=True)
-class System:
-    """A bundle, loaded, under a name of its own within the run."""
-
-    label: str
-    reader: SlotReader
+from blockrag.evaluation.environment import describe_environment
+from blockrag.evaluation.experiment import ExperimentOptions, Progress, Status, ask_all, draw_data
+from blockrag.evaluation.qa_scores import Cell, QaPlan, QaReport, SystemFacts, score_answers
+from blockrag.modeling.bundle import Bundle
+from blockrag.settings import Settings
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What is shown with every question."""
+@dataclass(frozen=True, kw_only=True)
+class QaOptions(ExperimentOptions):
+    """What a run is asked to do."""
 
-    passages: int
-    place: int | None = None
-    """Index of the gold passage; None: drawn for each question."""
-    gold: bool = True
-    """Whether the gold passage is there."""
-
-    @property
-    def label(self) -> str:
-        if not self.passages:
-            return "no passages"
-        shown = f"{self.passages} passage{'s' if self.passages > 1 else ''}"
-        if not self.gold:
-            return f"{shown}, gold absent"
-        return shown if self.place is None else f"{shown}, gold at {self.place + 1}"
-
-
-NO_PASSAGES = Condition(0, gold=False)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One line of answers: who was asked, how, with what shown."""
-
-    system: str
-    mode: Mode
-    condition: Condition
-
-
-@dataclass(frozen=True)
-class QaPlan:
-    """What a run asks."""
-
-    passages: int
-    """Passages of the main condition."""
-    modes: tuple[Mode, ...]
+    compare: Path | None = None
+    """A second bundle, asked the same questions with the same passages' texts."""
+    without_pear: bool = False
+    """Ask the first bundle also with its PEAR coefficients left out."""
+    modes: tuple[Mode, ...] = ("full", "block")
     counts: tuple[int, ...] = ()
-    """Further numbers of passages."""
-    places: tuple[int, ...] = ()
-    """Indices of the gold passage among ``passages``."""
+    places: int = 0
+    """Places of the gold passage to compare, evenly spread over the passages; 0: none."""
     absent: bool = True
-    """Ask also without the gold passage."""
 
-    @property
-    def main(self) -> Condition:
-        return Condition(self.passages)
 
-    @property
-    def most_passages(self) -> int:
-        return max((self.passages, *self.counts))
+@dataclass(frozen=True)
+class QaRun:
+    """A finished run."""
 
-    def conditions(self, mode: Mode) -> Iterator[Condition]:
-        """What ``mode`` is asked under; without passages there is nothing to vary."""
-        if mode == "none":
-            yield NO_PASSAGES
-            return
-        yield self.main
-        if self.absent:
-            yield Condition(self.passages, gold=False)
-        for count in self.counts:
-            if count != self.passages:
-                yield Condition(count)
-        for place in self.places:
-            yield Condition(self.passages, place)
+    report: QaReport
+    questions: Sequence[DrawnQuestion]
+    answers: Mapping[Cell, Sequence[str]]
+
+
+def run_qa(options: QaOptions, progress: Progress | None = None, status: Status = lambda _: None) -> QaRun:
+    """Run what ``options`` say.
+
+    ``progress`` gets the answers given and wanted, ``status`` what is being done before. Raises ``SetupError`` for bad
+    data, ``BundleError`` for a bad bundle, ``PromptTooLongError`` where the passages do not fit the model.
+    """
+    started = time.perf_counter()
+    status("loading the bundle")
+    bundles = _bundles(options)
+    with ExitStack() as readers:
+        systems = {
+            label: readers.enter_context(
+                Reader(bundle, options.settings, device=options.device, max_answer_tokens=options.max_answer_tokens)
+            )
+            for label, bundle in bundles.items()
+        }
+        bundle = next(iter(bundles.values()))
+        plan = QaPlan(options.passages, options.modes, options.counts, _places(options), options.absent)
+        drawn = draw_data(options, bundle, plan.most_passages, plan.passages if plan.absent else 0, status)
+        questions = drawn.draw.questions
+        status("answering")
+        answers = evaluate_qa(questions, systems, plan, progress)
+        status("scoring")
+        refused = {
+            cell: [systems[cell.system].is_refusal(answer) for answer in found] for cell, found in answers.items()
+        }
+        results = score_answers(questions, tuple(systems), plan, answers, refused, options.seed)
+    report = QaReport(
+        data=drawn.name,
+        sha256=drawn.sha256,
+        questions=len(questions),
+        without_gold=drawn.draw.without_gold,
+        answer_in_gold=sum(question.holds_answer for question in questions),
+        passages=options.passages,
+        distractors=drawn.distractors,
+        passage_tokens=bundle.passage_tokens,
+        max_answer_tokens=options.max_answer_tokens,
+        compute_dtype=bundle.compute_dtype,
+        kv_dtype=bundle.kv_dtype,
+        seed=options.seed,
+        seconds=round(time.perf_counter() - started, 1),
+        systems=tuple(
+            SystemFacts(label, one.name, one.version, one.fingerprint, one.pear is not None)
+            for label, one in bundles.items()
+        ),
+        results=results,
+        environment=describe_environment(options.device),
+    )
+    return QaRun(report, questions, answers)
 
 
 def evaluate_qa(
     questions: Sequence[DrawnQuestion],
-    systems: Sequence[System],
+    systems: Mapping[str, Reader],
     plan: QaPlan,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[Cell, list[str]]:
-    """Greedy answers of every cell, in the order of ``questions``.
-
-    ``progress`` is called with how many answers are there and how many there will be.
-    """
+    """Greedy answers of every cell, in the order of ``questions``."""
     cells = [
-        Cell(system.label, mode, condition)
+        Cell(system, mode, condition)
         for system in systems
         for mode in plan.modes
         for condition in plan.conditions(mode)
     ]
-    readers: Mapping[str, SlotReader] = {system.label: system.reader for system in systems}
-    answers = {cell: [""] * len(questions) for cell in cells}
-    done = 0
-    # Questions about one table show the same articles: neighbours share encoded blocks.
-    order = sorted(range(len(questions)), key=lambda number: questions[number].source.same_kind[:1])
-    for start in range(0, len(order), _CHUNK):
-        numbers = order[start : start + _CHUNK]
-        for cell in cells:
-            prompts = [make_prompt(questions[number], cell.condition) for number in numbers]
-            found = readers[cell.system].answer(prompts, cell.mode)
-            for number, answer in zip(numbers, found, strict=True):
-                answers[cell][number] = answer
-            done += len(numbers)
-            if progress is not None:
-                progress(done, len(cells) * len(questions))
-    return answers
+
+    def answer(numbers: Sequence[int]) -> Iterator[tuple[Cell, int, str]]:
+        for system, reader in systems.items():
+            # all cells together: the decoder is never short of work
+            asked = [(cell, number) for cell in cells if cell.system == system for number in numbers]
+            planned = [reader.plan(make_prompt(questions[number], cell)) for cell, number in asked]
+            for (cell, number), text in zip(asked, reader.answer(planned), strict=True):
+                yield cell, number, text
+
+    return ask_all(questions, cells, answer, progress)
 
 
-def make_prompt(question: DrawnQuestion, condition: Condition) -> Prompt:
-    """A question under a condition."""
+def make_prompt(question: DrawnQuestion, cell: Cell) -> Prompt:
+    """A question under a cell's condition."""
+    condition = cell.condition
     if not condition.passages:
-        shown: tuple[Piece, ...] = ()
-    elif condition.gold:
-        shown = question.passages(condition.passages, condition.place)
-    else:
-        shown = question.absent
-    return Prompt(shown, question.source.text)
+        return Prompt((), question.source.text, cell.mode)
+    shown = question.passages(condition.passages, condition.place) if condition.gold else question.absent
+    return Prompt(shown, question.source.text, cell.mode)
+
+
+def _bundles(options: QaOptions) -> dict[str, Bundle]:
+    """Bundles by the label they have in the tables; the first is the one that others are compared with."""
+    first = configured_bundle(options.settings)
+    found = {first.name: first}
+    if options.without_pear:
+        if first.pear is None:
+            raise SetupError(f"{first.path}: has no PEAR coefficients to leave out")
+        found[f"{first.name} without PEAR"] = replace(first, pear=None)
+    if options.compare is not None:
+        second = configured_bundle(with_bundle(options.settings, options.compare))
+        label = second.name if second.name not in found else f"{second.name} {second.fingerprint[:8]}"
+        found[label] = second
+    return found
+
+
+def with_bundle(settings: Settings, path: Path) -> Settings:
+    """The settings with another bundle."""
+    return settings.model_copy(update={"bundle": settings.bundle.model_copy(update={"path": str(path)})})
+
+
+def _places(options: QaOptions) -> tuple[int, ...]:
+    last, places = options.passages - 1, min(options.places, options.passages)
+    if places < 2:
+        return ()
+    return tuple(round(number * last / (places - 1)) for number in range(places))

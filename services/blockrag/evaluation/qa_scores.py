@@ -1,4 +1,4 @@
-"""From answers to scores: means with intervals, paired differences, refusals."""
+"""Cells of question answering, their scores (means with intervals, paired differences, refusals) and their report."""
 
 from __future__ import annotations
 
@@ -10,15 +10,87 @@ from numpy.typing import NDArray
 
 from blockrag.evaluation.answering import Mode
 from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_difference, bootstrap_ratio
-from blockrag.evaluation.metrics import contains, exact_match, f1
-from blockrag.evaluation.qa import NO_PASSAGES, Cell, Condition, QaPlan, System
-
-METRICS = ("exact_match", "f1", "contained")
+from blockrag.evaluation.experiment import AnswerScore, Values, answer_values, differences, means
+from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_ratio
+from blockrag.evaluation.report import AnswersReport, percent, section, table
 
 
 @dataclass(frozen=True)
-class Score:
+class Condition:
+    """What is shown with every question."""
+
+    passages: int
+    place: int | None = None
+    """Index of the gold passage; None: drawn for each question."""
+    gold: bool = True
+    """Whether the gold passage is there."""
+
+    @property
+    def label(self) -> str:
+        if not self.passages:
+            return "no passages"
+        shown = f"{self.passages} passage{'s' if self.passages > 1 else ''}"
+        if not self.gold:
+            return f"{shown}, gold absent"
+        return shown if self.place is None else f"{shown}, gold at {self.place + 1}"
+
+
+NO_PASSAGES = Condition(0, gold=False)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of answers: who was asked, how, with what shown."""
+
+    system: str
+    mode: Mode
+    condition: Condition
+
+    @property
+    def label(self) -> str:
+        """Its name in tables, the condition left out."""
+        return f"{self.system}, {self.mode}"
+
+
+@dataclass(frozen=True)
+class QaPlan:
+    """What a run asks."""
+
+    passages: int
+    """Passages of the main condition."""
+    modes: tuple[Mode, ...]
+    counts: tuple[int, ...] = ()
+    """Further numbers of passages."""
+    places: tuple[int, ...] = ()
+    """Indices of the gold passage among ``passages``."""
+    absent: bool = True
+    """Ask also without the gold passage."""
+
+    @property
+    def main(self) -> Condition:
+        return Condition(self.passages)
+
+    @property
+    def most_passages(self) -> int:
+        return max((self.passages, *self.counts))
+
+    def conditions(self, mode: Mode) -> Iterator[Condition]:
+        """What ``mode`` is asked under; without passages there is nothing to vary."""
+        if mode == "none":
+            yield NO_PASSAGES
+            return
+        yield self.main
+        if self.absent:
+            yield Condition(self.passages, gold=False)
+        for count in self.counts:
+            if count != self.passages:
+                yield Condition(count)
+        for place in self.places:
+            yield Condition(self.passages, place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(AnswerScore):
     """Scores of one cell whose condition can be answered."""
 
     system: str
@@ -27,9 +99,6 @@ class Score:
     passages: int
     place: int | None
     """Index of the gold passage; None: drawn."""
-    exact_match: Interval
-    f1: Interval
-    contained: Interval
     refused: Interval
     """Share of questions refused: all of them wrongly, but without passages."""
 
@@ -53,16 +122,13 @@ class RefusalScore:
     """Of the questions with gold passage, the share refused."""
 
 
-@dataclass(frozen=True)
-class Difference:
+@dataclass(frozen=True, kw_only=True)
+class Difference(AnswerScore):
     """Paired difference of two cells' means on the same questions: first minus second."""
 
     first: str
     second: str
     condition: str
-    exact_match: Interval
-    f1: Interval
-    contained: Interval
 
 
 @dataclass(frozen=True)
@@ -78,20 +144,16 @@ class QaScores:
 
 def score_answers(
     questions: Sequence[DrawnQuestion],
-    systems: Sequence[System],
+    systems: Sequence[str],
     plan: QaPlan,
     answers: Mapping[Cell, Sequence[str]],
+    refusals: Mapping[Cell, Sequence[bool]],
     seed: int = 0,
 ) -> QaScores:
-    """Score what ``evaluate_qa`` returned; ``seed`` draws the bootstrap's resamples."""
-    refused = {
-        cell: np.array([system.reader.is_refusal(answer) for answer in answers[cell]], dtype=np.float64)
-        for system in systems
-        for cell in answers
-        if cell.system == system.label
-    }
+    """Score what ``evaluate_qa`` returned; ``refusals`` says which answers are, ``seed`` draws the resamples."""
+    refused = {cell: np.array(found, dtype=np.float64) for cell, found in refusals.items()}
     values = {
-        cell: _values(questions, outputs)
+        cell: answer_values(questions, outputs)
         for cell, outputs in answers.items()
         if cell.condition.gold or cell.condition == NO_PASSAGES
     }
@@ -103,48 +165,31 @@ def score_answers(
             passages=cell.condition.passages,
             place=cell.condition.place,
             refused=bootstrap(refused[cell], seed),
-            **{metric: bootstrap(column, seed) for metric, column in columns.items()},
+            **means(columns, seed),
         )
         for cell, columns in values.items()
     )
-    differences = tuple(
+    pairs = tuple(
         Difference(
-            first=cell_label(first),
-            second=cell_label(second),
+            first=first.label,
+            second=second.label,
             condition=first.condition.label,
-            **{metric: bootstrap_difference(values[first][metric], values[second][metric], seed) for metric in METRICS},
+            **differences(values[first], values[second], seed),
         )
         for first, second in _pairs(systems, plan, values)
     )
-    refusals = tuple(_refusals(questions, refused, plan, seed)) if plan.absent else ()
-    return QaScores(scores, differences, refusals, _by_group(questions, plan, values))
+    absent = tuple(_refusals(questions, refused, plan, seed)) if plan.absent else ()
+    return QaScores(scores, pairs, absent, _by_group(questions, plan, values))
 
 
-def cell_label(cell: Cell) -> str:
-    """A cell's name in tables, its condition left out."""
-    return f"{cell.system}, {cell.mode}"
-
-
-def _values(questions: Sequence[DrawnQuestion], outputs: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    pairs = [(output, question.source.answers) for output, question in zip(outputs, questions, strict=True)]
-    columns = {
-        "exact_match": [float(exact_match(*pair)) for pair in pairs],
-        "f1": [f1(*pair) for pair in pairs],
-        "contained": [float(contains(*pair)) for pair in pairs],
-    }
-    return {metric: np.array(column) for metric, column in columns.items()}
-
-
-def _pairs(
-    systems: Sequence[System], plan: QaPlan, values: Mapping[Cell, Mapping[str, NDArray[np.float64]]]
-) -> Iterator[tuple[Cell, Cell]]:
+def _pairs(systems: Sequence[str], plan: QaPlan, values: Mapping[Cell, Values]) -> Iterator[tuple[Cell, Cell]]:
     """Within a system every mode against block mode; every other system against the first in the same mode."""
     conditions = list(dict.fromkeys(cell.condition for cell in values))
     for condition in conditions:
         for system in systems:
             for mode in plan.modes:
-                cell = Cell(system.label, mode, condition)
-                for other in (Cell(system.label, "block", condition), Cell(systems[0].label, mode, condition)):
+                cell = Cell(system, mode, condition)
+                for other in (Cell(system, "block", condition), Cell(systems[0], mode, condition)):
                     if cell in values and other in values and cell != other:
                         yield cell, other
 
@@ -171,15 +216,114 @@ def _refusals(
 
 
 def _by_group(
-    questions: Sequence[DrawnQuestion], plan: QaPlan, values: Mapping[Cell, Mapping[str, NDArray[np.float64]]]
+    questions: Sequence[DrawnQuestion], plan: QaPlan, values: Mapping[Cell, Values]
 ) -> dict[str, dict[str, float]]:
     groups = np.array([question.source.group for question in questions])
     found: dict[str, dict[str, float]] = {}
     for group in sorted(set(groups.tolist())):
         members = groups == group
         found[group] = {"questions": float(members.sum())} | {
-            cell_label(cell): float(columns["exact_match"][members].mean())
+            cell.label: float(columns["exact_match"][members].mean())
             for cell, columns in values.items()
             if cell.condition == plan.main
         }
     return found if len(found) > 1 else {}
+
+
+@dataclass(frozen=True)
+class SystemFacts:
+    """Which weights answered."""
+
+    label: str
+    bundle: str
+    version: str
+    fingerprint: str
+    pear: bool
+    """Whether the bundle's PEAR coefficients were folded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QaReport(AnswersReport):
+    """Everything that a run's tables say, and what is needed to repeat it."""
+
+    questions: int
+    without_gold: int
+    """Questions passed over, because the file names no answer or no gold passage for them."""
+    answer_in_gold: int
+    """Questions whose gold piece holds an answer word for word."""
+    passage_tokens: int
+    systems: tuple[SystemFacts, ...]
+    results: QaScores
+
+    def to_markdown(self) -> str:
+        """The report as tables."""
+        return "\n".join([*self._head(), *self._scores(), *self._differences(), *self._refusals(), *self._groups()])
+
+    def _head(self) -> list[str]:
+        systems = [
+            f"{one.label}: bundle {one.bundle} {one.version}, fingerprint `{one.fingerprint}`"
+            + (", PEAR folded" if one.pear else "")
+            for one in self.systems
+        ]
+        return [
+            f"# {self.data}: {self.questions} questions",
+            "",
+            f"{self.passages} passages of at most {self.passage_tokens} tokens, distractors: {self.distractors}, "
+            f"{self.asked}. Percent with bootstrap 95 % intervals "
+            f"over questions. {self.answer_in_gold} gold pieces hold an answer word for word; {self.without_gold} "
+            f"questions without answer or gold passage were passed over.",
+            "",
+            *self.facts(*systems),
+        ]
+
+    def _scores(self) -> list[str]:
+        rows = [
+            [one.system, one.mode, one.condition, *map(percent, (one.exact_match, one.f1, one.contained, one.refused))]
+            for one in self.results.scores
+        ]
+        return table(["system", "mode", "shown", "exact match", "F1", "contained", "refused"], rows)
+
+    def _differences(self) -> list[str]:
+        rows = [
+            [
+                one.first,
+                one.second,
+                one.condition,
+                *(percent(value, sign=True) for value in (one.exact_match, one.f1, one.contained)),
+            ]
+            for one in self.results.differences
+        ]
+        return section(
+            "Paired differences: first minus second, points",
+            ["first", "second", "shown", "exact match", "F1", "contained"],
+            rows,
+        )
+
+    def _refusals(self) -> list[str]:
+        rows = [
+            [
+                one.system,
+                one.mode,
+                str(one.questions),
+                percent(one.precision) if one.precision else "–",
+                percent(one.recall),
+                percent(one.wrong),
+            ]
+            for one in self.results.refusals
+        ]
+        return section(
+            "Refusals: the same questions with and without the gold passage",
+            ["system", "mode", "questions", "precision", "recall", "wrongly refused"],
+            rows,
+        )
+
+    def _groups(self) -> list[str]:
+        groups = self.results.by_group
+        if not groups:
+            return []
+        columns = [name for name in next(iter(groups.values())) if name != "questions"]
+        rows = [
+            [name, f"{values['questions']:.0f}", *(f"{100 * values[column]:.1f}" for column in columns)]
+            for name, values in sorted(groups.items(), key=lambda item: -item[1]["questions"])
+        ]
+        return section("Exact match by group", ["group", "questions", *columns], rows)

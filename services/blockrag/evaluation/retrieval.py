@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.environment import Environment, describe_environment
+from blockrag.evaluation.environment import describe_environment
 from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_difference
+from blockrag.evaluation.metrics import ndcg, recall, reciprocal_rank
 from blockrag.evaluation.pieces import Piece, PieceMaker, holding_pieces
 from blockrag.evaluation.question_data import QuestionData, SourceQuestion, load_questions
-from blockrag.evaluation.rank_metrics import ndcg, recall, reciprocal_rank
+from blockrag.evaluation.report import Report, percent, table
 from blockrag.modeling.bundle import load_bundle
 from blockrag.retriever.base import Document, EmbeddedPassage, Passage, SearchQuery, SparseVector
 from blockrag.retriever.edge import EdgeIndex
@@ -71,12 +72,10 @@ class RetrievalDifference:
     metrics: Mapping[str, Interval]
 
 
-@dataclass(frozen=True)
-class RetrievalReport:
+@dataclass(frozen=True, kw_only=True)
+class RetrievalReport(Report):
     """A finished run."""
 
-    data: str
-    sha256: Mapping[str, str]
     questions: int
     without_gold: int
     """Questions passed over, because the file names no answer or no gold passage for them."""
@@ -88,11 +87,32 @@ class RetrievalReport:
     embedding: str
     candidates: int
     rrf_k: int
-    seed: int
-    seconds: float
     scores: tuple[RetrievalScore, ...]
     differences: tuple[RetrievalDifference, ...]
-    environment: Environment
+
+    def to_markdown(self) -> str:
+        """The report as tables."""
+        head = [
+            f"# {self.data}: retrieval, {self.questions} questions",
+            "",
+            f"{self.passages} passages in {self.pieces} pieces, embedding {self.embedding}, {self.candidates} "
+            f"candidates of each search, RRF constant {self.rrf_k}. Percent with bootstrap 95 % intervals over "
+            f"questions (seed {self.seed}), differences paired. {self.without_gold} questions without answer or gold "
+            "passage were passed over.",
+            "",
+            *self.facts(f"passages as bundle `{self.bundle_fingerprint}` splits them"),
+        ]
+        header = ["metric", *(one.search for one in self.scores)]
+        header += [f"{one.first} − {one.second}" for one in self.differences]
+        rows = [
+            [
+                name,
+                *(percent(one.metrics[name]) for one in self.scores),
+                *(percent(one.metrics[name], sign=True) for one in self.differences),
+            ]
+            for name in self.scores[0].metrics
+        ]
+        return "\n".join([*head, *table(header, rows)])
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,24 @@ import pickle
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from blockrag.budget import chunk_count, expand_at_rate
+from blockrag.decoder.blocks import EncodingBlockSource
+from blockrag.decoder.runtime import assemble
+from blockrag.decoder.sampling import SamplingParams
+from blockrag.decoder.sequence import Event, GenerationRequest
+from blockrag.evaluation.ttft_report import ReportRow, make_row
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
-from blockrag.modeling.refrag.chunks import chunk_count
 from blockrag.modeling.refrag.composing import compose_passage
-from blockrag.modeling.slots import ResidentBlock, SequenceState, Slots
+from blockrag.modeling.slots import ResidentBlock, Slots
+from blockrag.settings import Settings
 from blockrag.types import BlockKV
 
 Method = Literal[
@@ -29,9 +34,9 @@ Method = Literal[
     "stock",
     "full",
     "block_cold",
-    "block_store",
+    "block_copied",
     "block_l1",
-    "compressed_store",
+    "compressed_copied",
     "compressed_l1",
     "rate_4",
     "rate_8",
@@ -39,38 +44,18 @@ Method = Literal[
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 """In order: the question alone; stock transformers, full prefill with a KV cache; our full mode; block mode with the
-blocks encoded first; block mode from blocks as the store holds them; block mode from resident blocks; every chunk
-compressed, from the store and resident; a mixture of expanded and compressed chunks with so many tokens per slot, both
-forms resident."""
+blocks encoded first; with blocks that are copied in, as those of an object store once they are mapped; with resident
+blocks; every chunk compressed, copied in and resident; a mixture of expanded and compressed chunks with so many tokens
+per slot, both forms resident."""
 _RATES: dict[Method, int] = {"rate_4": 4, "rate_8": 8, "rate_16": 16}
 
 _PIECE_TOKENS = 1024
 _RESERVED = 64
 
 
-@dataclass(frozen=True)
-class TtftRow:
-    """One way at one context length. Times are milliseconds from token ids to the first token's id."""
-
-    method: Method
-    context_tokens: int
-    slots: int
-    """Slots of the passages in the prompt."""
-    kv_bytes: int
-    """K and V moved from where they are kept to the prompt's slot list; 0 where they are computed."""
-    question_tokens: int
-    repeats: int
-    min_ms: float
-    p50_ms: float
-    max_ms: float
-    times_none: float
-    """Median as a multiple of the median without retrieval."""
-    share_of_stock: float
-    """Median as a fraction of the median of stock transformers' full prefill."""
-
-
 def measure_model_ttft(
     bundle: Bundle,
+    settings: Settings,
     contexts: Sequence[int] = (512, 1024, 2048, 4096, 8192),
     question_tokens: int = 50,
     repeats: int = 20,
@@ -80,8 +65,10 @@ def measure_model_ttft(
     device: str = "cpu",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> list[TtftRow]:
+) -> list[ReportRow]:
     """Measure every method at every context length, ``repeats`` times, interleaved, after one warm-up round.
+
+    First tokens come from the decoder's engine, with the settings' threads and pieces of prefills.
 
     Contexts are random tokens in blocks of the bundle's ``passage_tokens``, and compressed blocks random input
     embeddings, one for each chunk of ``chunk_tokens`` (None: the bundle's): what they hold changes no time, so a bundle
@@ -94,7 +81,7 @@ def measure_model_ttft(
     beyond = [method for method in chosen if method not in reachable_methods(chunk)]
     if beyond:
         raise ValueError(f"{', '.join(beyond)}: chunks of {chunk} tokens do not allow such a mixture")
-    bench = _Bench(bundle, question_tokens, device, seed, chunk)
+    bench = _Bench(bundle, settings, question_tokens, device, seed, chunk)
     longest = max(contexts, default=0) + question_tokens + _RESERVED
     if longest > bench.model.max_positions:
         raise ValueError(f"{longest} positions, where the model has {bench.model.max_positions}")
@@ -108,7 +95,19 @@ def measure_model_ttft(
                     times.setdefault((method, case.context), []).append(elapsed)
         if progress is not None:
             progress(number + 1, repeats + 1)
-    return [_row(times, method, case, question_tokens) for case in cases for method in chosen]
+    return [
+        make_row(
+            "model",
+            method,
+            case.context,
+            times[method, case.context],
+            times.get(("none", case.context)),
+            case.slots(method),
+            case.kv_bytes(method),
+        )
+        for case in cases
+        for method in chosen
+    ]
 
 
 def reachable_methods(chunk_tokens: int) -> tuple[Method, ...]:
@@ -116,34 +115,18 @@ def reachable_methods(chunk_tokens: int) -> tuple[Method, ...]:
     return tuple(method for method in METHODS if _RATES.get(method, 0) < chunk_tokens)
 
 
-def _row(times: dict[tuple[Method, int], list[float]], method: Method, case: _Case, question_tokens: int) -> TtftRow:
-    context = case.context
-    own = times[method, context]
-
-    def ratio_to(other: Method) -> float:
-        others = times.get((other, context))
-        return median(own) / median(others) if others else float("nan")
-
-    return TtftRow(
-        method=method,
-        context_tokens=context,
-        slots=case.slots(method),
-        kv_bytes=case.kv_bytes(method),
-        question_tokens=question_tokens,
-        repeats=len(own),
-        min_ms=min(own),
-        p50_ms=median(own),
-        max_ms=max(own),
-        times_none=ratio_to("none"),
-        share_of_stock=ratio_to("stock"),
-    )
-
-
 class _Bench:
     """The models and the question, shared by all context lengths."""
 
-    def __init__(self, bundle: Bundle, question_tokens: int, device: str, seed: int, chunk_tokens: int) -> None:
+    def __init__(
+        self, bundle: Bundle, settings: Settings, question_tokens: int, device: str, seed: int, chunk_tokens: int
+    ) -> None:
         self.model = SlotModel.load(bundle, device=device)
+        longest = self.model.max_positions
+        decoder = settings.decoder.model_copy(update={"slots": max(settings.decoder.slots, longest)})
+        source = EncodingBlockSource(self.model)
+        self.engine = assemble(bundle, self.model, source, settings.model_copy(update={"decoder": decoder})).engine
+        self.threads = settings.decoder.threads
         self.stock: PreTrainedModel = load_stock_model(bundle, device=device)
         self.block_tokens = bundle.passage_tokens
         self.chunk_tokens = chunk_tokens
@@ -173,7 +156,7 @@ class _Case:
         """Slots of the passages in the prompt."""
         if method == "none":
             return 0
-        if method in ("compressed_store", "compressed_l1"):
+        if method in ("compressed_copied", "compressed_l1"):
             return sum(block.num_slots for block in self._short)
         if method in self._masks:
             return sum(slots.num_slots for slots in self._mixture(method))
@@ -184,20 +167,22 @@ class _Case:
         return 0 if method in ("none", "stock", "full") else self.slots(method) * self._bench.model.slot_bytes
 
     def time_ms(self, method: Method) -> float:
-        run: dict[Method, Callable[[], torch.Tensor]] = {
+        run: dict[Method, Callable[[], None]] = {
             "none": lambda: self._answer([], self._bench.question),
             "stock": self._stock,
             "full": lambda: self._answer([], [token for block in self._blocks for token in block]
                                          + self._bench.question),
             "block_cold": lambda: self._answer(self._place(self._encode()), self._bench.question),
-            "block_store": lambda: self._answer(self._place(self._stored), self._bench.question),
+            "block_copied": lambda: self._answer(self._place(self._stored), self._bench.question),
             "block_l1": lambda: self._answer(self._resident, self._bench.question),
-            "compressed_store": lambda: self._answer(self._place(self._short_stored), self._bench.question),
+            "compressed_copied": lambda: self._answer(self._place(self._short_stored), self._bench.question),
             "compressed_l1": lambda: self._answer(self._short, self._bench.question),
             **{rate: partial(self._mixed, rate) for rate in self._masks},
         }  # fmt: skip
+        # the engine sets its own number for each step; all else has as many as it may have
+        torch.set_num_threads(self._bench.threads)
         start = time.perf_counter()
-        int(run[method]().argmax())
+        run[method]()
         return (time.perf_counter() - start) * 1000
 
     def _encode(self) -> list[BlockKV]:
@@ -215,40 +200,45 @@ class _Case:
 
     def _mask(self, rate: int) -> list[list[bool]]:
         """Which chunks are expanded: random ones, which makes as many slices as there can be."""
-        masks = [[False] * block.num_slots for block in self._short]
-        places = [(number, place) for number, mask in enumerate(masks) for place in range(len(mask))]
-        self._bench.chooser.shuffle(places)
-        left = self.context // rate - len(places)
-        for number, place in places:
-            cost = min(self._bench.chunk_tokens, len(self._blocks[number]) - place * self._bench.chunk_tokens) - 1
-            if cost <= left:
-                masks[number][place] = True
-                left -= cost
-        return masks
+        sizes = [len(block) for block in self._blocks]
+        logits = np.array([self._bench.chooser.random() for short in self._short for _ in range(short.num_slots)])
+        expanded = expand_at_rate(logits.astype(np.float32), sizes, self._bench.chunk_tokens, rate)
+        ends = np.cumsum([short.num_slots for short in self._short])
+        return [part.tolist() for part in np.split(expanded, ends[:-1])]
 
     def _mixture(self, method: Method) -> list[Slots]:
         passages = zip(self._resident, self._short, self._masks[method], strict=True)
         chunk = self._bench.chunk_tokens
         return [piece for full, short, mask in passages for piece in compose_passage(full, short, mask, chunk)]
 
-    def _mixed(self, method: Method) -> torch.Tensor:
-        return self._answer(self._mixture(method), self._bench.question)
+    def _mixed(self, method: Method) -> None:
+        self._answer(self._mixture(method), self._bench.question)
 
     def _place(self, blocks: Sequence[BlockKV]) -> list[ResidentBlock]:
         return [self._bench.model.to_resident(block) for block in blocks]
 
-    def _answer(self, blocks: Sequence[Slots], tokens: Sequence[int]) -> torch.Tensor:
-        state: SequenceState = self._bench.model.new_sequence(blocks, len(tokens) + _RESERVED)
-        try:
-            for start in range(0, len(tokens), _PIECE_TOKENS):
-                logits = self._bench.model.forward([(state, tokens[start : start + _PIECE_TOKENS])])
-            return logits
-        finally:
-            state.release()
+    def _answer(self, blocks: Sequence[Slots], tokens: Sequence[int]) -> None:
+        """Have the decoder's engine generate the first token, in this thread."""
+        request = GenerationRequest("bench", tuple(blocks), tuple(tokens), SamplingParams(max_tokens=1))
+        first = _Last()
+        self._bench.engine.submit(request, first)
+        while self._bench.engine.step():
+            pass
+        if first.event is None or first.event.error is not None:
+            raise RuntimeError("the engine gave no token") from (first.event.error if first.event else None)
 
     @torch.inference_mode()
-    def _stock(self) -> torch.Tensor:
+    def _stock(self) -> None:
         tokens = [token for block in self._blocks for token in block] + self._bench.question
         inputs = torch.tensor([tokens], device=self._bench.stock.device)
-        logits: torch.Tensor = self._bench.stock(input_ids=inputs, use_cache=True, logits_to_keep=1).logits
-        return logits
+        int(self._bench.stock(input_ids=inputs, use_cache=True, logits_to_keep=1).logits.argmax())
+
+
+class _Last:
+    """An ``EventSink`` that keeps the last event."""
+
+    def __init__(self) -> None:
+        self.event: Event | None = None
+
+    def push(self, event: Event) -> None:
+        self.event = event

@@ -5,10 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-from blockrag.errors import SetupError
 
 MeasuredPath = Literal["model", "grpc"]
 
@@ -17,9 +14,10 @@ LABELS = {
     "stock": "stock transformers",
     "full": "full attention",
     "block_cold": "block, cold",
+    "block_copied": "block, warm: copied in",
     "block_store": "block, warm: object store",
     "block_l1": "block, warm: decoder memory",
-    "compressed_store": "compressed, warm: object store",
+    "compressed_copied": "compressed, warm: copied in",
     "compressed_l1": "compressed, warm: decoder memory",
     "rate_4": "mixed at rate 4: decoder memory",
     "rate_8": "mixed at rate 8: decoder memory",
@@ -40,8 +38,8 @@ class ReportRow:
     median_ms: float
     max_ms: float
     repeats: int
-    ratio_to_none: float
-    """Median of the ratios to the same repeat's time without retrieval."""
+    ratio_to_none: float | None
+    """Median of the ratios to the same repeat's time without retrieval; None where that was not measured."""
     slots: int | None = None
     """Slots of the passages in the prompt, where they were counted."""
     kv_bytes: int | None = None
@@ -53,10 +51,14 @@ def make_row(
     state: str,
     context_tokens: int,
     times: Sequence[float],
-    none: Sequence[float],
+    none: Sequence[float] | None,
     slots: int | None = None,
+    kv_bytes: int | None = None,
 ) -> ReportRow:
     """A row of interleaved times: ``times[i]`` and ``none[i]`` were measured one after the other."""
+    ratio = None
+    if none is not None:
+        ratio = round(statistics.median(time / base for time, base in zip(times, none, strict=True)), 3)
     return ReportRow(
         path=path,
         state=state,
@@ -65,8 +67,9 @@ def make_row(
         median_ms=round(statistics.median(times), 3),
         max_ms=round(max(times), 3),
         repeats=len(times),
-        ratio_to_none=round(statistics.median(time / base for time, base in zip(times, none, strict=True)), 3),
+        ratio_to_none=ratio,
         slots=slots,
+        kv_bytes=kv_bytes,
     )
 
 
@@ -79,32 +82,3 @@ def rate_notes(chunk_tokens: int) -> list[str]:
         elif rate > chunk_tokens:
             notes.append(f"rate {rate} is not reachable")
     return [f"with chunks of {chunk_tokens} tokens, {', '.join(notes)}"] if notes else []
-
-
-def plot_rows(rows: Sequence[ReportRow], file: Path, title: str) -> None:
-    """Median time to first token over context size, one line per state, one panel per path; written as PNG.
-
-    Raises ``SetupError`` where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SetupError("plots need matplotlib: pip install 'blockrag[plots]'") from error
-    paths = [path for path in ("model", "grpc") if any(row.path == path for row in rows)]
-    figure = Figure(figsize=(6 * len(paths), 4.5), layout="constrained")
-    for axes, path in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths, strict=True):
-        for state, label in LABELS.items():
-            line = sorted(
-                (row for row in rows if row.path == path and row.state == state), key=lambda row: row.context_tokens
-            )
-            if line:
-                axes.plot([row.context_tokens for row in line], [row.median_ms for row in line], "o-", label=label)
-        axes.set(xscale="log", yscale="log", xlabel="passage tokens", ylabel="time to first token, ms")
-        axes.set_title("model alone" if path == "model" else "over gRPC")
-        axes.set_xticks(sorted({row.context_tokens for row in rows}))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(file, dpi=130)

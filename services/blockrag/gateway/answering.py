@@ -15,15 +15,13 @@ from typing import Any, Protocol, TypeVar
 from blockrag.compressor.compression import RETRIEVAL
 from blockrag.errors import DeadlineError, UnavailableError
 from blockrag.gateway.overhead import Overhead
-from blockrag.gateway.planning import PlanMaker
+from blockrag.gateway.planning import ReadPlanMaker, decode_request
 from blockrag.gateway.validation import Question, Search
 from blockrag.grpc_status import as_known_error
 from blockrag.telemetry import Span, request_logger, span, trace_id_of
 from blockrag.v1.common_pb2 import (
     ATTENTION_MODE_NONE,
-    CHUNK_FORM_COMPRESSED,
     Passage,
-    PromptBlock,
     RequestContext,
     StageTime,
     Usage,
@@ -111,7 +109,7 @@ class Answering:
     """Answers questions with the services it is given."""
 
     searcher: Searcher
-    planner: PlanMaker
+    planner: ReadPlanMaker
     decoder: TextDecoder
     bundle_fingerprint: str
     record_text: bool = False
@@ -221,7 +219,10 @@ class Answering:
     ) -> AsyncGenerator[DecodeResponse, None]:
         """Plans, leaves the plan in ``made``, and decodes."""
         made.plan = await self._plan(question, passages, context, timings, deadline)
-        async with aclosing(self._decode(_decode_request(question, made.plan), context, deadline)) as events:
+        request = decode_request(
+            made.plan, question.sampling, mode=question.attention_mode, collection=question.collection
+        )
+        async with aclosing(self._decode(request, context, deadline)) as events:
             async for event in events:
                 yield event
 
@@ -278,10 +279,10 @@ class Answering:
                 max_tokens=question.sampling.max_tokens,
             )
             if question.compression is not None:
-                request.compression.CopyFrom(question.compression)
+                request.compression.CopyFrom(question.compression.to_message())
                 request.collection = question.collection
                 request.spent_ms = (started - timings.received) * 1000 + self.overhead.milliseconds
-            plan = await deadline.wait(self.planner.plan(request))
+            plan = await deadline.wait(self.planner.plan(request, question.compression))
         timings.stage_ms["plan"] = (time.perf_counter() - started) * 1000
         return plan
 
@@ -333,27 +334,6 @@ def _heard(task: asyncio.Task[Any]) -> None:
     """Keeps asyncio from reporting an error that nobody was left to see."""
     if not task.cancelled():
         task.exception()
-
-
-def _decode_request(question: Question, plan: PlanResponse) -> DecodeRequest:
-    blocks = [PromptBlock(token_ids=plan.instruction_token_ids)]
-    for planned in plan.passages:
-        if planned.in_prompt:
-            # Given passages have no document, and so belong to no collection.
-            collection = question.collection if planned.document_id else ""
-            block = PromptBlock(token_ids=planned.token_ids, document_id=planned.document_id, collection=collection)
-            if question.compression is not None:
-                forms = [chunk.form for chunk in planned.chunks]
-                if CHUNK_FORM_COMPRESSED in forms:
-                    block.chunk_tokens = plan.chunk_tokens
-                    block.forms.extend(forms)
-            blocks.append(block)
-    return DecodeRequest(
-        blocks=blocks,
-        final_token_ids=plan.final_token_ids,
-        attention_mode=question.attention_mode,
-        sampling=question.sampling,
-    )
 
 
 def _citations(passages: Sequence[Passage], plan: PlanResponse) -> list[Citation]:

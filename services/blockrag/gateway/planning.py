@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from blockrag.compressor.compression import CompressionAbility, sizes_decide
+from blockrag.compressor.compression import CompressionAbility, CompressionRequest, sizes_decide
 from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.tokenizing import PassageTokenizer
-from blockrag.v1.common_pb2 import Passage
+from blockrag.v1.common_pb2 import (
+    ATTENTION_MODE_BLOCK,
+    CHUNK_FORM_COMPRESSED,
+    AttentionMode,
+    Passage,
+    PromptBlock,
+    Sampling,
+)
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse, PrepareQuestionRequest, PrepareQuestionResponse
+from blockrag.v1.decoder_pb2 import DecodeRequest
 
 MOST_UNKNOWN_CHARS = 8_192
 """Passage text that is tokenised and described here for one plan; takes about 5 ms, three times that where the
@@ -22,9 +30,17 @@ vocabulary is not byte-level."""
 
 
 class PlanMaker(Protocol):
-    """The part of the compressor that answering needs."""
+    """The part of the compressor that planning needs."""
 
     async def plan(self, request: PlanRequest) -> PlanResponse: ...
+
+    async def prepare_question(self, request: PrepareQuestionRequest) -> PrepareQuestionResponse: ...
+
+
+class ReadPlanMaker(Protocol):
+    """What answering needs: a maker of plans whose compression was read already, once for the whole gateway."""
+
+    async def plan(self, request: PlanRequest, compression: CompressionRequest | None) -> PlanResponse: ...
 
     async def prepare_question(self, request: PrepareQuestionRequest) -> PrepareQuestionResponse: ...
 
@@ -50,13 +66,15 @@ class NearPlanner:
         self._compressor = compressor
         self._ability = ability
 
-    async def plan(self, request: PlanRequest) -> PlanResponse:
-        """Decides what enters the prompt. Raises what either planner raises."""
-        near = sizes_decide(request.compression, self._ability)
-        asked = request.compression.WhichOneof("budget") not in (None, "off")
-        worded = asked and self._ability.policies is not None
+    async def plan(self, request: PlanRequest, compression: CompressionRequest | None) -> PlanResponse:
+        """Decides what enters the prompt. Raises what either planner raises.
+
+        ``compression``: what the request's message was read as.
+        """
+        near = sizes_decide(compression, self._ability)
+        worded = compression is not None and self._ability.policies is not None
         if near and self._unknown_chars(request, worded) <= MOST_UNKNOWN_CHARS:
-            return await self._own.plan(request)
+            return await self._own.plan_read(request, compression)
         response = await self._compressor.plan(request)
         for passage, planned in zip(request.passages, response.passages, strict=False):
             self._tokenizer.remember(passage.title, passage.text, planned.token_ids)
@@ -76,3 +94,25 @@ class NearPlanner:
         if not self._tokenizer.remembers(passage.title, passage.text):
             return False
         return not worded or self._drafts.has_words(self._tokenizer.passage_ids(passage.title, passage.text))
+
+
+def decode_request(
+    plan: PlanResponse,
+    sampling: Sampling,
+    *,
+    mode: AttentionMode = ATTENTION_MODE_BLOCK,
+    collection: str = "",
+) -> DecodeRequest:
+    """What the decoder is asked for a plan; ``collection`` of the passages that were retrieved."""
+    blocks = [PromptBlock(token_ids=plan.instruction_token_ids)]
+    for planned in plan.passages:
+        if planned.in_prompt:
+            # Given passages have no document, and so belong to no collection.
+            own = collection if planned.document_id else ""
+            block = PromptBlock(token_ids=planned.token_ids, document_id=planned.document_id, collection=own)
+            forms = [chunk.form for chunk in planned.chunks]
+            if CHUNK_FORM_COMPRESSED in forms:
+                block.chunk_tokens = plan.chunk_tokens
+                block.forms.extend(forms)
+            blocks.append(block)
+    return DecodeRequest(blocks=blocks, final_token_ids=plan.final_token_ids, attention_mode=mode, sampling=sampling)

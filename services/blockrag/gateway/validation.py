@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from google.protobuf.struct_pb2 import Value
 
-from blockrag.compressor.compression import CompressionAbility, read_compression, sizes_decide
+from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression, sizes_decide
 from blockrag.errors import InvalidRequestError
 from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_TEMPERATURE
 from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
@@ -53,7 +53,7 @@ class Question:
     """0: only the model's own limit counts."""
     given: tuple[rag_pb2.GivenPassage, ...]
     """Passages that the caller brought; when there are any, nothing is retrieved."""
-    compression: common_pb2.Compression | None = None
+    compression: CompressionRequest | None = None
     """None: off."""
     needs_compressor: bool = False
     """Whether its plan takes more than the passages' sizes."""
@@ -81,7 +81,7 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
         raise InvalidRequestError("passages", "cannot be given with attention_mode none, which uses no passages")
     if request.HasField("max_context_tokens") and request.max_context_tokens == 0:
         raise InvalidRequestError("max_context_tokens", "must be at least 1; leave it out for no limit")
-    compressing = read_compression(request.compression, mode, ability) is not None
+    compression = read_compression(request.compression, mode, ability)
     return Question(
         text=text,
         collection=check_collection(request.collection),
@@ -92,8 +92,8 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
         timeout_ms=_check_timeout(request, limits),
         max_context_tokens=request.max_context_tokens,
         given=given,
-        compression=request.compression if compressing else None,
-        needs_compressor=compressing and not sizes_decide(request.compression, ability),
+        compression=compression,
+        needs_compressor=not sizes_decide(compression, ability),
     )
 
 

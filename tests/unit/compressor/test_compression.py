@@ -92,8 +92,8 @@ def test_what_cannot_be_is_named(message: Compression, field: str) -> None:
     ],
 )
 def test_what_sizes_decide(message: Compression, decided: bool) -> None:
-    assert sizes_decide(message, ABLE) is decided
-    assert sizes_decide(message, UNABLE)
+    assert sizes_decide(read(message), ABLE) is decided
+    assert sizes_decide(read(message), UNABLE)
 
 
 def test_without_a_chunk_encoder_retrieval_chooses_and_a_time_is_refused() -> None:

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from blockrag.budget import PrefillCost
 from blockrag.compressor.costs import FRESH_S, DecoderCosts, PolicyTimes
-from blockrag.compressor.expansion import PrefillCost
 from blockrag.errors import UnavailableError
 from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 from tests.unit.kv_cache.parts import settle

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blockrag.compressor.compression import CompressionAbility, sizes_decide
+from blockrag.budget import composed_slots
+from blockrag.compressor.compression import CompressionAbility, read_compression, sizes_decide
 from blockrag.compressor.costs import DecoderCosts
 from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.embeddings import EmbeddingCache
@@ -30,7 +31,6 @@ from blockrag.keys import KeyMaker
 from blockrag.kv_cache.messages import FetchedBlock
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.refrag.chunks import composed_slots
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.types import BlockRequest
 from blockrag.v1.common_pb2 import (
@@ -202,13 +202,15 @@ async def test_retrieval_reads_the_best_passages_word_for_word(planner: Planner,
     ],
 )
 async def test_what_sizes_decide_needs_no_mixer(bundle: Bundle, planner: Planner, compression: Compression) -> None:
-    assert sizes_decide(compression, CompressionAbility.of(bundle))
+    ability = CompressionAbility.of(bundle)
+    assert sizes_decide(read_compression(compression, ATTENTION_MODE_BLOCK, ability), ability)
     assert await make_planner(bundle, None).plan(request(compression)) == await planner.plan(request(compression))
 
 
 @pytest.mark.parametrize("compression", [Compression(rate=2), Compression(max_ttft_ms=500, policy="retrieval")])
 async def test_what_sizes_do_not_decide_needs_one(bundle: Bundle, compression: Compression) -> None:
-    assert not sizes_decide(compression, CompressionAbility.of(bundle))
+    ability = CompressionAbility.of(bundle)
+    assert not sizes_decide(read_compression(compression, ATTENTION_MODE_BLOCK, ability), ability)
     with pytest.raises(ValueError, match="not decided by sizes"):
         await make_planner(bundle, None).plan(request(compression))
 
@@ -296,7 +298,7 @@ async def test_slots_are_counted_as_the_decoder_counts_them(planner: Planner) ->
         plan = await planner.plan(request(Compression(rate=rate)))
         expanded = [[form == CHUNK_FORM_EXPANDED for form in passage] for passage in forms(plan)]
         assert slots(plan) == sum(
-            composed_slots(len(passage.token_ids), keep, CHUNK)
+            composed_slots([len(passage.token_ids)], keep, CHUNK)
             for passage, keep in zip(plan.passages, expanded, strict=True)
         )
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from blockrag.evaluation.answering import MODES, Mode, Prompt, SlotReader, compose_without_reencoding
+from blockrag.decoder.detokenizer import detokenizer_factory
+from blockrag.errors import PromptTooLongError
+from blockrag.evaluation.answering import MODES, Mode, Prompt, Reader, compose_without_reencoding
 from blockrag.evaluation.pieces import Piece
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
+from blockrag.settings import DecoderSettings, Settings
 from tests.models import make_tiny_bundle
 
 PIECES = [
@@ -31,8 +37,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return load_bundle(make_tiny_bundle(tmp_path_factory.mktemp("answering") / "tiny", seed=1))
 
 
-def _reader(bundle: Bundle, kept_bytes: int = 2**30) -> SlotReader:
-    return SlotReader(bundle, SlotModel.load(bundle), max_answer_tokens=TOKENS, kept_bytes=kept_bytes)
+@pytest.fixture(scope="module")
+def reader(bundle: Bundle) -> Iterator[Reader]:
+    with Reader(bundle, Settings(), max_answer_tokens=TOKENS) as opened:
+        yield opened
+
+
+def _answers(reader: Reader, mode: Mode, prompts: Sequence[Prompt] = PROMPTS) -> list[str]:
+    return reader.answer([reader.plan(replace(prompt, mode=mode)) for prompt in prompts])
 
 
 def _naive(bundle: Bundle, model: PreTrainedModel, prompt: Prompt, mode: Mode) -> str:
@@ -68,33 +80,35 @@ def _naive(bundle: Bundle, model: PreTrainedModel, prompt: Prompt, mode: Mode) -
             break
         found.append(token)
         ids.append(token)
-    return str(tokenizer.decode(found, skip_special_tokens=True)).strip()
+    detokenizer = detokenizer_factory(tokenizer, template.answer_prefix)()
+    return "".join(map(detokenizer.feed, found))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_batched_answers_are_those_of_one_pass_per_token(bundle: Bundle, mode: Mode) -> None:
+def test_batched_answers_are_those_of_one_pass_per_token(bundle: Bundle, reader: Reader, mode: Mode) -> None:
     model = load_stock_model(bundle)
-    assert _reader(bundle).answer(PROMPTS, mode) == [_naive(bundle, model, prompt, mode) for prompt in PROMPTS]
+    assert _answers(reader, mode) == [_naive(bundle, model, prompt, mode) for prompt in PROMPTS]
 
 
-def test_modes_differ(bundle: Bundle) -> None:
-    reader = _reader(bundle)
-    answers = {mode: tuple(reader.answer(PROMPTS, mode)) for mode in MODES}
+def test_modes_differ(reader: Reader) -> None:
+    answers = {mode: tuple(_answers(reader, mode)) for mode in MODES}
     assert len(set(answers.values())) == len(MODES)
 
 
-def test_answers_do_not_depend_on_what_is_kept_or_batched(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {mode: _reader(bundle).answer(PROMPTS, mode) for mode in MODES}
-    monkeypatch.setattr("blockrag.evaluation.answering.BATCH_TOKENS", 40)
-    monkeypatch.setattr("blockrag.evaluation.decoding.BATCH_TOKENS", 40)
-    monkeypatch.setattr("blockrag.evaluation.decoding._RUNNING_BYTES", 1)
-    reader = _reader(bundle, kept_bytes=1)
-    assert {mode: reader.answer(PROMPTS, mode) for mode in MODES} == expected
-    assert reader.answer([], "block") == []
+def test_answers_do_not_depend_on_what_is_kept_or_batched(bundle: Bundle, reader: Reader) -> None:
+    narrow = Settings(decoder=DecoderSettings(max_sequences=1, max_batch_tokens=40, l1_mb=1))
+    with Reader(bundle, narrow, max_answer_tokens=TOKENS) as alone:
+        for mode in MODES:
+            assert _answers(alone, mode) == _answers(reader, mode)
+    assert reader.answer([]) == []
 
 
-def test_a_refusal_is_known_by_its_words(bundle: Bundle) -> None:
-    reader = _reader(bundle)
+def test_a_prompt_that_serving_would_shorten_is_refused(reader: Reader) -> None:
+    with pytest.raises(PromptTooLongError, match="400 passages do not fit: over the token budget"):
+        reader.plan(Prompt(tuple(PIECES[1:2]) * 400, "What is it?"))
+
+
+def test_a_refusal_is_known_by_its_words(reader: Reader) -> None:
     assert reader.is_refusal("Not in the passages.")
     assert not reader.is_refusal("not in the passages of time")
     assert not reader.is_refusal("")

@@ -12,22 +12,31 @@ import torch
 from typer.testing import CliRunner
 
 from blockrag.cli.main import app
-from blockrag.evaluation.answering import Prompt, SlotReader
-from blockrag.evaluation.compression import COMPRESSED, UNCOMPRESSED, Answers, Cell, plan_cells, rank_passages
-from blockrag.evaluation.compression_reading import Composition, CompressionReader
-from blockrag.evaluation.compression_scores import score_questions, score_text
-from blockrag.evaluation.compression_selectors import answer_spans, mask_at_rate, slots_of
-from blockrag.evaluation.compression_text import FULL, NO_CONTEXT, TextLosses, TextRun
+from blockrag.evaluation.answering import Prompt, Reader
+from blockrag.evaluation.compression import plan_cells, rank_passages
+from blockrag.evaluation.compression_scores import (
+    COMPRESSED,
+    FULL,
+    NO_CONTEXT,
+    UNCOMPRESSED,
+    Answers,
+    Cell,
+    TextLosses,
+    TextRun,
+    score_questions,
+    score_text,
+)
+from blockrag.evaluation.compression_selectors import answer_spans
 from blockrag.evaluation.drawing import DrawnQuestion
 from blockrag.evaluation.pieces import Piece
 from blockrag.evaluation.question_data import SourceQuestion
 from blockrag.modeling.bundle import Bundle, load_bundle
-from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
-from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
+from blockrag.settings import Settings
+from blockrag.v1.common_pb2 import Compression
 from tests.models import TINY_VOCAB, make_tiny_bundle, make_tiny_tokenizer
 from tests.unit.evaluation.question_files import write_jsonl, write_patterns, write_rows
 
@@ -111,50 +120,29 @@ def test_questions_and_paragraphs(bundle: Bundle, tmp_path: Path) -> None:
     assert len(lines) == 8 and len(lines[0]["outputs"]) == len(cells)
 
 
-def test_what_is_not_compressed_is_block_mode(bundle: Bundle) -> None:
-    model = SlotModel.load(bundle)
-    reader = CompressionReader(bundle, model, ChunkCompressor.load(bundle), max_answer_tokens=6)
-    blocks = [passage.token_ids for passage in reader.passages(PIECES).values()]
-    chunks = sum(-(-len(block) // 4) for block in blocks)
-    whole = Composition(PIECES, "when was it?", np.ones(chunks, dtype=np.bool_))
-    (answer,) = reader.answer([whole])
-    assert [answer] == SlotReader(bundle, model, max_answer_tokens=6).answer([Prompt(PIECES, "when was it?")], "block")
-    # a passage that is wholly of one form is the same composed and re-encoded; a mixed one is not
-    logits = []
-    for mask in (np.zeros(chunks, dtype=np.bool_), np.arange(chunks) % 2 == 0):
-        for reencoded in (False, True):
-            one = Composition(PIECES, "when was it?", mask, reencoded)
-            shown = list(reader.passages(PIECES).values())
-            state = reader._start(shown, one, 4)
-            assert state.num_slots == 1 + slots_of(blocks, 4, mask)
-            logits.append(model.forward([(state, [5, 9])])[0])
-    assert torch.equal(logits[0], logits[1])
-    assert not torch.allclose(logits[2], logits[3], atol=1e-4)
+def test_what_is_not_compressed_is_block_mode_and_one_form_is_the_same_encoded_anew(bundle: Bundle) -> None:
+    with Reader(bundle, Settings(), max_answer_tokens=6) as reader:
+
+        def answer(rate: float | None, reencoded: bool = False) -> str:
+            compression = Compression(rate=rate) if rate is not None else None
+            prompt = Prompt(PIECES, "when was it?", compression=compression, reencoded=reencoded)
+            return reader.answer([reader.plan(prompt)])[0]
+
+        assert answer(None) == answer(1) == answer(1, reencoded=True)
+        assert answer(4) == answer(4, reencoded=True)
+        planned = reader.plan(Prompt(PIECES, "when was it?", compression=Compression(rate=2)))
+        part = next(one for one in planned.plan.passages if len({chunk.form for chunk in one.chunks}) == 2)
+        assert part.in_prompt
+        assert answer(2) != answer(2, reencoded=True)
 
 
-def test_kept_passages_are_bounded(bundle: Bundle) -> None:
-    model = SlotModel.load(bundle)
-    reader = CompressionReader(bundle, model, ChunkCompressor.load(bundle), kept_bytes=1)
-    first = reader.passages(PIECES[:2])
-    again = reader.passages(PIECES[1:])
-    assert again[PIECES[1]] is first[PIECES[1]]
-    assert reader.passages(PIECES[:1])[PIECES[0]] is not first[PIECES[0]]
-
-
-def test_cells_and_masks() -> None:
+def test_cells() -> None:
     cells = plan_cells(["a", "b"], [4.0, 1.0, 2.0, 8.0], 8, ("a", 2.0))
     assert [(cell.rate, cell.label) for cell in cells] == [
         (1.0, UNCOMPRESSED),
         *((2.0, "a"), (2.0, "b"), (4.0, "a"), (4.0, "b"), (2.0, "a, re-encoded")),
         (8.0, COMPRESSED),
     ]
-    passages = [[1] * 8, [1] * 6]
-    scores = np.array([0.0, 3.0, 1.0, 2.0], dtype=np.float32)
-    assert mask_at_rate(passages, 4, scores, 1.0).all() and not mask_at_rate(passages, 4, scores, 4.0).any()
-    mask = mask_at_rate(passages, 4, scores, 2.0)
-    # 14 tokens at rate 2 are 7 slots: 4 chunks, and the best one's 3 further slots
-    assert mask.tolist() == [False, True, False, False]
-    assert slots_of(passages, 4, mask) == 7
 
 
 def test_answers_are_found_in_chunks() -> None:
@@ -168,7 +156,7 @@ def test_answers_are_found_in_chunks() -> None:
 
 def test_passages_are_ranked_by_words() -> None:
     pieces = [Piece("sea", "water"), Piece("river", "the bridge of Orla"), Piece("hill", "a bridge")]
-    assert rank_passages(pieces, "Who crossed the bridge of Orla?") == [2, 0, 1]
+    assert rank_passages(pieces, "Who crossed the bridge of Orla?") == (pieces[1], pieces[2], pieces[0])
 
 
 def _question(number: int, answer: str) -> DrawnQuestion:

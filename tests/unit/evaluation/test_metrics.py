@@ -1,8 +1,10 @@
 """Values are those of the SQuAD 1.1 and 2.0 evaluation scripts on the same strings."""
 
+import math
+
 import pytest
 
-from blockrag.evaluation.metrics import contains, exact_match, f1, normalize
+from blockrag.evaluation.metrics import contains, exact_match, f1, ndcg, normalize, recall, reciprocal_rank
 
 
 @pytest.mark.parametrize(
@@ -61,3 +63,23 @@ def test_published_example() -> None:
     ]
     assert 100 * sum(exact_match(*pair) for pair in pairs) / 3 == pytest.approx(66.66666666666667)
     assert 100 * sum(f1(*pair) for pair in pairs) / 3 == pytest.approx(66.66666666666667)
+
+
+def test_recall_counts_the_relevant_ones_among_the_first() -> None:
+    assert recall([3, 1, 2], {1, 9}, 1) == 0.0
+    assert recall([3, 1, 2], {1, 9}, 2) == 0.5
+    assert recall([9, 1, 2], {1, 9}, 5) == 1.0
+
+
+@pytest.mark.parametrize(("relevant", "value"), [({3}, 1.0), ({2, 1}, 0.5), ({2}, 1 / 3), ({9}, 0.0)])
+def test_reciprocal_rank_of_the_first_relevant_one(relevant: set[int], value: float) -> None:
+    assert reciprocal_rank([3, 1, 2], relevant) == value
+
+
+def test_ndcg_of_a_known_ranking() -> None:
+    # Gains 0 1 1 of two relevant: (1/log2(3) + 1/log2(4)) / (1 + 1/log2(3)).
+    expected = (1 / math.log2(3) + 0.5) / (1 + 1 / math.log2(3))
+    assert ndcg([7, 1, 2], {1, 2}, 3) == pytest.approx(expected)
+    assert ndcg([1, 2, 7], {1, 2}, 3) == 1.0
+    assert ndcg([1, 7, 8], {1, 2, 3, 4}, 1) == 1.0
+    assert ndcg([7, 8], {1}, 2) == 0.0

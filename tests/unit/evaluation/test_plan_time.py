@@ -8,9 +8,10 @@ import pytest
 
 from blockrag.errors import SettingsError
 from blockrag.evaluation.plan_time import measure_plans
-from blockrag.evaluation.workload import first_passages
+from blockrag.evaluation.ttft_grpc import first_passages
 from blockrag.modeling.bundle import load_bundle
 from blockrag.results import GivenPassage
+from blockrag.settings import Settings
 from tests.models import make_tiny_bundle
 from tests.refrag_bundles import make_refrag_bundle
 
@@ -22,7 +23,7 @@ async def test_every_policy_of_the_bundle_is_timed(tmp_path: Path) -> None:
     bundle = make_refrag_bundle(plain, tmp_path / "compressing", width=16, chunk_tokens=4, decoder_width=32)
     done: list[tuple[int, int]] = []
     times = await measure_plans(
-        bundle, PASSAGES, rate=2, repeats=3, warmup=1, on_progress=lambda *step: done.append(step)
+        bundle, Settings(), PASSAGES, rate=2, repeats=3, warmup=1, on_progress=lambda *step: done.append(step)
     )
     assert [row.policy for row in times] == ["off", "retrieval", "blind", "query"]
     assert done[-1] == (4, 4)
@@ -31,7 +32,7 @@ async def test_every_policy_of_the_bundle_is_timed(tmp_path: Path) -> None:
         assert (row.policy_ms > 0) == (row.policy in ("blind", "query"))
         assert (row.passages, row.repeats) == (3, 3)
         assert row.chunks == times[0].chunks > 0
-    [alone] = await measure_plans(plain, PASSAGES, rate=2, repeats=1)
+    [alone] = await measure_plans(plain, Settings(), PASSAGES, rate=2, repeats=1)
     assert alone.policy == "off"
 
 

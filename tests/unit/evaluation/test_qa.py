@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from blockrag.cli.main import app
-from blockrag.evaluation.answering import SlotReader
+from blockrag.evaluation.answering import PlannedPrompt, Reader
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import write_pear
 from blockrag.modeling.pear import HeadCoefficient, PearRecord, ProxyScore
@@ -97,18 +98,18 @@ def test_every_mode_and_condition(bundle: Path, tmp_path: Path) -> None:
 def test_scores_are_those_of_the_answers(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
 
-    def answer(self: SlotReader, prompts: Any, mode: str) -> list[str]:
+    def answer(self: Reader, planned: Sequence[PlannedPrompt]) -> list[str]:
         # Right where the gold passage is first, a refusal without it, in full mode always right.
         found = []
-        for prompt in prompts:
+        for prompt in (one.prompt for one in planned):
             town = prompt.question.split()[-1].rstrip("?")
             right = f"{int(town) * 1037}"
             holds = [right in piece.text for piece in prompt.passages]
-            known = mode == "full" or (bool(holds) and holds[0])
+            known = prompt.mode == "full" or (bool(holds) and holds[0])
             found.append(f"The {right}." if known else "not in the passages" if not any(holds) else f"{right} or so")
         return found
 
-    monkeypatch.setattr(SlotReader, "answer", answer)
+    monkeypatch.setattr(Reader, "answer", answer)
     report = _run("--data", data, "--bundle", bundle, "--passages", 2, "--places", 2, "--distractors", "random")
     scores = {(one["mode"], one["condition"]): one for one in report["results"]["scores"]}
     first, second = scores["block", "2 passages, gold at 1"], scores["block", "2 passages, gold at 2"]
@@ -177,14 +178,14 @@ def test_mistakes_are_one_line(bundle: Path, tmp_path: Path) -> None:
     assert "--modes: blok" in _refused(*asked, "--modes", "blok")
     assert "--counts '1;2'" in _refused(*asked, "--counts", "1;2")
     assert "--counts '0'" in _refused(*asked, "--counts", "0")
-    assert "positions, where the model has" in _refused(*asked, "--max-answer-tokens", 1024, "--passages", 30)
+    assert "30 passages do not fit" in _refused(*asked, "--max-answer-tokens", 1024, "--passages", 30)
 
 
 def test_an_interrupt_writes_nothing(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(SlotReader, "answer", interrupt)
+    monkeypatch.setattr(Reader, "answer", interrupt)
     data = write_rows(tmp_path / "rows.jsonl")
     arguments = ["eval", "qa", "--data", str(data), "--bundle", str(bundle), "--passages", "2"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])

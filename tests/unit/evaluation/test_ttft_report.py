@@ -2,13 +2,18 @@ from pathlib import Path
 
 import pytest
 
-from blockrag.evaluation.ttft_report import LABELS, ReportRow, make_row, plot_rows, rate_notes
+from blockrag.evaluation.plots import plot_rows
+from blockrag.evaluation.ttft_report import LABELS, ReportRow, make_row, rate_notes
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:
     # The machine was half as fast in the second repeat: the ratio of medians would not see 2.
     row = make_row("grpc", "block_l1", 512, [20.0, 40.0, 21.0], [10.0, 20.0, 10.0])
     assert row == ReportRow("grpc", "block_l1", 512, 20.0, 21.0, 40.0, 3, 2.0)
+
+
+def test_without_a_base_there_is_no_ratio() -> None:
+    assert make_row("model", "full", 512, [20.0], None).ratio_to_none is None
 
 
 def test_times_that_do_not_pair_are_refused() -> None:

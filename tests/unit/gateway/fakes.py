@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+from blockrag.compressor.compression import CompressionRequest
 from blockrag.v1 import compressor_pb2, decoder_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.common_pb2 import (
     CHUNK_FORM_DROPPED,
@@ -61,7 +62,9 @@ class FakePlanner:
         await self.prepare()
         return compressor_pb2.PrepareQuestionResponse()
 
-    async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
+    async def plan(
+        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest | None = None
+    ) -> compressor_pb2.PlanResponse:
         self.requests.append(request)
         response = compressor_pb2.PlanResponse(instruction_token_ids=[1], final_token_ids=[9, 9], prompt_tokens=3)
         for place, passage in enumerate(request.passages):

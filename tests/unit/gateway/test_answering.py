@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from blockrag.compressor.compression import CompressionRequest
 from blockrag.errors import DeadlineError, InvalidRequestError, UnavailableError
 from blockrag.gateway import validation
 from blockrag.gateway.answering import STAGES, Deadline, Timings
@@ -200,7 +201,7 @@ async def test_the_plan_is_made_while_the_passages_are_sent() -> None:
     started, ended = asyncio.Event(), asyncio.Event()
 
     class SlowPlanner(FakePlanner):
-        async def plan(self, request: PlanRequest) -> PlanResponse:
+        async def plan(self, request: PlanRequest, compression: CompressionRequest | None) -> PlanResponse:
             started.set()
             try:
                 await forever()
@@ -222,8 +223,8 @@ async def test_the_plan_is_made_while_the_passages_are_sent() -> None:
 class MixingPlanner(FakePlanner):
     """Compresses the second chunk of every other passage; chunks have two tokens."""
 
-    async def plan(self, request: PlanRequest) -> PlanResponse:
-        response = await super().plan(request)
+    async def plan(self, request: PlanRequest, compression: CompressionRequest | None) -> PlanResponse:
+        response = await super().plan(request, compression)
         response.chunk_tokens = 2
         for place, planned in enumerate(response.passages):
             second = CHUNK_FORM_EXPANDED if place % 2 else CHUNK_FORM_COMPRESSED
@@ -243,7 +244,7 @@ async def test_mixtures_reach_the_decoder_and_are_cited_with_their_words() -> No
         answering(planner=planner, decoder=decoder), top_k=3, collection="c", compression=Compression(rate=1.5)
     )
     [asked] = planner.requests
-    assert asked.compression == Compression(rate=1.5)
+    assert asked.compression == Compression(rate=1.5, policy="query")
     assert asked.collection == "c"
     instruction, mixed, whole, third = decoder.requests[0].blocks
     assert (list(mixed.forms), mixed.chunk_tokens) == ([CHUNK_FORM_EXPANDED, CHUNK_FORM_COMPRESSED], 2)

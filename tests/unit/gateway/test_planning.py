@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blockrag.compressor.compression import CompressionAbility, sizes_decide
+from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression, sizes_decide
 from blockrag.compressor.drafts import PassageDrafts
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.tokenizing import PassageTokenizer
@@ -34,11 +34,11 @@ class Compressor(FakePlanner):
         super().__init__()
         self._planner, _, _ = make_planner()
 
-    async def plan(self, request: PlanRequest) -> PlanResponse:
+    async def plan(self, request: PlanRequest, compression: CompressionRequest | None = None) -> PlanResponse:
         self.requests.append(request)
         simpler = PlanRequest()
         simpler.CopyFrom(request)
-        if not sizes_decide(request.compression, ABILITY):
+        if not sizes_decide(read_compression(request.compression, request.attention_mode, ABILITY), ABILITY):
             simpler.ClearField("compression")
         return await self._planner.plan(simpler)
 
@@ -63,6 +63,10 @@ def request(*texts: str, compression: Compression | None = None, mode: int = ATT
     )
 
 
+async def planned(near: NearPlanner, asked: PlanRequest) -> PlanResponse:
+    return await near.plan(asked, read_compression(asked.compression, asked.attention_mode, ABILITY))
+
+
 BUDGETS = (
     Compression(off=True),
     Compression(rate=4),
@@ -74,7 +78,7 @@ BUDGETS = (
 async def test_a_plan_that_sizes_decide_is_the_compressors_made_here(near: NearPlanner, compressor: Compressor) -> None:
     budgets = [request("one", "two and three", compression=budget) for budget in BUDGETS]
     for asked in (request("one", "two words"), *budgets, request(), request("one", mode=ATTENTION_MODE_NONE)):
-        made = await near.plan(asked)
+        made = await planned(near, asked)
         assert compressor.requests == []
         assert made == await compressor.plan(asked)
         compressor.requests.clear()
@@ -87,7 +91,7 @@ async def test_what_takes_a_policy_or_a_prediction_is_the_compressors(
     near: NearPlanner, compressor: Compressor, budget: Compression
 ) -> None:
     asked = request("one", compression=budget)
-    await near.plan(asked)
+    await planned(near, asked)
     assert compressor.requests == [asked]
     await near.prepare_question(PrepareQuestionRequest(question="where"))
     assert compressor.prepared == ["where"]
@@ -95,24 +99,24 @@ async def test_what_takes_a_policy_or_a_prediction_is_the_compressors(
 
 async def test_long_unknown_text_is_tokenised_by_the_compressor_once(near: NearPlanner, compressor: Compressor) -> None:
     asked = request("word " * (MOST_UNKNOWN_CHARS // 5), "and more than that")
-    first = await near.plan(asked)
+    first = await planned(near, asked)
     assert compressor.requests == [asked]
-    assert await near.plan(asked) == first
+    assert await planned(near, asked) == first
     assert len(compressor.requests) == 1
 
 
 async def test_the_words_of_long_text_are_the_compressors_once(near: NearPlanner, compressor: Compressor) -> None:
     """Tokens that are known from a plan without compression come without the words of chunks."""
     texts = ["word " * (MOST_UNKNOWN_CHARS // 5), "and more than that"]
-    await near.plan(request(*texts))
+    await planned(near, request(*texts))
     compressed = request(*texts, compression=Compression(rate=4))
     compressed.max_context_tokens = 100  # the long passage is dropped
-    first = await near.plan(compressed)
+    first = await planned(near, compressed)
     assert len(compressor.requests) == 2
-    assert {planned.in_prompt for planned in first.passages} == {True, False}
-    assert await near.plan(compressed) == first
+    assert {passage.in_prompt for passage in first.passages} == {True, False}
+    assert await planned(near, compressed) == first
     whole = request(*texts, compression=Compression(rate=4))
-    assert await near.plan(whole) == await compressor.plan(whole)
+    assert await planned(near, whole) == await compressor.plan(whole)
     assert len(compressor.requests) == 3
 
 
@@ -120,7 +124,7 @@ async def test_what_does_not_fit_is_refused_here(near: NearPlanner, compressor: 
     asked = request()
     asked.max_tokens = 40_000
     with pytest.raises(PromptTooLongError):
-        await near.plan(asked)
+        await planned(near, asked)
     with pytest.raises(InvalidRequestError, match="has no text"):
-        await near.plan(request(""))
+        await planned(near, request(""))
     assert compressor.requests == []

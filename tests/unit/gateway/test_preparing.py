@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from blockrag.compressor.compression import CompressionRequest
 from blockrag.gateway import validation
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.v1.common_pb2 import Compression
@@ -73,12 +74,12 @@ async def test_a_preparation_slower_than_the_search_is_not_cancelled() -> None:
     class WaitingPlanner(FakePlanner):
         """Its plan needs what is being prepared."""
 
-        async def plan(self, request: PlanRequest) -> PlanResponse:
+        async def plan(self, request: PlanRequest, compression: CompressionRequest | None) -> PlanResponse:
             assert preparation.ended == ""
             preparation.go.set()
             await settle()
             assert preparation.ended == "whole"
-            return await super().plan(request)
+            return await super().plan(request, compression)
 
     async with compressed_answer(answering(planner=WaitingPlanner(prepare=preparation))) as events:
         assert (await collected(events))[-1].HasField("completion")

@@ -11,7 +11,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.compression import CompressionAbility, CompressionRequest
 from blockrag.errors import InvalidRequestError
 from blockrag.gateway import validation
 from blockrag.settings import GatewaySettings
@@ -53,15 +53,14 @@ def test_defaults_are_filled_in() -> None:
 
 def test_compression_is_checked_against_the_bundle() -> None:
     asked = Compression(rate=4, policy="retrieval")
-    assert (
-        validation.check_generate(GenerateRequest(question="q", compression=asked), LIMITS, ABILITY).compression
-        == asked
-    )
+    read = CompressionRequest("rate", 4.0, "retrieval")
+    question = validation.check_generate(GenerateRequest(question="q", compression=asked), LIMITS, ABILITY)
+    assert question.compression == read and read.to_message() == asked
     off = GenerateRequest(question="q", compression=Compression(off=True))
     assert validation.check_generate(off, LIMITS, ABILITY).compression is None
     plain = CompressionAbility("plain", 8, None)
     whole = validation.check_generate(GenerateRequest(question="q", compression=asked), LIMITS, plain)
-    assert whole.compression == asked and not whole.needs_compressor
+    assert whole.compression == read and not whole.needs_compressor
     with pytest.raises(InvalidRequestError, match="no chunk encoder"):
         timed = GenerateRequest(question="q", compression=Compression(max_ttft_ms=100))
         validation.check_generate(timed, LIMITS, plain)

@@ -15,21 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from blockrag.budget import chunk_bounds
 from blockrag.errors import BundleError
-from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.modeling.refrag.policy import (
     ChunkPolicy,
     PolicyConfig,
     PolicyInput,
-    choose,
-    choose_within,
     draw,
     log_probabilities,
     make_policy_batch,
     make_policy_input,
     mask_of,
 )
-from blockrag.modeling.refrag.policy_features import FEATURES, PLACE_FEATURES, TokenTraits, chunk_features
+from blockrag.modeling.refrag.policy_features import FEATURES, PLACE_FEATURES, TokenTraits, chunk_features, policy_ranks
 from tests.models import make_tiny_tokenizer
 
 WIDTH = 12
@@ -202,28 +200,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ChunkPolicy.load(path)
 
 
-def test_choosing() -> None:
-    logits = np.array([0.5, 2.0, 0.5, -1.0], dtype=np.float32)
-    assert choose(logits, 2).tolist() == [True, True, False, False]
-    assert choose(logits, 0).sum() == 0 and choose(logits, 9).all()
-    with pytest.raises(ValueError, match="negative"):
-        choose(logits, -1)
-    with pytest.raises(ValueError, match="NaN"):
-        choose(np.array([1.0, np.nan], dtype=np.float32), 1)
-
-
-@given(st.lists(st.tuples(st.floats(-5, 5, width=32), st.integers(0, 7)), max_size=30), st.integers(0, 60))
-def test_choosing_within_a_budget(chunks: list[tuple[float, int]], budget: int) -> None:
-    logits = np.array([logit for logit, _ in chunks], dtype=np.float32)
-    costs = np.array([cost for _, cost in chunks], dtype=np.int64)
-    mask = choose_within(logits, costs, budget)
-    assert costs[mask].sum() <= budget
-    # a larger budget only adds, and what is left out costs more than what is left of the budget
-    assert not (mask & ~choose_within(logits, costs, budget + 3)).any()
-    left = np.flatnonzero(~mask)
-    if left.size:
-        following = left[np.argsort(-logits[left], kind="stable")[0]]
-        assert costs[mask].sum() + costs[following] > budget
+def test_a_policy_that_does_not_see_the_question_is_ranked_by_the_prompt_alone() -> None:
+    assert policy_ranks(True, [2, 0, 1]) == (2, 0, 1)
+    assert policy_ranks(False, [2, 0, 1]) == (2, 1, 0)
 
 
 def test_draws_come_from_the_sequential_distribution() -> None:

@@ -14,8 +14,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from blockrag.budget import chunk_bounds, chunk_count
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.refrag.chunks import chunk_bounds, chunk_count
 from blockrag.modeling.slots import ResidentBlock, SlotSlice
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blockrag.budget import chunk_bounds
 from blockrag.errors import BundleError, InvalidRequestError
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.matmul import speed_up_linear_layers
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
-from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.modeling.refrag.projector import Projector
 
 _BATCH_TOKENS = 8192

@@ -237,40 +237,6 @@ def _present(*lengths: tuple[Sequence[int], int], device: torch.device) -> Tenso
     return torch.cat([place < count for place, count in zip(places, counted, strict=True)], dim=1)
 
 
-def choose(logits: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
-    """Which chunks to expand: the ``count`` of the largest logits, bool [chunks]; the earlier of equals.
-
-    Raises ValueError for a negative count or a logit that is no number; more than there are chunks are all of them.
-    """
-    if count < 0:
-        raise ValueError(f"{count} chunks to expand: must not be negative")
-    return _mask(len(logits), _best_first(logits)[:count])
-
-
-def choose_within(logits: NDArray[np.float32], costs: NDArray[np.int64], budget: int) -> NDArray[np.bool_]:
-    """The chunks of the largest logits whose ``costs`` [chunks] together are at most ``budget``; bool [chunks].
-
-    Expanding a chunk of n tokens costs n - 1 slots. It ends at the first that does not fit, so that a larger budget
-    only adds chunks. Raises ValueError for a negative budget or a logit that is no number.
-    """
-    if budget < 0:
-        raise ValueError(f"{budget} slots for expanding chunks: must not be negative")
-    order = _best_first(logits)
-    return _mask(len(logits), order[: int(np.searchsorted(np.cumsum(costs[order]), budget, side="right"))])
-
-
-def _best_first(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    if np.isnan(logits).any():
-        raise ValueError("a chunk's logit is NaN")
-    return np.argsort(-logits, kind="stable")
-
-
-def _mask(chunks: int, chosen: NDArray[np.int64]) -> NDArray[np.bool_]:
-    mask = np.zeros(chunks, dtype=np.bool_)
-    mask[chosen] = True
-    return mask
-
-
 def draw(logits: Tensor, count: int, draws: int, generator: torch.Generator | None = None) -> Tensor:
     """Chunks drawn one after another without replacement, int64 [draws, count], in the order drawn.
 

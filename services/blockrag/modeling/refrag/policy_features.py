@@ -61,6 +61,15 @@ class TokenTraits:
         return cls(digit, capital)
 
 
+def policy_ranks(sees_question: bool, retrieved: Sequence[int]) -> tuple[int, ...]:
+    """Each passage's rank as a policy is to see it, from the place that retrieval gave it (0 the best).
+
+    Retrieval has seen the question, so a policy that does not see it is given places in the prompt alone: the last
+    passage, the nearest to what follows, is 0. Training, serving and evaluation all rank by this.
+    """
+    return tuple(retrieved if sees_question else range(len(retrieved))[::-1])
+
+
 def chunk_features(
     passages: Sequence[Sequence[int]],
     question: Sequence[int],

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from blockrag.budget import chunk_bounds
 from blockrag.modeling.differences import Check, Difference, traced
 from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.modeling.refrag.composing import compose_passage, mixed_inputs
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.reference import BlockPass, ChosenSlot, pass_block, pass_final

@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-from blockrag.modeling.refrag.chunks import chunk_bounds, chunk_count
+from blockrag.budget import chunk_bounds, chunk_count, chunk_lengths, expand_in_order, room_for
 from blockrag.training.refrag.contexts import Branch
 
 Mask = tuple[NDArray[np.bool_], ...]
@@ -27,15 +27,13 @@ def constant_mask(passages: Sequence[Sequence[int]], k: int, expanded: bool) -> 
 
 
 def fill_budget(passages: Sequence[Sequence[int]], k: int, rate: float, order: Iterable[Place]) -> Mask:
-    """Expand chunks in ``order`` until ``rate`` tokens stand for one slot on average; what does not fit is passed."""
-    mask = constant_mask(passages, k, False)
-    left = int(sum(map(len, passages)) / rate) - sum(map(len, mask))
-    for passage, chunk in order:
-        cost = min(k, len(passages[passage]) - chunk * k) - 1
-        if cost <= left and not mask[passage][chunk]:
-            mask[passage][chunk] = True
-            left -= cost
-    return mask
+    """Expand chunks in ``order``, up to the first with which fewer than ``rate`` tokens would stand for a slot."""
+    sizes = list(map(len, passages))
+    ends = np.cumsum([chunk_count(size, k) for size in sizes])
+    firsts = [0, *ends[:-1].tolist()]
+    places = dict.fromkeys(firsts[passage] + chunk for passage, chunk in order)
+    mask = expand_in_order(list(places), chunk_lengths(sizes, k), room_for(sizes, k, "rate", rate).extra_slots)
+    return tuple(np.split(mask, ends[:-1]))
 
 
 def all_places(passages: Sequence[Sequence[int]], k: int) -> list[Place]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockrag.modeling.refrag.chunks import chunk_bounds
+from blockrag.budget import chunk_bounds
 
 Scores = NDArray[np.float32]
 """[chunks]"""

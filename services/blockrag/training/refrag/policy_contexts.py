@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockrag.budget import chunk_bounds
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import load_stock_model
-from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.policy import PolicyInput, make_policy_input
 from blockrag.modeling.refrag.policy_features import TokenTraits
@@ -48,11 +48,6 @@ class CapturedContext:
     def tokens(self) -> int:
         """Tokens of the passages."""
         return sum(map(len, self.passages))
-
-    @property
-    def costs(self) -> NDArray[np.int64]:
-        """Slots that expanding each chunk adds, [chunks]."""
-        return expansion_costs(self.passages, self.chunk_tokens)
 
     def prompt(self, branch: Branch, mask: NDArray[np.bool_]) -> ComposedPrompt:
         """The composed prompt of a mask [chunks], with one question or target behind it."""
@@ -200,11 +195,3 @@ class PolicyReader:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.decoder.device.type, torch.bfloat16, enabled=self._bf16)
-
-
-def expansion_costs(passages: Sequence[Sequence[int]], chunk_tokens: int) -> NDArray[np.int64]:
-    """Slots that expanding each chunk of ``passages`` adds: its tokens less the one slot it has anyway; [chunks]."""
-    return np.array(
-        [end - start - 1 for passage in passages for start, end in chunk_bounds(len(passage), chunk_tokens)],
-        dtype=np.int64,
-    )

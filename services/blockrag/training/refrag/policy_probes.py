@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from blockrag.modeling.refrag.policy import ChunkPolicy, choose_within
+from blockrag.budget import expand_at_rate
+from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.training.refrag.policy_baselines import random_scores
 from blockrag.training.refrag.policy_contexts import CapturedContext, Masks, PolicyReader
 from blockrag.training.refrag.policy_samples import Kind, PolicyContext
@@ -90,5 +91,4 @@ def measure_policy(
 
 def mask_at(context: CapturedContext, scores: np.ndarray, rate: float) -> Masks:
     """The mask [chunks] of the highest scores at a rate; everything compressed where the rate is k or beyond."""
-    budget = max(0, int(context.tokens / rate) - context.chunks)
-    return choose_within(scores, context.costs, budget)
+    return expand_at_rate(scores, [len(passage) for passage in context.passages], context.chunk_tokens, rate)

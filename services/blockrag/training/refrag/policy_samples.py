@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from blockrag.modeling.refrag.chunks import chunk_count
+from blockrag.budget import chunk_count
+from blockrag.modeling.refrag.policy_features import policy_ranks
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.samples import SampleSource
 from blockrag.training.passages import DecodingTokenizer
@@ -125,7 +126,7 @@ class PolicySamples:
         if not passages:
             return None
         ranks = tuple(
-            _ranks(passages, branch, random) if self._ranked else nearest_first(len(passages))
+            policy_ranks(self._ranked, _ranks(passages, branch, random) if self._ranked else range(len(passages)))
             for branch in context.branches
         )
         return PolicyContext(instruction, passages, tuple(context.branches), ranks, "answers")
@@ -137,12 +138,8 @@ class PolicySamples:
         start = min(text_start(drawn[0], drawn[1:]), len(drawn[-1]) - 1)
         branch = Branch(list(drawn[-1][:start]), list(drawn[-1][start:]))
         passages = tuple(map(tuple, drawn[:-1]))
-        return PolicyContext(self._instruction, passages, (branch,), (nearest_first(len(passages)),), "text")
-
-
-def nearest_first(passages: int) -> tuple[int, ...]:
-    """Ranks by place in the prompt alone: the last passage, the nearest to what follows, is 0."""
-    return tuple(range(passages))[::-1]
+        ranks = policy_ranks(False, range(len(passages)))
+        return PolicyContext(self._instruction, passages, (branch,), (ranks,), "text")
 
 
 def _ranks(passages: Sequence[Sequence[int]], branch: Branch, random: Random) -> tuple[int, ...]:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blockrag.budget import chunk_bounds
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
-from blockrag.modeling.refrag.chunks import chunk_bounds
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.training.loss import linear_cross_entropy
 from blockrag.training.refrag.composed import ComposedDecoder, ComposedPrompt, FinalStates, SlotBank

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from blockrag.budget import chunk_bounds, chunk_count, composed_slots
 from blockrag.errors import InvalidRequestError, PromptTooLongError
 from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.refrag.chunks import chunk_bounds, chunk_count, composed_slots
 from blockrag.modeling.refrag.composing import compose_passage, mixed_inputs
 from blockrag.modeling.refrag.reference import ChosenSlot, pass_block, pass_final
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotSlice
@@ -100,7 +100,7 @@ def test_families(family: str, rope: dict[str, Any] | None) -> None:
     passages, final = [tokens(1), tokens(37, 1), tokens(64, 2), tokens(5, 3)], tokens(9, 4)
     masks = masks_of(passages, 8, random.Random(3))
     state = composed(model, passages, masks, 8, len(final))
-    assert state.num_slots == sum(composed_slots(len(p), mask, 8) for p, mask in zip(passages, masks, strict=True))
+    assert state.num_slots == sum(composed_slots([len(p)], mask, 8) for p, mask in zip(passages, masks, strict=True))
     assert close(model.forward([(state, final)])[0], expected_logits(stock, passages, masks, 8, final)[-1])
 
 
@@ -152,7 +152,7 @@ def test_neighbouring_chunks_of_one_form_make_one_slice() -> None:
         (True, 16, 22),
     ]
     assert torch.equal(pieces[1].slots, compressed.slots[:, :, :, 2:4])
-    assert sum(piece.num_slots for piece in pieces) == composed_slots(22, [True, True, False, False, True, True], 4)
+    assert sum(piece.num_slots for piece in pieces) == composed_slots([22], [True, True, False, False, True, True], 4)
 
 
 def test_only_the_forms_in_use_are_needed() -> None:

@@ -42,9 +42,11 @@ def test_a_budget_is_kept_and_filled(passages: list[list[int]], k: int, rate: fl
     least = slots(passages, constant_mask(passages, k, False), k)
     budget = int(sum(map(len, passages)) / rate)
     assert used <= max(budget, least)
-    if used < budget:  # then no chunk that is left would fit
-        costs = [min(k, len(passages[p]) - k * c) - 1 for p, c in order if not mask[p][c]]
-        assert all(cost > budget - used for cost in costs)
+    shown = [bool(mask[p][c]) for p, c in order]
+    assert shown == sorted(shown, reverse=True)  # as serving: it ends at the first that does not fit
+    if used < budget and not all(shown):
+        p, c = order[shown.index(False)]
+        assert min(k, len(passages[p]) - k * c) - 1 > budget - used
 
 
 def test_everything_fits_at_rate_one() -> None:

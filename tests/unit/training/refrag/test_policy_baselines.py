@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from blockrag.budget import composed_slots
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
@@ -23,7 +24,7 @@ from blockrag.training.refrag.policy_baselines import (
     surprising_first,
     surprising_last,
 )
-from blockrag.training.refrag.policy_contexts import PolicyReader, expansion_costs
+from blockrag.training.refrag.policy_contexts import PolicyReader
 from blockrag.training.refrag.policy_probes import mask_at
 from tests.models import TINY_VOCAB, make_tiny_bundle
 
@@ -44,7 +45,7 @@ def test_losses_are_those_of_the_served_model(bundle: Bundle) -> None:
     branch = Branch([5, 30, 31, 6], [40, 41, 2])
     reader = PolicyReader.load(bundle)
     context = reader.capture([1], passages)
-    assert (context.chunks, context.tokens, context.costs.tolist()) == (5, 16, [3, 2, 3, 3, 0])
+    assert (context.chunks, context.tokens) == (5, 16)
     losses = reader.losses(context, branch, masks)
     bare = reader.prompt_losses(context, [context.without_passages(branch)])
 
@@ -113,7 +114,7 @@ def test_masks_at_a_rate(bundle: Bundle) -> None:
     assert mask_at(context, scores, 1.0).all()
     mask = mask_at(context, scores, 2.0)
     assert mask.tolist() == [False, False, False, False, True]
-    assert context.chunks + context.costs[mask].sum() <= context.tokens / 2
+    assert composed_slots([20], mask, 4) <= context.tokens / 2
 
 
 def test_scores_without_learning() -> None:
@@ -127,7 +128,6 @@ def test_scores_without_learning() -> None:
     near = similar_to_question(torch.tensor([[1.0, 0.0], [-1.0, -1.0], [1.0, 1.0]]), question)
     assert near.tolist() == pytest.approx([1.0, -(0.5**0.5), 0.5**0.5])
     assert not similar_to_question(torch.ones(2, 2), question[:0]).any()
-    assert expansion_costs([[1] * 5, [1]], 4).tolist() == [3, 0, 0]
 
 
 def test_an_oracle_opens_the_answer_first() -> None:

@@ -19,7 +19,7 @@ from blockrag.modeling.refrag.writing import write_refrag
 from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
 from blockrag.training.refrag.policy_metrics import PolicyMetrics
-from blockrag.training.refrag.policy_samples import PolicyContext, answer_target, nearest_first
+from blockrag.training.refrag.policy_samples import PolicyContext, answer_target
 from blockrag.training.refrag.policy_stage import train_policy
 from tests.models import TINY_VOCAB, make_tiny_bundle
 from tests.unit.training.adaptation.conftest import write_rows
@@ -142,7 +142,7 @@ def test_what_an_answer_is_imitated_by() -> None:
     """Passage 1 shares more with the question than passage 0, which holds the same number."""
     passages = ((3, 50, 51, 52, 7, 7), (3, 60, 61, 50, 51, 52, 9, 9, 9), (3, 3))
     branch = Branch([5, 60, 61, 6], [50, 51, 2])
-    context = PolicyContext((1,), passages, (branch,), (nearest_first(3),), "answers")
+    context = PolicyContext((1,), passages, (branch,), ((2, 1, 0),), "answers")
     target = answer_target(context, branch, 2)
     assert target is not None
     # chunks of two tokens: three of passage 0, five of passage 1, one of passage 2

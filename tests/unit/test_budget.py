@@ -5,18 +5,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.compressor.compression import CompressionRequest
-from blockrag.compressor.expansion import (
+from blockrag.budget import (
+    BudgetKind,
     PrefillCost,
+    PromptBudget,
     Room,
     affordable_slots,
+    chunk_bounds,
+    chunk_count,
     chunk_lengths,
+    composed_slots,
     expand,
+    expand_in_order,
+    expand_what_fits,
     retrieval_logits,
     room_for,
 )
-from blockrag.errors import InvalidRequestError
-from blockrag.modeling.refrag.chunks import chunk_bounds, chunk_count
+from blockrag.errors import InvalidRequestError, PromptTooLongError
 
 PASSAGES = st.lists(st.integers(min_value=1, max_value=200), min_size=1, max_size=20)
 CHUNK = st.integers(min_value=1, max_value=16)
@@ -24,10 +29,10 @@ PLENTY = 10**6
 
 
 def planned(
-    passages: list[int], chunk: int, request: CompressionRequest, most: int, timed: int, seed: int
+    passages: list[int], chunk: int, request: tuple[BudgetKind, float], most: int, timed: int, seed: int
 ) -> tuple[Room, np.ndarray, np.ndarray, np.ndarray]:
     """The room, and of the chunks of passages that are in: logits, lengths, which are expanded."""
-    room = room_for(passages, chunk, request, most, timed)
+    room = room_for(passages, chunk, *request, most, timed)
     kept = [tokens for tokens, decision in zip(passages, room.decisions, strict=True) if decision.in_prompt]
     lengths = chunk_lengths(kept, chunk)
     logits = np.random.default_rng(seed).normal(size=len(lengths)).astype(np.float32)
@@ -64,26 +69,26 @@ class TestRate:
     def test_it_is_reached_unless_everything_is_compressed_already(
         self, passages: list[int], chunk: int, rate: float, seed: int
     ) -> None:
-        request = CompressionRequest("rate", min(rate, chunk), "query")
+        request = ("rate", min(rate, chunk))
         room, _, lengths, expanded = planned(passages, chunk, request, PLENTY, 0, seed)
         assert all(decision.in_prompt for decision in room.decisions)
         slots = slots_of(lengths, expanded)
-        assert not expanded[lengths > 1].any() or sum(passages) / slots >= request.limit - 1e-9
+        assert not expanded[lengths > 1].any() or sum(passages) / slots >= request[1] - 1e-9
 
     @given(PASSAGES, CHUNK)
     def test_one_expands_everything(self, passages: list[int], chunk: int) -> None:
-        room, _, lengths, expanded = planned(passages, chunk, CompressionRequest("rate", 1.0, "q"), PLENTY, 0, 0)
+        room, _, lengths, expanded = planned(passages, chunk, ("rate", 1.0), PLENTY, 0, 0)
         assert room.everything
         assert expanded.all()
         assert slots_of(lengths, expanded) == sum(passages)
 
     def test_the_highest_drops_nothing(self) -> None:
-        room = room_for([9, 1, 17], 8, CompressionRequest("rate", 8.0, "q"), PLENTY, 0)
+        room = room_for([9, 1, 17], 8, "rate", 8.0, PLENTY, 0)
         assert [decision.in_prompt for decision in room.decisions] == [True] * 3
         assert room.extra_slots == 0
 
     def test_the_models_positions_hold_in_any_case(self) -> None:
-        room = room_for([80, 80, 80], 8, CompressionRequest("rate", 2.0, "q"), 25, 0)
+        room = room_for([80, 80, 80], 8, "rate", 2.0, 25, 0)
         assert [decision.in_prompt for decision in room.decisions] == [True, True, False]
         assert room.extra_slots == 5
 
@@ -91,14 +96,14 @@ class TestRate:
 class TestTokenBudget:
     @given(PASSAGES, CHUNK, st.integers(1, 1500), st.integers(0, 2000), st.integers(0, 2**32 - 1))
     def test_never_over_budget(self, passages: list[int], chunk: int, budget: int, most: int, seed: int) -> None:
-        request = CompressionRequest("max_context_tokens", budget, "query")
+        request = ("max_context_tokens", budget)
         room, _, lengths, expanded = planned(passages, chunk, request, most, 0, seed)
         assert slots_of(lengths, expanded) <= min(budget, most)
         if room.everything:
             assert expanded.all()
 
     def test_what_does_not_fit_even_compressed_is_dropped_with_the_reason(self) -> None:
-        room = room_for([64, 64, 8], 8, CompressionRequest("max_context_tokens", 9, "q"), PLENTY, 0)
+        room = room_for([64, 64, 8], 8, "max_context_tokens", 9, PLENTY, 0)
         assert [decision.in_prompt for decision in room.decisions] == [True, False, True]
         assert room.decisions[1].dropped_reason == "over the token budget: needs 8 even compressed, 1 of 9 left"
 
@@ -118,9 +123,9 @@ class TestTimeBudget:
             assert spent + base + (slots + instruction) * slot <= limit + 1e-6 * (1 + limit)
 
     def test_the_slots_bound_the_passages(self) -> None:
-        room = room_for([64, 64], 8, CompressionRequest("max_ttft_ms", 50.0, "q"), PLENTY, 30)
+        room = room_for([64, 64], 8, "max_ttft_ms", 50.0, PLENTY, 30)
         assert room.extra_slots == 14
-        assert room_for([64, 64], 8, CompressionRequest("max_ttft_ms", 50.0, "q"), 20, 30).extra_slots == 4
+        assert room_for([64, 64], 8, "max_ttft_ms", 50.0, 20, 30).extra_slots == 4
 
     def test_a_time_that_the_question_alone_takes_is_refused(self) -> None:
         with pytest.raises(InvalidRequestError, match="the question without any passage takes about 13 ms"):
@@ -142,6 +147,65 @@ def test_retrieval_expands_the_best_passages_first(passages: list[int], chunk: i
 
 
 def test_no_passages() -> None:
-    room = room_for([], 8, CompressionRequest("rate", 4.0, "q"), PLENTY, 0)
+    room = room_for([], 8, "rate", 4.0, PLENTY, 0)
     assert room.everything
     assert expand(np.zeros(0, dtype=np.float32), chunk_lengths([], 8), 5).tolist() == []
+
+
+@given(st.integers(1, 500), st.integers(1, 64))
+def test_chunks_cover_the_block_in_order(tokens: int, chunk: int) -> None:
+    bounds = chunk_bounds(tokens, chunk)
+    assert [position for start, end in bounds for position in range(start, end)] == list(range(tokens))
+    assert all(end - start == chunk for start, end in bounds[:-1])
+    assert chunk_count(tokens, chunk) == len(bounds)
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(0, 4), (-1, 4), (4, 0)])
+def test_refuses_empty_blocks_and_chunks(tokens: int, chunk: int) -> None:
+    for function in (chunk_bounds, chunk_count):
+        with pytest.raises(ValueError, match="at least"):
+            function(tokens, chunk)
+
+
+def test_what_is_no_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 decisions for 3 chunks"):
+        composed_slots([4, 5], [True, False], 4)
+    with pytest.raises(ValueError, match="NaN"):
+        expand(np.array([np.nan], dtype=np.float32), np.array([4]), 9)
+    with pytest.raises(ValueError, match="must not be negative"):
+        expand_in_order([0], np.array([4]), -1)
+
+
+def test_an_order_need_not_name_every_chunk_and_ends_at_the_first_that_does_not_fit() -> None:
+    lengths = np.array([4, 4, 2, 4])
+    assert expand_in_order([3, 0], lengths, 99).tolist() == [True, False, False, True]
+    assert expand_in_order([3, 0, 2], lengths, 4).tolist() == [False, False, False, True]
+
+
+@given(st.lists(st.integers(min_value=1, max_value=300), max_size=30), st.integers(min_value=0, max_value=2000))
+def test_what_is_expanded_fits_and_what_is_dropped_did_not(tokens: list[int], budget: int) -> None:
+    decisions = expand_what_fits(tokens, budget)
+    used = 0
+    for needed, decision in zip(tokens, decisions, strict=True):
+        assert decision.in_prompt == (needed <= budget - used)
+        assert decision.in_prompt == (decision.dropped_reason == "")
+        used += needed if decision.in_prompt else 0
+    assert used <= budget
+
+
+def test_a_dropped_passage_says_what_it_needed() -> None:
+    assert expand_what_fits([100, 60, 20], 125)[1].dropped_reason == "over the token budget: needs 60, 25 of 125 left"
+
+
+def test_the_request_may_lower_the_budget_but_not_raise_it() -> None:
+    def budget(max_context_tokens: int) -> int:
+        return PromptBudget(1000, 1, 50, 49, max_context_tokens).passage_tokens()
+
+    assert budget(0) == 900
+    assert budget(300) == 300
+    assert budget(5000) == 900
+
+
+def test_a_question_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(PromptTooLongError, match="shorten the question or lower max_tokens"):
+        PromptBudget(100, 1, 80, 20).passage_tokens()

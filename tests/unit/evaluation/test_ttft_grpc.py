@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from blockrag.errors import SettingsError
-from blockrag.evaluation.workload import make_workload
+from blockrag.evaluation.ttft_grpc import make_workload
 from blockrag.modeling.bundle import load_bundle
 
 

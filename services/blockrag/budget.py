@@ -1,0 +1,276 @@
+"""How much of a prompt passages may take, and which passages and chunks of them fit: pure functions of sizes.
+
+A compressed chunk takes one slot, an expanded one a slot per token. So a budget of slots leaves, beyond one slot for
+every chunk, room to expand some; a policy's logits say which come first, and they do not depend on the budget. Serving,
+training, evaluation and benchmarks count with these functions and no others.
+
+Two rules for what does not fit. A *passage* is dropped and smaller ones further down may still enter: the prompt is
+used rather than the order kept. *Chunks* are expanded one after another up to the first that does not fit, so that a
+larger budget only adds chunks.
+
+Source: REFRAG (arXiv 2509.01092, section 2 and the section on selective compression); budgets of tokens and time are
+ours. Imports numpy alone, so that a plan that follows from sizes needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockrag.errors import InvalidRequestError, PromptTooLongError
+
+BudgetKind = Literal["rate", "max_context_tokens", "max_ttft_ms"]
+"""What a request bounds: tokens per slot, slots, milliseconds until the first token."""
+_WHOLE = " (the bundle has no chunk encoder: passages are read whole or not at all)"
+
+
+@dataclass(frozen=True)
+class PromptBudget:
+    """Tokens that a prompt may have."""
+
+    max_positions: int
+    """Most tokens of prompt and answer together."""
+    instruction_tokens: int
+    final_tokens: int
+    answer_tokens: int
+    """Tokens left free for the answer."""
+    max_context_tokens: int = 0
+    """The request's own bound on passage tokens; 0: none."""
+
+    def passage_tokens(self) -> int:
+        """Tokens left for passages.
+
+        Raises ``PromptTooLongError`` when question and answer alone do not fit the model.
+        """
+        fixed = self.instruction_tokens + self.final_tokens + self.answer_tokens
+        left = self.max_positions - fixed
+        if left < 0:
+            raise PromptTooLongError(
+                f"question ({self.final_tokens} tokens) and answer ({self.answer_tokens}) do not fit the model's "
+                f"{self.max_positions} positions: shorten the question or lower max_tokens"
+            )
+        return min(left, self.max_context_tokens) if self.max_context_tokens else left
+
+
+@dataclass(frozen=True)
+class PassageDecision:
+    """What becomes of one passage."""
+
+    in_prompt: bool
+    dropped_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a budget leaves before any chunk is chosen."""
+
+    decisions: list[PassageDecision]
+    """Which passages are in the prompt, at least compressed."""
+    extra_slots: int
+    """Slots beyond one for each chunk of those; at least 0."""
+    needed_slots: int
+    """The extra slots that expanding every chunk takes."""
+
+    @property
+    def kept(self) -> list[int]:
+        """Places of the passages that are in the prompt."""
+        return [place for place, decision in enumerate(self.decisions) if decision.in_prompt]
+
+    @property
+    def choice(self) -> bool:
+        """Whether some chunks can be expanded and not all."""
+        return 0 < self.extra_slots < self.needed_slots
+
+    @property
+    def everything(self) -> bool:
+        """Whether every chunk can be expanded."""
+        return self.extra_slots >= self.needed_slots
+
+
+@dataclass(frozen=True)
+class PrefillCost:
+    """What a prefill takes on the decoder, as it measured lately."""
+
+    base_ms: float
+    slot_ms: float
+    """For each composed slot."""
+
+    def slots(self, milliseconds: float) -> int:
+        """Composed slots that can be afforded; at least 0."""
+        left = milliseconds - self.base_ms
+        if left <= 0:
+            return 0
+        # A slot that was measured to cost nothing would afford any number: the model's positions bound it.
+        return int(min(left / max(self.slot_ms, 1e-9), 2**31))
+
+
+def chunk_bounds(tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """Start and end of each chunk of a block of ``tokens``, in order; together they cover it, the last may be shorter.
+
+    Raises ValueError for a block without tokens and for ``chunk_tokens`` below 1.
+    """
+    _check(tokens, chunk_tokens)
+    return [(start, min(start + chunk_tokens, tokens)) for start in range(0, tokens, chunk_tokens)]
+
+
+def chunk_count(tokens: int, chunk_tokens: int) -> int:
+    """Chunks of a block of ``tokens``. Raises ValueError as ``chunk_bounds``."""
+    _check(tokens, chunk_tokens)
+    return -(-tokens // chunk_tokens)
+
+
+def chunk_lengths(passage_tokens: Sequence[int], chunk_tokens: int) -> NDArray[np.int64]:
+    """Tokens of every chunk of all passages, in order, int64 [chunks]; one less is what expanding it costs."""
+    sizes = np.asarray(passage_tokens, dtype=np.int64)
+    counts = -(-sizes // chunk_tokens)
+    lengths = np.full(counts.sum(), chunk_tokens, dtype=np.int64)
+    lengths[np.cumsum(counts) - 1] = sizes - chunk_tokens * (counts - 1)
+    return lengths
+
+
+def composed_slots(
+    passage_tokens: Sequence[int], expanded: Sequence[bool] | NDArray[np.bool_], chunk_tokens: int
+) -> int:
+    """Slots of passages with these chunks [chunks] expanded and the others compressed to one slot each.
+
+    Raises ValueError when ``expanded`` has not one entry per chunk.
+    """
+    lengths = chunk_lengths(passage_tokens, chunk_tokens)
+    if len(expanded) != len(lengths):
+        raise ValueError(f"{len(expanded)} decisions for {len(lengths)} chunks")
+    return int(np.where(np.asarray(expanded, dtype=np.bool_), lengths, 1).sum())
+
+
+def expand_what_fits(
+    passage_tokens: Sequence[int], budget_tokens: int, *, compressed: bool = False
+) -> list[PassageDecision]:
+    """Takes passages, best first, while they fit; a passage that does not fit is dropped with the reason.
+
+    ``passage_tokens`` holds the tokens of each candidate's block, or the slots that it takes ``compressed``. A smaller
+    passage further down may still fit after a larger one was dropped: the budget is used rather than the order kept.
+    """
+    decisions = []
+    left = budget_tokens
+    for tokens in passage_tokens:
+        if tokens <= left:
+            left -= tokens
+            decisions.append(PassageDecision(in_prompt=True))
+        else:
+            how = " even compressed" if compressed else ""
+            reason = f"over the token budget: needs {tokens}{how}, {left} of {budget_tokens} left"
+            decisions.append(PassageDecision(in_prompt=False, dropped_reason=reason))
+    return decisions
+
+
+def whole_passages(
+    passage_tokens: Sequence[int], kind: BudgetKind, limit: float, budget_tokens: int
+) -> list[PassageDecision]:
+    """What becomes small without a chunk encoder: passages are taken best first, and the rest left out.
+
+    A rate keeps the best passage in any case; a time is not known here.
+    """
+    wanted = int(limit) if kind == "max_context_tokens" else int(sum(passage_tokens) / limit)
+    if kind == "rate" and passage_tokens:
+        wanted = max(wanted, passage_tokens[0])
+    decisions = expand_what_fits(passage_tokens, min(wanted, budget_tokens))
+    return [
+        decision if decision.in_prompt else replace(decision, dropped_reason=decision.dropped_reason + _WHOLE)
+        for decision in decisions
+    ]
+
+
+def room_for(
+    passage_tokens: Sequence[int],
+    chunk_tokens: int,
+    kind: BudgetKind,
+    limit: float,
+    most_slots: int = 2**62,
+    timed_slots: int = 0,
+) -> Room:
+    """The room that a budget, ``limit`` of ``kind``, leaves for passages of these sizes, best first.
+
+    ``most_slots``: what model and request allow passages to take in any case; ``timed_slots``: what a ``max_ttft_ms``
+    affords. Passages that do not fit even compressed are dropped, the worst first; never for a rate, which says how
+    small the prompt is to become and not how small it must be: at the highest rate every chunk is compressed, and
+    the last ones of passages, being shorter, may keep it from being reached.
+    """
+    sizes = [chunk_count(tokens, chunk_tokens) for tokens in passage_tokens]
+    if kind == "max_context_tokens":
+        most_slots = min(most_slots, int(limit))
+    elif kind == "max_ttft_ms":
+        most_slots = min(most_slots, timed_slots)
+    decisions = expand_what_fits(sizes, most_slots, compressed=True)
+    kept = [index for index, decision in enumerate(decisions) if decision.in_prompt]
+    tokens = sum(passage_tokens[index] for index in kept)
+    compressed = sum(sizes[index] for index in kept)
+    if kind == "rate":
+        most_slots = min(most_slots, int(tokens / limit))
+    return Room(decisions, max(0, most_slots - compressed), tokens - compressed)
+
+
+def expand(logits: NDArray[np.float32], lengths: NDArray[np.int64], extra_slots: int) -> NDArray[np.bool_]:
+    """Which chunks to expand, bool [chunks]: as many of the highest logits, one after another, as there is room for.
+
+    ``logits`` [chunks], ``lengths`` [chunks] as ``chunk_lengths`` gives them. No chunk is expanded while one of a
+    higher logit is not; among equals the earlier goes first. Raises ValueError for a logit that is NaN.
+    """
+    if np.isnan(logits).any():
+        raise ValueError("a chunk's logit is NaN")
+    return expand_in_order(np.argsort(-logits, kind="stable"), lengths, extra_slots)
+
+
+def expand_in_order(
+    order: Sequence[int] | NDArray[np.int64], lengths: NDArray[np.int64], extra_slots: int
+) -> NDArray[np.bool_]:
+    """The chunks of ``order``, one after another, up to the first that there is no room for; bool [chunks].
+
+    ``order`` holds places of chunks, each once, and not necessarily all: what it leaves out stays compressed. Raises
+    ValueError for negative room.
+    """
+    if extra_slots < 0:
+        raise ValueError(f"{extra_slots} slots for expanding chunks: must not be negative")
+    places = np.asarray(order, dtype=np.int64)
+    needed = np.cumsum(lengths[places] - 1)
+    mask = np.zeros(len(lengths), dtype=np.bool_)
+    mask[places[: int(np.searchsorted(needed, extra_slots, side="right"))]] = True
+    return mask
+
+
+def expand_at_rate(
+    logits: NDArray[np.float32], passage_tokens: Sequence[int], chunk_tokens: int, rate: float
+) -> NDArray[np.bool_]:
+    """What ``expand`` makes of the room that a rate leaves where nothing else bounds the prompt; bool [chunks]."""
+    room = room_for(passage_tokens, chunk_tokens, "rate", rate)
+    return expand(logits, chunk_lengths(passage_tokens, chunk_tokens), room.extra_slots)
+
+
+def retrieval_logits(passage_tokens: Sequence[int], chunk_tokens: int) -> NDArray[np.float32]:
+    """Logits of the policy "retrieval": every chunk of a better passage above every one of a worse."""
+    counts = [chunk_count(tokens, chunk_tokens) for tokens in passage_tokens]
+    return -np.repeat(np.arange(len(counts), dtype=np.float32), counts)
+
+
+def affordable_slots(cost: PrefillCost, max_ttft_ms: float, spent_ms: float, instruction_slots: int) -> int:
+    """Slots that passages may take so that the first token comes in time.
+
+    ``spent_ms`` of the time is not the decoder's; the instruction block is composed too. Raises
+    ``InvalidRequestError`` when the question alone takes longer.
+    """
+    least = spent_ms + cost.base_ms + instruction_slots * cost.slot_ms
+    if max_ttft_ms < least:
+        raise InvalidRequestError(
+            "compression.max_ttft_ms",
+            f"is {max_ttft_ms:g}; the question without any passage takes about {least:.0f} ms",
+        )
+    return max(0, cost.slots(max_ttft_ms - spent_ms) - instruction_slots)
+
+
+def _check(tokens: int, chunk_tokens: int) -> None:
+    if tokens < 1:
+        raise ValueError(f"{tokens} tokens: a block has at least one")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens {chunk_tokens}: must be at least 1")

@@ -1,0 +1,132 @@
+"""What experiments share: the same questions and passages under every cell, so that differences are paired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blockrag.evaluation.drawing import Distractors, Draw, DrawnQuestion, draw_questions
+from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_difference
+from blockrag.evaluation.metrics import contains, exact_match, f1
+from blockrag.evaluation.pieces import PieceMaker
+from blockrag.evaluation.question_data import load_questions
+from blockrag.modeling.bundle import Bundle
+from blockrag.settings import Settings
+
+METRICS = ("exact_match", "f1", "contained")
+Values = Mapping[str, NDArray[np.float64]]
+"""A metric's values, one per question."""
+Progress = Callable[[int, int], None]
+Status = Callable[[str], None]
+Cell = TypeVar("Cell", bound=Hashable)
+Found = TypeVar("Found")
+
+_CHUNK = 16
+"""Questions asked in all cells before the next: their blocks fit the decoder's own memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentOptions:
+    """What a run is asked to do."""
+
+    settings: Settings
+    """Of the system that is measured: its bundle, types and limits."""
+    data: Path | None = None
+    """Questions; None: none are asked."""
+    questions: int = 1000
+    passages: int = 10
+    distractors: Distractors | None = None
+    """None: ``same`` where the data names passages of the same kind, else ``bm25``."""
+    seed: int = 0
+    max_answer_tokens: int = 64
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class DrawnData:
+    """Questions of a file."""
+
+    name: str
+    sha256: Mapping[str, str]
+    distractors: Distractors
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """Means over the questions."""
+
+    exact_match: Interval
+    f1: Interval
+    contained: Interval
+
+
+def draw_data(options: ExperimentOptions, bundle: Bundle, most: int, absent: int, status: Status) -> DrawnData:
+    """The questions of a run with up to ``most`` passages each, ``absent`` of them without the gold one.
+
+    Raises ``SetupError`` for bad data.
+    """
+    assert options.data is not None
+    status("reading the questions")
+    data = load_questions(options.data, options.seed)
+    kind = options.distractors or ("same" if any(one.same_kind for one in data.questions) else "bm25")
+    status("drawing passages")
+    draw = draw_questions(
+        data,
+        PieceMaker(bundle.template, bundle.load_tokenizer(), bundle.passage_tokens),
+        count=options.questions,
+        most_passages=most,
+        absent_passages=absent,
+        distractors=kind,
+        seed=options.seed,
+    )
+    return DrawnData(data.name, dict(data.sha256), kind, draw)
+
+
+def ask_all(
+    questions: Sequence[DrawnQuestion],
+    cells: Sequence[Cell],
+    answer: Callable[[Sequence[int]], Iterable[tuple[Cell, int, Found]]],
+    progress: Progress | None = None,
+) -> dict[Cell, list[Found]]:
+    """What ``answer`` finds in every cell for each question, in the order of ``questions``.
+
+    ``answer`` gets the numbers of a few questions and gives a result for each of them in each of ``cells``.
+    """
+    found: dict[Cell, dict[int, Found]] = {cell: {} for cell in cells}
+    done = 0
+    # Questions about one table show the same articles: neighbours share encoded blocks.
+    order = sorted(range(len(questions)), key=lambda number: questions[number].source.same_kind[:1])
+    for start in range(0, len(order), _CHUNK):
+        for cell, number, result in answer(order[start : start + _CHUNK]):
+            found[cell][number] = result
+            done += 1
+        if progress is not None:
+            progress(done, len(cells) * len(questions))
+    return {cell: [own[number] for number in range(len(questions))] for cell, own in found.items()}
+
+
+def answer_values(questions: Sequence[DrawnQuestion], outputs: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """The metrics of answers, each [questions]."""
+    pairs = [(output, question.source.answers) for output, question in zip(outputs, questions, strict=True)]
+    columns = {
+        "exact_match": [float(exact_match(*pair)) for pair in pairs],
+        "f1": [f1(*pair) for pair in pairs],
+        "contained": [float(contains(*pair)) for pair in pairs],
+    }
+    return {metric: np.array(column) for metric, column in columns.items()}
+
+
+def means(values: Values, seed: int) -> dict[str, Interval]:
+    """The mean of every metric; ``seed`` draws the bootstrap's resamples."""
+    return {metric: bootstrap(values[metric], seed) for metric in METRICS}
+
+
+def differences(first: Values, second: Values, seed: int) -> dict[str, Interval]:
+    """The mean of every metric's paired differences, first minus second."""
+    return {metric: bootstrap_difference(first[metric], second[metric], seed) for metric in METRICS}
