@@ -1,34 +1,55 @@
-"""``blockrag demo`` in the running system: what it shows of two questions and a document, from first ingest to table."""
+"""``blockrag demo`` in the running system, from the first ingest to the table; tests/system types it as it stands."""
 
 from __future__ import annotations
 
-import contextlib
+import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from random import Random
 
 import pytest
 from typer.testing import CliRunner
 
+from blockrag.cli import demo
 from blockrag.cli.main import app
+from blockrag.corpus.sample import articles_path, load_questions
 from blockrag.local import LocalSystem
 from tests.integration.conftest import Cluster
 
 
-@pytest.mark.timeout(600)
-def test_the_demo(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def running(*_: Any, **__: Any) -> Iterator[LocalSystem]:
-        yield cluster.system
+class Running(LocalSystem):
+    """The shared system, which goes on when the demo ends."""
 
-    started = running()
-    started.target = cluster.target  # type: ignore[attr-defined]
-    monkeypatch.setattr(LocalSystem, "start", lambda *_, **__: started)
-    (tmp_path / "mill.txt").write_text("The mill of Arle has three wheels.", encoding="utf-8")
+    def stop(self) -> None:
+        pass
+
+
+def _some_articles(folder: Path) -> Path:
+    """A tenth of the sample corpus, and what the demo asks about: all of it takes minutes to ingest."""
+    asked = {question.article for question in Random(0).sample(load_questions(), 5)}
+    lines = gzip.decompress(articles_path().read_bytes()).splitlines(keepends=True)
+    kept = [line for number, line in enumerate(lines) if number % 10 == 0 or json.loads(line)["id"] in asked]
+    path = folder / "articles.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(kept)))
+    return path
+
+
+def test_the_demo(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalSystem, "start", lambda *_, **__: Running.attach(cluster.settings))
+    monkeypatch.setattr(demo, "articles_path", lambda: _some_articles(tmp_path))
+    own = tmp_path / "mill.txt"
+    own.write_text("The mill of Arle has three wheels.", encoding="utf-8")
 
     result = CliRunner().invoke(
-        app, ["demo", "--questions", "2", "--document", str(tmp_path / "mill.txt"), "--json"], catch_exceptions=False
+        app, ["demo", "--questions", "2", "--document", str(own), "--json"], catch_exceptions=False
     )
 
     assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    rows = {row["name"]: row for row in shown["rows"]}
+    assert len(rows) == 5
+    assert all(row["questions"] == 2 and row["ttft_ms"] > 0 for row in rows.values())
+    assert rows["no retrieval"]["cached_share"] < rows["block, from memory"]["cached_share"]
+    assert rows["full attention"]["cached_tokens"] == 0
+    assert [len(asked["expected"]) > 0 for asked in shown["shown"]] == [True, True, True, False]
+    assert shown["warmed"]["done"] > 0

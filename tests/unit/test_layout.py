@@ -1,11 +1,14 @@
-"""Modules and folders that a reader can survey. Who may import whom stands in .importlinter."""
+"""Modules and folders that can be surveyed; lists of tests that are up to date. Who may import whom: .importlinter."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[2] / "services" / "blockrag"
+from tests.conftest import OWN_CLUSTER, SLOW
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "services" / "blockrag"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "v1")
 
 
@@ -20,3 +23,9 @@ def test_no_folder_has_ten_files_that_share_a_prefix() -> None:
     prefixes = Counter((path.parent, path.stem.split("_")[0]) for path in MODULES if path.stem != "__init__")
 
     assert {f"{folder}/{prefix}*": count for (folder, prefix), count in prefixes.items() if count >= 10} == {}
+
+
+def test_what_is_marked_by_name_exists() -> None:
+    for name in SLOW + OWN_CLUSTER:
+        path, _, function = name.partition("::")
+        assert f"def {function}" in (REPOSITORY / path).read_text(encoding="utf-8"), name
