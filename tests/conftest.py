@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Rich wraps at the width of a terminal, and the temporary paths in messages have any length.
+os.environ["COLUMNS"] = "240"
 
 # The first input of a run builds hypothesis' tables, which on a slow or shared machine alone takes more than its check
 # allows; pytest's own timeout ends what hangs.
