@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from blockrag.cli import demo
 from blockrag.cli.main import app
+from blockrag.client import BlockragClient
 from blockrag.corpus.sample import articles_path, load_questions
 from blockrag.local import LocalSystem
 from tests.integration.conftest import Cluster
@@ -34,15 +36,27 @@ def _some_articles(folder: Path) -> Path:
     return path
 
 
+async def _forget(target: str) -> None:
+    """Removes what the demo has stored, and so what fills the cache."""
+    async with BlockragClient(target) as client:
+        for found in await client.list_collections():
+            if found.name in ("almanac", "document"):
+                await client.delete_collection(found.name)
+
+
+@pytest.mark.timeout(600)
 def test_the_demo(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalSystem, "start", lambda *_, **__: Running.attach(cluster.settings))
     monkeypatch.setattr(demo, "articles_path", lambda: _some_articles(tmp_path))
     own = tmp_path / "mill.txt"
     own.write_text("The mill of Arle has three wheels.", encoding="utf-8")
 
-    result = CliRunner().invoke(
-        app, ["demo", "--questions", "2", "--document", str(own), "--json"], catch_exceptions=False
-    )
+    try:
+        result = CliRunner().invoke(
+            app, ["demo", "--questions", "2", "--document", str(own), "--json"], catch_exceptions=False
+        )
+    finally:
+        asyncio.run(_forget(cluster.target))
 
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
