@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint types stubs check-stubs load clean
+.PHONY: help install demo check unit test test-cluster lint types stubs check-stubs load clean
+
+# Two processes of tests, a thread each; what is left of a file goes to the one that is free.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+TWICE := -n 2 --dist worksteal
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -21,13 +25,24 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Start everything here, ingest the sample corpus, ask over gRPC, print a table, stop.
 	$(BIN)/blockrag demo
 
-test: $(STAMP) ## Everything the project promises that a CPU can check.
-	$(BIN)/pytest tests/unit tests/integration
-	$(BIN)/pytest tests/system
+check: lint types unit ## Before each commit: style, import rules, protocol, types, unit tests that are not slow.
 
-lint: $(STAMP) ## Style.
+unit: $(STAMP) ## Unit tests that are not slow.
+	$(PYTEST) $(TWICE) -m "not slow" tests/unit
+
+test: $(STAMP) ## All tests that need at most one running system at a time.
+	$(PYTEST) $(TWICE) tests/unit
+	$(BIN)/pytest -m "not own_cluster" tests/system tests/integration
+
+test-cluster: $(STAMP) ## Tests that start clusters of their own: demo, killed starter, serve deploy, --workers 2.
+	$(BIN)/pytest -m own_cluster tests/system tests/integration
+
+lint: $(STAMP) check-stubs ## Style, who may import whom, the protocol.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
 
 types: $(STAMP) ## Static types.
 	$(BIN)/mypy

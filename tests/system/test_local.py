@@ -26,6 +26,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.own_cluster
 @pytest.mark.timeout(400)
 def test_a_killed_starter_takes_its_system_along_and_nothing_is_started_twice(
     small_bundle: Path, tmp_path: Path

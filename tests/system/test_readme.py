@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from blockrag.client import BlockragClient
 from blockrag.local.preflight import free_port
 from tests.models import make_tiny_checkpoint
 
@@ -21,22 +23,29 @@ _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 _SHELL = re.findall(r"^```sh\n(.*?)^```", _README, re.DOTALL | re.MULTILINE)
 _PYTHON = re.findall(r"^```python\n(.*?)^```", _README, re.DOTALL | re.MULTILINE)
 _ITSELF = "make test"
+_TEXTS = {
+    "Fiji": "Fiji is a country of islands in the South Pacific. The capital of Fiji is Suva.",
+    "Norway": "Norway is a country in northern Europe. The capital of Norway is Oslo. Its currency is the krone.",
+    "Arle Bridge": "The Arle Bridge was built in 1874. It is 212 metres long and was designed by Clara Voss.",
+}
+_QUESTIONS = {
+    "What is the capital of Fiji?": ("Fiji", "Suva"),
+    "What is the capital of Norway?": ("Norway", "Oslo"),
+    "Who designed the Arle Bridge?": ("Arle Bridge", "Voss"),
+    "When was the Arle Bridge built?": ("Arle Bridge", "1874"),
+}
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A state folder and ports of its own, and the environment's commands on the path."""
-    values = {
-        **os.environ,
+def _environment(state_dir: Path) -> dict[str, str]:
+    """A state folder and ports of its own, the environment's commands on the path, nothing of another Ray."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "BLOCKRAG_CLUSTER__STATE_DIR": str(tmp_path / "state"),
+        "BLOCKRAG_CLUSTER__STATE_DIR": str(state_dir),
         "BLOCKRAG_CLUSTER__GRPC_PORT": str(free_port()),
         "BLOCKRAG_CLUSTER__HTTP_PORT": str(free_port()),
         "COLUMNS": "160",
     }
-    yield values
-    # Nothing stays behind when a command in the middle failed.
-    _run("blockrag down", values)
 
 
 def _run(command: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -61,27 +70,37 @@ def test_all_blocks_are_known() -> None:
     assert _block_with(_ITSELF) == [_ITSELF]
 
 
+@pytest.mark.own_cluster
 @pytest.mark.timeout(900)
-def test_the_demo(environment: dict[str, str]) -> None:
+def test_the_demo(tmp_path: Path) -> None:
     (command,) = _block_with("make demo")
-    output = _checked(command, environment)
+    output = _checked(command, _environment(tmp_path))
     words = " ".join(output.split())
     for row in ("first token", "retrieve", "kv_fetch", "prefill", "found in a cache"):
         assert row in words
     assert "[1]" in output, "no citation was printed"
 
 
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of the system that the tour's first command started, with the reader that ships."""
+    environment = _environment(tmp_path_factory.mktemp("state"))
+    up, *_ = _block_with("blockrag up")
+    try:
+        assert "ready" in _checked(up, environment)
+        yield environment
+    finally:
+        _run("blockrag down", environment)  # nothing stays behind, whatever failed
+
+
+def _target(environment: dict[str, str]) -> str:
+    return f"127.0.0.1:{environment['BLOCKRAG_CLUSTER__GRPC_PORT']}"
+
+
 @pytest.mark.timeout(900)
-def test_the_tour(environment: dict[str, str]) -> None:
-    *commands, last = _block_with("blockrag up")
-    outputs = {command: _checked(command, environment) for command in commands}
-    target = f"127.0.0.1:{environment['BLOCKRAG_CLUSTER__GRPC_PORT']}"
-    script = _PYTHON[0].replace("127.0.0.1:9000", target)
-    assert target in script
-    answered = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert answered.returncode == 0, answered.stderr
-    assert "Usage(" in answered.stdout
-    assert "stopped" in _checked(last, environment)
+def test_the_tour(tour: dict[str, str]) -> None:
+    _, *commands, _ = _block_with("blockrag up")
+    outputs = {command: _checked(command, tour) for command in commands}
     plain, compressed = (output for command, output in outputs.items() if "--trace" in command)
     for service in ("gateway", "retriever", "decoder", "kv_cache"):
         assert service in plain, plain
@@ -90,6 +109,39 @@ def test_the_tour(environment: dict[str, str]) -> None:
     (listed,) = (output for command, output in outputs.items() if command.startswith("blockrag list"))
     assert "README.md" not in listed
     assert "architecture.md" in listed
+
+
+def test_from_python(tour: dict[str, str]) -> None:
+    script = _PYTHON[0].replace("127.0.0.1:9000", _target(tour))
+    assert _target(tour) in script
+    answered = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert answered.returncode == 0, answered.stderr
+    assert "Usage(" in answered.stdout
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+async def test_what_short_texts_say_is_answered(tour: dict[str, str], mode: Any) -> None:
+    """Whether answers are right, which no random bundle can show."""
+    async with BlockragClient(_target(tour)) as client:
+        for title, text in _TEXTS.items():
+            await client.ingest_text(title, text, title=title, collection="short")
+        right = 0
+        for question, (title, expected) in _QUESTIONS.items():
+            answers = [
+                await client.ask(question, collection="short", top_k=3, max_tokens=32, attention_mode=mode)
+                for _ in range(2)
+            ]
+            right += expected in answers[0].text
+            assert answers[1].text == answers[0].text, "from the cache"
+            assert title in {citation.title for citation in answers[0].completion.citations if citation.in_prompt}
+    # a reader of this size takes one capital for the other where another country's passage stands last
+    assert right >= len(_QUESTIONS) - 1
+
+
+def test_the_tour_ends(tour: dict[str, str]) -> None:
+    *_, down = _block_with("blockrag up")
+    assert "stopped" in _checked(down, tour)
+    assert _run("blockrag status", tour).returncode == 1
 
 
 _SHORTER = {
@@ -105,7 +157,9 @@ _SHORTER = {
 
 
 @pytest.mark.timeout(600)
-def test_a_model_of_one_s_own(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_model_of_one_s_own(tmp_path: Path) -> None:
+    # Threads that wait for each other take longer than these small models do.
+    environment = _environment(tmp_path / "state") | {"OMP_NUM_THREADS": "1"}
     make_tiny_checkpoint(tmp_path / "my-checkpoint")
     rows = [
         {

@@ -26,6 +26,7 @@ from tests.unit.deploy.files import CLUSTER, read_yaml, serve_config
 _BIN = Path(sys.executable).parent
 
 
+@pytest.mark.own_cluster
 @pytest.mark.timeout(500)
 def test_the_local_configuration_serves_a_question(tmp_path: Path) -> None:
     settings = read_yaml(CLUSTER / "settings" / "local.yaml")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import yaml
-
 from blockrag.settings import Settings, load_settings
 from blockrag.settings_reference import settings_reference
 from tests.unit.deploy.files import CLUSTER
@@ -23,22 +19,9 @@ def test_it_loads_to_the_defaults() -> None:
     assert load_settings(REFERENCE, environment={}) == Settings()
 
 
-def test_it_has_every_key(tmp_path: Path) -> None:
-    written = yaml.safe_load(settings_reference())
-    models = Settings.model_fields
-
-    assert {section: list(keys) for section, keys in written.items()} == {
-        name: list(type(field.default).model_fields) for name, field in models.items()
-    }
-
-
 def test_every_key_has_its_documentation_and_limits() -> None:
     lines = settings_reference().splitlines()
     keys = [number for number, line in enumerate(lines) if line.startswith("  ") and not line.startswith("  #")]
 
     assert all(lines[number - 1].startswith("  # ") for number in keys)
-    assert (
-        "  # Type of cached K and V, and of the attention over them. bfloat16 takes half the memory of float32, and"
-        in lines
-    )
     assert max(map(len, lines)) <= 120
