@@ -158,8 +158,7 @@ _SHORTER = {
 
 @pytest.mark.timeout(600)
 def test_a_model_of_one_s_own(tmp_path: Path) -> None:
-    # Threads that wait for each other take longer than these small models do.
-    environment = _environment(tmp_path / "state") | {"OMP_NUM_THREADS": "1"}
+    environment = _environment(tmp_path / "state")
     make_tiny_checkpoint(tmp_path / "my-checkpoint")
     rows = [
         {
