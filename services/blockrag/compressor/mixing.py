@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
@@ -16,18 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockrag.budget import (
-    PassageDecision,
     Room,
     affordable_slots,
-    chunk_count,
     chunk_lengths,
     expand,
-    retrieval_logits,
     room_for,
 )
 from blockrag.compressor.compression import RETRIEVAL, CompressionRequest
 from blockrag.compressor.costs import DecoderCosts, PolicyTimes
 from blockrag.compressor.embeddings import EmbeddingCache
+from blockrag.compressor.mixtures import Candidates, Mixture, by_passage, mixture_by_size
 from blockrag.compressor.rating import ChunkRater
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
@@ -36,30 +33,6 @@ from blockrag.v1 import compressor_pb2
 
 _REMEMBERED_KEYS = 16_384
 _REMEMBERED_QUESTIONS = 256
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What a question's plan is made of."""
-
-    blocks: Sequence[tuple[int, ...]]
-    """Token ids of the passages' blocks, best first."""
-    document_ids: Sequence[str]
-    instruction_tokens: int
-    final_ids: Sequence[int]
-    most_slots: int
-    """What the model and the request let passages take in any case."""
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """What becomes of the candidates."""
-
-    decisions: list[PassageDecision]
-    expanded: list[NDArray[np.bool_]]
-    """Of the chunks of each passage that is in the prompt; no rows for one that is dropped."""
-    policy_ms: float = 0.0
-    """Time that the policy took; 0: it was not asked."""
 
 
 class Mixer:
@@ -107,7 +80,7 @@ class Mixer:
         else:
             room = room_for(sizes, self._chunk_tokens, compression.kind, compression.limit, candidates.most_slots)
         if not room.choice or policy == RETRIEVAL:
-            return _mixture_by_size(room, sizes, self._chunk_tokens)
+            return mixture_by_size(room, sizes, self._chunk_tokens)
         kept = room.kept
         lengths = chunk_lengths([sizes[place] for place in kept], self._chunk_tokens)
         started = time.perf_counter()
@@ -115,7 +88,7 @@ class Mixer:
         policy_ms = 1000 * (time.perf_counter() - started)
         self._times.record(len(lengths), policy_ms)
         expanded = expand(logits, lengths, room.extra_slots)
-        return Mixture(room.decisions, _by_passage(expanded, sizes, kept, self._chunk_tokens), policy_ms)
+        return Mixture(room.decisions, by_passage(expanded, sizes, kept, self._chunk_tokens), policy_ms)
 
     async def _timed_room(
         self,
@@ -195,39 +168,6 @@ class Mixer:
 
     def _make_key(self, tenant: str, ids: tuple[int, ...]) -> str:
         return self._keys.block_key(tenant, ids, self._form)
-
-
-def mix_by_size(compression: CompressionRequest, candidates: Candidates, chunk_tokens: int) -> Mixture:
-    """The mixture of a request that ``sizes_decide``. Raises ValueError for one that a policy or time decides."""
-    sizes = [len(ids) for ids in candidates.blocks]
-    room = room_for(sizes, chunk_tokens, compression.kind, compression.limit, candidates.most_slots)
-    if compression.kind == "max_ttft_ms" or (room.choice and compression.policy != RETRIEVAL):
-        raise ValueError(f"{compression} is not decided by sizes")
-    return _mixture_by_size(room, sizes, chunk_tokens)
-
-
-def _mixture_by_size(room: Room, sizes: Sequence[int], chunk_tokens: int) -> Mixture:
-    """Better passages' chunks first, where there is a choice."""
-    kept = room.kept
-    lengths = chunk_lengths([sizes[place] for place in kept], chunk_tokens)
-    if room.choice:
-        logits = retrieval_logits([sizes[place] for place in kept], chunk_tokens)
-        expanded = expand(logits, lengths, room.extra_slots)
-    else:
-        expanded = np.full(len(lengths), room.everything)
-    return Mixture(room.decisions, _by_passage(expanded, sizes, kept, chunk_tokens))
-
-
-def _by_passage(
-    expanded: NDArray[np.bool_], sizes: Sequence[int], kept: Sequence[int], chunk_tokens: int
-) -> list[NDArray[np.bool_]]:
-    parts = [np.zeros(0, dtype=np.bool_)] * len(sizes)
-    start = 0
-    for place in kept:
-        end = start + chunk_count(sizes[place], chunk_tokens)
-        parts[place] = expanded[start:end]
-        start = end
-    return parts
 
 
 def _failed(future: asyncio.Future[Tensor]) -> bool:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from blockrag.budget import PromptBudget, composed_slots, expand_what_fits, whole_passages
 from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression
 from blockrag.compressor.drafts import PassageDrafts
-from blockrag.compressor.mixing import Candidates, Mixer, Mixture, mix_by_size
+from blockrag.compressor.mixtures import Candidates, Mixture, mix_by_size
 from blockrag.compressor.tokenizing import PassageTokenizer
 from blockrag.errors import InvalidRequestError
 from blockrag.v1 import common_pb2, compressor_pb2
+
+if TYPE_CHECKING:
+    from blockrag.compressor.mixing import Mixer
 
 
 class Planner:

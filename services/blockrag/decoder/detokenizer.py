@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from tokenizers import decoders
-from transformers import PreTrainedTokenizerFast
+
+from blockrag.modeling.tokenizer import FastTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    AnyTokenizer: TypeAlias = PreTrainedTokenizerFast | FastTokenizer
 
 _REPLACEMENT = "\ufffd"
 
@@ -45,7 +51,7 @@ class WindowDetokenizer:
     Tokens enter the window's text when it does not end inside a character, so ``feed`` costs a decode of a few tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
         self._tokenizer = tokenizer
         self._context: list[int] = []
         self._pending: list[int] = []
@@ -84,7 +90,7 @@ class PrefixStripper:
         return stripped
 
 
-def detokenizer_factory(tokenizer: PreTrainedTokenizerFast, answer_prefix: str) -> Callable[[], Detokenizer]:
+def detokenizer_factory(tokenizer: AnyTokenizer, answer_prefix: str) -> Callable[[], Detokenizer]:
     """A function that makes a detokeniser for a new sequence.
 
     Special tokens give no text; ``answer_prefix`` is stripped once, at the very start.
@@ -95,7 +101,7 @@ def detokenizer_factory(tokenizer: PreTrainedTokenizerFast, answer_prefix: str) 
     return lambda: PrefixStripper(WindowDetokenizer(tokenizer), answer_prefix)
 
 
-def _token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+def _token_bytes(tokenizer: AnyTokenizer) -> list[bytes]:
     """The bytes of every token id; none for special tokens and for ids that the vocabulary leaves out."""
     byte_of = _byte_alphabet()
     vocabulary: dict[str, int] = tokenizer.get_vocab()

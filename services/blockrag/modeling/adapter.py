@@ -20,48 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockrag.errors import BundleError
-from blockrag.modeling.base import Base
-from blockrag.modeling.files import read_json
+from blockrag.modeling.adapter_record import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    TOKEN_ROWS_FILE,
+    AdapterConfig,
+    check_token_rows_place,
+    read_adapter_config,
+)
 from blockrag.modeling.loading import check_finite
 
-ADAPTER_DIR = "adapter"
-ADAPTER_FILES = (f"{ADAPTER_DIR}/adapter_config.json", f"{ADAPTER_DIR}/adapter_model.safetensors")
-TOKEN_ROWS_FILE = "token_rows.safetensors"
-
-_CONFIG, _WEIGHTS = (name.partition("/")[2] for name in ADAPTER_FILES)
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# Other kinds of LoRA that PEFT writes into the same file; each would merge otherwise.
-_UNSUPPORTED = ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """How an adapter was made."""
-
-    rank: int
-    alpha: float
-    """What B A is scaled by, times the rank."""
-    target_modules: tuple[str, ...]
-    """Last names of the adapted linear layers, such as "q_proj"."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: Path) -> AdapterConfig:
-        """Read a manifest's ``adapter``. Raises BundleError naming ``where`` and the problem."""
-        names = ("rank", "alpha", "target_modules")
-        if set(values) != set(names):
-            raise BundleError(f"{where}: adapter must have the keys {', '.join(names)}")
-        rank, alpha, targets = (values[name] for name in names)
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise BundleError(f"{where}: adapter rank {rank!r}: must be a positive whole number")
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
-            raise BundleError(f"{where}: adapter alpha {alpha!r}: must be positive")
-        if not isinstance(targets, list | tuple) or not targets or not all(isinstance(name, str) for name in targets):
-            raise BundleError(f"{where}: adapter target_modules {targets!r}: must name linear layers")
-        return cls(rank=rank, alpha=float(alpha), target_modules=tuple(sorted(targets)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"rank": self.rank, "alpha": self.alpha, "target_modules": list(self.target_modules)}
 
 
 @dataclass(frozen=True)
@@ -94,25 +63,6 @@ class TokenRows:
     """[n, width], where the output embedding is not tied to the input's."""
 
 
-def read_adapter_config(folder: Path) -> tuple[AdapterConfig, str]:
-    """Configuration of the adapter in ``folder``, and the name of its base. Raises BundleError."""
-    path = folder / _CONFIG
-    values = read_json(path)
-    if values.get("peft_type") != "LORA":
-        raise BundleError(f"{path}: peft_type {values.get('peft_type')!r}; LORA can be read")
-    other = [name for name in _UNSUPPORTED if values.get(name)]
-    if values.get("bias", "none") != "none":
-        other.append("bias")
-    if other:
-        raise BundleError(f"{path}: {', '.join(other)} cannot be read")
-    named = {
-        "rank": values.get("r"),
-        "alpha": values.get("lora_alpha"),
-        "target_modules": values.get("target_modules"),
-    }
-    return AdapterConfig.from_dict(named, path), str(values.get("base_model_name_or_path") or "")
-
-
 def read_adapter(folder: str | Path) -> Adapter:
     """Read the adapter in ``folder``: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -121,7 +71,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     config, base_name = read_adapter_config(folder)
-    path = folder / _WEIGHTS
+    path = folder / ADAPTER_WEIGHTS
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _read_tensors(path).items():
         match = _KEY.fullmatch(key)
@@ -187,26 +137,13 @@ def write_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / _CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     named = {
         f"base_model.model.{module}.lora_{letter}.weight": tensor.detach().to("cpu", dtype).contiguous()
         for module, pair in tensors.items()
         for letter, tensor in zip("AB", pair, strict=True)
     }
-    save_file(named, folder / _WEIGHTS, metadata={"format": "pt"})
-
-
-def check_adapter(root: Path, config: AdapterConfig, base: Base, *, read_weights: bool) -> None:
-    """Check the adapter of the bundle ``root`` against its manifest. Raises BundleError."""
-    stored, base_name = read_adapter_config(root / ADAPTER_DIR)
-    if stored != config:
-        raise BundleError(f"{root / ADAPTER_FILES[0]}: {stored}, where the manifest has {config}")
-    if base_name.startswith(("sha256:", "blake2b:")) and base_name != base.identity:
-        raise BundleError(
-            f"{root / ADAPTER_FILES[0]}: made for another base: {base_name}, where the bundle's is {base.identity}"
-        )
-    if read_weights:
-        read_adapter(root / ADAPTER_DIR)
+    save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def write_token_rows(root: Path, rows: TokenRows) -> None:
@@ -219,9 +156,7 @@ def write_token_rows(root: Path, rows: TokenRows) -> None:
 def read_token_rows(root: Path, place: Mapping[str, Any]) -> TokenRows:
     """Rows of the bundle ``root``, whose manifest says {"first": id, "count": n}. Raises BundleError."""
     path = root / TOKEN_ROWS_FILE
-    first, count = place.get("first"), place.get("count")
-    if set(place) != {"first", "count"} or not all(isinstance(item, int) and item >= 0 for item in (first, count)):
-        raise BundleError(f"{root / 'manifest.json'}: token_rows must have the whole numbers first and count")
+    first, count = check_token_rows_place(root, place)
     tensors = _read_tensors(path)
     embedding = tensors.get("embedding")
     if embedding is None or not set(tensors) <= {"embedding", "head"}:
@@ -230,7 +165,6 @@ def read_token_rows(root: Path, place: Mapping[str, Any]) -> TokenRows:
         raise BundleError(f"{path}: rows of different sizes")
     if len(embedding) != count or not count:
         raise BundleError(f"{path}: {len(embedding)} rows, where the manifest has {count}")
-    assert isinstance(first, int)
     check_finite(path, tensors.items())
     return TokenRows(first, embedding, tensors.get("head"))
 

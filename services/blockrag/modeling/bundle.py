@@ -1,5 +1,7 @@
 """Bundles: a directory with everything that reads and answers, checked before it is used.
 
+Reading what a bundle says of itself needs no torch: the gateway and the cache know it only so.
+
 ::
 
     manifest.json           format, name, version, template, sizes, SHA-256 of every file, quality, training;
@@ -21,34 +23,41 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from blockrag.errors import BundleError
-from blockrag.modeling.adapter import (
+from blockrag.modeling.adapter_record import (
     ADAPTER_DIR,
     ADAPTER_FILES,
     TOKEN_ROWS_FILE,
     AdapterConfig,
     check_adapter,
-    read_token_rows,
+    check_token_rows_place,
 )
 from blockrag.modeling.base import Base
 from blockrag.modeling.files import check_listed, file_sha256, hashed, read_json
-from blockrag.modeling.loading import read_tokenizer
-from blockrag.modeling.pear import PearRecord
-from blockrag.modeling.refrag.parts import check_fingerprints, check_parts, is_refrag_file
-from blockrag.modeling.refrag.record import CHUNK_ENCODER_DIR, PROJECTOR_FILE, RefragRecord
+from blockrag.modeling.pear_record import PearRecord
+from blockrag.modeling.refrag.record import (
+    CHUNK_ENCODER_DIR,
+    PROJECTOR_FILE,
+    RefragRecord,
+    check_fingerprints,
+    check_part_files,
+    is_refrag_file,
+)
 from blockrag.modeling.template import PromptTemplate
+from blockrag.modeling.tokenizer import FastTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["DEFAULT_BUNDLE", "DTYPES", "FORMAT", "Bundle", "file_sha256", "load_bundle"]
 
 FORMAT = 1
 DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "reader"
 """The reader that ships with blockrag."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
+"""What models are loaded in, by torch's names."""
 
 _SPECIAL = re.compile(r"<\|[^<>|]+\|>")
 _KEYS: dict[str, type] = {
@@ -200,7 +209,15 @@ class Bundle:
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """The bundle's tokenizer. Raises BundleError when it does not fit the decoder or the template."""
+        from blockrag.modeling.loading import read_tokenizer
+
         tokenizer = read_tokenizer(self.decoder_dir)
+        _check_tokenizer(tokenizer, self.template, self.vocab_size, self.decoder_dir)
+        return tokenizer
+
+    def load_fast_tokenizer(self) -> FastTokenizer:
+        """The same tokens as from ``load_tokenizer``, without transformers; for a process that holds no model."""
+        tokenizer = FastTokenizer.load(self.decoder_dir)
         _check_tokenizer(tokenizer, self.template, self.vocab_size, self.decoder_dir)
         return tokenizer
 
@@ -220,8 +237,8 @@ def load_bundle(
     """Check the directory ``path``.
 
     ``verify_files`` reads every file, those of ``base`` too, to compare its SHA-256; without it only presence and the
-    lengths that safetensors headers promise are checked. The dtypes are what the model will be loaded with: the
-    fingerprint counts them. Raises BundleError naming the file and the problem.
+    lengths that safetensors headers promise are checked, and torch is not needed. The dtypes are what the model will
+    be loaded with: the fingerprint counts them. Raises BundleError naming the file and the problem.
     """
     root = Path(path).expanduser()
     for dtype in (compute_dtype, kv_dtype):
@@ -304,14 +321,11 @@ def _read_refrag(
     root: Path, manifest: Mapping[str, Any], files: Mapping[str, str], config: Mapping[str, Any], verify_files: bool
 ) -> RefragRecord:
     record = RefragRecord.from_dict(manifest["refrag"], str(root / "manifest.json"))
-    check_parts(
-        root,
-        record,
-        files,
-        decoder_config=config,
-        chunk_tokens=manifest["chunk_tokens"],
-        read_weights=verify_files,
-    )
+    check_part_files(root, record, files)
+    if verify_files:
+        from blockrag.modeling.refrag.parts import check_parts
+
+        check_parts(root, record, files, decoder_config=config, chunk_tokens=manifest["chunk_tokens"])
     return record
 
 
@@ -349,13 +363,17 @@ def _read_base(
         adapter = AdapterConfig.from_dict(manifest["adapter"], root / "manifest.json")
         check_adapter(root, adapter, base, read_weights=verify_files)
     if "token_rows" in manifest:
-        read_token_rows(root, manifest["token_rows"])
+        check_token_rows_place(root, manifest["token_rows"])
+        if verify_files:
+            from blockrag.modeling.adapter import read_token_rows
+
+            read_token_rows(root, manifest["token_rows"])
         rows = dict(manifest["token_rows"])
     return base, adapter, rows
 
 
 def _check_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, template: PromptTemplate, vocab_size: int, where: Path
+    tokenizer: PreTrainedTokenizerFast | FastTokenizer, template: PromptTemplate, vocab_size: int, where: Path
 ) -> None:
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= vocab_size:

@@ -14,19 +14,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockrag.errors import BundleError
-from blockrag.modeling.adapter import (
-    ADAPTER_DIR,
-    TOKEN_ROWS_FILE,
-    Adapter,
-    TokenRows,
-    write_adapter,
-    write_token_rows,
-)
+from blockrag.modeling.adapter import Adapter, TokenRows, write_adapter, write_token_rows
+from blockrag.modeling.adapter_record import ADAPTER_DIR, TOKEN_ROWS_FILE
 from blockrag.modeling.base import Base, is_base, open_base
 from blockrag.modeling.bundle import FORMAT, Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template
 from blockrag.modeling.loading import read_tokenizer
-from blockrag.modeling.pear import PearRecord
+from blockrag.modeling.pear_record import PearRecord
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.modeling.template import PromptTemplate
 

@@ -12,6 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from blockrag.errors import BundleError
+from blockrag.modeling import bundle
+
+DTYPES = {name: getattr(torch, name) for name in bundle.DTYPES}
+"""torch's types by the names that bundles and settings have for them."""
 
 
 @contextmanager

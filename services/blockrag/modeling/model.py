@@ -14,7 +14,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from blockrag.modeling.attention.base import Capture, RaggedBatch, Segment, SlotAttention
 from blockrag.modeling.attention.over_lists import attention_over_lists
-from blockrag.modeling.bundle import DTYPES, Bundle
+from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.loading import DTYPES
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.rotary import IdentityRotary, RotaryTable
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots

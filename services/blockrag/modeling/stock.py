@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from blockrag.errors import BundleError
 from blockrag.modeling.adapter import merge_adapter, put_token_rows, read_adapter, read_token_rows
-from blockrag.modeling.bundle import DTYPES, Bundle
+from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.files import read_json
-from blockrag.modeling.loading import check_finite, check_missing, no_progress_bar
+from blockrag.modeling.loading import DTYPES, check_finite, check_missing, no_progress_bar
 from blockrag.modeling.pear import fold
 
 

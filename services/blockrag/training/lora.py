@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockrag.errors import SetupError
-from blockrag.modeling.adapter import Adapter, AdapterConfig
+from blockrag.modeling.adapter import Adapter
+from blockrag.modeling.adapter_record import AdapterConfig
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a decoder layer that get an adapter: all of them."""

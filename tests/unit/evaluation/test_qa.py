@@ -15,7 +15,7 @@ from blockrag.cli.main import app
 from blockrag.evaluation.answering import PlannedPrompt, Reader
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import write_pear
-from blockrag.modeling.pear import HeadCoefficient, PearRecord, ProxyScore
+from blockrag.modeling.pear_record import HeadCoefficient, PearRecord, ProxyScore
 from tests.models import make_tiny_bundle
 from tests.unit.evaluation.question_files import write_jsonl, write_key_values, write_patterns, write_rows
 

@@ -14,20 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.errors import BundleError
-from blockrag.modeling.adapter import (
-    Adapter,
-    AdapterConfig,
-    TokenRows,
-    merge_adapter,
-    put_token_rows,
-    read_adapter,
-    write_adapter,
-)
+from blockrag.modeling.adapter import Adapter, TokenRows, merge_adapter, put_token_rows, read_adapter, write_adapter
+from blockrag.modeling.adapter_record import AdapterConfig
 from blockrag.modeling.base import open_base
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.bundle_writing import create_bundle, write_pear
 from blockrag.modeling.model import SlotModel, load_stock_model
-from blockrag.modeling.pear import HeadCoefficient
+from blockrag.modeling.pear_record import HeadCoefficient
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.writing import write_refrag

@@ -18,7 +18,8 @@ from blockrag.errors import BundleError, UnsupportedModelError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import write_pear
 from blockrag.modeling.model import SlotModel, load_stock_model
-from blockrag.modeling.pear import HeadCoefficient, PearRecord, ProxyScore, attention_heads, fold
+from blockrag.modeling.pear import attention_heads, fold
+from blockrag.modeling.pear_record import HeadCoefficient, PearRecord, ProxyScore
 from blockrag.modeling.verify import verify_bundle
 from tests.models import make_tiny_bundle
 from tests.unit.training.pear.models import KINDS, make_model

@@ -13,12 +13,7 @@ from transformers import AutoConfig
 from blockrag.errors import BundleError
 from blockrag.modeling.loading import check_finite
 from blockrag.modeling.refrag.policy import ChunkPolicy
-from blockrag.modeling.refrag.record import CHUNK_ENCODER_DIR, PROJECTOR_FILE, RefragRecord
-
-
-def is_refrag_file(name: str) -> bool:
-    """Whether the file belongs to what turns chunks into input embeddings: chunk encoder and projector."""
-    return name == PROJECTOR_FILE or name.startswith(f"{CHUNK_ENCODER_DIR}/")
+from blockrag.modeling.refrag.record import CHUNK_ENCODER_DIR, PROJECTOR_FILE, RefragRecord, is_refrag_file
 
 
 def encoder_positions(config: Any) -> int:
@@ -35,19 +30,8 @@ def check_parts(
     *,
     decoder_config: Mapping[str, Any],
     chunk_tokens: int,
-    read_weights: bool,
 ) -> None:
-    """Raises BundleError for a missing file, widths or a vocabulary that do not fit, and, with ``read_weights``, NaN.
-
-    Sizes are read from the configurations and the weights' headers.
-    """
-    needed = [f"{CHUNK_ENCODER_DIR}/config.json", f"{CHUNK_ENCODER_DIR}/model.safetensors", PROJECTOR_FILE]
-    if record.alignment == "text":
-        needed.append(f"{CHUNK_ENCODER_DIR}/tokenizer.json")
-    needed += [policy.file for policy in record.policies.values()]
-    for name in needed:
-        if name not in files:
-            raise BundleError(f"{root / 'manifest.json'}: files lacks {name}")
+    """Raises BundleError for widths or a vocabulary that do not fit, and for NaN."""
     encoder = root / CHUNK_ENCODER_DIR / "config.json"
     try:
         config = AutoConfig.from_pretrained(encoder.parent, local_files_only=True)
@@ -78,29 +62,9 @@ def check_parts(
                 f"{'sees' if config.query else 'does not see'} the question, where the manifest's policy {name!r} "
                 f"needs {record.encoder_width} and {'sees' if policy.query else 'does not see'} it"
             )
-    if read_weights:
-        for name in files:
-            if name.endswith(".safetensors") and is_refrag_file(name):
-                check_finite(root / name, load_file(root / name).items())
-
-
-def check_fingerprints(root: Path, record: RefragRecord, decoder: str, basis: str) -> None:
-    """Raises BundleError when the projector or a policy was trained with other weights than those beside it.
-
-    ``decoder`` and ``basis`` are the bundle's ``decoder_fingerprint`` and ``policy_basis``.
-    """
-    if record.decoder != decoder:
-        raise BundleError(
-            f"{root}: the projector and the chunk encoder were trained with the decoder {record.decoder[:12]}, "
-            f"the bundle's is {decoder[:12]}: adapt them to it (blockrag adapt refrag)"
-        )
-    for name, policy in record.policies.items():
-        if policy.basis != basis:
-            raise BundleError(
-                f"{root / policy.file}: the policy {name!r} was trained with other parts ({policy.basis[:12]}) than "
-                f"the bundle's decoder, chunk encoder and projector ({basis[:12]}): train it again "
-                "(blockrag adapt refrag --stage policy)"
-            )
+    for name in files:
+        if name.endswith(".safetensors") and is_refrag_file(name):
+            check_finite(root / name, load_file(root / name).items())
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

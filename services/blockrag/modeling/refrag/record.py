@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from blockrag.errors import BundleError
@@ -84,6 +85,41 @@ class RefragRecord:
             policies={name: _read_policy(name, policy, where) for name, policy in policies.items()},
             training=tuple(stages),
         )
+
+
+def is_refrag_file(name: str) -> bool:
+    """Whether the file belongs to what turns chunks into input embeddings: chunk encoder and projector."""
+    return name == PROJECTOR_FILE or name.startswith(f"{CHUNK_ENCODER_DIR}/")
+
+
+def check_part_files(root: Path, record: RefragRecord, files: Mapping[str, str]) -> None:
+    """Raises BundleError where the bundle ``root`` lists a file too few of what it compresses chunks with."""
+    needed = [f"{CHUNK_ENCODER_DIR}/config.json", f"{CHUNK_ENCODER_DIR}/model.safetensors", PROJECTOR_FILE]
+    if record.alignment == "text":
+        needed.append(f"{CHUNK_ENCODER_DIR}/tokenizer.json")
+    needed += [policy.file for policy in record.policies.values()]
+    for name in needed:
+        if name not in files:
+            raise BundleError(f"{root / 'manifest.json'}: files lacks {name}")
+
+
+def check_fingerprints(root: Path, record: RefragRecord, decoder: str, basis: str) -> None:
+    """Raises BundleError when the projector or a policy was trained with other weights than those beside it.
+
+    ``decoder`` and ``basis`` are the bundle's ``decoder_fingerprint`` and ``policy_basis``.
+    """
+    if record.decoder != decoder:
+        raise BundleError(
+            f"{root}: the projector and the chunk encoder were trained with the decoder {record.decoder[:12]}, "
+            f"the bundle's is {decoder[:12]}: adapt them to it (blockrag adapt refrag)"
+        )
+    for name, policy in record.policies.items():
+        if policy.basis != basis:
+            raise BundleError(
+                f"{root / policy.file}: the policy {name!r} was trained with other parts ({policy.basis[:12]}) than "
+                f"the bundle's decoder, chunk encoder and projector ({basis[:12]}): train it again "
+                "(blockrag adapt refrag --stage policy)"
+            )
 
 
 def _read_policy(name: str, values: Any, where: str) -> PolicyRecord:

@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockrag.errors import BundleError
-from blockrag.modeling.bundle import DTYPES, Bundle, load_bundle
+from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.bundle_writing import copy_files, digests, staged, with_section, write_manifest
-from blockrag.modeling.loading import check_finite, no_progress_bar
+from blockrag.modeling.loading import DTYPES, check_finite, no_progress_bar
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
-from blockrag.modeling.refrag.parts import is_refrag_file
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.record import (
@@ -25,6 +24,7 @@ from blockrag.modeling.refrag.record import (
     PROJECTOR_FILE,
     PolicyRecord,
     RefragRecord,
+    is_refrag_file,
     policy_file,
 )
 

@@ -116,7 +116,7 @@ class ContextSource:
         for question in others[: self._questions - 1]:
             if random.random() < limits.refusal_share:
                 hidden = self._hidden(pool, shown, unseen, random)
-                if hidden is not None:
+                if hidden is not None and all(hidden is not other for other, _ in asked):
                     asked.append((hidden, True))
                     continue
             asked.append((question, False))

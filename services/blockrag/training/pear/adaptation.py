@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.errors import InvalidRequestError
-from blockrag.modeling.pear import MASKS, HeadCoefficient, Mask, PearRecord, ProxyScore, attention_heads, fold
+from blockrag.modeling.pear import attention_heads, fold
+from blockrag.modeling.pear_record import MASKS, HeadCoefficient, Mask, PearRecord, ProxyScore
 from blockrag.training.pear.detection import Detection, DetectionConfig, LaterHeads, Mean, detect, rank_correlation
 from blockrag.training.pear.learning import LearningConfig, learn, proxy_score
 from blockrag.training.pear.task import PUBLISHED_SIZES, ProxyTask

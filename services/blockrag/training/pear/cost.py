@@ -12,7 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from blockrag.modeling.pear import HeadCoefficient, attention_heads, fold
+from blockrag.modeling.pear import attention_heads, fold
+from blockrag.modeling.pear_record import HeadCoefficient
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from blockrag.modeling.pear import AttentionHeads, Mask, attention_heads
+from blockrag.modeling.pear import AttentionHeads, attention_heads
+from blockrag.modeling.pear_record import Mask
 from blockrag.training.pear.passes import cache_of, check_length, forward, prefill, recording, removing
 from blockrag.training.pear.task import PUBLISHED_SIZES, ProxyTask
 

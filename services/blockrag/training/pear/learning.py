@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from blockrag.errors import InvalidRequestError
-from blockrag.modeling.pear import AttentionHeads, ProxyScore, attention_heads
+from blockrag.modeling.pear import AttentionHeads, attention_heads
+from blockrag.modeling.pear_record import ProxyScore
 from blockrag.training.pear.passes import check_length, forward, prefill, removing
 from blockrag.training.pear.task import ProxyTask
 

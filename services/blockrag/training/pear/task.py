@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from blockrag.errors import InvalidRequestError
-from blockrag.modeling.pear import Mask
+from blockrag.modeling.pear_record import Mask
 
 PUBLISHED_SIZES = ((20, 50), (40, 25), (80, 15), (100, 10))
 """(samples, n) that detection averages over."""

@@ -15,7 +15,7 @@ from blockrag.errors import BundleError
 from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
 from blockrag.modeling.bundle_writing import with_section, write_pear
 from blockrag.modeling.model import SlotModel, load_stock_model
-from blockrag.modeling.pear import HeadCoefficient, PearRecord, ProxyScore
+from blockrag.modeling.pear_record import HeadCoefficient, PearRecord, ProxyScore
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig

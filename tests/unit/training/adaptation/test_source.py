@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from blockrag.errors import BundleError
-from blockrag.modeling.adapter import Adapter, AdapterConfig
+from blockrag.modeling.adapter import Adapter
+from blockrag.modeling.adapter_record import AdapterConfig
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.verify import verify_bundle

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from blockrag.errors import InvalidRequestError
-from blockrag.modeling.pear import HeadCoefficient, Mask, PearRecord, attention_heads, fold
+from blockrag.modeling.pear import attention_heads, fold
+from blockrag.modeling.pear_record import HeadCoefficient, Mask, PearRecord
 from blockrag.training.pear.adaptation import CONDITIONS, PearConfig, PearReport, adapt
 from blockrag.training.pear.cost import folding_cost
 from blockrag.training.pear.learning import LearningConfig, learn, proxy_score, scaled

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import write_pear
-from blockrag.modeling.pear import HeadCoefficient, PearRecord, ProxyScore
+from blockrag.modeling.pear_record import HeadCoefficient, PearRecord, ProxyScore
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.training.refrag.adapt import adapt_refrag
 from blockrag.training.refrag.config import RefragConfig
