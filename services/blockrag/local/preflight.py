@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import random
 import socket
@@ -18,7 +19,11 @@ _FREE_PORTS = (10_000, 20_000)
 
 
 def check_machine(settings: Settings, shared_memory: Path = _SHARED_MEMORY) -> None:
-    """Raises ``EnvironmentSetupError``, naming the setting to change, when the system cannot run here."""
+    """Raises ``EnvironmentSetupError``, naming the setting to change, when the system cannot run here.
+
+    Raises ModuleNotFoundError where the client alone is installed.
+    """
+    _check_installed()
     _check_not_running(settings)
     _check_exposure(settings)
     _check_memory(settings, shared_memory)
@@ -47,6 +52,12 @@ def free_port(host: str = "127.0.0.1") -> int:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
             return port
+
+
+def _check_installed() -> None:
+    for name in ("ray", "torch"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def _check_not_running(settings: Settings) -> None:

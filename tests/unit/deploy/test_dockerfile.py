@@ -49,7 +49,7 @@ def test_the_line_of_python_lists_the_dependencies(tmp_path: Path) -> None:
         check=True,
     )
 
-    assert result.stdout.splitlines() == PROJECT["dependencies"]
+    assert result.stdout.splitlines() == [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["serve"]]
 
 
 def test_the_image_runs_as_the_user_of_the_pods() -> None:

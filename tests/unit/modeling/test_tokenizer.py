@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockrag.decoder.detokenizer import detokenizer_factory
+from blockrag.errors import BundleError
+from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.modeling.tokenizer import FastTokenizer
+
+BUNDLE = load_bundle(DEFAULT_BUNDLE, verify_files=False)
+FAST, STOCK = BUNDLE.load_fast_tokenizer(), BUNDLE.load_tokenizer()
+PIECES = st.sampled_from(["<|im_start|>", "<|im_end|>", " ", "\n", "Oslo", "12 ", "ß日本"]) | st.text()
+TEXTS = st.lists(PIECES).map("".join)
+
+
+@given(TEXTS, st.booleans())
+def test_tokens_are_those_of_transformers(text: str, split: bool) -> None:
+    expected = STOCK(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+
+    assert FAST(text, add_special_tokens=False, split_special_tokens=split)["input_ids"] == expected
+
+
+@given(TEXTS)
+def test_so_is_the_text_of_tokens(text: str) -> None:
+    ids = STOCK(text, add_special_tokens=False)["input_ids"]
+    fast, stock = (detokenizer_factory(tokenizer, "")() for tokenizer in (FAST, STOCK))
+
+    assert [fast.feed(token) for token in ids] == [stock.feed(token) for token in ids]
+    assert FAST.decode(ids, skip_special_tokens=True) == STOCK.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def test_threads_may_share_one() -> None:
+    text = "What <|im_end|> is"
+    whole, split = (
+        STOCK(text, add_special_tokens=False, split_special_tokens=apart)["input_ids"] for apart in (False, True)
+    )
+    assert whole != split
+
+    def wrong(number: int) -> bool:
+        apart = bool(number % 2)
+        found = FAST(text, add_special_tokens=False, split_special_tokens=apart)["input_ids"]
+        return found != (split if apart else whole)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert not any(pool.map(wrong, range(2000)))
+
+
+def test_a_tokenizer_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        FastTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(BundleError, match="does not load"):
+        FastTokenizer.load(tmp_path)
