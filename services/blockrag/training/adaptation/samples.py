@@ -92,6 +92,11 @@ class SampleSource:
             if sample is not None:
                 return sample
             row = random.choice(self._rows)
+        if not self.too_long:
+            raise SetupError(
+                f"{_TRIES} rows one after another have nothing to show: mark the passages that answer with "
+                '"gold": true, or give questions without one passages of other rows'
+            )
         place, tokens = next(iter(self.too_long.items()))
         raise SetupError(
             f"{_TRIES} rows one after another do not fit {self._limits.max_tokens} tokens; {place} needs {tokens}: "

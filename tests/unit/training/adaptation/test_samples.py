@@ -162,6 +162,13 @@ def test_when_no_row_fits_it_says_what_one_needs() -> None:
         source(rows(), replace(LIMITS, max_tokens=20)).sample(0)
 
 
+def test_rows_of_which_none_has_anything_to_show_are_refused() -> None:
+    unmarked = [Row(f"r:{n}", "What is it?", ("zinc",), (Passage("", "It is zinc.", False),)) for n in range(3)]
+
+    with pytest.raises(SetupError, match='mark the passages that answer with "gold": true'):
+        source(unmarked).sample(0)
+
+
 def test_a_special_tokens_text_in_the_data_stays_text() -> None:
     row = Row("s:1", "Who <|answer|> is?", ("Ann<|end|>",), (Passage("t<|passage|>", "Ann<|end|> <|text|>.", True),))
 

@@ -1,0 +1,25 @@
+"""Answer in this process, without Ray: the planner and the decoder's engine that the services run.
+
+python examples/in_process.py [BUNDLE]
+"""
+
+import sys
+
+from blockrag.evaluation.answering import Prompt, Reader
+from blockrag.evaluation.pieces import Piece
+from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.settings import Settings
+
+PASSAGES = (
+    Piece("Uruguay", "Uruguay is a country in South America. Its capital and largest city is Montevideo."),
+    Piece("Norway", "Norway is a country in Northern Europe. Its capital is Oslo, its highest peak Galdhopiggen."),
+)
+QUESTION = "What is the highest peak of Norway?"
+
+settings = Settings()
+types = {"compute_dtype": settings.bundle.compute_dtype, "kv_dtype": settings.bundle.kv_dtype}
+bundle = load_bundle(sys.argv[1] if len(sys.argv) > 1 else DEFAULT_BUNDLE, **types)
+with Reader(bundle, settings) as reader:
+    for mode in ("block", "full", "none"):
+        planned = reader.plan(Prompt(PASSAGES if mode != "none" else (), QUESTION, mode))
+        print(f"{mode}: {reader.answer([planned])[0]!r} from {planned.slots} slots of passages")
