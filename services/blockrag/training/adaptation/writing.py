@@ -11,16 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from blockrag.errors import BundleError
-from blockrag.modeling.adapter import Adapter, TokenRows
+from blockrag.modeling.adapter import Adapter, TokenRows, merge_adapter, put_token_rows
 from blockrag.modeling.base import Base, open_base
 from blockrag.modeling.bundle_writing import create_bundle
 from blockrag.training.adaptation.config import BlockAdaptConfig
 from blockrag.training.adaptation.metrics import DevScores
-from blockrag.training.adaptation.source import Source
+from blockrag.training.adaptation.source import Source, load_for_training
 
 _BLOCK_TOKEN = re.compile(r"<\|(?:link|sink)_\d+\|>")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -40,14 +40,16 @@ def write_bundle(
     Without ``adapter`` it holds ``weights`` (a whole state dict) in the checkpoint's own type. With it, it holds the
     adapter on the source's base, and of ``weights`` only the rows of link and sink tokens in
     "model.embed_tokens.weight" (and "lm_head.weight", where that is not tied): nothing else may have been trained, and
-    without such tokens ``weights`` may be empty. The base of a checkpoint directory is that directory. ``training``
-    goes to the manifest; ``scores`` are "before" and "after". Raises BundleError for an adapter on a bundle that
-    holds its weights itself.
+    without such tokens ``weights`` may be empty. The base of a checkpoint directory is that directory. To a bundle
+    that holds its weights itself an adapter cannot refer: it is merged into them. ``training`` goes to the manifest;
+    ``scores`` are "before" and "after".
     """
     config.out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{config.out.name}-", dir=config.out.parent))
     try:
         parts: dict[str, Any] = {}
+        if adapter is not None and source.base is None and source.bundle is not None:
+            weights, adapter = _merged(weights, tokenizer, source, config, adapter), None
         if adapter is None:
             _write_checkpoint(weights, tokenizer, source, staging)
         else:
@@ -152,11 +154,24 @@ def _copy_generation_config(source: Source, folder: Path) -> None:
 
 
 def _base(source: Source, config: BlockAdaptConfig) -> Base:
-    if source.base is not None:
-        return source.base
-    if source.bundle is not None:
-        raise BundleError(f"{source.bundle.path}: holds its weights itself, so an adapter has no base to refer to")
-    return open_base(source.checkpoint, config.out)
+    return source.base if source.base is not None else open_base(source.checkpoint, config.out)
+
+
+@torch.no_grad()
+def _merged(
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    source: Source,
+    config: BlockAdaptConfig,
+    adapter: Adapter,
+) -> dict[str, Tensor]:
+    """The source's weights in float32 with the adapter in them: those that were trained beside it may be narrower."""
+    model, _, _ = load_for_training(source, config, with_adapter=False)
+    merge_adapter(model, adapter)
+    rows = _token_rows(weights, tokenizer, source)
+    if rows is not None:
+        put_token_rows(model, rows, model.get_input_embeddings().weight.shape[0], source.checkpoint)
+    return model.state_dict()
 
 
 def _token_rows(weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast, source: Source) -> TokenRows | None:

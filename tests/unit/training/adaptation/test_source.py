@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blockrag.errors import BundleError
-from blockrag.modeling.adapter import Adapter
+from blockrag.modeling.adapter import Adapter, merge_adapter
 from blockrag.modeling.adapter_record import AdapterConfig
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.model import load_stock_model
@@ -131,11 +131,17 @@ def test_link_tokens_become_rows(gguf: Path, config: Make) -> None:
     assert verify_bundle(bundle).passed
 
 
-def test_an_adapter_on_a_bundle_with_weights_of_its_own_is_refused(config: Make, tmp_path: Path) -> None:
+def test_an_adapter_on_a_bundle_with_weights_of_its_own_is_merged_into_them(config: Make, tmp_path: Path) -> None:
     start = config(model=make_tiny_bundle(tmp_path / "base", max_position_embeddings=512))
-    with pytest.raises(BundleError, match="holds its weights itself, so an adapter has no base"):
-        write_adapted(start, open_source(start), adapter())
-    assert not start.out.exists()
+    bundle = load_bundle(write_adapted(start, open_source(start), adapter()))
+
+    expected = load_stock_model(load_bundle(start.model))
+    merge_adapter(expected, adapter())
+    assert bundle.base is None and bundle.adapter is None
+    for (name, found), wanted in zip(
+        load_stock_model(bundle).state_dict().items(), expected.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6, msg=name)
 
 
 def test_a_file_that_is_missing_is_named(config: Make, tmp_path: Path) -> None:
