@@ -131,14 +131,15 @@ async def test_a_hundred_requests_for_a_missing_block_are_one_encode(
 async def test_a_request_that_is_cancelled_leaves_the_encode_to_the_others(
     cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
 ) -> None:
-    blocks = fresh_blocks(keys, 20, tokens=200)
-    joined = (await status(rpc)).joined
-    leaving = asyncio.ensure_future(cache.fetch(blocks))
-    staying = asyncio.ensure_future(cache.fetch(blocks))
-    async with asyncio.timeout(30):
-        while (await status(rpc)).joined < joined + 20:
-            pass
-    leaving.cancel()
+    async with asyncio.timeout(60):
+        while True:  # until the second caller comes while the blocks are being encoded for the first
+            joined = (await status(rpc)).joined
+            blocks = fresh_blocks(keys, 20, tokens=200)
+            leaving, staying = (asyncio.ensure_future(cache.fetch(blocks)) for _ in range(2))
+            while (found := (await status(rpc)).joined) < joined + 20 and not staying.done():
+                pass
+            if found == joined + 20 and leaving.cancel():
+                break
     with pytest.raises(asyncio.CancelledError):
         await leaving
     assert len(await staying) == 20

@@ -55,7 +55,7 @@ def errors_to_exit(exit_code: int = 1) -> Iterator[None]:
         yield
     except BlockragError as error:
         err.print(f"[bold red]error:[/] {type(error).__name__.removesuffix('Error')}: ", end="")
-        err.print(str(error), markup=False, highlight=False)
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(exit_code) from error
 
 
