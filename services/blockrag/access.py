@@ -1,17 +1,21 @@
 """Who may call: the tenant of a call from outside, from its credentials.
 
-Every service can be called alone over gRPC, so each checks for itself: ``translate_errors`` does it for all RPC
-methods of a process that called ``protect``. Calls between services come through handles and are not asked.
+Every service can be called alone over gRPC, so each checks for itself: ``rpc`` does it for every RPC method, by the
+``access`` of the replica. Calls between services come through handles and are not asked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import hmac
-import socket
+import itertools
+import time
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv6Address, ip_address
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -21,21 +25,35 @@ from blockrag.settings import Settings, TenantSettings
 
 PUBLIC_TENANT = "public"
 _SCHEME = "bearer "
+_ADDRESSES_KEPT_S = 60
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, as the credentials prove."""
+
+    tenant: str
+    operator: bool = False
+    """Whether it sees what belongs to others: what a status or a trace lists."""
+
+
+THE_SYSTEM = Caller(PUBLIC_TENANT, operator=True)
+"""Who calls through a deployment's handle: a process of the system itself."""
 
 
 class Tenants:
-    """The tenants that have keys. Without any, everybody is the tenant ``public``."""
+    """The tenants that have keys. Without any, everybody is the tenant ``public``, and its own operator."""
 
     def __init__(self, tenants: Sequence[TenantSettings]) -> None:
-        self._tenants = tuple((_digest(tenant.api_key), tenant.name) for tenant in tenants)
+        self._tenants = tuple((_digest(tenant.api_key), Caller(tenant.name, tenant.operator)) for tenant in tenants)
 
     def __bool__(self) -> bool:
         return bool(self._tenants)
 
-    def identify(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
-        """The tenant that a call's metadata proves; ``UnauthenticatedError`` for a missing or wrong key."""
+    def identify(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+        """The caller that a call's metadata proves; ``UnauthenticatedError`` for a missing or wrong key."""
         if not self._tenants:
-            return PUBLIC_TENANT
+            return THE_SYSTEM
         credentials = [value for key, value in metadata if key.lower() == "authorization"]
         if not credentials:
             raise UnauthenticatedError("metadata 'authorization: Bearer <api key>' is missing")
@@ -44,12 +62,12 @@ class Tenants:
         if not text.lower().startswith(_SCHEME):
             raise UnauthenticatedError("metadata 'authorization' must be 'Bearer <api key>'")
         given = _digest(text[len(_SCHEME) :].strip())
-        found = ""
+        found = None
         # Every key is compared, each in constant time: the time taken says nothing about any of them.
-        for digest, name in self._tenants:
+        for digest, caller in self._tenants:
             if hmac.compare_digest(digest, given):
-                found = name
-        if not found:
+                found = caller
+        if found is None:
             raise UnauthenticatedError("the API key is not known")
         return found
 
@@ -62,31 +80,28 @@ class CallOrigin(Protocol):
     def peer(self) -> str: ...
 
 
-_tenants = Tenants(())
-_this_machine_only = False
+class Access:
+    """Who may call the RPC methods of a replica. A replica that has none is called by nobody (``rpc``)."""
 
+    def __init__(self, settings: Settings) -> None:
+        """With tenants a key is asked for. With ``cluster.host`` on loopback, calls from other machines are refused:
+        Serve's replicas bind their own gRPC ports on all addresses, whatever the host is."""
+        self._tenants = Tenants(settings.gateway.tenants)
+        self._this_machine_only = settings.cluster.host in LOOPBACK_NAMES
 
-def protect(settings: Settings) -> None:
-    """Has this process's RPC methods ask for the tenants' keys; without tenants nobody is asked.
-
-    With ``cluster.host`` on loopback, calls from other machines are refused: Serve's replicas bind their own gRPC
-    ports on all addresses, whatever the host is.
-    """
-    global _tenants, _this_machine_only
-    _tenants = Tenants(settings.gateway.tenants)
-    _this_machine_only = settings.cluster.host in LOOPBACK_NAMES
-
-
-def check_call(request: Any, call: CallOrigin) -> None:
-    """Refuses a call from outside without a known key, or with one that is not the tenant's the request speaks for."""
-    if _this_machine_only and not is_this_machine(call.peer()):
-        raise UnauthenticatedError("this system serves its own machine only: set cluster.host and give tenants keys")
-    if not _tenants:
-        return
-    tenant = _tenants.identify(call.invocation_metadata())
-    descriptor = getattr(request, "DESCRIPTOR", None)
-    if descriptor is not None and "context" in descriptor.fields_by_name and request.context.tenant != tenant:
-        raise InvalidRequestError("context.tenant", f"must be {tenant!r}, whose API key this is")
+    def check(self, request: Any, call: CallOrigin) -> Caller:
+        """Who calls. Refuses a call without a known key, or with one that is not the tenant's it speaks for."""
+        if self._this_machine_only and not is_this_machine(call.peer()):
+            raise UnauthenticatedError(
+                "this system serves its own machine only: set cluster.host and give tenants keys"
+            )
+        caller = self._tenants.identify(call.invocation_metadata())
+        if self._tenants:
+            descriptor = getattr(request, "DESCRIPTOR", None)
+            speaks = descriptor is not None and "context" in descriptor.fields_by_name
+            if speaks and request.context.tenant != caller.tenant:
+                raise InvalidRequestError("context.tenant", f"must be {caller.tenant!r}, whose API key this is")
+        return caller
 
 
 def is_this_machine(peer: str) -> bool:
@@ -101,19 +116,29 @@ def is_this_machine(peer: str) -> bool:
         return False
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
-    return address.is_loopback or _can_bind(str(address), address.version)
+    return address.is_loopback or address in own_addresses()
 
 
-@functools.lru_cache(maxsize=1024)
-def _can_bind(address: str, version: int) -> bool:
-    # An address that a socket can be bound to is one of this machine's own.
-    family = socket.AF_INET6 if version == 6 else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True
+def own_addresses(proc: Path = Path("/proc")) -> frozenset[IPv4Address | IPv6Address]:
+    """Addresses of this machine's interfaces, as the kernel lists them; none where it lists none.
+
+    That a socket could be bound to an address proves nothing: with ``net.ipv4.ip_nonlocal_bind`` it can be to any.
+    """
+    return _addresses(proc, int(time.monotonic() // _ADDRESSES_KEPT_S))
+
+
+@functools.lru_cache(maxsize=4)
+def _addresses(proc: Path, period: int) -> frozenset[IPv4Address | IPv6Address]:
+    found: set[IPv4Address | IPv6Address] = set()
+    with contextlib.suppress(OSError):
+        lines = (proc / "net" / "fib_trie").read_text(encoding="ascii").splitlines()
+        for line, following in itertools.pairwise(lines):
+            if following.strip() == "/32 host LOCAL":
+                found.add(IPv4Address(line.strip().removeprefix("|-- ")))
+    with contextlib.suppress(OSError):
+        for line in (proc / "net" / "if_inet6").read_text(encoding="ascii").splitlines():
+            found.add(IPv6Address(int(line.split()[0], 16)))
+    return frozenset(found)
 
 
 def _digest(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Turns what a method raises into the status that a gRPC client sees.
+"""What every RPC method goes through: who calls, and the status that a gRPC client sees of what is raised.
 
 Serve returns a status of our choice when the method sets it on its gRPC context and then raises; anything else would
 reach the client as INTERNAL with a traceback in it. Trailing metadata of a failed call is dropped by Serve, so what
@@ -12,15 +12,22 @@ import inspect
 import logging
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from blockrag.access import check_call
-from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from blockrag.access import THE_SYSTEM, Access
+from blockrag.errors import (
+    BlockragError,
+    DeadlineError,
+    InvalidRequestError,
+    OverloadedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from blockrag.limits import RETRY_AFTER_MS
 from blockrag.status import status_code
 
@@ -54,28 +61,15 @@ class InternalError(Exception):
     """Something unforeseen; the message holds an id that is in the log beside the traceback."""
 
 
-@overload
-def translate_errors(target: Method) -> Method: ...
+def rpc(method: Method) -> Method:
+    """Decorator of every RPC method: parses, authenticates, authorises, gives clients the right status, closes streams.
 
-
-@overload
-def translate_errors(target: StatusContext | None) -> _Translation: ...
-
-
-def translate_errors(target: Any) -> Any:
-    """Gives clients the right status: a decorator of an RPC method, or ``async with translate_errors(grpc_context)``.
-
-    The decorator also refuses requests that could not be parsed and callers without the credentials they need.
-
-    The method is a coroutine function or an async generator function of ``(self, request)`` or ``(self, request,
-    grpc_context)``. Serve passes the context for calls from outside; through a handle there is none, and errors pass
-    unchanged.
+    The method is a coroutine function or an async generator function of ``(self, request)``, and of ``grpc_context``
+    and ``caller`` where it names them. Serve passes the context for calls from outside. These must be admitted by the
+    replica's ``self.access``; a replica that has none refuses them. Through a handle there is no context: the caller
+    is the system itself, and errors pass unchanged.
     """
-    if inspect.isasyncgenfunction(target):
-        return _translated_stream(target)
-    if inspect.iscoroutinefunction(target):
-        return _translated_call(target)
-    return _Translation(target)
+    return _rpc_stream(method) if inspect.isasyncgenfunction(method) else _rpc_call(method)  # type: ignore[return-value]
 
 
 def as_known_error(error: BaseException, service: str = "") -> BlockragError | None:
@@ -103,7 +97,7 @@ def original_error(error: BaseException) -> BaseException:
     return cause
 
 
-class _Translation:
+class translated:  # noqa: N801  (used as ``async with translated(context)``)
     """Sets the status of a context when the body raises."""
 
     def __init__(self, context: StatusContext | None) -> None:
@@ -134,24 +128,22 @@ class _Translation:
         raise InternalError(message) from None
 
 
-def _translated_call(method: Callable[..., Any]) -> Callable[..., Any]:
-    pass_context = "grpc_context" in inspect.signature(method).parameters
+def _rpc_call(method: Callable[..., Any]) -> Callable[..., Any]:
+    wanted = inspect.signature(method).parameters.keys()
 
-    async def call(self: Any, request: Any, grpc_context: StatusContext | None = None) -> Any:
-        async with _Translation(grpc_context):
-            _check(request, grpc_context)
-            return await (method(self, request, grpc_context) if pass_context else method(self, request))
+    async def call(self: Any, request: Any, grpc_context: Any = None) -> Any:
+        async with translated(grpc_context):
+            return await method(self, request, **_admitted(self, request, grpc_context, wanted))
 
     return _dressed(call, method)
 
 
-def _translated_stream(method: Callable[..., Any]) -> Callable[..., Any]:
-    pass_context = "grpc_context" in inspect.signature(method).parameters
+def _rpc_stream(method: Callable[..., Any]) -> Callable[..., Any]:
+    wanted = inspect.signature(method).parameters.keys()
 
-    async def stream(self: Any, request: Any, grpc_context: StatusContext | None = None) -> Any:
-        async with _Translation(grpc_context):
-            _check(request, grpc_context)
-            events = method(self, request, grpc_context) if pass_context else method(self, request)
+    async def stream(self: Any, request: Any, grpc_context: Any = None) -> Any:
+        async with translated(grpc_context):
+            events = method(self, request, **_admitted(self, request, grpc_context, wanted))
             try:
                 async for event in events:
                     yield event
@@ -161,11 +153,18 @@ def _translated_stream(method: Callable[..., Any]) -> Callable[..., Any]:
     return _dressed(stream, method)
 
 
-def _check(request: Any, context: Any) -> None:
+def _admitted(replica: Any, request: Any, context: Any, wanted: Container[str]) -> dict[str, Any]:
+    """What the method gets beside the request; raises for a call that is not admitted."""
     if isinstance(request, MalformedRequest):
         raise request.error()
+    caller = THE_SYSTEM
     if context is not None:
-        check_call(request, context)
+        access: Access | None = getattr(replica, "access", None)
+        if access is None:
+            raise UnauthenticatedError("this service was not told whom to serve, and so serves nobody")
+        caller = access.check(request, context)
+    given = {"grpc_context": context, "caller": caller}
+    return {name: value for name, value in given.items() if name in wanted}
 
 
 def _dressed(wrapper: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from blockrag.errors import SettingsError
 from blockrag.limits import TENANT_PATTERN
@@ -66,6 +66,10 @@ class ClusterSettings(_Section):
     """Serve gRPC through HAProxy, about three times faster per call than the Python proxy."""
 
 
+PUBLIC_SECRET = "change-me-before-serving"
+"""Default of ``kv_cache.secret``: no secret."""
+
+
 class TenantSettings(_Section):
     """One tenant of the server."""
 
@@ -73,6 +77,8 @@ class TenantSettings(_Section):
     """Lower-case name; part of every collection's and cache entry's identity."""
     api_key: Annotated[str, Field(min_length=16)]
     """Bearer token of the tenant."""
+    operator: bool = False
+    """Whether its status and traces list what belongs to other tenants too."""
 
 
 class GatewaySettings(_Section):
@@ -163,8 +169,8 @@ class KvCacheSettings(_Section):
     """Seconds after its last use that a block is forgotten; 0: never."""
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Most of the budget that one tenant may hold, as a fraction."""
-    secret: Annotated[str, Field(min_length=16)] = "change-me-before-serving"
-    """Secret that tenants' salts are made from. Change it on any server with several tenants."""
+    secret: Annotated[str, Field(min_length=16)] = PUBLIC_SECRET
+    """Secret that tenants' salts are made from; must be set where gateway.tenants is."""
 
 
 class CompressorSettings(_Section):
@@ -233,6 +239,15 @@ class Settings(_Section):
     decoder: DecoderSettings = DecoderSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
+    @model_validator(mode="after")
+    def _tenants_have_a_secret(self) -> Self:
+        if self.gateway.tenants and self.kv_cache.secret == PUBLIC_SECRET:
+            raise ValueError(
+                "kv_cache.secret must be set where gateway.tenants is: with the one that everybody knows, a tenant "
+                "could compute another's cache keys. Make one with: openssl rand -hex 32"
+            )
+        return self
+
     @property
     def state_path(self) -> Path:
         """``cluster.state_dir`` with ~ expanded."""
@@ -253,7 +268,7 @@ def load_settings(path: str | Path | None = None, environment: Mapping[str, str]
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}".removeprefix(": ") for item in error.errors()]
         raise SettingsError("; ".join(problems)) from error
 
 

@@ -24,7 +24,7 @@ from blockrag.errors import (
 )
 from blockrag.results import Completion, Compression, Condition, GivenPassage, Retrieved
 from blockrag.settings import GatewaySettings, TenantSettings
-from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2, rag_pb2_grpc
+from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2, rag_pb2_grpc, system_pb2, system_pb2_grpc
 from tests.integration.conftest import Cluster
 
 GATEWAY = (("application", "gateway"),)
@@ -378,6 +378,24 @@ async def test_a_key_is_asked_for_and_decides_the_tenant(
     acme = (*guarded, ("authorization", "Bearer acme-key-0123456789"))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stub.Retrieve(request, metadata=acme, timeout=10)
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_tenant_sees_neither_another_s_cache_nor_its_traces(
+    guarded: tuple[tuple[str, str], ...], channel: grpc.aio.Channel, client: BlockragClient, collection: str
+) -> None:
+    await client.ingest_text("secret", "Only the public tenant may know of this zinc door.", collection=collection)
+    answer = await client.ask("Who may know of the door?", collection=collection)
+    trace_id = answer.completion.trace_id
+    assert await client.trace(trace_id)
+    assert "public" in {row["tenant"] for row in (await client.describe()).kv_cache["tenants"]}
+
+    acme = (*guarded, ("authorization", "Bearer acme-key-0123456789"))
+    system = system_pb2_grpc.SystemServiceStub(channel)  # type: ignore[no-untyped-call]
+    described = await system.Describe(system_pb2.DescribeRequest(), metadata=acme, timeout=20)
+    assert "public" not in {row.tenant for row in described.kv_cache.tenants}
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await system.GetTrace(system_pb2.GetTraceRequest(trace_id=trace_id), metadata=acme, timeout=10)
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 

@@ -24,7 +24,6 @@ from blockrag.v1.kv_cache_pb2 import (
     DocumentRef,
     GetKvCacheStatusRequest,
     GetKvCacheStatusResponse,
-    LookupBlocksRequest,
     PurgeDocumentsRequest,
     SetPinsRequest,
     WarmBlocksRequest,
@@ -191,10 +190,6 @@ async def test_warming_pinning_and_purging_over_grpc(
     assert warmed.encoded_bytes > 10 * 24 * 3000
     again = await rpc.WarmBlocks(WarmBlocksRequest(context=CONTEXT, blocks=prompt_blocks(blocks)), metadata=METADATA)
     assert (again.hits, again.encoded) == (10, 0)
-    found = await rpc.LookupBlocks(
-        LookupBlocksRequest(keys=["unknown", *(block.key for block in blocks)]), metadata=METADATA
-    )
-    assert list(found.held) == [False] + [True] * 10
     assert [fetched.tier for fetched in await cache.fetch(blocks)] == ["store"] * 10
     references = [DocumentRef(collection="c", document_id=document)]
     pins = await rpc.SetPins(SetPinsRequest(context=CONTEXT, documents=references, pinned=False), metadata=METADATA)

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
-from blockrag.access import Tenants, check_call, is_this_machine, protect
+from blockrag.access import THE_SYSTEM, Access, Caller, Tenants, is_this_machine, own_addresses
 from blockrag.errors import InvalidRequestError, UnauthenticatedError
-from blockrag.settings import ClusterSettings, GatewaySettings, Settings, TenantSettings
+from blockrag.settings import ClusterSettings, GatewaySettings, KvCacheSettings, Settings, TenantSettings
 from blockrag.v1.common_pb2 import RequestContext
 from blockrag.v1.decoder_pb2 import GetDecoderStatusRequest
 from blockrag.v1.retriever_pb2 import SearchRequest
 
 ACME = TenantSettings(name="acme", api_key="acme-key-0123456789")
-TENANTS = Tenants([ACME, TenantSettings(name="umbrella", api_key="umbrella-key-0123456789")])
+TENANTS = Tenants([ACME, TenantSettings(name="umbrella", api_key="umbrella-key-0123456789", operator=True)])
 
 
 def test_without_tenants_everybody_is_public() -> None:
-    assert Tenants([]).identify([]) == "public"
-    assert Tenants([]).identify([("authorization", "Bearer whatever")]) == "public"
+    assert Tenants([]).identify([]) == THE_SYSTEM == Caller("public", operator=True)
+    assert Tenants([]).identify([("authorization", "Bearer whatever")]) == THE_SYSTEM
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 def test_a_key_proves_its_tenant(scheme: str) -> None:
-    assert TENANTS.identify([("authorization", f"{scheme} acme-key-0123456789")]) == "acme"
-    assert TENANTS.identify([("authorization", f"{scheme} umbrella-key-0123456789 ")]) == "umbrella"
+    assert TENANTS.identify([("authorization", f"{scheme} acme-key-0123456789")]) == Caller("acme")
+    assert TENANTS.identify([("authorization", f"{scheme} umbrella-key-0123456789 ")]) == Caller(
+        "umbrella", operator=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,43 +67,35 @@ class Call:
         return self._metadata
 
 
-@pytest.fixture
-def protected() -> Iterator[None]:
-    protect(Settings(gateway=GatewaySettings(tenants=(ACME,))))
-    yield
-    protect(ANYWHERE)
-
-
+SECRET = KvCacheSettings(secret="not the one that everybody knows")
+PROTECTED = Access(Settings(gateway=GatewaySettings(tenants=(ACME,)), kv_cache=SECRET))
 ANYWHERE = Settings(cluster=ClusterSettings(host="0.0.0.0"))
 ELSEWHERE = "ipv4:203.0.113.7:5000"
 KEY = ("authorization", "Bearer acme-key-0123456789")
 
 
-@pytest.mark.usefixtures("protected")
 def test_a_service_called_alone_serves_a_keys_own_tenant_only() -> None:
     own = SearchRequest(context=RequestContext(tenant="acme"))
-    check_call(own, Call(KEY))
-    check_call(GetDecoderStatusRequest(), Call(KEY))
+    assert PROTECTED.check(own, Call(KEY)) == Caller("acme")
+    assert PROTECTED.check(GetDecoderStatusRequest(), Call(KEY)) == Caller("acme")
     with pytest.raises(UnauthenticatedError):
-        check_call(own, Call())
+        PROTECTED.check(own, Call())
     with pytest.raises(UnauthenticatedError):
-        check_call(GetDecoderStatusRequest(), Call())
+        PROTECTED.check(GetDecoderStatusRequest(), Call())
     for tenant in ("umbrella", ""):
         with pytest.raises(InvalidRequestError, match=r"context\.tenant"):
-            check_call(SearchRequest(context=RequestContext(tenant=tenant)), Call(KEY))
+            PROTECTED.check(SearchRequest(context=RequestContext(tenant=tenant)), Call(KEY))
 
 
 def test_without_tenants_nobody_is_asked() -> None:
-    protect(ANYWHERE)
-    check_call(SearchRequest(context=RequestContext(tenant="anybody")), Call(peer=ELSEWHERE))
+    anybody = SearchRequest(context=RequestContext(tenant="anybody"))
+    assert Access(ANYWHERE).check(anybody, Call(peer=ELSEWHERE)) == THE_SYSTEM
 
 
 def test_a_system_on_loopback_serves_its_own_machine_only() -> None:
-    protect(Settings())
-    check_call(GetDecoderStatusRequest(), Call())
+    Access(Settings()).check(GetDecoderStatusRequest(), Call())
     with pytest.raises(UnauthenticatedError, match="own machine"):
-        check_call(GetDecoderStatusRequest(), Call(peer=ELSEWHERE))
-    protect(ANYWHERE)
+        Access(Settings()).check(GetDecoderStatusRequest(), Call(peer=ELSEWHERE))
 
 
 @pytest.mark.parametrize(
@@ -128,3 +123,23 @@ def test_every_address_of_this_machine_counts() -> None:
         probe.connect(("203.0.113.7", 9))  # sends nothing: asks which address would be used
         address = probe.getsockname()[0]
     assert is_this_machine(f"ipv4:{address}:5000")
+
+
+def test_what_can_be_bound_to_is_not_for_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with net.ipv4.ip_nonlocal_bind=1, which load balancers set."""
+    monkeypatch.setattr(socket.socket, "bind", lambda self, address: None)
+    assert not is_this_machine(ELSEWHERE)
+
+
+def test_addresses_are_read_as_the_kernel_lists_them(tmp_path: Path) -> None:
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "fib_trie").write_text(
+        "Local:\n  +-- 10.0.0.0/8 2 0 2\n     |-- 10.0.0.0\n        /8 link UNICAST\n     |-- 10.1.2.3\n"
+        "        /32 host LOCAL\n     |-- 10.255.255.255\n        /32 link BROADCAST\n",
+        encoding="ascii",
+    )
+    (tmp_path / "net" / "if_inet6").write_text(
+        "fe8000000000000000fc00fffe000001 04 40 20 80     eth0\n", encoding="ascii"
+    )
+    assert own_addresses(tmp_path) == {ip_address("10.1.2.3"), ip_address("fe80::fc:ff:fe00:1")}
+    assert own_addresses(tmp_path / "absent") == frozenset()

@@ -11,8 +11,10 @@ import grpc
 import pytest
 from ray.exceptions import RayTaskError
 
-from blockrag.errors import InvalidRequestError, NotFoundError, OverloadedError
-from blockrag.grpc_status import InternalError, as_known_error, translate_errors
+from blockrag.access import THE_SYSTEM, Access, Caller
+from blockrag.errors import InvalidRequestError, NotFoundError, OverloadedError, UnauthenticatedError
+from blockrag.grpc_status import InternalError, as_known_error, rpc, translated
+from blockrag.settings import GatewaySettings, KvCacheSettings, Settings, TenantSettings
 
 with warnings.catch_warnings():
     # Importing Serve warns about its own use of pydantic.
@@ -31,15 +33,23 @@ class FakeContext:
     def set_details(self, details: str) -> None:
         self.details = details
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:5000"
+
 
 class Service:
-    @translate_errors
+    access = Access(Settings())
+
+    @rpc
     async def Call(self, request: Exception | None, grpc_context: FakeContext | None = None) -> str:
         if request is not None:
             raise request
         return "fine"
 
-    @translate_errors
+    @rpc
     async def Stream(self, request: Exception | None) -> AsyncIterator[int]:
         yield 1
         if request is not None:
@@ -100,7 +110,7 @@ async def test_without_a_grpc_context_errors_pass_unchanged() -> None:
 async def test_context_manager_form() -> None:
     context = FakeContext()
     with pytest.raises(NotFoundError):
-        async with translate_errors(context):
+        async with translated(context):
             raise NotFoundError("nothing")
     assert context.code is grpc.StatusCode.NOT_FOUND
 
@@ -119,3 +129,49 @@ def test_backpressure_is_overload() -> None:
 def test_timeouts_are_deadlines() -> None:
     assert type(as_known_error(TimeoutError())).__name__ == "DeadlineError"
     assert as_known_error(KeyError("x")) is None
+
+
+class Unguarded:
+    """A replica that was given no access."""
+
+    @rpc
+    async def Call(self, request: None, grpc_context: FakeContext | None = None) -> str:
+        return "served"
+
+    @rpc
+    async def Stream(self, request: None) -> AsyncIterator[str]:
+        yield "served"
+
+
+async def test_a_replica_that_was_not_told_whom_to_serve_serves_nobody_from_outside() -> None:
+    context = FakeContext()
+    with pytest.raises(UnauthenticatedError, match="serves nobody"):
+        await Unguarded().Call(None, grpc_context=context)
+    assert context.code is grpc.StatusCode.UNAUTHENTICATED
+    with pytest.raises(UnauthenticatedError):
+        async for _ in Unguarded().Stream(None, grpc_context=FakeContext()):  # type: ignore[call-arg]
+            pytest.fail("served")
+    assert await Unguarded().Call(None) == "served"
+
+
+async def test_a_method_is_told_who_calls() -> None:
+    class Asked:
+        access = Access(
+            Settings(
+                gateway=GatewaySettings(tenants=(TenantSettings(name="acme", api_key="acme-key-0123456789"),)),
+                kv_cache=KvCacheSettings(secret="not the one that everybody knows"),
+            )
+        )
+
+        @rpc
+        async def Call(self, request: None, *, caller: Caller) -> Caller:
+            return caller
+
+    class Known(FakeContext):
+        def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+            return (("authorization", "Bearer acme-key-0123456789"),)
+
+    assert await Asked().Call(None, grpc_context=Known()) == Caller("acme")  # type: ignore[call-arg]
+    assert await Asked().Call(None) == THE_SYSTEM  # type: ignore[call-arg]
+    with pytest.raises(UnauthenticatedError):
+        await Asked().Call(None, grpc_context=FakeContext())  # type: ignore[call-arg]

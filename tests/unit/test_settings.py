@@ -68,3 +68,11 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(Exception, match="frozen"):
         Settings().gateway.max_inflight = 5  # type: ignore[misc]
+
+
+def test_tenants_need_a_secret_that_nobody_knows() -> None:
+    tenants = {"BLOCKRAG_GATEWAY__TENANTS": '[{"name": "acme", "api_key": "acme-key-0123456789"}]'}
+    with pytest.raises(SettingsError, match=r"^Value error, kv_cache\.secret must be set .* openssl rand"):
+        load_settings(environment=tenants)
+    settings = load_settings(environment={**tenants, "BLOCKRAG_KV_CACHE__SECRET": "0123456789abcdef"})
+    assert settings.gateway.tenants[0].name == "acme"

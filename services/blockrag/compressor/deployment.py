@@ -8,11 +8,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
-from blockrag.access import protect
+from blockrag.access import Access
 from blockrag.compressor.runtime import assemble, embedding_cache
 from blockrag.configured import configured_bundle
 from blockrag.gateway.remote import DecoderClient
-from blockrag.grpc_status import translate_errors
+from blockrag.grpc_status import rpc
 from blockrag.kv_cache.following import follow_purges
 from blockrag.kv_cache.remote import connect
 from blockrag.settings import Settings, load_application_settings
@@ -25,7 +25,7 @@ class Compressor:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         setup_telemetry("compressor", settings)
-        protect(settings)
+        self.access = Access(settings)
         bundle = configured_bundle(settings, verify_files=True)
         embeddings = None
         self._upkeep: asyncio.Task[None] | None = None
@@ -35,7 +35,7 @@ class Compressor:
             self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, embeddings))
         self._planner = assemble(bundle, settings, embeddings, DecoderClient(serve.get_app_handle).status)
 
-    @translate_errors
+    @rpc
     async def Plan(
         self, request: compressor_pb2.PlanRequest, grpc_context: RayServegRPCContext | None = None
     ) -> compressor_pb2.PlanResponse:
@@ -45,7 +45,7 @@ class Compressor:
             current.set(prompt_tokens=response.prompt_tokens, policy_ms=round(response.policy_ms, 2))
             return response
 
-    @translate_errors
+    @rpc
     async def PrepareQuestion(
         self, request: compressor_pb2.PrepareQuestionRequest, grpc_context: RayServegRPCContext | None = None
     ) -> compressor_pb2.PrepareQuestionResponse:
@@ -54,7 +54,7 @@ class Compressor:
             await self._planner.prepare(request.question)
         return compressor_pb2.PrepareQuestionResponse()
 
-    @translate_errors
+    @rpc
     async def TokenizePassages(
         self, request: compressor_pb2.TokenizePassagesRequest, grpc_context: RayServegRPCContext | None = None
     ) -> compressor_pb2.TokenizePassagesResponse:

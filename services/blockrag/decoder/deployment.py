@@ -12,11 +12,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
-from blockrag.access import protect
+from blockrag.access import Access
 from blockrag.configured import configured_bundle, configured_device
 from blockrag.decoder.cost import measure_prefills
 from blockrag.decoder.runtime import assemble, warm_up
-from blockrag.grpc_status import translate_errors
+from blockrag.grpc_status import rpc
 from blockrag.kv_cache.following import follow_purges
 from blockrag.kv_cache.remote import connect
 from blockrag.modeling.model import SlotModel
@@ -33,7 +33,7 @@ class Decoder:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         setup_telemetry("decoder", settings)
-        protect(settings)
+        self.access = Access(settings)
         torch.set_num_threads(settings.decoder.threads)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         bundle = configured_bundle(settings, verify_files=True)
@@ -46,7 +46,7 @@ class Decoder:
         self._runtime.engine.start()
         self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, self._runtime.loader, self._keep_up))
 
-    @translate_errors
+    @rpc
     async def Decode(
         self, request: decoder_pb2.DecodeRequest, grpc_context: RayServegRPCContext | None = None
     ) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
@@ -58,7 +58,7 @@ class Decoder:
         finally:
             await messages.aclose()
 
-    @translate_errors
+    @rpc
     async def GetDecoderStatus(
         self, request: decoder_pb2.GetDecoderStatusRequest, grpc_context: RayServegRPCContext | None = None
     ) -> decoder_pb2.GetDecoderStatusResponse:

@@ -15,12 +15,12 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from blockrag.access import protect
+from blockrag.access import Access
 from blockrag.aio import gather_or_cancel
 from blockrag.configured import configured_bundle, configured_device
 from blockrag.encoder.blocks import BlockEncoder
 from blockrag.errors import InvalidRequestError
-from blockrag.grpc_status import translate_errors
+from blockrag.grpc_status import rpc
 from blockrag.kv_cache.requests import block_form
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
@@ -100,17 +100,17 @@ class Encoder:
 
     def __init__(self, pool: DeploymentHandle[Any], settings: Settings) -> None:
         setup_telemetry("encoder", settings)
-        protect(settings)
+        self.access = Access(settings)
         self._pool = pool
 
-    @translate_errors
+    @rpc
     async def EncodeBlocks(
         self, request: encoder_pb2.EncodeBlocksRequest, grpc_context: RayServegRPCContext | None = None
     ) -> encoder_pb2.EncodeBlocksResponse:
         """Encodes blocks and describes them."""
         return cast("encoder_pb2.EncodeBlocksResponse", await self._pool.encode_blocks.remote(request))
 
-    @translate_errors
+    @rpc
     async def GetEncoderStatus(
         self, request: encoder_pb2.GetEncoderStatusRequest, grpc_context: RayServegRPCContext | None = None
     ) -> encoder_pb2.GetEncoderStatusResponse:

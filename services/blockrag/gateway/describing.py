@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import blockrag
+from blockrag.access import Caller
+from blockrag.kv_cache.requests import show_own_row
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import compressor_pb2, decoder_pb2, encoder_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.system_pb2 import DescribeResponse, ServiceHealth
@@ -54,8 +56,11 @@ class Describing:
     max_positions: int
     timeout_s: float = STATUS_TIMEOUT_S
 
-    async def describe(self) -> DescribeResponse:
-        """Never fails for a service that does: it is listed as unhealthy, with the reason."""
+    async def describe(self, caller: Caller) -> DescribeResponse:
+        """Never fails for a service that does: it is listed as unhealthy, with the reason.
+
+        Of the tenants' rows a caller who is no operator sees its own.
+        """
         (
             (retriever, retriever_health),
             (encoder, encoder_health),
@@ -70,6 +75,8 @@ class Describing:
             self._ask("compressor", self.compressor.tokenize_passages(compressor_pb2.TokenizePassagesRequest())),
             self._ask("decoder", self.decoder.status()),
         )
+        if kv_cache is not None:
+            show_own_row(kv_cache, caller)
         healths = [
             ServiceHealth(name="gateway", healthy=True),
             retriever_health,

@@ -89,7 +89,7 @@ class _ForgivingServer:
     """A server as the generated code sees it, whose methods get a ``MalformedRequest`` for bytes that are no message.
 
     gRPC itself would answer UNKNOWN with the name of a Python class in it (seen for strings that are not UTF-8);
-    ``translate_errors`` answers INVALID_ARGUMENT.
+    ``rpc`` answers INVALID_ARGUMENT.
     """
 
     def __init__(self, server: Any) -> None:

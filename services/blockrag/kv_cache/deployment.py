@@ -13,11 +13,18 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from blockrag.access import protect
+from blockrag.access import Access, Caller
 from blockrag.configured import configured_bundle, configured_keys
-from blockrag.grpc_status import translate_errors
+from blockrag.grpc_status import rpc
 from blockrag.kv_cache.remote import APP, shard_group
-from blockrag.kv_cache.requests import block_forms, block_requests, document_ids, status_response, warm_response
+from blockrag.kv_cache.requests import (
+    block_forms,
+    block_requests,
+    document_ids,
+    show_own_row,
+    status_response,
+    warm_response,
+)
 from blockrag.kv_cache.shard_actor import KvCacheShard
 from blockrag.kv_cache.shards import shard_names
 from blockrag.limits import MIB, STORE_HEADROOM
@@ -36,7 +43,7 @@ class KvCache:
 
     def __init__(self, settings: Settings, *shards: DeploymentHandle[Any]) -> None:
         setup_telemetry(APP, settings)
-        protect(settings)
+        self.access = Access(settings)
         bundle = configured_bundle(settings)
         self._keys = configured_keys(settings, bundle)
         self._chunk_tokens = bundle.chunk_tokens if bundle.refrag is not None else 0
@@ -45,14 +52,20 @@ class KvCache:
         self._shards = shard_group({name: partial(_same, shard) for name, shard in zip(names, shards, strict=True)})
         _warn_of_small_store(self._budget_bytes)
 
-    @translate_errors
+    @rpc
     async def GetKvCacheStatus(
-        self, request: kv_cache_pb2.GetKvCacheStatusRequest, grpc_context: RayServegRPCContext | None = None
+        self,
+        request: kv_cache_pb2.GetKvCacheStatusRequest,
+        grpc_context: RayServegRPCContext | None = None,
+        *,
+        caller: Caller,
     ) -> kv_cache_pb2.GetKvCacheStatusResponse:
-        """Sums up the shards that answer in time."""
-        return status_response(await self._shards.stats(), self._budget_bytes)
+        """Sums up the shards that answer in time; of the tenants' rows it shows those that the caller may see."""
+        status = status_response(await self._shards.stats(), self._budget_bytes)
+        show_own_row(status, caller)
+        return status
 
-    @translate_errors
+    @rpc
     async def WarmBlocks(
         self, request: kv_cache_pb2.WarmBlocksRequest, grpc_context: RayServegRPCContext | None = None
     ) -> kv_cache_pb2.WarmBlocksResponse:
@@ -65,14 +78,7 @@ class KvCache:
             current.set(hits=response.hits, encoded=response.encoded)
         return response
 
-    @translate_errors
-    async def LookupBlocks(
-        self, request: kv_cache_pb2.LookupBlocksRequest, grpc_context: RayServegRPCContext | None = None
-    ) -> kv_cache_pb2.LookupBlocksResponse:
-        """Says which keys are held."""
-        return kv_cache_pb2.LookupBlocksResponse(held=await self._shards.lookup(list(request.keys)))
-
-    @translate_errors
+    @rpc
     async def SetPins(
         self, request: kv_cache_pb2.SetPinsRequest, grpc_context: RayServegRPCContext | None = None
     ) -> kv_cache_pb2.SetPinsResponse:
@@ -81,7 +87,7 @@ class KvCache:
         with span("set_pins", request.context, documents=len(documents)):
             return kv_cache_pb2.SetPinsResponse(blocks=await self._shards.set_pins(documents, request.pinned))
 
-    @translate_errors
+    @rpc
     async def PurgeDocuments(
         self, request: kv_cache_pb2.PurgeDocumentsRequest, grpc_context: RayServegRPCContext | None = None
     ) -> kv_cache_pb2.PurgeDocumentsResponse:

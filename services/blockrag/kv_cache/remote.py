@@ -47,9 +47,6 @@ class RemoteShard:
     async def purged_since(self, cursor: int) -> PurgeLog:
         return await self._call(Shard.purged_since, cursor)
 
-    async def lookup(self, keys: list[str]) -> list[bool]:
-        return await self._call(Shard.lookup, keys)
-
     async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
         return await self._call(Shard.set_pins, documents, pinned)
 

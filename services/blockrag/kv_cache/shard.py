@@ -111,10 +111,6 @@ class CacheShard:
         self.store.expire()
         return self.store.journal.since(cursor)
 
-    def lookup(self, keys: Sequence[str]) -> list[bool]:
-        """Which keys are held; changes nothing."""
-        return [key in self.store for key in keys]
-
     def set_pins(self, documents: Sequence[DocumentId], pinned: bool) -> int:
         """Pins or unpins documents' blocks; how many changed."""
         for encoding in self._encodings.values():

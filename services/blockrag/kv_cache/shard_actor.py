@@ -62,10 +62,6 @@ class KvCacheShard:
         self._metrics.record_stats(self._shard.stats())
         return self._shard.purged_since(cursor)
 
-    async def lookup(self, keys: list[str]) -> list[bool]:
-        """Which keys are held."""
-        return self._shard.lookup(keys)
-
     async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
         """Pins or unpins documents' blocks."""
         return self._shard.set_pins(documents, pinned)

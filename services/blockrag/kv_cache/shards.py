@@ -41,10 +41,6 @@ class Shard(Protocol):
         """Keys purged since a reader's cursor."""
         ...
 
-    async def lookup(self, keys: list[str]) -> list[bool]:
-        """Which keys are held."""
-        ...
-
     async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
         """Pins or unpins documents' blocks."""
         ...
@@ -120,21 +116,6 @@ class ShardGroup:
             [self.shards[index].warm([blocks[place] for place in places], pin) for index, places in groups.items()]
         )
         return sum(outcomes, WarmOutcome())
-
-    async def lookup(self, keys: Sequence[str]) -> list[bool]:
-        """Which keys are held, in order."""
-        groups = self.places(keys)
-
-        async def look_up(index: int, places: list[int]) -> list[bool]:
-            mine = [keys[place] for place in places]
-            return await self._call(index, lambda shard: shard.lookup(mine))
-
-        answers = await gather_or_cancel([look_up(index, places) for index, places in groups.items()])
-        held = [False] * len(keys)
-        for places, answer in zip(groups.values(), answers, strict=True):
-            for place, found in zip(places, answer, strict=True):
-                held[place] = found
-        return held
 
     async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
         """Pins or unpins documents' blocks; how many changed."""

@@ -7,8 +7,8 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
-from blockrag.access import protect
-from blockrag.grpc_status import translate_errors
+from blockrag.access import Access
+from blockrag.grpc_status import rpc
 from blockrag.retriever.opening import check_settings, open_service
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry
@@ -20,68 +20,68 @@ class Retriever:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
         setup_telemetry("retriever", settings)
-        protect(settings)
+        self.access = Access(settings)
         torch.set_num_threads(settings.retriever.threads)
         self._service = open_service(settings)
         await self._service.start()
 
-    @translate_errors
+    @rpc
     async def Search(
         self, request: pb.SearchRequest, grpc_context: RayServegRPCContext | None = None
     ) -> pb.SearchResponse:
         """Finds the passages nearest to a query."""
         return await self._service.Search(request)
 
-    @translate_errors
+    @rpc
     async def AddPassages(
         self, request: pb.AddPassagesRequest, grpc_context: RayServegRPCContext | None = None
     ) -> pb.AddPassagesResponse:
         """Stages passages of a version that is not visible yet."""
         return await self._service.AddPassages(request)
 
-    @translate_errors
+    @rpc
     async def CommitDocument(
         self, request: pb.CommitDocumentRequest, grpc_context: RayServegRPCContext | None = None
     ) -> pb.CommitDocumentResponse:
         """Makes a staged version visible and removes the older one."""
         return await self._service.CommitDocument(request)
 
-    @translate_errors
+    @rpc
     async def RemoveDocument(
         self, request: pb.RemoveDocumentRequest, grpc_context: RayServegRPCContext | None = None
     ) -> pb.RemoveDocumentResponse:
         """Removes a document."""
         return await self._service.RemoveDocument(request)
 
-    @translate_errors
+    @rpc
     async def RemoveCollection(
         self, request: pb.RemoveCollectionRequest, grpc_context: RayServegRPCContext | None = None
     ) -> pb.RemoveCollectionResponse:
         """Removes a collection."""
         return await self._service.RemoveCollection(request)
 
-    @translate_errors
+    @rpc
     async def ScanDocuments(
         self, request: pb.ScanDocumentsRequest, grpc_context: RayServegRPCContext | None = None
     ) -> pb.ScanDocumentsResponse:
         """Pages through documents."""
         return await self._service.ScanDocuments(request)
 
-    @translate_errors
+    @rpc
     async def ScanPassages(
         self, request: pb.ScanPassagesRequest, grpc_context: RayServegRPCContext | None = None
     ) -> pb.ScanPassagesResponse:
         """Gives documents' passages."""
         return await self._service.ScanPassages(request)
 
-    @translate_errors
+    @rpc
     async def ScanCollections(
         self, request: pb.ScanCollectionsRequest, grpc_context: RayServegRPCContext | None = None
     ) -> pb.ScanCollectionsResponse:
         """Lists a tenant's collections."""
         return await self._service.ScanCollections(request)
 
-    @translate_errors
+    @rpc
     async def GetRetrieverStatus(
         self, request: pb.GetRetrieverStatusRequest, grpc_context: RayServegRPCContext | None = None
     ) -> pb.GetRetrieverStatusResponse:

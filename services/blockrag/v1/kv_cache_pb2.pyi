@@ -65,18 +65,6 @@ class GetKvCacheStatusResponse(_message.Message):
     forms: _containers.RepeatedCompositeFieldContainer[FormUsage]
     def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., evictions: _Optional[int] = ..., expirations: _Optional[int] = ..., lost: _Optional[int] = ..., shards: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., forms: _Optional[_Iterable[_Union[FormUsage, _Mapping]]] = ...) -> None: ...
 
-class LookupBlocksRequest(_message.Message):
-    __slots__ = ("keys",)
-    KEYS_FIELD_NUMBER: _ClassVar[int]
-    keys: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, keys: _Optional[_Iterable[str]] = ...) -> None: ...
-
-class LookupBlocksResponse(_message.Message):
-    __slots__ = ("held",)
-    HELD_FIELD_NUMBER: _ClassVar[int]
-    held: _containers.RepeatedScalarFieldContainer[bool]
-    def __init__(self, held: _Optional[_Iterable[bool]] = ...) -> None: ...
-
 class DocumentRef(_message.Message):
     __slots__ = ("collection", "document_id")
     COLLECTION_FIELD_NUMBER: _ClassVar[int]

@@ -46,11 +46,6 @@ class KvCacheServiceStub:
                 request_serializer=blockrag_dot_v1_dot_kv__cache__pb2.WarmBlocksRequest.SerializeToString,
                 response_deserializer=blockrag_dot_v1_dot_kv__cache__pb2.WarmBlocksResponse.FromString,
                 _registered_method=True)
-        self.LookupBlocks = channel.unary_unary(
-                '/blockrag.v1.KvCacheService/LookupBlocks',
-                request_serializer=blockrag_dot_v1_dot_kv__cache__pb2.LookupBlocksRequest.SerializeToString,
-                response_deserializer=blockrag_dot_v1_dot_kv__cache__pb2.LookupBlocksResponse.FromString,
-                _registered_method=True)
         self.SetPins = channel.unary_unary(
                 '/blockrag.v1.KvCacheService/SetPins',
                 request_serializer=blockrag_dot_v1_dot_kv__cache__pb2.SetPinsRequest.SerializeToString,
@@ -82,13 +77,6 @@ class KvCacheServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def LookupBlocks(self, request, context):
-        """LookupBlocks says which keys are held; it neither encodes nor touches their age.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def SetPins(self, request, context):
         """SetPins pins or unpins a document's blocks.
         """
@@ -115,11 +103,6 @@ def add_KvCacheServiceServicer_to_server(servicer, server):
                     servicer.WarmBlocks,
                     request_deserializer=blockrag_dot_v1_dot_kv__cache__pb2.WarmBlocksRequest.FromString,
                     response_serializer=blockrag_dot_v1_dot_kv__cache__pb2.WarmBlocksResponse.SerializeToString,
-            ),
-            'LookupBlocks': grpc.unary_unary_rpc_method_handler(
-                    servicer.LookupBlocks,
-                    request_deserializer=blockrag_dot_v1_dot_kv__cache__pb2.LookupBlocksRequest.FromString,
-                    response_serializer=blockrag_dot_v1_dot_kv__cache__pb2.LookupBlocksResponse.SerializeToString,
             ),
             'SetPins': grpc.unary_unary_rpc_method_handler(
                     servicer.SetPins,
@@ -188,33 +171,6 @@ class KvCacheService:
             '/blockrag.v1.KvCacheService/WarmBlocks',
             blockrag_dot_v1_dot_kv__cache__pb2.WarmBlocksRequest.SerializeToString,
             blockrag_dot_v1_dot_kv__cache__pb2.WarmBlocksResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def LookupBlocks(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/blockrag.v1.KvCacheService/LookupBlocks',
-            blockrag_dot_v1_dot_kv__cache__pb2.LookupBlocksRequest.SerializeToString,
-            blockrag_dot_v1_dot_kv__cache__pb2.LookupBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

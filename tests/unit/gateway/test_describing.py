@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blockrag.access import THE_SYSTEM, Caller
 from blockrag.errors import UnavailableError
 from blockrag.gateway.describing import Describing
 from blockrag.settings import GatewaySettings
@@ -40,7 +41,15 @@ class Decoder:
         return decoder_pb2.GetDecoderStatusResponse(bundle_fingerprint=self._fingerprint, max_positions=4096)
 
 
-async def describe(cache: BrokenCache | SilentCache, decoder: Decoder | None = None) -> DescribeResponse:
+class SharedCache:
+    async def status(self) -> kv_cache_pb2.GetKvCacheStatusResponse:
+        rows = [kv_cache_pb2.TenantUsage(tenant=name, blocks=3) for name in ("acme", "umbrella")]
+        return kv_cache_pb2.GetKvCacheStatusResponse(blocks=6, tenants=rows)
+
+
+async def describe(
+    cache: BrokenCache | SilentCache | SharedCache, decoder: Decoder | None = None, caller: Caller = THE_SYSTEM
+) -> DescribeResponse:
     describing = Describing(
         retriever=Retriever(),
         encoder=Encoder(),
@@ -53,7 +62,7 @@ async def describe(cache: BrokenCache | SilentCache, decoder: Decoder | None = N
         max_positions=99,
         timeout_s=0.05,
     )
-    return await describing.describe()
+    return await describing.describe(caller)
 
 
 async def test_a_broken_service_is_listed_with_its_reason() -> None:
@@ -78,3 +87,11 @@ async def test_a_silent_service_is_not_waited_for() -> None:
 async def test_another_bundle_in_the_decoder_is_told() -> None:
     description = await describe(BrokenCache(), Decoder("0ld"))
     assert any(service.name == "decoder" and "another bundle" in service.detail for service in description.services)
+
+
+async def test_a_tenant_is_shown_its_own_row_and_an_operator_all() -> None:
+    rows = [
+        [row.tenant for row in (await describe(SharedCache(), caller=caller)).kv_cache.tenants]
+        for caller in (Caller("acme"), Caller("nobody"), Caller("acme", operator=True), THE_SYSTEM)
+    ]
+    assert rows == [["acme"], [], ["acme", "umbrella"], ["acme", "umbrella"]]

@@ -10,18 +10,22 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from blockrag.access import Access
 from blockrag.gateway.health import APPLICATION_OF_SERVICE, HealthServicer
 from blockrag.gateway.servicers import GRPC_SERVICER_FUNCTIONS, add_health_to_server, add_rag_to_server
-from blockrag.grpc_status import translate_errors
+from blockrag.grpc_status import rpc
+from blockrag.settings import Settings
 from blockrag.v1 import rag_pb2, rag_pb2_grpc, system_pb2
 
 
 class Rag:
-    @translate_errors
+    access = Access(Settings())
+
+    @rpc
     async def Generate(self, request: rag_pb2.GenerateRequest) -> AsyncIterator[rag_pb2.GenerateResponse]:
         yield rag_pb2.GenerateResponse(request_id=request.question)
 
-    @translate_errors
+    @rpc
     async def Retrieve(self, request: rag_pb2.RetrieveRequest) -> rag_pb2.RetrieveResponse:
         return rag_pb2.RetrieveResponse(request_id=request.query)
 

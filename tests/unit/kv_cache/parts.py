@@ -99,9 +99,6 @@ class LocalShard:
     async def purged_since(self, cursor: int) -> PurgeLog:
         return (await self._alive("purged_since")).purged_since(cursor)
 
-    async def lookup(self, keys: list[str]) -> list[bool]:
-        return (await self._alive("lookup")).lookup(keys)
-
     async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
         return (await self._alive("set_pins")).set_pins(documents, pinned)
 

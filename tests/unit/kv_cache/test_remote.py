@@ -44,7 +44,6 @@ async def test_every_method_reaches_the_shard_s_own() -> None:
         "warm": ([], True),
         "report_lost": (["k"], [3]),
         "purged_since": (5,),
-        "lookup": (["k"],),
         "set_pins": ([document], False),
         "purge": ([document],),
         "stats": (),
@@ -70,4 +69,4 @@ async def test_a_shard_that_cannot_be_found_yet_is_unavailable() -> None:
         raise ActorDiedError()
 
     with pytest.raises(UnavailableError, match=r"^KvCacheShard-1: "):
-        await RemoteShard("KvCacheShard-1", resolve).lookup([])
+        await RemoteShard("KvCacheShard-1", resolve).stats()

@@ -171,7 +171,8 @@ def _merged(
     rows = _token_rows(weights, tokenizer, source)
     if rows is not None:
         put_token_rows(model, rows, model.get_input_embeddings().weight.shape[0], source.checkpoint)
-    return model.state_dict()
+    merged: dict[str, Tensor] = model.state_dict()
+    return merged
 
 
 def _token_rows(weights: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast, source: Source) -> TokenRows | None:
