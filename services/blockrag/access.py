@@ -12,11 +12,11 @@ import hashlib
 import hmac
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
 from blockrag.errors import InvalidRequestError, UnauthenticatedError
@@ -26,6 +26,15 @@ from blockrag.settings import Settings, TenantSettings
 PUBLIC_TENANT = "public"
 _SCHEME = "bearer "
 _ADDRESSES_KEPT_S = 60
+
+
+class TenantRow(Protocol):
+    """What a status says of one tenant."""
+
+    tenant: str
+
+
+Row = TypeVar("Row", bound=TenantRow)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,13 @@ class Tenants:
         if found is None:
             raise UnauthenticatedError("the API key is not known")
         return found
+
+
+def show_own_rows(rows: MutableSequence[Row], caller: Caller) -> None:
+    """Take other tenants' rows of a status away, in place, unless the caller is an operator."""
+    for place in reversed(range(len(rows))):
+        if not caller.operator and rows[place].tenant != caller.tenant:
+            del rows[place]
 
 
 class CallOrigin(Protocol):

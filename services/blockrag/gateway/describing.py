@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import blockrag
-from blockrag.access import Caller
-from blockrag.kv_cache.requests import show_own_row
+from blockrag.access import Caller, show_own_rows
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import compressor_pb2, decoder_pb2, encoder_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.system_pb2 import DescribeResponse, ServiceHealth
@@ -76,7 +75,7 @@ class Describing:
             self._ask("decoder", self.decoder.status()),
         )
         if kv_cache is not None:
-            show_own_row(kv_cache, caller)
+            show_own_rows(kv_cache.tenants, caller)
         healths = [
             ServiceHealth(name="gateway", healthy=True),
             retriever_health,

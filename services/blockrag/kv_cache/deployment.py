@@ -13,7 +13,7 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from blockrag.access import Access, Caller
+from blockrag.access import Access, Caller, show_own_rows
 from blockrag.configured import configured_bundle, configured_keys
 from blockrag.grpc_status import rpc
 from blockrag.kv_cache.remote import APP, shard_group
@@ -21,7 +21,6 @@ from blockrag.kv_cache.requests import (
     block_forms,
     block_requests,
     document_ids,
-    show_own_row,
     status_response,
     warm_response,
 )
@@ -62,7 +61,7 @@ class KvCache:
     ) -> kv_cache_pb2.GetKvCacheStatusResponse:
         """Sums up the shards that answer in time; of the tenants' rows it shows those that the caller may see."""
         status = status_response(await self._shards.stats(), self._budget_bytes)
-        show_own_row(status, caller)
+        show_own_rows(status.tenants, caller)
         return status
 
     @rpc

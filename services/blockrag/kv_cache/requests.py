@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from blockrag.access import Caller
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.messages import DocumentId, FormUsage, ShardStats, WarmOutcome
@@ -97,14 +96,6 @@ def tenant_of(context: common_pb2.RequestContext) -> str:
     if not context.tenant:
         raise InvalidRequestError("context.tenant", "must not be empty")
     return context.tenant
-
-
-def show_own_row(status: kv_cache_pb2.GetKvCacheStatusResponse, caller: Caller) -> None:
-    """Take other tenants' rows away, in place, unless the caller is an operator."""
-    if not caller.operator:
-        own = [row for row in status.tenants if row.tenant == caller.tenant]
-        del status.tenants[:]
-        status.tenants.extend(own)
 
 
 def status_response(stats: Sequence[ShardStats], budget_bytes: int) -> kv_cache_pb2.GetKvCacheStatusResponse:
