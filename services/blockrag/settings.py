@@ -100,6 +100,12 @@ class GatewaySettings(_Section):
     """Longest time a request may take; also what counts when a request has no deadline."""
     max_document_mb: Positive = 64
     """Largest document, in MiB."""
+    max_uploads: Positive = 8
+    """Documents received at a time per replica, of one tenant half as many; bounds memory and temporary files."""
+    upload_idle_s: Annotated[float, Field(gt=0)] = 30.0
+    """An upload that sends nothing for so many seconds is ended."""
+    max_warmings: Positive = 4
+    """Warmings under way per replica, of one tenant half as many."""
     tenants: tuple[TenantSettings, ...] = ()
     """Empty: no authentication, everybody is tenant "public"."""
 

@@ -28,17 +28,14 @@ from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import count_answer, observed, request_context
 from blockrag.gateway.planning import NearPlanner
-from blockrag.gateway.spool import receive_content, receive_header, refused_gently
+from blockrag.gateway.spool import receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.gateway.warming import ALL_FORMS, Warming
 from blockrag.grpc_status import rpc
 from blockrag.ingest import PassageSplitter, prepare_documents
 from blockrag.retriever.identity import check_document_id
-from blockrag.settings import Settings, load_application_settings
+from blockrag.settings import GatewaySettings, Settings, load_application_settings
 from blockrag.telemetry import metrics, read_trace, setup_telemetry, trace_directory
 from blockrag.v1 import corpus_pb2, rag_pb2, system_pb2
-
-MAX_INGESTS = 8
-"""Documents received at a time, per replica: bounds memory and temporary files."""
 
 _REMEMBERED_PASSAGES = 16_384
 """Passages whose token ids a replica keeps: about 2 KB each."""
@@ -64,7 +61,10 @@ class Gateway:
         self._ability = CompressionAbility.of(bundle)
         self._trace_directory = trace_directory(settings)
         self._answers = Admission("answers are in progress", limits.max_inflight)
-        self._ingests = Admission("documents are being received", MAX_INGESTS)
+        self._ingests = Admission(
+            "documents are being received", limits.max_uploads, _share(limits.max_uploads, limits)
+        )
+        self._warmings = Admission("warmings are under way", limits.max_warmings, _share(limits.max_warmings, limits))
         passages = PassageTokenizer(tokenizer, bundle.template, _REMEMBERED_PASSAGES)
         drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
         planner = Planner(passages, bundle.max_context_tokens, self._ability, drafts)
@@ -147,9 +147,10 @@ class Gateway:
         max_bytes = self._limits.max_document_mb * 2**20
         with observed("CorpusService", "IngestDocument", context) as current:
             async with refused_gently(request, max_bytes):
-                with self._ingests.slot():
-                    header = validation.check_header(await receive_header(request))
-                    with closing(await receive_content(request, max_bytes)) as spool:
+                with self._ingests.slot(caller.tenant):
+                    messages = while_it_moves(request, self._limits.upload_idle_s)
+                    header = validation.check_header(await receive_header(messages))
+                    with closing(await receive_content(messages, max_bytes)) as spool:
                         if request.is_cancelled():
                             # Serve ends the stream of a client that went away as if it were complete.
                             raise asyncio.CancelledError
@@ -208,9 +209,10 @@ class Gateway:
             collection = validation.check_collection(request.collection)
             document_ids = validation.check_document_ids(request.document_ids)
             progress = self._warming.warm(collection, document_ids, request.pin, current.child_context())
-            async with aclosing(progress) as steps:
-                async for step in steps:
-                    yield step
+            with self._warmings.slot(caller.tenant):
+                async with aclosing(progress) as steps:
+                    async for step in steps:
+                        yield step
 
     @rpc
     async def Describe(
@@ -246,6 +248,11 @@ class Gateway:
                 for stored in spans
             ]
         )
+
+
+def _share(places: int, limits: GatewaySettings) -> int:
+    """Most of so many places for one tenant, where there are several."""
+    return max(1, places // 2) if limits.tenants else places
 
 
 def build(args: dict[str, str]) -> Application:

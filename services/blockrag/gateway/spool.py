@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import BinaryIO, cast
 
-from blockrag.errors import BlockragError, InvalidRequestError
+from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError
 from blockrag.grpc_status import MalformedRequest
 from blockrag.v1.corpus_pb2 import DocumentHeader, IngestDocumentRequest
 
@@ -37,6 +37,19 @@ async def refused_gently(stream: AsyncIterator[Message], max_bytes: int) -> Asyn
                     if left < 0:
                         break
         raise
+
+
+async def while_it_moves(stream: AsyncIterator[Message], idle_s: float) -> AsyncIterator[Message]:
+    """The messages of ``stream``. Raises ``DeadlineError`` when the next one takes longer than ``idle_s``."""
+    while True:
+        try:
+            async with asyncio.timeout(idle_s):
+                message = await anext(stream, None)
+        except TimeoutError as error:
+            raise DeadlineError(f"the upload sent nothing for {idle_s:g} s") from error
+        if message is None:
+            return
+        yield message
 
 
 async def receive_header(stream: AsyncIterator[Message]) -> DocumentHeader:

@@ -37,3 +37,14 @@ def test_the_hint_follows_how_long_requests_take() -> None:
     with admission.slot(), pytest.raises(OverloadedError) as refused, admission.slot():
         pass
     assert refused.value.retry_after_ms == 50
+
+
+def test_one_tenant_does_not_keep_the_others_out() -> None:
+    admission = Admission("documents are being received", 3, 2)
+    with admission.slot("acme"), admission.slot("acme"):
+        with pytest.raises(OverloadedError, match="2 documents are being received for acme"), admission.slot("acme"):
+            pass
+        with admission.slot("umbrella"):
+            assert admission.running == 3
+    with admission.slot("acme"):
+        assert admission.running == 1

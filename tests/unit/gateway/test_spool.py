@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 
-from blockrag.errors import InvalidRequestError
-from blockrag.gateway.spool import Message, receive_content, receive_header, refused_gently
+from blockrag.errors import DeadlineError, InvalidRequestError
+from blockrag.gateway.spool import Message, receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.grpc_status import MalformedRequest
 from blockrag.v1.corpus_pb2 import DocumentHeader, IngestDocumentRequest
 
@@ -80,3 +81,25 @@ async def test_other_errors_pass_at_once() -> None:
         async with refused_gently(messages, 100):
             raise ZeroDivisionError
     assert await anext(messages, None) is not None
+
+
+async def test_an_upload_that_stands_still_is_ended() -> None:
+    async def stalling() -> AsyncIterator[Message]:
+        yield HEADER
+        yield piece(b"x")
+        await asyncio.Event().wait()
+
+    messages = while_it_moves(stalling(), 0.05)
+    assert (await receive_header(messages)).document_id == "a.txt"
+    with pytest.raises(DeadlineError, match=r"sent nothing for 0\.05 s"):
+        await receive_content(messages, 10)
+
+
+async def test_an_upload_that_moves_may_take_its_time() -> None:
+    async def slow() -> AsyncIterator[Message]:
+        for _ in range(5):
+            await asyncio.sleep(0.02)
+            yield piece(b"x")
+
+    with await receive_content(while_it_moves(slow(), 5.0), 10) as file:
+        assert file.seek(0, 2) == 5
