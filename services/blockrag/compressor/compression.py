@@ -63,9 +63,9 @@ def read_compression(
     has no chunk encoder, an attention mode without cached blocks.
     """
     kind = message.WhichOneof("budget")
-    if kind is None or kind == "off":
-        if message.policy and kind is None:
-            raise InvalidRequestError("compression", "needs one of rate, max_context_tokens and max_ttft_ms, or off")
+    if kind is None:
+        if message.policy:
+            raise InvalidRequestError("compression", "needs one of rate, max_context_tokens and max_ttft_ms")
         return None
     if ability.policies is None and kind == "max_ttft_ms":
         raise InvalidRequestError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -51,10 +50,8 @@ class RetrieverService:
             raise InvalidRequestError("query", "must not be empty")
         if not request.top_k:
             raise InvalidRequestError("top_k", "must be at least 1")
-        start = time.perf_counter()
         with span("embed", request.context):
             vector = await _in(self._query_thread, self._embedder.embed_query, request.query)
-        embedded = time.perf_counter()
         limit = min(request.top_k, MOST_PASSAGES)
         query = SearchQuery(
             dense=vector,
@@ -67,12 +64,7 @@ class RetrieverService:
         with span("search", request.context, collection=collection.name, top_k=request.top_k) as current:
             found = await self._index.search(collection, query)
             current.set(passages=len(found))
-        return retriever_pb2.SearchResponse(
-            passages=[messages.found_message(passage) for passage in found],
-            query_embedding=vector.tolist() if request.with_embedding else (),
-            embed_ms=(embedded - start) * 1000,
-            search_ms=(time.perf_counter() - embedded) * 1000,
-        )
+        return retriever_pb2.SearchResponse(passages=[messages.found_message(passage) for passage in found])
 
     async def AddPassages(self, request: retriever_pb2.AddPassagesRequest) -> retriever_pb2.AddPassagesResponse:
         """Raises ``InvalidRequestError``, ``UnavailableError``."""
@@ -92,9 +84,7 @@ class RetrieverService:
         document = messages.committed_document(request)
         with span("commit", request.context, collection=collection.name, passages=document.passages):
             replaced = await self._index.commit(collection, document)
-        return retriever_pb2.CommitDocumentResponse(
-            replaced_version=replaced.version, removed_passages=replaced.passages
-        )
+        return retriever_pb2.CommitDocumentResponse(replaced_version=replaced.version)
 
     async def RemoveDocument(
         self, request: retriever_pb2.RemoveDocumentRequest
@@ -128,7 +118,6 @@ class RetrieverService:
         return retriever_pb2.ScanDocumentsResponse(
             documents=[messages.document_message(document) for document in documents],
             total_documents=counts.documents,
-            total_passages=counts.passages,
         )
 
     async def ScanPassages(self, request: retriever_pb2.ScanPassagesRequest) -> retriever_pb2.ScanPassagesResponse:

@@ -26,7 +26,7 @@ from blockrag.v1 import common_pb2 as blockrag_dot_v1_dot_common__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62lockrag/v1/retriever.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xb7\x01\n\rSearchRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\r\n\x05query\x18\x03 \x01(\t\x12\r\n\x05top_k\x18\x04 \x01(\r\x12.\n\x06\x66ilter\x18\x05 \x03(\x0b\x32\x1e.blockrag.v1.MetadataCondition\x12\x16\n\x0ewith_embedding\x18\x06 \x01(\x08\"v\n\x0eSearchResponse\x12&\n\x08passages\x18\x01 \x03(\x0b\x32\x14.blockrag.v1.Passage\x12\x17\n\x0fquery_embedding\x18\x02 \x03(\x02\x12\x10\n\x08\x65mbed_ms\x18\x03 \x01(\x01\x12\x11\n\tsearch_ms\x18\x04 \x01(\x01\"~\n\x12\x41\x64\x64PassagesRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12&\n\x08passages\x18\x03 \x03(\x0b\x32\x14.blockrag.v1.Passage\"$\n\x13\x41\x64\x64PassagesResponse\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x01(\r\"\xcb\x01\n\x15\x43ommitDocumentRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\r\n\x05title\x18\x05 \x01(\t\x12)\n\x08metadata\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x10\n\x08passages\x18\x07 \x01(\r\"L\n\x16\x43ommitDocumentResponse\x12\x18\n\x10replaced_version\x18\x01 \x01(\t\x12\x18\n\x10removed_passages\x18\x02 \x01(\r\"n\n\x15RemoveDocumentRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x03 \x01(\t\"*\n\x16RemoveDocumentResponse\x12\x10\n\x08passages\x18\x01 \x01(\r\"[\n\x17RemoveCollectionRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\"?\n\x18RemoveCollectionResponse\x12\x11\n\tdocuments\x18\x01 \x01(\x04\x12\x10\n\x08passages\x18\x02 \x01(\x04\"\x98\x01\n\x14ScanDocumentsRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x19\n\x11\x61\x66ter_document_id\x18\x03 \x01(\t\x12\r\n\x05limit\x18\x04 \x01(\r\x12\x14\n\x0c\x64ocument_ids\x18\x05 \x03(\t\"\x82\x01\n\x0eStoredDocument\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x10\n\x08passages\x18\x04 \x01(\r\x12)\n\x08metadata\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\"x\n\x15ScanDocumentsResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.blockrag.v1.StoredDocument\x12\x17\n\x0ftotal_documents\x18\x02 \x01(\x04\x12\x16\n\x0etotal_passages\x18\x03 \x01(\x04\"m\n\x13ScanPassagesRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x14\n\x0c\x64ocument_ids\x18\x03 \x03(\t\">\n\x14ScanPassagesResponse\x12&\n\x08passages\x18\x01 \x03(\x0b\x32\x14.blockrag.v1.Passage\"F\n\x16ScanCollectionsRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\"E\n\x10StoredCollection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tdocuments\x18\x02 \x01(\x04\x12\x10\n\x08passages\x18\x03 \x01(\x04\"M\n\x17ScanCollectionsResponse\x12\x32\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x1d.blockrag.v1.StoredCollection\"\x1b\n\x19GetRetrieverStatusRequest\"\x81\x01\n\x1aGetRetrieverStatusResponse\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x17\n\x0f\x65mbedding_model\x18\x02 \x01(\t\x12\x12\n\ndimensions\x18\x03 \x01(\r\x12\x13\n\x0b\x63ollections\x18\x04 \x01(\x04\x12\x10\n\x08passages\x18\x05 \x01(\x04\x32\xb0\x06\n\x10RetrieverService\x12\x41\n\x06Search\x12\x1a.blockrag.v1.SearchRequest\x1a\x1b.blockrag.v1.SearchResponse\x12P\n\x0b\x41\x64\x64Passages\x12\x1f.blockrag.v1.AddPassagesRequest\x1a .blockrag.v1.AddPassagesResponse\x12Y\n\x0e\x43ommitDocument\x12\".blockrag.v1.CommitDocumentRequest\x1a#.blockrag.v1.CommitDocumentResponse\x12Y\n\x0eRemoveDocument\x12\".blockrag.v1.RemoveDocumentRequest\x1a#.blockrag.v1.RemoveDocumentResponse\x12_\n\x10RemoveCollection\x12$.blockrag.v1.RemoveCollectionRequest\x1a%.blockrag.v1.RemoveCollectionResponse\x12V\n\rScanDocuments\x12!.blockrag.v1.ScanDocumentsRequest\x1a\".blockrag.v1.ScanDocumentsResponse\x12S\n\x0cScanPassages\x12 .blockrag.v1.ScanPassagesRequest\x1a!.blockrag.v1.ScanPassagesResponse\x12\\\n\x0fScanCollections\x12#.blockrag.v1.ScanCollectionsRequest\x1a$.blockrag.v1.ScanCollectionsResponse\x12\x65\n\x12GetRetrieverStatus\x12&.blockrag.v1.GetRetrieverStatusRequest\x1a\'.blockrag.v1.GetRetrieverStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62lockrag/v1/retriever.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xa5\x01\n\rSearchRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\r\n\x05query\x18\x03 \x01(\t\x12\r\n\x05top_k\x18\x04 \x01(\r\x12.\n\x06\x66ilter\x18\x05 \x03(\x0b\x32\x1e.blockrag.v1.MetadataConditionJ\x04\x08\x06\x10\x07\"J\n\x0eSearchResponse\x12&\n\x08passages\x18\x01 \x03(\x0b\x32\x14.blockrag.v1.PassageJ\x04\x08\x02\x10\x03J\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05\"~\n\x12\x41\x64\x64PassagesRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12&\n\x08passages\x18\x03 \x03(\x0b\x32\x14.blockrag.v1.Passage\"$\n\x13\x41\x64\x64PassagesResponse\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x01(\r\"\xcb\x01\n\x15\x43ommitDocumentRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\r\n\x05title\x18\x05 \x01(\t\x12)\n\x08metadata\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x10\n\x08passages\x18\x07 \x01(\r\"8\n\x16\x43ommitDocumentResponse\x12\x18\n\x10replaced_version\x18\x01 \x01(\tJ\x04\x08\x02\x10\x03\"n\n\x15RemoveDocumentRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x03 \x01(\t\"*\n\x16RemoveDocumentResponse\x12\x10\n\x08passages\x18\x01 \x01(\r\"[\n\x17RemoveCollectionRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\"?\n\x18RemoveCollectionResponse\x12\x11\n\tdocuments\x18\x01 \x01(\x04\x12\x10\n\x08passages\x18\x02 \x01(\x04\"\x98\x01\n\x14ScanDocumentsRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x19\n\x11\x61\x66ter_document_id\x18\x03 \x01(\t\x12\r\n\x05limit\x18\x04 \x01(\r\x12\x14\n\x0c\x64ocument_ids\x18\x05 \x03(\t\"\x82\x01\n\x0eStoredDocument\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x10\n\x08passages\x18\x04 \x01(\r\x12)\n\x08metadata\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\"f\n\x15ScanDocumentsResponse\x12.\n\tdocuments\x18\x01 \x03(\x0b\x32\x1b.blockrag.v1.StoredDocument\x12\x17\n\x0ftotal_documents\x18\x02 \x01(\x04J\x04\x08\x03\x10\x04\"m\n\x13ScanPassagesRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x14\n\x0c\x64ocument_ids\x18\x03 \x03(\t\">\n\x14ScanPassagesResponse\x12&\n\x08passages\x18\x01 \x03(\x0b\x32\x14.blockrag.v1.Passage\"F\n\x16ScanCollectionsRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\"E\n\x10StoredCollection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tdocuments\x18\x02 \x01(\x04\x12\x10\n\x08passages\x18\x03 \x01(\x04\"M\n\x17ScanCollectionsResponse\x12\x32\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x1d.blockrag.v1.StoredCollection\"\x1b\n\x19GetRetrieverStatusRequest\"\x81\x01\n\x1aGetRetrieverStatusResponse\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x17\n\x0f\x65mbedding_model\x18\x02 \x01(\t\x12\x12\n\ndimensions\x18\x03 \x01(\r\x12\x13\n\x0b\x63ollections\x18\x04 \x01(\x04\x12\x10\n\x08passages\x18\x05 \x01(\x04\x32\xb0\x06\n\x10RetrieverService\x12\x41\n\x06Search\x12\x1a.blockrag.v1.SearchRequest\x1a\x1b.blockrag.v1.SearchResponse\x12P\n\x0b\x41\x64\x64Passages\x12\x1f.blockrag.v1.AddPassagesRequest\x1a .blockrag.v1.AddPassagesResponse\x12Y\n\x0e\x43ommitDocument\x12\".blockrag.v1.CommitDocumentRequest\x1a#.blockrag.v1.CommitDocumentResponse\x12Y\n\x0eRemoveDocument\x12\".blockrag.v1.RemoveDocumentRequest\x1a#.blockrag.v1.RemoveDocumentResponse\x12_\n\x10RemoveCollection\x12$.blockrag.v1.RemoveCollectionRequest\x1a%.blockrag.v1.RemoveCollectionResponse\x12V\n\rScanDocuments\x12!.blockrag.v1.ScanDocumentsRequest\x1a\".blockrag.v1.ScanDocumentsResponse\x12S\n\x0cScanPassages\x12 .blockrag.v1.ScanPassagesRequest\x1a!.blockrag.v1.ScanPassagesResponse\x12\\\n\x0fScanCollections\x12#.blockrag.v1.ScanCollectionsRequest\x1a$.blockrag.v1.ScanCollectionsResponse\x12\x65\n\x12GetRetrieverStatus\x12&.blockrag.v1.GetRetrieverStatusRequest\x1a\'.blockrag.v1.GetRetrieverStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,45 +34,45 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blockrag.v1.retriever_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SEARCHREQUEST']._serialized_start=101
-  _globals['_SEARCHREQUEST']._serialized_end=284
-  _globals['_SEARCHRESPONSE']._serialized_start=286
-  _globals['_SEARCHRESPONSE']._serialized_end=404
-  _globals['_ADDPASSAGESREQUEST']._serialized_start=406
-  _globals['_ADDPASSAGESREQUEST']._serialized_end=532
-  _globals['_ADDPASSAGESRESPONSE']._serialized_start=534
-  _globals['_ADDPASSAGESRESPONSE']._serialized_end=570
-  _globals['_COMMITDOCUMENTREQUEST']._serialized_start=573
-  _globals['_COMMITDOCUMENTREQUEST']._serialized_end=776
-  _globals['_COMMITDOCUMENTRESPONSE']._serialized_start=778
-  _globals['_COMMITDOCUMENTRESPONSE']._serialized_end=854
-  _globals['_REMOVEDOCUMENTREQUEST']._serialized_start=856
-  _globals['_REMOVEDOCUMENTREQUEST']._serialized_end=966
-  _globals['_REMOVEDOCUMENTRESPONSE']._serialized_start=968
-  _globals['_REMOVEDOCUMENTRESPONSE']._serialized_end=1010
-  _globals['_REMOVECOLLECTIONREQUEST']._serialized_start=1012
-  _globals['_REMOVECOLLECTIONREQUEST']._serialized_end=1103
-  _globals['_REMOVECOLLECTIONRESPONSE']._serialized_start=1105
-  _globals['_REMOVECOLLECTIONRESPONSE']._serialized_end=1168
-  _globals['_SCANDOCUMENTSREQUEST']._serialized_start=1171
-  _globals['_SCANDOCUMENTSREQUEST']._serialized_end=1323
-  _globals['_STOREDDOCUMENT']._serialized_start=1326
-  _globals['_STOREDDOCUMENT']._serialized_end=1456
-  _globals['_SCANDOCUMENTSRESPONSE']._serialized_start=1458
-  _globals['_SCANDOCUMENTSRESPONSE']._serialized_end=1578
-  _globals['_SCANPASSAGESREQUEST']._serialized_start=1580
-  _globals['_SCANPASSAGESREQUEST']._serialized_end=1689
-  _globals['_SCANPASSAGESRESPONSE']._serialized_start=1691
-  _globals['_SCANPASSAGESRESPONSE']._serialized_end=1753
-  _globals['_SCANCOLLECTIONSREQUEST']._serialized_start=1755
-  _globals['_SCANCOLLECTIONSREQUEST']._serialized_end=1825
-  _globals['_STOREDCOLLECTION']._serialized_start=1827
-  _globals['_STOREDCOLLECTION']._serialized_end=1896
-  _globals['_SCANCOLLECTIONSRESPONSE']._serialized_start=1898
-  _globals['_SCANCOLLECTIONSRESPONSE']._serialized_end=1975
-  _globals['_GETRETRIEVERSTATUSREQUEST']._serialized_start=1977
-  _globals['_GETRETRIEVERSTATUSREQUEST']._serialized_end=2004
-  _globals['_GETRETRIEVERSTATUSRESPONSE']._serialized_start=2007
-  _globals['_GETRETRIEVERSTATUSRESPONSE']._serialized_end=2136
-  _globals['_RETRIEVERSERVICE']._serialized_start=2139
-  _globals['_RETRIEVERSERVICE']._serialized_end=2955
+  _globals['_SEARCHREQUEST']._serialized_end=266
+  _globals['_SEARCHRESPONSE']._serialized_start=268
+  _globals['_SEARCHRESPONSE']._serialized_end=342
+  _globals['_ADDPASSAGESREQUEST']._serialized_start=344
+  _globals['_ADDPASSAGESREQUEST']._serialized_end=470
+  _globals['_ADDPASSAGESRESPONSE']._serialized_start=472
+  _globals['_ADDPASSAGESRESPONSE']._serialized_end=508
+  _globals['_COMMITDOCUMENTREQUEST']._serialized_start=511
+  _globals['_COMMITDOCUMENTREQUEST']._serialized_end=714
+  _globals['_COMMITDOCUMENTRESPONSE']._serialized_start=716
+  _globals['_COMMITDOCUMENTRESPONSE']._serialized_end=772
+  _globals['_REMOVEDOCUMENTREQUEST']._serialized_start=774
+  _globals['_REMOVEDOCUMENTREQUEST']._serialized_end=884
+  _globals['_REMOVEDOCUMENTRESPONSE']._serialized_start=886
+  _globals['_REMOVEDOCUMENTRESPONSE']._serialized_end=928
+  _globals['_REMOVECOLLECTIONREQUEST']._serialized_start=930
+  _globals['_REMOVECOLLECTIONREQUEST']._serialized_end=1021
+  _globals['_REMOVECOLLECTIONRESPONSE']._serialized_start=1023
+  _globals['_REMOVECOLLECTIONRESPONSE']._serialized_end=1086
+  _globals['_SCANDOCUMENTSREQUEST']._serialized_start=1089
+  _globals['_SCANDOCUMENTSREQUEST']._serialized_end=1241
+  _globals['_STOREDDOCUMENT']._serialized_start=1244
+  _globals['_STOREDDOCUMENT']._serialized_end=1374
+  _globals['_SCANDOCUMENTSRESPONSE']._serialized_start=1376
+  _globals['_SCANDOCUMENTSRESPONSE']._serialized_end=1478
+  _globals['_SCANPASSAGESREQUEST']._serialized_start=1480
+  _globals['_SCANPASSAGESREQUEST']._serialized_end=1589
+  _globals['_SCANPASSAGESRESPONSE']._serialized_start=1591
+  _globals['_SCANPASSAGESRESPONSE']._serialized_end=1653
+  _globals['_SCANCOLLECTIONSREQUEST']._serialized_start=1655
+  _globals['_SCANCOLLECTIONSREQUEST']._serialized_end=1725
+  _globals['_STOREDCOLLECTION']._serialized_start=1727
+  _globals['_STOREDCOLLECTION']._serialized_end=1796
+  _globals['_SCANCOLLECTIONSRESPONSE']._serialized_start=1798
+  _globals['_SCANCOLLECTIONSRESPONSE']._serialized_end=1875
+  _globals['_GETRETRIEVERSTATUSREQUEST']._serialized_start=1877
+  _globals['_GETRETRIEVERSTATUSREQUEST']._serialized_end=1904
+  _globals['_GETRETRIEVERSTATUSRESPONSE']._serialized_start=1907
+  _globals['_GETRETRIEVERSTATUSRESPONSE']._serialized_end=2036
+  _globals['_RETRIEVERSERVICE']._serialized_start=2039
+  _globals['_RETRIEVERSERVICE']._serialized_end=2855
 # @@protoc_insertion_point(module_scope)

@@ -9,32 +9,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SearchRequest(_message.Message):
-    __slots__ = ("context", "collection", "query", "top_k", "filter", "with_embedding")
+    __slots__ = ("context", "collection", "query", "top_k", "filter")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     QUERY_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
-    WITH_EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     context: _common_pb2.RequestContext
     collection: str
     query: str
     top_k: int
     filter: _containers.RepeatedCompositeFieldContainer[_common_pb2.MetadataCondition]
-    with_embedding: bool
-    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., collection: _Optional[str] = ..., query: _Optional[str] = ..., top_k: _Optional[int] = ..., filter: _Optional[_Iterable[_Union[_common_pb2.MetadataCondition, _Mapping]]] = ..., with_embedding: _Optional[bool] = ...) -> None: ...
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., collection: _Optional[str] = ..., query: _Optional[str] = ..., top_k: _Optional[int] = ..., filter: _Optional[_Iterable[_Union[_common_pb2.MetadataCondition, _Mapping]]] = ...) -> None: ...
 
 class SearchResponse(_message.Message):
-    __slots__ = ("passages", "query_embedding", "embed_ms", "search_ms")
+    __slots__ = ("passages",)
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
-    QUERY_EMBEDDING_FIELD_NUMBER: _ClassVar[int]
-    EMBED_MS_FIELD_NUMBER: _ClassVar[int]
-    SEARCH_MS_FIELD_NUMBER: _ClassVar[int]
     passages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Passage]
-    query_embedding: _containers.RepeatedScalarFieldContainer[float]
-    embed_ms: float
-    search_ms: float
-    def __init__(self, passages: _Optional[_Iterable[_Union[_common_pb2.Passage, _Mapping]]] = ..., query_embedding: _Optional[_Iterable[float]] = ..., embed_ms: _Optional[float] = ..., search_ms: _Optional[float] = ...) -> None: ...
+    def __init__(self, passages: _Optional[_Iterable[_Union[_common_pb2.Passage, _Mapping]]] = ...) -> None: ...
 
 class AddPassagesRequest(_message.Message):
     __slots__ = ("context", "collection", "passages")
@@ -71,12 +63,10 @@ class CommitDocumentRequest(_message.Message):
     def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., collection: _Optional[str] = ..., document_id: _Optional[str] = ..., version: _Optional[str] = ..., title: _Optional[str] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., passages: _Optional[int] = ...) -> None: ...
 
 class CommitDocumentResponse(_message.Message):
-    __slots__ = ("replaced_version", "removed_passages")
+    __slots__ = ("replaced_version",)
     REPLACED_VERSION_FIELD_NUMBER: _ClassVar[int]
-    REMOVED_PASSAGES_FIELD_NUMBER: _ClassVar[int]
     replaced_version: str
-    removed_passages: int
-    def __init__(self, replaced_version: _Optional[str] = ..., removed_passages: _Optional[int] = ...) -> None: ...
+    def __init__(self, replaced_version: _Optional[str] = ...) -> None: ...
 
 class RemoveDocumentRequest(_message.Message):
     __slots__ = ("context", "collection", "document_id")
@@ -139,14 +129,12 @@ class StoredDocument(_message.Message):
     def __init__(self, document_id: _Optional[str] = ..., version: _Optional[str] = ..., title: _Optional[str] = ..., passages: _Optional[int] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class ScanDocumentsResponse(_message.Message):
-    __slots__ = ("documents", "total_documents", "total_passages")
+    __slots__ = ("documents", "total_documents")
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
-    TOTAL_PASSAGES_FIELD_NUMBER: _ClassVar[int]
     documents: _containers.RepeatedCompositeFieldContainer[StoredDocument]
     total_documents: int
-    total_passages: int
-    def __init__(self, documents: _Optional[_Iterable[_Union[StoredDocument, _Mapping]]] = ..., total_documents: _Optional[int] = ..., total_passages: _Optional[int] = ...) -> None: ...
+    def __init__(self, documents: _Optional[_Iterable[_Union[StoredDocument, _Mapping]]] = ..., total_documents: _Optional[int] = ...) -> None: ...
 
 class ScanPassagesRequest(_message.Message):
     __slots__ = ("context", "collection", "document_ids")

@@ -144,7 +144,7 @@ async def test_without_compression_nothing_is_asked_of_the_cache(planner: Planne
     assert {form for passage in forms(plan) for form in passage} == {CHUNK_FORM_EXPANDED}
     assert not any(chunk.text for passage in plan.passages for chunk in passage.chunks)
     assert plan.chunk_tokens == CHUNK
-    assert await planner.plan(request(Compression(off=True))) == plan
+    assert await planner.plan(request(Compression())) == plan
 
 
 async def test_a_rate_is_reached_and_the_policy_sees_embeddings_from_the_cache(

@@ -141,7 +141,6 @@ class FakeIndex:
         return retriever_pb2.ScanDocumentsResponse(
             documents=found[: request.limit],
             total_documents=len(own),
-            total_passages=sum(document.passages for document in own),
         )
 
     async def scan_passages(self, request: retriever_pb2.ScanPassagesRequest) -> retriever_pb2.ScanPassagesResponse:
@@ -185,9 +184,7 @@ class FakeIndex:
             passages=request.passages,
             metadata=request.metadata,
         )
-        return retriever_pb2.CommitDocumentResponse(
-            replaced_version=old.version if old else "", removed_passages=old.passages if old else 0
-        )
+        return retriever_pb2.CommitDocumentResponse(replaced_version=old.version if old else "")
 
     async def remove_document(
         self, request: retriever_pb2.RemoveDocumentRequest

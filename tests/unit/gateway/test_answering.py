@@ -258,7 +258,7 @@ async def test_mixtures_reach_the_decoder_and_are_cited_with_their_words() -> No
 
 async def test_without_compression_the_plan_hears_nothing_of_it() -> None:
     planner, decoder = FakePlanner(), FakeDecoder()
-    await collect(answering(planner=planner, decoder=decoder), compression=Compression(off=True))
+    await collect(answering(planner=planner, decoder=decoder), compression=Compression())
     [asked] = planner.requests
     assert not asked.HasField("compression")
     assert (asked.collection, asked.spent_ms) == ("", 0.0)

@@ -68,7 +68,7 @@ async def planned(near: NearPlanner, asked: PlanRequest) -> PlanResponse:
 
 
 BUDGETS = (
-    Compression(off=True),
+    Compression(),
     Compression(rate=4),
     Compression(rate=2, policy="retrieval"),
     Compression(max_context_tokens=5, policy="retrieval"),

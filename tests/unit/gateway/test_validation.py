@@ -56,7 +56,7 @@ def test_compression_is_checked_against_the_bundle() -> None:
     read = CompressionRequest("rate", 4.0, "retrieval")
     question = validation.check_generate(GenerateRequest(question="q", compression=asked), LIMITS, ABILITY)
     assert question.compression == read and read.to_message() == asked
-    off = GenerateRequest(question="q", compression=Compression(off=True))
+    off = GenerateRequest(question="q", compression=Compression())
     assert validation.check_generate(off, LIMITS, ABILITY).compression is None
     plain = CompressionAbility("plain", 8, None)
     whole = validation.check_generate(GenerateRequest(question="q", compression=asked), LIMITS, plain)
