@@ -39,9 +39,10 @@ class KvCacheShard:
 
     async def acquire(self, blocks: list[BlockRequest]) -> list[AcquiredBlock]:
         """References to the blocks, in order; what is missing is encoded."""
-        traceparent = next((block.traceparent for block in blocks if block.traceparent), "")
-        if traceparent:
-            with span("kv_acquire", common_pb2.RequestContext(traceparent=traceparent), blocks=len(blocks)) as current:
+        traced = next((block for block in blocks if block.traceparent), None)
+        if traced is not None:
+            context = common_pb2.RequestContext(traceparent=traced.traceparent, tenant=traced.tenant)
+            with span("kv_acquire", context, blocks=len(blocks)) as current:
                 acquired = await self._shard.acquire(blocks)
                 current.set(encoded=sum(block.tier == "encoded" for block in acquired))
         else:

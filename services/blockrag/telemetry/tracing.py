@@ -79,6 +79,8 @@ def span(
     if inner.is_recording():
         if context is not None and context.request_id:
             inner.set_attribute("blockrag.request_id", context.request_id)
+        if context is not None and context.tenant:  # by it a tenant is shown its own spans
+            inner.set_attribute("blockrag.tenant", context.tenant)
         inner.set_attributes(_named(attributes))
     try:
         yield Span(inner, context)
