@@ -17,9 +17,10 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_an_answer_in_this_process() -> None:
     result = subprocess.run(
-        [sys.executable, str(EXAMPLES / "in_process.py")], capture_output=True, text=True, timeout=110, check=False
+        [sys.executable, str(EXAMPLES / "in_process.py")], capture_output=True, text=True, timeout=200, check=False
     )
 
     assert result.returncode == 0, result.stderr
@@ -30,6 +31,7 @@ def test_an_answer_in_this_process() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_a_model_of_one_s_own(tmp_path: Path) -> None:
     make_tiny_checkpoint(tmp_path / "model")
     row = {"question": "What is it?", "answers": ["zinc"], "passages": [{"text": "It is zinc.", "gold": True}]}
@@ -42,7 +44,7 @@ def test_a_model_of_one_s_own(tmp_path: Path) -> None:
         env={**os.environ, "PATH": path, "STEPS": "2"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=200,
         check=False,
     )
 

@@ -53,7 +53,11 @@ def test_spans_of_one_request_form_a_tree(settings: Settings) -> None:
     assert by_name["generate"].parent_span_id == client.split("-")[2]
     assert by_name["plan"].parent_span_id == by_name["generate"].span_id
     assert by_name["generate"].service == "gateway"
-    assert by_name["generate"].attributes == {"blockrag.request_id": "r1", "blockrag.top_k": "5"}
+    assert by_name["generate"].attributes == {
+        "blockrag.request_id": "r1",
+        "blockrag.tenant": "public",
+        "blockrag.top_k": "5",
+    }
     assert by_name["plan"].attributes["gen_ai.usage.input_tokens"] == "7"
     assert by_name["plan"].start_unix_ns <= by_name["plan"].end_unix_ns
 

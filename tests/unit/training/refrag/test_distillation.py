@@ -124,10 +124,10 @@ def test_encoder_and_projector_learn_to_serve_a_frozen_decoder(config: Make, sta
     made = load_bundle(adapt_refrag(wanted, on_progress=seen.append))
 
     assert made.fingerprint == load_bundle(wanted.bundle).fingerprint
-    losses = [metrics.losses["divergence"] for metrics in seen[1:]]
-    assert sum(losses[-10:]) < 0.97 * sum(losses[:10])
+    # on the same paragraphs before and after: steps draw other samples, whose divergences do not compare
+    assert seen[-1].dev["text, compressed"]["nats"] < seen[0].dev["text, compressed"]["nats"] - 0.05
+    assert all(metrics.losses["divergence"] > 0 for metrics in seen[1:])
     assert seen[-1].dev["text, block"] == seen[0].dev["text, block"]
-    assert seen[-1].dev["text, compressed"] != seen[0].dev["text, compressed"]
 
 
 def test_what_cannot_be_distilled_is_refused(config: Make) -> None:
