@@ -1,11 +1,10 @@
-"""The gateway in the running system, over gRPC: answers, documents, bad input, health, reflection, credentials."""
+"""The gateway in the running system, over gRPC: answers, documents, bad input, health, reflection."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -23,8 +22,7 @@ from blockrag.errors import (
     PromptTooLongError,
 )
 from blockrag.results import Completion, Compression, Condition, GivenPassage, Retrieved
-from blockrag.settings import GatewaySettings, TenantSettings
-from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2, rag_pb2_grpc, system_pb2, system_pb2_grpc
+from blockrag.v1 import corpus_pb2, corpus_pb2_grpc
 from tests.integration.conftest import Cluster
 
 GATEWAY = (("application", "gateway"),)
@@ -345,58 +343,6 @@ async def test_reflection_lists_every_service(channel: grpc.aio.Channel, metadat
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     } <= names
-
-
-@pytest.fixture(scope="module")
-def guarded(cluster: Cluster) -> Iterator[tuple[tuple[str, str], ...]]:
-    """Metadata of a second gateway in the same system, which has a tenant."""
-    with warnings.catch_warnings():
-        # Importing Serve warns about its own use of pydantic.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from ray import serve
-
-        from blockrag.gateway.deployment import Gateway
-
-    tenant = TenantSettings(name="acme", api_key="acme-key-0123456789")
-    settings = cluster.settings.model_copy(update={"gateway": GatewaySettings(tenants=(tenant,))})
-    deployment = serve.deployment(ray_actor_options={"num_cpus": 0.1})(Gateway)
-    serve.run(deployment.bind(settings), name="guarded", route_prefix="/guarded")
-    yield (("application", "guarded"),)
-    serve.delete("guarded")
-
-
-async def test_a_key_is_asked_for_and_decides_the_tenant(
-    guarded: tuple[tuple[str, str], ...], channel: grpc.aio.Channel, client: BlockragClient, collection: str
-) -> None:
-    stub = rag_pb2_grpc.RagServiceStub(channel)  # type: ignore[no-untyped-call]
-    request = rag_pb2.RetrieveRequest(query="Where is Norway?", collection=collection)
-    for wrong in ((), (("authorization", "Bearer wrong-key-0123456789"),)):
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await stub.Retrieve(request, metadata=(*guarded, *wrong), timeout=10)
-        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    # The public tenant's collection is none of acme's.
-    acme = (*guarded, ("authorization", "Bearer acme-key-0123456789"))
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await stub.Retrieve(request, metadata=acme, timeout=10)
-    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
-
-
-async def test_a_tenant_sees_neither_another_s_cache_nor_its_traces(
-    guarded: tuple[tuple[str, str], ...], channel: grpc.aio.Channel, client: BlockragClient, collection: str
-) -> None:
-    await client.ingest_text("secret", "Only the public tenant may know of this zinc door.", collection=collection)
-    answer = await client.ask("Who may know of the door?", collection=collection)
-    trace_id = answer.completion.trace_id
-    assert await client.trace(trace_id)
-    assert "public" in {row["tenant"] for row in (await client.describe()).kv_cache["tenants"]}
-
-    acme = (*guarded, ("authorization", "Bearer acme-key-0123456789"))
-    system = system_pb2_grpc.SystemServiceStub(channel)  # type: ignore[no-untyped-call]
-    described = await system.Describe(system_pb2.DescribeRequest(), metadata=acme, timeout=20)
-    assert "public" not in {row.tenant for row in described.kv_cache.tenants}
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await system.GetTrace(system_pb2.GetTraceRequest(trace_id=trace_id), metadata=acme, timeout=10)
-    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def _all(progress: AsyncIterator[Any]) -> list[Any]:
