@@ -228,6 +228,7 @@ def _completion(message: rag_pb2.GenerateResponse) -> Completion:
             completion_tokens=usage.completion_tokens,
             context_tokens=usage.context_tokens,
             compressed_chunks=usage.compressed_chunks,
+            disk_tokens=usage.disk_tokens,
         ),
         stages_ms={stage.stage: stage.milliseconds for stage in done.stages},
         finish_reason=cast(FinishReasonName, _name(common_pb2.FinishReason, done.finish_reason, "FINISH_REASON_")),

@@ -18,3 +18,5 @@ RETRY_AFTER_MS = 250
 """When to ask again after a refusal for want of room."""
 STORE_HEADROOM = 1.5
 """Object stores together, as a multiple of the cache's budget: below it blocks spill to disk."""
+DISK_RESERVE = 0.05
+"""Fraction of a disk that blocks leave free."""

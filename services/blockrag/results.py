@@ -81,7 +81,7 @@ class Usage:
 
     prompt_tokens: int
     cached_tokens: int
-    """Of the prompt, found in a cache: ``l1_tokens`` plus ``store_tokens``."""
+    """Of the prompt, found in a cache: ``l1_tokens``, ``store_tokens`` and ``disk_tokens`` together."""
     l1_tokens: int
     store_tokens: int
     encoded_tokens: int
@@ -91,6 +91,8 @@ class Usage:
     """Of the passages in the prompt, before compression."""
     compressed_chunks: int = 0
     """Chunks of passages that take one slot each."""
+    disk_tokens: int = 0
+    """Of the prompt, read from disk."""
 
 
 @dataclass(frozen=True)

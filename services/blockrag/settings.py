@@ -61,7 +61,7 @@ class ClusterSettings(_Section):
     object_store_mb: Positive = 1024
     """Shared memory for objects, in MiB; /dev/shm must have it free. At least 1.5 times kv_cache.budget_mb."""
     state_dir: str = "~/.local/state/blockrag"
-    """Where the process file, logs, traces and the embedded index live."""
+    """Where the process file, logs, traces, the embedded index and cached blocks live."""
     ha_proxy: bool = True
     """Serve gRPC through HAProxy, about three times faster per call than the Python proxy."""
 
@@ -175,6 +175,12 @@ class KvCacheSettings(_Section):
     """Seconds after its last use that a block is forgotten; 0: never."""
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Most of the budget that one tenant may hold, as a fraction."""
+    disk_mb: NonNegative = 4096
+    """Most bytes of block KV that are kept on disk too, over all shards, in MiB, so that a restart encodes nothing
+    anew; 0: none, and what was kept is removed. A twentieth of the disk stays free whatever this says, and more than
+    the disk has is refused. 4096 MiB hold 1,400 passages of the bundled reader."""
+    disk_path: str = ""
+    """Directory of these files, on a local disk, of this system alone; empty: blocks/ in cluster.state_dir."""
     secret: Annotated[str, Field(min_length=16)] = PUBLIC_SECRET
     """Secret that tenants' salts are made from; must be set where gateway.tenants is."""
 
@@ -258,6 +264,12 @@ class Settings(_Section):
     def state_path(self) -> Path:
         """``cluster.state_dir`` with ~ expanded."""
         return Path(self.cluster.state_dir).expanduser()
+
+    @property
+    def disk_path(self) -> Path:
+        """Where the cache keeps its files."""
+        given = self.kv_cache.disk_path
+        return Path(given).expanduser() if given else self.state_path / "blocks"
 
 
 def load_settings(path: str | Path | None = None, environment: Mapping[str, str] | None = None) -> Settings:

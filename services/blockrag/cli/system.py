@@ -37,7 +37,7 @@ def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
 
 
 def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
-    """Stop what 'blockrag up' started. Documents stay; cached attention state is forgotten."""
+    """Stop what 'blockrag up' started. Documents stay, and the attention state that is on disk."""
     with console.errors_to_exit():
         try:
             system = LocalSystem.attach(console.settings_from(settings))
@@ -92,6 +92,15 @@ def _print_status(description: Description) -> None:
             f"  {form['form']}",
             f"{form['blocks']} blocks, {_mib(form['bytes'])} MiB, {form['hits']} hits, {form['misses']} misses",
         )
+    disk = cache["disk"]
+    if int(disk["budget_bytes"]):
+        facts.add_row(
+            "on disk",
+            f"{disk['blocks']} blocks, {_mib(disk['bytes'])} of {_mib(disk['budget_bytes'])} MiB, "
+            f"{disk['hits']} hits, {disk['evictions']} evicted, {disk['rejected']} rejected, {disk['dropped']} dropped",
+        )
+    for warning in disk["warnings"]:
+        facts.add_row("", f"[yellow]{escape(warning)}[/]")
     facts.add_row(
         "decoder memory",
         f"{decoder['l1_blocks']} blocks, {_mib(decoder['l1_bytes'])} of {_mib(decoder['l1_budget_bytes'])} MiB, "

@@ -27,6 +27,7 @@ def check_machine(settings: Settings, shared_memory: Path = _SHARED_MEMORY) -> N
     _check_not_running(settings)
     _check_exposure(settings)
     _check_memory(settings, shared_memory)
+    _check_disk(settings)
     cluster = settings.cluster
     check_port(cluster.host, cluster.grpc_port, "cluster.grpc_port")
     check_port(cluster.host, cluster.http_port, "cluster.http_port")
@@ -97,4 +98,16 @@ def _check_memory(settings: Settings, shared_memory: Path) -> None:
         raise EnvironmentSetupError(
             f"{shared_memory} has {free_mb} MiB free and cluster.object_store_mb asks for {store_mb}: enlarge it "
             f"(docker run --shm-size {store_mb + 256}m) or lower cluster.object_store_mb and kv_cache.budget_mb"
+        )
+
+
+def _check_disk(settings: Settings) -> None:
+    path = settings.disk_path
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    stats = os.statvfs(existing)
+    disk_mb = stats.f_blocks * stats.f_frsize // 2**20
+    if settings.kv_cache.disk_mb > disk_mb:
+        raise EnvironmentSetupError(
+            f"kv_cache.disk_mb is {settings.kv_cache.disk_mb}, and the disk of {existing} has {disk_mb} MiB in all: "
+            "lower it, or set kv_cache.disk_path to a larger disk"
         )

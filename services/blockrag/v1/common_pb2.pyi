@@ -140,7 +140,7 @@ class StageTime(_message.Message):
     def __init__(self, stage: _Optional[str] = ..., milliseconds: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "cached_tokens", "l1_tokens", "store_tokens", "encoded_tokens", "prefill_tokens", "completion_tokens", "context_tokens", "compressed_chunks")
+    __slots__ = ("prompt_tokens", "cached_tokens", "l1_tokens", "store_tokens", "encoded_tokens", "prefill_tokens", "completion_tokens", "context_tokens", "compressed_chunks", "disk_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     L1_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +150,7 @@ class Usage(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPRESSED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     cached_tokens: int
     l1_tokens: int
@@ -159,7 +160,8 @@ class Usage(_message.Message):
     completion_tokens: int
     context_tokens: int
     compressed_chunks: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., l1_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., encoded_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., compressed_chunks: _Optional[int] = ...) -> None: ...
+    disk_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., l1_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., encoded_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., compressed_chunks: _Optional[int] = ..., disk_tokens: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "seed", "stop")
