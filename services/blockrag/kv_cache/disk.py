@@ -164,17 +164,18 @@ class DiskTier:
         return made, entry.encode_s
 
     def use(self, key: str, document: DocumentId) -> bool:
-        """Notes that a block was asked for, wherever it was found; False: it has no file."""
+        """Notes that a block was asked for, wherever it was found; False: it has no file, and none is being written."""
         entry = self.index.get(key)
         if entry is None:
-            return False
+            pending = self._pending.get(key)
+            if pending is not None and document.named and pending.folder == _of_no_document(pending.tenant):
+                pending.folder = folder_of(document)
+            return pending is not None
         now = self._clock()
         self.index.touch(key, now)
         path = self._path(entry)
         if document.named and entry.folder == _of_no_document(entry.tenant):
-            # What belongs to no document is never purged; from now on it belongs to one.
-            self.index.move(key, folder_of(document))
-            self._writer.submit(_quietly, _move, path, self._path(entry))
+            self._move(entry, folder_of(document))
         elif now - entry.noted_use > _NOTE_USE_S:
             entry.noted_use = now
             self._writer.submit(_quietly, os.utime, path, (now, now))
@@ -326,20 +327,25 @@ class DiskTier:
                 return
             self._counts["evictions"] += len(evicted)
             now = self._clock()
-            path = self._root / pending.folder / pending.key
+            folder = pending.folder
+            path = self._root / folder / pending.key
             try:
                 nbytes = on_disk(await self._in_writer(self._write_file, evicted, path, block, pending, now))
             except OSError as error:
                 self._paused_until = time.monotonic() + _RETRY_WRITING_S
                 self._counts["dropped"] += 1
+                self._drop(evicted)
                 self._warn("writing", f"blocks cannot be written: {error}")
                 return
             self._warnings.pop("writing", None)
-            if pending.purged:  # the purge waits for the lock, and removes the file then
+            if pending.purged:
+                await self._in_writer(remove_file, path)
                 return
             self._counts["written"] += 1
-            entry = DiskEntry(pending.key, pending.folder, nbytes, pending.tenant, pending.encode_s, now, now)
+            entry = DiskEntry(pending.key, folder, nbytes, pending.tenant, pending.encode_s, now, now)
             self.index.add(entry)
+            if pending.folder != folder:
+                self._move(entry, pending.folder)
 
     def _write_file(
         self, evicted: Iterable[DiskEntry], path: Path, block: CachedBlock, pending: _Pending, now: float
@@ -352,6 +358,12 @@ class DiskTier:
         nbytes = write_block(path, block, pending.tenant, pending.form, pending.encode_s)
         os.utime(path, (now, now))
         return nbytes
+
+    def _move(self, entry: DiskEntry, folder: str) -> None:
+        """Gives to a document what belonged to none, and so to no purge."""
+        path = self._path(entry)
+        self.index.move(entry.key, folder)
+        self._writer.submit(_quietly, _move, path, self._path(entry))
 
     def _expire(self) -> None:
         if self._ttl_s:

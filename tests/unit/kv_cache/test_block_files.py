@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -173,4 +172,4 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     link.with_name(request.key + UNFINISHED).symlink_to(outside)
     write_block(link, block_of(request), "t", FULL, 0.1)
     assert not outside.exists()
-    assert not os.path.islink(link)
+    assert not link.is_symlink()
