@@ -266,7 +266,7 @@ async def test_objects_survive_the_encoder_and_waiting_encodes_are_retried(
 async def written(rpc: KvCacheServiceStub) -> None:
     """Returns when every block that was encoded is on disk."""
     async with asyncio.timeout(30):
-        while (await status(rpc)).disk.pending:
+        while (await status(rpc)).disk.pending:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 

@@ -41,7 +41,7 @@ async def _first_life(target: str) -> Answer:
         await client.ingest_text("arle", _TEXT, title="Arle Bridge", collection="bridges")
         answer = await _ask(client)
         async with asyncio.timeout(60):
-            while int((await client.describe()).kv_cache["disk"]["pending"]):
+            while int((await client.describe()).kv_cache["disk"]["pending"]):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         return answer
 
