@@ -24,6 +24,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class BlockHeader:
     dtype: str
 
 
+@lru_cache(maxsize=4096)
 def folder_of(document: DocumentId) -> str:
     """Path of the folder, under the cache's, of a document's blocks. Blocks of no document have one too."""
     return "/".join(hashlib.blake2b(part.encode(), digest_size=8).hexdigest() for part in document)

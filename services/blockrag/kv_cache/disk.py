@@ -24,18 +24,16 @@ from typing import Any
 from blockrag.errors import DataError, UnavailableError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.block_files import (
-    UNFINISHED,
-    block_paths,
     folder_of,
     most_header_bytes,
     purged_folder,
     read_block,
-    read_header,
     remove_file,
     remove_folder,
     write_block,
 )
 from blockrag.kv_cache.disk_index import DiskEntry, DiskIndex, on_disk
+from blockrag.kv_cache.disk_scan import affordable, scan, space
 from blockrag.kv_cache.messages import DiskUsage, DocumentId, EncodedObject
 from blockrag.limits import DISK_RESERVE, MIB
 from blockrag.types import BlockForm, BlockRequest, CachedBlock
@@ -107,21 +105,21 @@ class DiskTier:
         self._passed_over = 0
         self._counts = dict.fromkeys(("hits", "slower", "written", "evictions", "rejected", "dropped"), 0)
         self._warnings: dict[str, str] = {}
-        """By what they concern: the budget, the folder, reading, writing."""
+        """By what they concern: budget, folder, reading, writing, pace."""
         self._usable = True
         found: list[DiskEntry] = []
         try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
-                raise PermissionError(f"{root} cannot be written")
-            found = self._scan(keys, owns)
-            budget_bytes = self._affordable(budget_bytes, sum(entry.nbytes for entry in found), shards)
+            found, self._counts["rejected"] = scan(root, keys, owns)
+            held = sum(entry.nbytes for entry in found)
+            budget_bytes, warning = affordable(root, budget_bytes, held, shards)
+            if warning:
+                self._warn("budget", warning)
         except OSError as error:
             self._usable = False
             budget_bytes = 0
             self._warn("folder", f"blocks are not kept on disk: {error}")
         self.index = DiskIndex(budget_bytes, tenant_share)
-        for entry in sorted(found, key=lambda each: each.last_use):
+        for entry in found:
             self._drop(self.index.make_room(entry.nbytes, entry.tenant) or ())
             if self.index.has_room(entry.nbytes, entry.tenant):
                 self.index.add(entry)
@@ -196,7 +194,7 @@ class DiskTier:
             return
         if self._pending_bytes + nbytes > MOST_PENDING_BYTES:
             self._counts["dropped"] += 1
-            self._warn("writing", "the disk is slower than the encoder: blocks were not written")
+            self._warn("pace", "the disk is slower than the encoder: blocks were not written")
             return
         self._pending[key] = _Pending(
             key, encoded.ref, nbytes, request.tenant, folder_of(document), request.form, encode_s
@@ -244,43 +242,6 @@ class DiskTier:
             **self._counts,
         )
 
-    def _scan(self, keys: KeyMaker, owns: Callable[[str], bool]) -> list[DiskEntry]:
-        found = []
-        for path in block_paths(self._root):
-            if not owns(path.name.removesuffix(UNFINISHED)):
-                continue
-            try:
-                if path.name.endswith(UNFINISHED):
-                    raise DataError(f"{path}: was not finished")
-                header = read_header(path, keys)
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            except DataError as error:
-                _logger.info("removing %s: %s", path, error)
-                self._counts["rejected"] += 1
-                remove_file(path)
-                continue
-            folder = path.parent.relative_to(self._root).as_posix()
-            used = status.st_mtime
-            found.append(
-                DiskEntry(path.name, folder, on_disk(status.st_size), header.tenant, header.encode_s, used, used)
-            )
-        return found
-
-    def _affordable(self, budget_bytes: int, held: int, shards: int) -> int:
-        """The budget, or what the disk has for this shard if that is less."""
-        free, total = _space(self._root)
-        room = max(0, int(held + (free - DISK_RESERVE * total) / shards))
-        if room >= budget_bytes:
-            return budget_bytes
-        self._warn(
-            "budget",
-            f"kv_cache.disk_mb is cut to {room // MIB} MiB of a shard's {budget_bytes // MIB}: {self._root} has "
-            f"{free // MIB} MiB free, and {int(DISK_RESERVE * total) // MIB} ({DISK_RESERVE:.0%} of the disk) stay so",
-        )
-        return room
-
     def _worth_reading(self, entry: DiskEntry) -> bool:
         if self._read_s_per_byte * entry.nbytes <= entry.encode_s:
             return True
@@ -311,6 +272,7 @@ class DiskTier:
             finally:
                 del self._pending[pending.key]
                 self._pending_bytes -= pending.nbytes
+        self._warnings.pop("pace", None)
 
     async def _write(self, pending: _Pending) -> None:
         if pending.purged:
@@ -322,8 +284,10 @@ class DiskTier:
         if block is None:
             return
         async with self._mutating:
+            if pending.purged:
+                return
             evicted = self.index.make_room(pending.nbytes, pending.tenant)
-            if pending.purged or evicted is None:
+            if evicted is None:
                 return
             self._counts["evictions"] += len(evicted)
             now = self._clock()
@@ -352,8 +316,8 @@ class DiskTier:
     ) -> int:
         for entry in evicted:
             remove_file(self._path(entry))
-        free, total = _space(self._root)
-        if free - pending.nbytes < DISK_RESERVE * total:
+        free, reserve = space(self._root)
+        if free - pending.nbytes < reserve:
             raise OSError(f"less than {DISK_RESERVE:.0%} of the disk are free")
         nbytes = write_block(path, block, pending.tenant, pending.form, pending.encode_s)
         os.utime(path, (now, now))
@@ -383,12 +347,6 @@ class DiskTier:
 
     async def _in_writer(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._writer, call, *arguments)
-
-
-def _space(folder: Path) -> tuple[int, int]:
-    """Free and all bytes of the disk."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 
 
 def _of_no_document(tenant: str) -> str:
