@@ -253,7 +253,7 @@ async def test_a_full_disk_is_a_warning_and_writing_is_left_for_a_while(tmp_path
         assert await found(tier, wanted(1))
     await keep(tier, wanted(3))
     usage = tier.usage()
-    assert (usage.blocks, usage.dropped, len(files(tmp_path))) == (1, 2, 1)
+    assert (usage.blocks, usage.dropped, usage.pending, len(files(tmp_path))) == (1, 2, 0, 1)
     assert "cannot be written" in usage.warnings[0]
 
 

@@ -146,6 +146,21 @@ async def test_a_block_that_was_given_and_is_a_document_s_too_goes_with_the_docu
     assert files(tmp_path) == []
 
 
+async def test_a_block_encoded_for_a_document_and_for_none_goes_with_the_document(tmp_path: Path) -> None:
+    encoder = Encoder()
+    encoder.go.clear()
+    shard = open_shard(tmp_path, encoder)
+    both = [asyncio.ensure_future(shard.acquire([each])) for each in (wanted(1, "", collection=""), wanted(1))]
+    await settle()
+    encoder.go.set()
+    await asyncio.gather(*both)
+    await stop(shard)
+    shard = open_shard(tmp_path, encoder)
+    assert shard.purge([DocumentId("t", "c", "d")]) == 1
+    await shard.erase([DocumentId("t", "c", "d")])
+    assert files(tmp_path) == []
+
+
 async def test_a_block_knows_what_it_cost_however_many_were_encoded_with_it(tmp_path: Path) -> None:
     encoder = Encoder()
     shard = open_shard(tmp_path, encoder)
