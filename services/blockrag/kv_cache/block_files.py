@@ -94,7 +94,7 @@ def write_block(path: Path, block: CachedBlock, tenant: str, form: BlockForm, en
     header += b" " * (-(_PREFIX.size + len(header)) % _ALIGNMENT)
     payload = sum(array.nbytes for array in arrays)
     checksum = zlib.crc32(_PREFIX.pack(_MAGIC, 0, len(header), payload)[_CRC_FROM:])
-    parts = (header, *map(_bytes, arrays))
+    parts: list[bytes | memoryview] = [header, *map(_bytes, arrays)]
     for part in parts:
         checksum = zlib.crc32(part, checksum)
     unfinished = path.with_name(path.name + UNFINISHED)
