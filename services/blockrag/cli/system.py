@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from pathlib import Path
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from blockrag.access import hashed_key
 from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
@@ -21,6 +23,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands."""
     app.command(epilog="Example: blockrag up --settings my.yaml && blockrag status")(up)
     app.command(epilog="Example: blockrag down")(down)
+    app.command(epilog="Example: blockrag key")(key)
     app.command(epilog="Example: blockrag status --json | jq .kv_cache")(status)
 
 
@@ -67,6 +70,15 @@ def status(
             _print_status(description)
         if not description.healthy:
             raise typer.Exit(1)
+
+
+def key(as_json: JsonOption = False) -> None:
+    """Make a tenant's key: the key is the tenant's, its hash goes into the settings (api_keys)."""
+    made = secrets.token_urlsafe(32)
+    if as_json:
+        console.print_json({"key": made, "hash": hashed_key(made)})
+    else:
+        console.out.print(f"key (once, for the tenant): {made}\nhash (for gateway.tenants): {hashed_key(made)}")
 
 
 async def _describe(settings: Path | None, target: str, api_key: str) -> Description:
