@@ -27,6 +27,7 @@ from blockrag.retriever.base import (
 )
 from blockrag.retriever.edge_worker import HEADER_BYTES, Answer, Call, Opening, frame
 from blockrag.retriever.identity import CollectionId
+from blockrag.retriever.languages import DEFAULT_LANGUAGE
 
 _WORKER = "from blockrag.retriever.edge_worker import main; main()"
 _LOCK_WAIT_S = 20.0
@@ -42,8 +43,13 @@ class EdgeIndex(VectorIndex):
         self._worker: _Worker | None = None
         self._starting = asyncio.Lock()
 
-    async def stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage]) -> None:
-        await self._call("stage", collection, list(passages))
+    async def stage(
+        self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str = DEFAULT_LANGUAGE
+    ) -> None:
+        await self._call("stage", collection, list(passages), language)
+
+    async def language(self, collection: CollectionId) -> str:
+        return await self._call("language", collection)  # type: ignore[no-any-return]
 
     async def commit(self, collection: CollectionId, document: Document) -> Replaced:
         return await self._call("commit", collection, document)  # type: ignore[no-any-return]
