@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from blockrag.cli import console
 from blockrag.cli.connection import connect
@@ -103,7 +104,8 @@ async def _ingest(client: BlockragClient, sources: list[Source], collection: str
                 except (BlockragError, OSError) as error:
                     # One bad file must not keep the others out.
                     counts["failed"] += 1
-                    bar.console.print(f"[red]failed[/] {source.document_id}: {error}", highlight=False)
+                    line = Text.assemble(("failed", "red"), f" {source.document_id}: {error}")
+                    bar.console.print(line, highlight=False)
                     if as_json:
                         console.print_json_line({"document_id": source.document_id, "error": str(error)})
                 else:
@@ -207,7 +209,7 @@ def warm(
             return
         console.out.print(describe_warming(last))
         if last.done < last.total:
-            console.err.print("[yellow]the cache's byte budget holds no more: raise kv_cache.budget_mb[/]")
+            console.err.print(Text("the cache's byte budget holds no more: raise kv_cache.budget_mb", "yellow"))
 
 
 async def _warm(client: BlockragClient, collection: str, document_ids: list[str], pin: bool) -> WarmProgress:

@@ -276,9 +276,7 @@ class ServerIndex(VectorIndex):
         long_ago = time.time() - COMMITS_WITHIN_S
         if document_id:
             await points.delete(waiting(fields.STAGED, long_ago, document_id))
-        left = await points.scroll(
-            waiting(fields.VISIBLE, long_ago, document_id), [fields.DOCUMENT_ID, fields.COMMIT]
-        )
+        left = await points.scroll(waiting(fields.VISIBLE, long_ago, document_id), [fields.DOCUMENT_ID, fields.COMMIT])
         for owner, commit in {(payload[fields.DOCUMENT_ID], payload[fields.COMMIT]) for _, payload in left}:
             entry = await points.entry(owner)
             if entry is not None and entry.commit == commit:
