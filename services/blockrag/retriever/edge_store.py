@@ -40,8 +40,8 @@ from blockrag.retriever.base import (
     unknown_document,
 )
 from blockrag.retriever.catalogue import Catalogue
-from blockrag.retriever.filters import AnyTerm, Condition
-from blockrag.retriever.fusion import Candidate, fuse_texts, holders_of
+from blockrag.retriever.edge_filters import equals, of_commit, of_version, since, sparse, visible
+from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of, fuse_texts, holders_of
 from blockrag.retriever.identity import CollectionId
 from blockrag.retriever.languages import DEFAULT_LANGUAGE
 
@@ -55,7 +55,6 @@ _SEGMENT_KB = 8000
 _INDEXING_KB = 4000
 _LOCK_POLL_S = 0.1
 _SCROLL_LIMIT = 1000
-_FOUND_FIELDS = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.COMMIT, fields.DIGEST]
 
 
 @dataclass
@@ -90,7 +89,7 @@ class EdgeStore:
         points = [
             qdrant.Point(
                 fields.new_point(),
-                {fields.DENSE: item.dense.tolist(), fields.BM25: _sparse(item.sparse)},
+                {fields.DENSE: item.dense.tolist(), fields.BM25: sparse(item.sparse)},
                 fields.passage_payload(item.passage, staged_at),
             )
             for item in passages
@@ -110,7 +109,7 @@ class EdgeStore:
         shown = replace(document, commit=fields.new_commit())
         self._mark(number, shown)
         self._catalogue.put(number, shown)
-        settled = qdrant.UpdateOperation.delete_payload_by_filter(_of_commit(shown.commit), [fields.SINCE])
+        settled = qdrant.UpdateOperation.delete_payload_by_filter(of_commit(shown.commit), [fields.SINCE])
         self._update(number, settled, 0)
         self._remove_older(number, document.document_id, current.commit if current else "")
         return Replaced(current.version, current.passages) if current else Replaced("", 0)
@@ -120,7 +119,7 @@ class EdgeStore:
         current = self._catalogue.document(number, document_id)
         self._catalogue.remove(number, document_id)
         # Nobody else is within a call: what is staged for it can go too.
-        of_document = qdrant.Filter(must=[_equals(fields.DOCUMENT_ID, document_id)])
+        of_document = qdrant.Filter(must=[equals(fields.DOCUMENT_ID, document_id)])
         points = self._count(number, of_document)
         if current is None and not points:
             raise NotFoundError(unknown_document(collection, document_id))
@@ -174,7 +173,7 @@ class EdgeStore:
             passage
             for document in self._catalogue.find(number, document_ids)
             for passage in sorted(
-                (fields.passage_of(payload) for _, payload in self._scroll(number, _of_commit(document.commit), True)),
+                (fields.passage_of(payload) for _, payload in self._scroll(number, of_commit(document.commit), True)),
                 key=lambda passage: passage.ordinal,
             )
         ]
@@ -186,7 +185,7 @@ class EdgeStore:
         return [identity for identity in self._catalogue.collections() if tenant in (None, identity.tenant)]
 
     def sweep(self, older_than_s: float = STAGED_FOR_S) -> None:
-        stale = qdrant.Filter(must=[_equals(fields.STATE, fields.STAGED), _since(time.time() - older_than_s)])
+        stale = qdrant.Filter(must=[equals(fields.STATE, fields.STAGED), since(time.time() - older_than_s)])
         for number in self._catalogue.collections().values():
             if points := self._count(number, stale):
                 _logger.info("sweeping %d passages that were never committed", points)
@@ -216,46 +215,46 @@ class EdgeStore:
 
     def _mark(self, number: int, document: Document) -> None:
         """Marks one staged point for each place of a version as shown by the document's commit."""
-        staged = qdrant.Filter(must=[*_of_version(document), _equals(fields.STATE, fields.STAGED)])
+        staged = qdrant.Filter(must=[*of_version(document), equals(fields.STATE, fields.STAGED)])
         points = fields.one_for_each_place(self._scroll(number, staged, [fields.ORDINAL]), document.passages)
         if len(points) < document.passages:
             raise InvalidRequestError("passages", too_few_staged(len(points), document))
         marks = {fields.STATE: fields.VISIBLE, fields.COMMIT: document.commit, fields.SINCE: time.time()}
-        self._update(number, qdrant.UpdateOperation.set_payload(points, marks), 0)
+        self._update(number, qdrant.UpdateOperation.set_payload(list(points), marks), 0)
 
     def _remove_older(self, number: int, document_id: str, replaced: str) -> None:
         # What is being staged right now stays.
-        long_ago = [_equals(fields.DOCUMENT_ID, document_id), _since(time.time() - COMMITS_WITHIN_S)]
-        stale = qdrant.Filter(must=[*long_ago, _equals(fields.STATE, fields.STAGED)])
-        for condition in (_of_commit(replaced), stale) if replaced else (stale,):
+        long_ago = [equals(fields.DOCUMENT_ID, document_id), since(time.time() - COMMITS_WITHIN_S)]
+        stale = qdrant.Filter(must=[*long_ago, equals(fields.STATE, fields.STAGED)])
+        for condition in (of_commit(replaced), stale) if replaced else (stale,):
             if points := self._count(number, condition):
                 self._update(number, qdrant.UpdateOperation.delete_points_by_filter(condition), points)
 
     def _finish_commits(self, number: int) -> None:
         """Removes or settles what a process left that was killed within a commit; nobody else is within one."""
-        within = qdrant.Filter(must=[_equals(fields.STATE, fields.VISIBLE), _since(time.time() + 1)])
+        within = qdrant.Filter(must=[equals(fields.STATE, fields.VISIBLE), since(time.time() + 1)])
         left = self._scroll(number, within, [fields.DOCUMENT_ID, fields.COMMIT])
         for document_id, commit in {(payload[fields.DOCUMENT_ID], payload[fields.COMMIT]) for _, payload in left}:
             shown = self._catalogue.document(number, document_id)
             if shown is not None and shown.commit == commit:
-                done = qdrant.UpdateOperation.delete_payload_by_filter(_of_commit(commit), [fields.SINCE])
+                done = qdrant.UpdateOperation.delete_payload_by_filter(of_commit(commit), [fields.SINCE])
             else:
-                done = qdrant.UpdateOperation.delete_points_by_filter(_of_commit(commit))
+                done = qdrant.UpdateOperation.delete_points_by_filter(of_commit(commit))
             self._update(number, done, 0)
 
     def _candidates(self, number: int, query: SearchQuery, candidates: int) -> list[list[Candidate]]:
-        condition = _visible(query.conditions)
+        condition = visible(query.conditions)
         queries = []
         if query.dense is not None:
             queries.append(qdrant.Query.Nearest(query.dense.tolist(), fields.DENSE))
         if query.sparse.indices:
-            queries.append(qdrant.Query.Nearest(_sparse(query.sparse), fields.BM25))
+            queries.append(qdrant.Query.Nearest(sparse(query.sparse), fields.BM25))
         shard = self._shard(number).shard
         return [
             [
-                Candidate(str(point.id), *((point.payload or {})[name] for name in _FOUND_FIELDS), point.score)
+                candidate_of(str(point.id), point.payload or {}, point.score)
                 for point in shard.query(
-                    qdrant.QueryRequest(limit=candidates, query=search, filter=condition, with_payload=_FOUND_FIELDS)
+                    qdrant.QueryRequest(limit=candidates, query=search, filter=condition, with_payload=FOUND_FIELDS)
                 )
             ]
             for search in queries
@@ -269,7 +268,7 @@ class EdgeStore:
 
     def _holders(self, number: int, query: SearchQuery, best: Sequence[Candidate]) -> dict[str, tuple[Holder, ...]]:
         digests = qdrant.MatchAny([one.digest for one in best])
-        held = _visible(query.conditions, qdrant.FieldCondition(fields.DIGEST, match=digests))
+        held = visible(query.conditions, qdrant.FieldCondition(fields.DIGEST, match=digests))
         wanted = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.TITLE, fields.COMMIT, fields.DIGEST]
         payloads = [payload for _, payload in self._scroll(number, held, wanted, MOST_HOLDERS)]
         if len(payloads) <= len(best):
@@ -336,7 +335,7 @@ class EdgeStore:
     def _verify(self, number: int) -> None:
         """After a power failure, documents whose passages did not reach the disk are forgotten."""
         for document in self._catalogue.unsynced(number):
-            if (kept := self._count(number, _of_commit(document.commit))) < document.passages:
+            if (kept := self._count(number, of_commit(document.commit))) < document.passages:
                 _logger.warning(
                     "forgetting document %r, of which %d of %d passages reached the disk",
                     document.document_id,
@@ -386,36 +385,3 @@ def _shard_config(dimensions: int) -> qdrant.EdgeConfig:
             default_segment_number=1, max_segment_size=_SEGMENT_KB, indexing_threshold=_INDEXING_KB
         ),
     )
-
-
-def _visible(conditions: Sequence[Condition], *further: qdrant.FieldCondition) -> qdrant.Filter:
-    must: list[Any] = [_equals(fields.STATE, fields.VISIBLE), *further]
-    must_not: list[Any] = []
-    for condition in conditions:
-        if isinstance(condition, AnyTerm):
-            clause = qdrant.FieldCondition(fields.TERMS, match=qdrant.MatchAny(list(condition.terms)))
-            (must_not if condition.negated else must).append(clause)
-        else:
-            bounds = qdrant.RangeFloat(gte=condition.at_least, lte=condition.at_most)
-            must.append(qdrant.FieldCondition(f"{fields.NUMBERS}.{condition.field}", range=bounds))
-    return qdrant.Filter(must=must, must_not=must_not)
-
-
-def _of_version(document: Document) -> list[Any]:
-    return [_equals(fields.DOCUMENT_ID, document.document_id), _equals(fields.VERSION, document.version)]
-
-
-def _of_commit(commit: str) -> qdrant.Filter:
-    return qdrant.Filter(must=[_equals(fields.COMMIT, commit)])
-
-
-def _since(moment: float) -> qdrant.FieldCondition:
-    return qdrant.FieldCondition(fields.SINCE, range=qdrant.RangeFloat(lt=moment))
-
-
-def _equals(field: str, value: str) -> qdrant.FieldCondition:
-    return qdrant.FieldCondition(field, match=qdrant.MatchValue(value))
-
-
-def _sparse(vector: Any) -> qdrant.SparseVector:
-    return qdrant.SparseVector(list(vector.indices), list(vector.values))

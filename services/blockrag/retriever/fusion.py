@@ -32,6 +32,16 @@ class Candidate:
     score: float
 
 
+FOUND_FIELDS = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.COMMIT, fields.DIGEST]
+"""What a search reads of a point's payload."""
+
+
+def candidate_of(point: str, payload: Mapping[str, Any], score: float) -> Candidate:
+    """A found point, with ``FOUND_FIELDS`` of its payload."""
+    passage_id, document_id, commit, digest = (payload[name] for name in FOUND_FIELDS)
+    return Candidate(point, passage_id, document_id, commit, digest, score)
+
+
 def fuse_texts(searches: Sequence[Sequence[Candidate]], rrf_k: int) -> list[tuple[Candidate, float]]:
     """Fuses what several searches found, each text once, with its score: best first.
 

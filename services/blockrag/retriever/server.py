@@ -49,7 +49,9 @@ from blockrag.retriever.server_points import (
     Payload,
     Points,
     any_of,
+    collection_name,
     equals,
+    identity_of,
     of_commit,
     settled,
     states,
@@ -57,7 +59,6 @@ from blockrag.retriever.server_points import (
     waiting,
 )
 
-_PREFIX = "blockrag."
 _FORMAT = 2
 _OLDEST_SERVER = (1, 16)
 """The first with conditional updates; an older one would ignore the condition."""
@@ -104,7 +105,7 @@ class ServerIndex(VectorIndex):
 
     async def language(self, collection: CollectionId) -> str:
         with self._translated(collection):
-            return await self._language(_name(collection))
+            return await self._language(collection_name(collection))
 
     async def commit(self, collection: CollectionId, document: Document) -> Replaced:
         try:
@@ -133,7 +134,7 @@ class ServerIndex(VectorIndex):
     async def remove_collection(self, collection: CollectionId) -> Counts:
         counts = await self.counts(collection)
         with self._translated(collection):
-            if not await self._client.delete_collection(_name(collection)):
+            if not await self._client.delete_collection(collection_name(collection)):
                 raise NotFoundError(unknown_collection(collection))
         return counts
 
@@ -142,7 +143,7 @@ class ServerIndex(VectorIndex):
 
         A document is known so when its entry names the commit that it named before the search.
         """
-        name, points = _name(collection), self._points(collection)
+        name, points = collection_name(collection), self._points(collection)
         candidates, without, watched = query.candidates, set[str](), set[str]()
         with self._translated(collection):
             await self._language(name)
@@ -175,7 +176,7 @@ class ServerIndex(VectorIndex):
         ]
 
     async def documents(self, collection: CollectionId, after: str, limit: int) -> list[Document]:
-        name, points = _name(collection), self._points(collection)
+        name, points = collection_name(collection), self._points(collection)
         with self._translated(collection):
             # The server cannot order by a string: the ids are sorted here, once for all pages, which are read by id.
             made, ids = self._listings.get(name) or (0.0, [])
@@ -196,7 +197,7 @@ class ServerIndex(VectorIndex):
     async def find_documents(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Document]:
         with self._translated(collection):
             if not document_ids:
-                await self._client.get_collection(_name(collection))
+                await self._client.get_collection(collection_name(collection))
             return await self._points(collection).entries(document_ids)
 
     async def passages(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Passage]:
@@ -216,7 +217,7 @@ class ServerIndex(VectorIndex):
     async def collections(self, tenant: str | None) -> list[CollectionId]:
         with self._translated(None):
             answer = await self._client.get_collections()
-        identities = [_identity(item.name) for item in answer.collections if item.name.startswith(_PREFIX)]
+        identities = [identity_of(item.name) for item in answer.collections]
         return sorted(identity for identity in identities if identity and tenant in (None, identity.tenant))
 
     async def sweep(self, older_than_s: float = STAGED_FOR_S) -> None:
@@ -231,7 +232,7 @@ class ServerIndex(VectorIndex):
 
     async def _stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str) -> None:
         with self._translated(collection):
-            stored = await self._ensure(_name(collection), language)
+            stored = await self._ensure(collection_name(collection), language)
             if stored != language:
                 raise InvalidRequestError("language", other_language(collection, stored, language))
             await self._points(collection).put(passages)
@@ -313,8 +314,7 @@ class ServerIndex(VectorIndex):
         """Of each text, by its digest, the documents that hold it besides the one that stands for it."""
         if not best:
             return {}
-        held = visible(query.conditions)
-        held.must = [*held.must, any_of(fields.DIGEST, [one.digest for one in best])]
+        held = models.Filter(must=[visible(query.conditions), any_of(fields.DIGEST, [one.digest for one in best])])
         wanted = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.TITLE, fields.COMMIT, fields.DIGEST]
         payloads = [payload for _, payload in await points.scroll(held, wanted, MOST_HOLDERS)]
         if len(payloads) <= len(best):
@@ -324,7 +324,7 @@ class ServerIndex(VectorIndex):
         return holders_of([payload for payload in payloads if payload[fields.COMMIT] in shown], best)
 
     def _points(self, collection: CollectionId) -> Points:
-        return Points(self._client, _name(collection))
+        return Points(self._client, collection_name(collection))
 
     async def _ensure(self, name: str, language: str) -> str:
         """Makes the collection when it is missing; returns its language."""
@@ -398,16 +398,3 @@ class ServerIndex(VectorIndex):
             if collection is not None and str(error).endswith("not found"):
                 raise NotFoundError(unknown_collection(collection)) from error
             raise
-
-
-def _name(collection: CollectionId) -> str:
-    # A tenant's name has no dot, so the first one ends it.
-    return f"{_PREFIX}{collection.tenant}.{collection.name}"
-
-
-def _identity(name: str) -> CollectionId | None:
-    tenant, _, collection = name.removeprefix(_PREFIX).partition(".")
-    try:
-        return CollectionId(tenant, collection)
-    except InvalidRequestError:
-        return None

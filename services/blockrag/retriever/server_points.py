@@ -18,11 +18,12 @@ from blockrag.errors import InvalidRequestError
 from blockrag.retriever import payload as fields
 from blockrag.retriever.base import Document, EmbeddedPassage, SearchQuery, SparseVector, too_few_staged
 from blockrag.retriever.filters import AnyTerm, Condition
-from blockrag.retriever.fusion import Candidate
+from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of
+from blockrag.retriever.identity import CollectionId
 
+_PREFIX = "blockrag."
 _NAMESPACE = uuid.UUID("b3c1d6de-52c7-5d0e-8f7f-9a1f6a3a2f11")
 _SCROLL_LIMIT = 1000
-_FOUND_FIELDS = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.COMMIT, fields.DIGEST]
 _NOTHING = "nothing"
 """The mark that no entry has: an entry conditional on it is written only where there is none."""
 
@@ -92,7 +93,10 @@ class Points:
         # Every caller goes through them in the same order: whoever misses one of the first misses all.
         for start in range(0, len(points), _SCROLL_LIMIT):
             part = points[start : start + _SCROLL_LIMIT]
-            still = [models.HasIdCondition(has_id=list(part)), equals(fields.STATE, fields.STAGED)]
+            still: list[models.Condition] = [
+                models.HasIdCondition(has_id=list(part)),
+                equals(fields.STATE, fields.STAGED),
+            ]
             await self.set(shown, models.Filter(must=still))
             if await self.count(of_commit(commit)) < start + len(part):
                 await self.set({fields.STATE: fields.STAGED, fields.COMMIT: ""}, of_commit(commit))
@@ -143,13 +147,10 @@ class Points:
         if query.sparse.indices:
             requests.append(_request(_sparse(query.sparse), fields.BM25, candidates, condition))
         answers = await self._client.query_batch_points(self._name, requests)
-        return [[_candidate(point) for point in answer.points] for answer in answers]
-
-
-def _candidate(point: models.ScoredPoint) -> Candidate:
-    payload = point.payload or {}
-    passage_id, document_id, commit, digest = (payload[name] for name in _FOUND_FIELDS)
-    return Candidate(str(point.id), passage_id, document_id, commit, digest, point.score)
+        return [
+            [candidate_of(str(point.id), point.payload or {}, point.score) for point in answer.points]
+            for answer in answers
+        ]
 
 
 def _document_point(document_id: str) -> str:
@@ -160,7 +161,7 @@ MODEL_POINT = str(uuid.uuid5(_NAMESPACE, "model"))
 
 
 def _request(vector: Any, using: str, limit: int, condition: models.Filter) -> models.QueryRequest:
-    return models.QueryRequest(query=vector, using=using, filter=condition, limit=limit, with_payload=_FOUND_FIELDS)
+    return models.QueryRequest(query=vector, using=using, filter=condition, limit=limit, with_payload=FOUND_FIELDS)
 
 
 def visible(conditions: Sequence[Condition], without: Collection[str] = ()) -> models.Filter:
@@ -219,3 +220,20 @@ def any_of(field: str, values: Sequence[str]) -> models.FieldCondition:
 
 def _sparse(vector: SparseVector) -> models.SparseVector:
     return models.SparseVector(indices=list(vector.indices), values=list(vector.values))
+
+
+def collection_name(collection: CollectionId) -> str:
+    """Its name on the server."""
+    # A tenant's name has no dot, so the first one ends it.
+    return f"{_PREFIX}{collection.tenant}.{collection.name}"
+
+
+def identity_of(name: str) -> CollectionId | None:
+    """The collection that has this name on the server; None: another program's."""
+    if not name.startswith(_PREFIX):
+        return None
+    tenant, _, collection = name.removeprefix(_PREFIX).partition(".")
+    try:
+        return CollectionId(tenant, collection)
+    except InvalidRequestError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from functools import lru_cache
@@ -64,7 +65,7 @@ def _with_pairs(text: str, *, every: bool) -> str:
 
     def pairs(run: re.Match[str]) -> str:
         codes = [f"{ord(character):06d}" for character in run[0]]
-        terms = [first + second for first, second in zip(codes, codes[1:], strict=False)]
+        terms = [first + second for first, second in itertools.pairwise(codes)]
         return " ".join(["", *terms, *(codes if every or not terms else []), ""])
 
     return _UNSPACED.sub(pairs, unicodedata.normalize("NFKC", text))
