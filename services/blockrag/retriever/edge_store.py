@@ -195,8 +195,8 @@ class EdgeStore:
     def tidy(self, *, idle: bool) -> None:
         """Flushes changes that waited long enough, or all when idle, and optimizes shards that changed much."""
         now = time.monotonic()
-        for number, since in list(self._unflushed.items()):
-            if idle or now - since >= FLUSH_AFTER_S:
+        for number, changed in list(self._unflushed.items()):
+            if idle or now - changed >= FLUSH_AFTER_S:
                 self._flush(number)
         for shard in self._shards.values():
             if shard.changed_points >= OPTIMIZE_AFTER_POINTS:
