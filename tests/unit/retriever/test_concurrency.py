@@ -11,7 +11,7 @@ import itertools
 import tempfile
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,11 +140,8 @@ def _batched(count: int) -> Iterator[range]:
 async def remove(index: VectorIndex, history: History, document_id: str, _: str) -> None:
     place = len(history.disturbances)
     history.disturbances.append((history.turns.now, 10**9))
-    with history.changing(document_id, ""):
-        try:
-            await index.remove_document(HOME, document_id)
-        except NotFoundError:
-            pass
+    with history.changing(document_id, ""), suppress(NotFoundError):
+        await index.remove_document(HOME, document_id)
     history.disturbances[place] = (history.disturbances[place][0], history.turns.now)
 
 

@@ -286,7 +286,9 @@ async def test_equal_passages_fill_one_place(index: VectorIndex) -> None:
     await index.commit(HOME, document("b", "v1", 4))
 
     best = await index.search(HOME, query(limit=5, candidates=5))
-    assert [item.passage.text for item in best] == ["All rights reserved.", *(f"other {number}" for number in range(4))]
+    texts = [item.passage.text for item in best]
+    assert texts[0] == "All rights reserved."
+    assert sorted(texts[1:]) == [f"other {number}" for number in range(4)]
     names = [best[0].passage.document_id, *(holder.document_id for holder in best[0].also_in)]
     assert sorted(names) == [f"copy {number:02}" for number in range(60)]
     assert best[0].also_in[0].title == f"Title of {best[0].also_in[0].document_id}"
