@@ -256,7 +256,7 @@ async def test_big_integers_of_a_jsonl_file_are_refused_before_anything_is_store
     """Row A7."""
     index, _ = parts(corpus)
     content = (CASES / "big-integers.jsonl").read_bytes()
-    with pytest.raises(InvalidRequestError, match="line 1.*'ticket'"):
+    with pytest.raises(InvalidRequestError, match=r"line 1.*'ticket'"):
         await corpus.ingest(DocumentHeader(collection="d", document_id="x.jsonl"), io.BytesIO(content), CONTEXT)
     assert index.staged == {}
 
