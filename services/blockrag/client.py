@@ -85,7 +85,7 @@ class IngestOptions(TypedDict, total=False):
     source: str
     """What the document comes from, for ``delete_source``; left out: the document's id."""
     language: str
-    """Of a new collection, see ``blockrag.retriever.languages``; left out: the server's default."""
+    """Of a new collection, see ``blockrag.languages``; left out: the server's default."""
     dry_run: bool
     """Store nothing and say what would be stored."""
 

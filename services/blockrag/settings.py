@@ -15,9 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from blockrag.errors import SettingsError
+from blockrag.languages import DEFAULT_LANGUAGE, Language
 from blockrag.limits import TENANT_PATTERN
 from blockrag.modeling.cache import CACHE_VARIABLE
-from blockrag.retriever.languages import DEFAULT_LANGUAGE, Language
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
 API_KEY_VARIABLE = "BLOCKRAG_KEY"

@@ -18,8 +18,8 @@ from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
 from blockrag.client import BlockragClient, IngestOptions
 from blockrag.errors import BlockragError, InvalidRequestError
+from blockrag.languages import LANGUAGES
 from blockrag.results import IngestedDocument, WarmProgress
-from blockrag.retriever.languages import LANGUAGES
 from blockrag.syncing import Sync
 
 SUFFIXES = (".txt", ".md", ".markdown", ".html", ".htm", ".pdf", ".jsonl")

@@ -11,10 +11,10 @@ from google.protobuf.struct_pb2 import Value
 
 from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression, sizes_decide
 from blockrag.errors import InvalidRequestError
+from blockrag.languages import LANGUAGES
 from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_TEMPERATURE
 from blockrag.metadata import check_number, metadata_of
 from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
-from blockrag.retriever.languages import LANGUAGES
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2
 from blockrag.v1.common_pb2 import AttentionMode, ConditionOperator, MetadataCondition, Sampling

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.retriever.filters import Condition
 from blockrag.retriever.identity import CollectionId
-from blockrag.retriever.languages import DEFAULT_LANGUAGE
 
 STAGED_FOR_S = 24 * 3600
 """Passages that were staged longer ago and never committed are swept away."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blockrag.errors import UnavailableError
+from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.retriever.base import (
     STAGED_FOR_S,
     Counts,
@@ -27,7 +28,6 @@ from blockrag.retriever.base import (
 )
 from blockrag.retriever.edge_worker import HEADER_BYTES, Answer, Call, Opening, frame
 from blockrag.retriever.identity import CollectionId
-from blockrag.retriever.languages import DEFAULT_LANGUAGE
 
 _WORKER = "from blockrag.retriever.edge_worker import main; main()"
 _LOCK_WAIT_S = 20.0

@@ -19,6 +19,7 @@ from typing import IO, Any
 import qdrant_edge as qdrant
 
 from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
+from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.retriever import payload as fields
 from blockrag.retriever.base import (
     COMMITS_WITHIN_S,
@@ -43,7 +44,6 @@ from blockrag.retriever.catalogue import Catalogue
 from blockrag.retriever.edge_filters import equals, of_commit, of_version, since, sparse, visible
 from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of, fuse_texts, holders_of
 from blockrag.retriever.identity import CollectionId
-from blockrag.retriever.languages import DEFAULT_LANGUAGE
 
 _logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
 from blockrag.errors import InvalidRequestError, NotFoundError, SettingsError, UnavailableError
+from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.lru import Lru
 from blockrag.retriever import payload as fields
 from blockrag.retriever.base import (
@@ -43,7 +44,6 @@ from blockrag.retriever.base import (
 )
 from blockrag.retriever.fusion import Candidate, fuse_texts, holders_of
 from blockrag.retriever.identity import CollectionId
-from blockrag.retriever.languages import DEFAULT_LANGUAGE
 from blockrag.retriever.server_points import (
     MODEL_POINT,
     Payload,

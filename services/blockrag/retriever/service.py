@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
+from blockrag.languages import LANGUAGES
 from blockrag.retriever import messages
 from blockrag.retriever.base import EmbeddedPassage, Passage, SearchQuery, VectorIndex, other_language
 from blockrag.retriever.embedding import Embedder
 from blockrag.retriever.filters import parse_conditions
 from blockrag.retriever.identity import CollectionId
-from blockrag.retriever.languages import LANGUAGES
 from blockrag.retriever.sparse import Bm25, bm25_of
 from blockrag.settings import RetrieverSettings
 from blockrag.telemetry import span

@@ -10,8 +10,8 @@ from typing import Any
 
 import qdrant_edge as qdrant
 
+from blockrag.languages import DEFAULT_LANGUAGE, STEMMED
 from blockrag.retriever.base import SparseVector
-from blockrag.retriever.languages import DEFAULT_LANGUAGE, STEMMED
 
 _MEAN_TERMS = 48.0
 """Mean terms of a passage without stop words; BM25's length normalisation. Measured for passages of 128 tokens."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blockrag.retriever.languages import LANGUAGES
+from blockrag.languages import LANGUAGES
 from blockrag.retriever.sparse import Bm25
 
 CASES = Path(__file__).resolve().parents[2] / "data" / "cases"
