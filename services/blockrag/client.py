@@ -35,6 +35,7 @@ from blockrag.results import (
     Condition,
     DeletedCollection,
     DeletedDocument,
+    DeletedSource,
     Description,
     Document,
     GivenPassage,
@@ -55,8 +56,9 @@ _MESSAGE_BYTES = 64 * 2**20
 _KEPT_SPANS = 1024
 _POLL_S = 0.2
 
-Filter = Mapping[str, str | float | bool] | Sequence[Condition]
-"""Conditions, or fields and the values that they must have."""
+Scalar = str | float | bool
+Filter = Mapping[str, Scalar | Sequence[Scalar]] | Sequence[Condition]
+"""Conditions, or fields and the value that each must have; of several in a list, one."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -70,11 +72,22 @@ class GenerateOptions(TypedDict, total=False):
     temperature: float
     top_p: float
     seed: int
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     timeout_s: float
     max_context_tokens: int
     passages: Sequence[GivenPassage]
     compression: Compression
+
+
+class IngestOptions(TypedDict, total=False):
+    """Further options of an ingest."""
+
+    source: str
+    """What the document comes from, for ``delete_source``; left out: the document's id."""
+    language: str
+    """Of a new collection, see ``blockrag.languages``; left out: the server's default."""
+    dry_run: bool
+    """Store nothing and say what would be stored."""
 
 
 class BlockragClient:
@@ -98,7 +111,7 @@ class BlockragClient:
         if credentials is None and target.startswith(_TLS_SCHEME):
             credentials = grpc.ssl_channel_credentials()
         self._credentials = credentials
-        self._timeout_s = timeout_s
+        self._timeout_s = messages.checked_timeout(timeout_s)
         self._metadata: tuple[tuple[str, str], ...] = (("application", "gateway"),)
         if api_key:
             self._metadata += (("authorization", f"Bearer {api_key}"),)
@@ -123,7 +136,7 @@ class BlockragClient:
         self, question: str, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Retrieved | TextChunk | Completion, None]:
         """Streams an answer: Retrieved, text chunks (each a ``str``), Completion. Closing the stream stops the work."""
-        timeout_s = options.get("timeout_s", self._timeout_s)
+        timeout_s = messages.checked_timeout(options.get("timeout_s", self._timeout_s))
         request = messages.generate_request(question, timeout_s, dict(options))
         completion: Completion | None = None
         with self._call("RagService/Generate") as metadata:
@@ -175,13 +188,14 @@ class BlockragClient:
         title: str = "",
         media_type: str = "",
         metadata: Mapping[str, Any] | None = None,
+        **further: Unpack[IngestOptions],
     ) -> tuple[IngestedDocument, ...]:
         """Streams a file in. ``document_id`` empty: the file's name. Several documents for a jsonl file.
 
         Raises ``OSError`` when the file cannot be read here.
         """
         with Path(path).open("rb") as file:  # noqa: ASYNC230  (opening is instant, reading is done in a thread)
-            header = messages.header(collection, document_id or Path(path).name, title, media_type, metadata)
+            header = messages.header(collection, document_id or Path(path).name, title, media_type, metadata, **further)
             return await self._ingest(header, _file_pieces(file))
 
     async def ingest_bytes(
@@ -193,9 +207,10 @@ class BlockragClient:
         title: str = "",
         media_type: str = "",
         metadata: Mapping[str, Any] | None = None,
+        **further: Unpack[IngestOptions],
     ) -> tuple[IngestedDocument, ...]:
         """Stores a document; ``media_type`` empty: by the id's suffix."""
-        header = messages.header(collection, document_id, title, media_type, metadata)
+        header = messages.header(collection, document_id, title, media_type, metadata, **further)
         return await self._ingest(header, _byte_pieces(content))
 
     async def ingest_text(
@@ -207,9 +222,10 @@ class BlockragClient:
         title: str = "",
         media_type: str = "text/plain",
         metadata: Mapping[str, Any] | None = None,
+        **further: Unpack[IngestOptions],
     ) -> IngestedDocument:
         """Stores a text."""
-        header = messages.header(collection, document_id, title, media_type, metadata)
+        header = messages.header(collection, document_id, title, media_type, metadata, **further)
         (document,) = await self._ingest(header, _byte_pieces(text.encode()))
         return document
 
@@ -219,6 +235,14 @@ class BlockragClient:
         with self._call("CorpusService/DeleteDocument") as metadata:
             response = await self._corpus().DeleteDocument(request, metadata=metadata, timeout=self._timeout_s)
         return DeletedDocument(response.passages, response.purged_blocks)
+
+    async def delete_source(self, source: str, *, collection: str = "") -> DeletedSource:
+        """Removes all documents that came from a source; ``NotFoundError`` when there is none."""
+        request = corpus_pb2.DeleteSourceRequest(collection=collection, source=source)
+        with self._call("CorpusService/DeleteSource") as metadata:
+            # As long as it takes: there may be many.
+            response = await self._corpus().DeleteSource(request, metadata=metadata)
+        return DeletedSource(tuple(response.document_ids), response.passages, response.purged_blocks)
 
     async def delete_collection(self, collection: str) -> DeletedCollection:
         """Removes a collection with everything in it; ``NotFoundError`` when there is none."""
@@ -245,7 +269,9 @@ class BlockragClient:
             response = await self._corpus().ListCollections(
                 corpus_pb2.ListCollectionsRequest(), metadata=metadata, timeout=self._timeout_s
             )
-        return tuple(Collection(item.name, item.documents, item.passages) for item in response.collections)
+        return tuple(
+            Collection(item.name, item.documents, item.passages, item.language) for item in response.collections
+        )
 
     async def warm(
         self, *, collection: str = "", document_ids: Sequence[str] = (), pin: bool = False

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
 
 from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from blockrag.metadata import check_number, metadata_of, struct_of
 from blockrag.results import (
     AttentionModeName,
     ChunkFormName,
@@ -25,6 +25,7 @@ from blockrag.results import (
     IngestedDocument,
     IngestOutcomeName,
     Passage,
+    PassageHolder,
     Retrieved,
     ServiceHealth,
     TextChunk,
@@ -39,19 +40,24 @@ _OPERATORS = {
     "at_least": common_pb2.CONDITION_OPERATOR_AT_LEAST,
     "at_most": common_pb2.CONDITION_OPERATOR_AT_MOST,
 }
+MAX_TIMEOUT_S = 7 * 24 * 3600.0
+"""Longer than any server waits, and within what gRPC and the message can say."""
 _BUDGETS = ("rate", "max_context_tokens", "max_ttft_ms")
 _COPIED = ("top_k", "max_tokens", "temperature", "top_p", "seed", "max_context_tokens")
 
 
 def generate_request(question: str, timeout_s: float, options: Mapping[str, Any]) -> rag_pb2.GenerateRequest:
-    """The request of a question. Raises ``InvalidRequestError`` for what no message can hold."""
+    """The request of a question; ``timeout_s`` by ``checked_timeout``.
+
+    Raises ``InvalidRequestError`` for what no message can hold.
+    """
     try:
         request = rag_pb2.GenerateRequest(
             question=question,
             collection=options.get("collection", ""),
             filter=conditions(options.get("filter", ())),
             attention_mode=_mode(options.get("attention_mode")),
-            stop=options.get("stop", ()),
+            stop=[stop] if isinstance(stop := options.get("stop", ()), str) else stop,
             timeout_ms=max(1, round(timeout_s * 1000)),
             passages=[_given(passage) for passage in options.get("passages", ())],
         )
@@ -90,29 +96,49 @@ def retrieve_request(
 def conditions(filter: Mapping[str, Any] | Sequence[Condition]) -> list[common_pb2.MetadataCondition]:
     """Conditions as messages; of a mapping, that each field equals its value."""
     if isinstance(filter, Mapping):
-        filter = [Condition(key, "in", (value,)) for key, value in filter.items()]
-    return [
-        common_pb2.MetadataCondition(
-            key=condition.key,
-            operator=_OPERATORS[condition.operator],
-            values=[_value(value) for value in condition.values],
-        )
-        for condition in filter
-    ]
+        filter = [Condition(key, "in", _several(value)) for key, value in filter.items()]
+    return [_condition(condition) for condition in filter]
+
+
+def checked_timeout(timeout_s: float) -> float:
+    """At most ``MAX_TIMEOUT_S``: the server caps it further. Raises ``InvalidRequestError`` for what is no time."""
+    if not timeout_s > 0:  # refuses NaN as well
+        raise InvalidRequestError("timeout_s", f"is {timeout_s}; must be above 0")
+    return min(timeout_s, MAX_TIMEOUT_S)
+
+
+def _condition(condition: Condition) -> common_pb2.MetadataCondition:
+    if not isinstance(condition, Condition):
+        raise InvalidRequestError("filter", f"holds a {type(condition).__name__}; give Conditions, or a mapping")
+    if condition.operator not in _OPERATORS:
+        raise InvalidRequestError("filter", f"operator {condition.operator!r} is none of {', '.join(_OPERATORS)}")
+    return common_pb2.MetadataCondition(
+        key=condition.key,
+        operator=_OPERATORS[condition.operator],
+        values=[_value(condition.key, value) for value in _several(condition.values)],
+    )
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    """Any of these: the elements of a list, or the one value."""
+    return tuple(value) if isinstance(value, list | tuple | set | frozenset) else (value,)
 
 
 def header(
-    collection: str, document_id: str, title: str, media_type: str, metadata: Mapping[str, Any] | None
+    collection: str, document_id: str, title: str, media_type: str, metadata: Mapping[str, Any] | None, **further: Any
 ) -> corpus_pb2.DocumentHeader:
-    """The first message of an ingest."""
-    message = corpus_pb2.DocumentHeader(
-        collection=collection, document_id=document_id, title=title, media_type=media_type
-    )
+    """The first message of an ingest. ``further``: source, language, dry_run."""
     try:
-        message.metadata.update(dict(metadata or {}))
-    except (ValueError, TypeError) as error:
+        return corpus_pb2.DocumentHeader(
+            collection=collection,
+            document_id=document_id,
+            title=title,
+            media_type=media_type,
+            metadata=struct_of(metadata or {}),
+            **further,
+        )
+    except (ValueError, TypeError, AttributeError) as error:
         raise InvalidRequestError("metadata", f"is not JSON: {error}") from error
-    return message
 
 
 def event(message: rag_pb2.GenerateResponse) -> Retrieved | TextChunk | Completion:
@@ -134,8 +160,9 @@ def passage(message: common_pb2.Passage) -> Passage:
         ordinal=message.ordinal,
         title=message.title,
         text=message.text,
-        metadata=MessageToDict(message.metadata),
+        metadata=metadata_of(message.metadata),
         score=message.score,
+        also_in=_holders(message.also_in),
     )
 
 
@@ -148,7 +175,12 @@ def ingested(message: corpus_pb2.IngestedDocument) -> IngestedDocument:
 def document(message: corpus_pb2.DocumentSummary) -> Document:
     """A listed document."""
     return Document(
-        message.document_id, message.version, message.title, message.passages, MessageToDict(message.metadata)
+        document_id=message.document_id,
+        version=message.version,
+        title=message.title,
+        passages=message.passages,
+        metadata=metadata_of(message.metadata),
+        source=message.source,
     )
 
 
@@ -215,6 +247,7 @@ def _completion(message: rag_pb2.GenerateResponse) -> Completion:
                     )
                     for chunk in item.chunks
                 ),
+                also_in=_holders(item.also_in),
             )
             for item in done.citations
         ),
@@ -260,10 +293,20 @@ def _set(request: Message, name: str, value: Any, within: str = "") -> None:
         raise InvalidRequestError(f"{within}{name}", str(error)) from error
 
 
-def _value(value: str | float | bool) -> Value:
+def _value(key: str, value: Any) -> Value:
     if isinstance(value, bool):
         return Value(bool_value=value)
-    return Value(string_value=value) if isinstance(value, str) else Value(number_value=value)
+    if isinstance(value, str):
+        return Value(string_value=value)
+    if not isinstance(value, int | float):
+        kind = type(value).__name__
+        raise InvalidRequestError("filter", f"a value of {key!r} is a {kind}; give text, numbers, true or false")
+    check_number(value, "filter", f"a value of {key!r}")
+    return Value(number_value=value)
+
+
+def _holders(messages: Iterable[common_pb2.PassageHolder]) -> tuple[PassageHolder, ...]:
+    return tuple(PassageHolder(item.passage_id, item.document_id, item.title) for item in messages)
 
 
 def _name(enum: Any, value: int, prefix: str) -> str:

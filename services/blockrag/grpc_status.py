@@ -7,12 +7,15 @@ the client needs to know (when to retry) is in the status message.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
 import secrets
 import sys
-from collections.abc import Callable, Container
+import time
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -30,10 +33,14 @@ from blockrag.errors import (
 )
 from blockrag.limits import RETRY_AFTER_MS
 from blockrag.status import status_code
+from blockrag.telemetry.logs import AUDIT
 
 _logger = logging.getLogger(__name__)
 
+_calls = logging.getLogger(AUDIT)
+
 _LONGEST_MESSAGE = 2000
+_LONGEST_ID = 128
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -133,7 +140,8 @@ def _rpc_call(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def call(self: Any, request: Any, grpc_context: Any = None) -> Any:
         async with translated(grpc_context):
-            return await method(self, request, **_admitted(self, request, grpc_context, wanted))
+            with _audited(method, grpc_context) as audit:
+                return await method(self, request, **_admitted(self, request, grpc_context, wanted, audit))
 
     return _dressed(call, method)
 
@@ -143,17 +151,54 @@ def _rpc_stream(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def stream(self: Any, request: Any, grpc_context: Any = None) -> Any:
         async with translated(grpc_context):
-            events = method(self, request, **_admitted(self, request, grpc_context, wanted))
-            try:
-                async for event in events:
-                    yield event
-            finally:
-                await events.aclose()
+            with _audited(method, grpc_context) as audit:
+                events = method(self, request, **_admitted(self, request, grpc_context, wanted, audit))
+                try:
+                    async for event in events:
+                        yield event
+                finally:
+                    await events.aclose()
 
     return _dressed(stream, method)
 
 
-def _admitted(replica: Any, request: Any, context: Any, wanted: Container[str]) -> dict[str, Any]:
+@dataclass
+class _Audit:
+    """What is known of a call's caller."""
+
+    tenant: str = ""
+
+
+@contextmanager
+def _audited(method: Callable[..., Any], context: Any) -> Iterator[_Audit]:
+    """Logs a call from outside when it ends: who, what, when, the outcome; nothing of what was said."""
+    audit = _Audit()
+    if context is None or not _calls.isEnabledFor(logging.INFO):
+        yield audit
+        return
+    started, status = time.perf_counter(), "OK"
+    try:
+        yield audit
+    except (asyncio.CancelledError, GeneratorExit):
+        status = "CANCELLED"
+        raise
+    except Exception as error:
+        known = as_known_error(error)
+        status = status_code(known).name if known is not None else "INTERNAL"
+        raise
+    finally:
+        sent = dict(context.invocation_metadata())
+        facts = {
+            "tenant": audit.tenant,
+            "method": method.__qualname__,
+            "status": status,
+            "milliseconds": round((time.perf_counter() - started) * 1000, 1),
+            "request_id": str(sent.get("request_id", ""))[:_LONGEST_ID],
+        }
+        _calls.info("call", extra=facts)
+
+
+def _admitted(replica: Any, request: Any, context: Any, wanted: Container[str], audit: _Audit) -> dict[str, Any]:
     """What the method gets beside the request; raises for a call that is not admitted."""
     if isinstance(request, MalformedRequest):
         raise request.error()
@@ -163,6 +208,7 @@ def _admitted(replica: Any, request: Any, context: Any, wanted: Container[str]) 
         if access is None:
             raise UnauthenticatedError("this service was not told whom to serve, and so serves nobody")
         caller = access.check(request, context)
+    audit.tenant = caller.tenant
     given = {"grpc_context": context, "caller": caller}
     return {name: value for name, value in given.items() if name in wanted}
 

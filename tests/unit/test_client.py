@@ -160,6 +160,44 @@ async def test_what_no_message_can_hold_is_refused_here(
     assert refused.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("filter", "message"),
+    [
+        ({"kind": [["a"]]}, "value of 'kind' is a list"),
+        ({"kind": None}, "value of 'kind' is a NoneType"),
+        ({"ticket": 1234567890123456788}, "too large.*send it as text"),
+        ({"price": float("nan")}, "'price' is nan"),
+        ([Condition("k", "between", (1,))], "operator 'between'"),  # type: ignore[arg-type]
+        (["kind=a"], "holds a str"),
+    ],
+)
+async def test_filters_that_cannot_be_are_refused_here(client: BlockragClient, filter: Any, message: str) -> None:
+    """Rows A7 and B10."""
+    with pytest.raises(InvalidRequestError, match=message) as refused:
+        await client.retrieve("q", filter=filter)
+    assert refused.value.field == "filter"
+
+
+async def test_a_list_as_the_value_of_a_filter_is_any_of_it(client: BlockragClient, server: tuple[Server, str]) -> None:
+    """Row B10."""
+    await client.retrieve("q", filter={"kind": ["country", "city"]})
+    (condition,) = server[0].requests[0].filter
+    assert [value.string_value for value in condition.values] == ["country", "city"]
+
+
+async def test_one_stop_is_one_stop_and_long_timeouts_are_capped(
+    client: BlockragClient, server: tuple[Server, str]
+) -> None:
+    """Row B10."""
+    await client.ask("Where?", stop="END", timeout_s=5_000_000)
+    request = server[0].requests[0]
+    assert list(request.stop) == ["END"]
+    assert request.timeout_ms == 7 * 24 * 3600 * 1000
+    for timeout_s in (0, -1, float("nan")):
+        with pytest.raises(InvalidRequestError, match="timeout_s"):
+            await client.ask("Where?", timeout_s=timeout_s)
+
+
 async def test_leaving_the_stream_cancels_the_call(client: BlockragClient, server: tuple[Server, str]) -> None:
     events = client.generate("endless")
     for _ in range(3):

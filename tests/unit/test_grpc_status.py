@@ -175,3 +175,27 @@ async def test_a_method_is_told_who_calls() -> None:
     assert await Asked().Call(None) == THE_SYSTEM  # type: ignore[call-arg]
     with pytest.raises(UnauthenticatedError):
         await Asked().Call(None, grpc_context=FakeContext())  # type: ignore[call-arg]
+
+
+async def test_calls_from_outside_leave_a_line_each_without_what_was_said(caplog: pytest.LogCaptureFixture) -> None:
+    calls = logging.getLogger("blockrag.audit")
+    service = Service()
+    with caplog.at_level(logging.INFO, "blockrag.audit"):
+        calls.disabled = False
+        await service.Call(None, grpc_context=FakeContext())
+        with pytest.raises(NotFoundError):
+            await service.Call(NotFoundError("document secret.txt"), grpc_context=FakeContext())
+        stream = service.Stream(None, grpc_context=FakeContext())
+        await anext(stream)
+        await stream.aclose()
+        await service.Call(None)  # through a handle
+        calls.disabled = True
+        await service.Call(None, grpc_context=FakeContext())
+        calls.disabled = False
+    lines = [(r.__dict__["tenant"], r.__dict__["method"], r.__dict__["status"]) for r in caplog.records]
+    assert lines == [
+        ("public", "Service.Call", "OK"),
+        ("public", "Service.Call", "NOT_FOUND"),
+        ("public", "Service.Stream", "CANCELLED"),
+    ]
+    assert "secret" not in caplog.text

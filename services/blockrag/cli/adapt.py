@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
 from blockrag.cli import adapt_pear, adapt_refrag, console
 from blockrag.cli.console import JsonOption
@@ -185,7 +185,7 @@ def _run(config: BlockAdaptConfig, workers: int, ray_address: str, show: Callabl
 @contextmanager
 def _shown(as_json: bool) -> Iterator[Callable[[StepMetrics], None]]:
     """Shows a run's progress: a bar with speed and time left, or a JSON line per step."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (console.description_column(), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console.err, disable=as_json) as bar:
         task = bar.add_task("loading", total=None)
 
@@ -195,7 +195,7 @@ def _shown(as_json: bool) -> Iterator[Callable[[StepMetrics], None]]:
                 return
             bar.update(task, completed=metrics.step, total=metrics.steps, description=_describe(metrics))
             for place, tokens in metrics.too_long.items():
-                bar.console.print(f"left out: {place} needs at least {tokens} tokens", markup=False)
+                bar.console.print(f"left out: {place} needs at least {tokens} tokens")
             if metrics.dev is not None:
                 dev = metrics.dev
                 bar.console.print(

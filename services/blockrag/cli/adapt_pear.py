@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
@@ -166,7 +166,7 @@ def _beside(path: Path) -> Path:
 @contextmanager
 def _shown(as_json: bool) -> Iterator[OnProgress]:
     """A bar per stage on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (console.description_column(), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console.err, disable=as_json) as bar:
         tasks = {}
 

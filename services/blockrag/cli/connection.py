@@ -7,6 +7,7 @@ from pathlib import Path
 from blockrag.cli import console
 from blockrag.client import BlockragClient
 from blockrag.local import LocalSystem
+from blockrag.settings import HASHED_KEY
 
 
 def connect(settings_path: Path | None, target: str, api_key: str) -> BlockragClient:
@@ -19,5 +20,5 @@ def connect(settings_path: Path | None, target: str, api_key: str) -> BlockragCl
     settings = console.settings_from(settings_path)
     system = LocalSystem.attach(settings)
     tenants = settings.gateway.tenants or system.settings.gateway.tenants
-    key = api_key or (tenants[0].api_key if tenants else "")
-    return BlockragClient(system.target, api_key=key or None)
+    keys = [key for tenant in tenants[:1] for key in tenant.keys if not key.startswith(HASHED_KEY)]
+    return BlockragClient(system.target, api_key=api_key or next(iter(keys), None))

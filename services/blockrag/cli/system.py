@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from pathlib import Path
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from blockrag.access import hashed_key
 from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
@@ -21,6 +23,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands."""
     app.command(epilog="Example: blockrag up --settings my.yaml && blockrag status")(up)
     app.command(epilog="Example: blockrag down")(down)
+    app.command(epilog="Example: blockrag key")(key)
     app.command(epilog="Example: blockrag status --json | jq .kv_cache")(status)
 
 
@@ -28,14 +31,14 @@ def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
     """Start Ray and the six Serve applications on this machine; they go on in the background."""
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
-        with console.err.status("starting") as line:
-            system = LocalSystem.start(loaded, on_progress=line.update)
+        with console.status("starting") as show:
+            system = LocalSystem.start(loaded, on_progress=show)
         if as_json:
             console.print_json(
                 {"target": system.target, "ray_address": system.ray_address, "metrics_url": system.metrics_url}
             )
         else:
-            console.out.print(f"ready at [bold]{system.target}[/]; stop it with 'blockrag down'")
+            console.out.print(f"ready at {system.target}; stop it with 'blockrag down'")
 
 
 def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
@@ -46,7 +49,7 @@ def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
         except NotFoundError:
             stopped = False
         else:
-            with console.err.status("stopping"):
+            with console.status("stopping"):
                 system.stop()
             stopped = True
         if as_json:
@@ -69,6 +72,15 @@ def status(
             raise typer.Exit(1)
 
 
+def key(as_json: JsonOption = False) -> None:
+    """Make a tenant's key: the key is the tenant's, its hash goes into the settings (api_keys)."""
+    made = secrets.token_urlsafe(32)
+    if as_json:
+        console.print_json({"key": made, "hash": hashed_key(made)})
+    else:
+        console.out.print(f"key (once, for the tenant): {made}\nhash (for gateway.tenants): {hashed_key(made)}")
+
+
 async def _describe(settings: Path | None, target: str, api_key: str) -> Description:
     async with connect(settings, target, api_key) as client:
         return await client.describe()
@@ -77,8 +89,8 @@ async def _describe(settings: Path | None, target: str, api_key: str) -> Descrip
 def _print_status(description: Description) -> None:
     table = Table("service", "state", "ms", "detail")
     for service in description.services:
-        state = "[green]healthy[/]" if service.healthy else "[red]down[/]"
-        table.add_row(service.name, state, f"{service.milliseconds:.1f}", escape(service.detail))
+        state = Text("healthy", "green") if service.healthy else Text("down", "red")
+        table.add_row(service.name, state, f"{service.milliseconds:.1f}", service.detail)
     console.out.print(table)
     cache, decoder, index = description.kv_cache, description.decoder, description.retriever
     facts = Table.grid(padding=(0, 2))

@@ -360,6 +360,7 @@ def _citations(passages: Sequence[Passage], plan: PlanResponse) -> list[Citation
             tokens=len(planned.token_ids),
             in_prompt=planned.in_prompt,
             dropped_reason=planned.dropped_reason,
+            also_in=passage.also_in,
         )
         for index, (passage, planned) in enumerate(zip(passages, plan.passages, strict=True))
     ]

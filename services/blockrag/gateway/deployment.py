@@ -169,6 +169,17 @@ class Gateway:
             return await self._corpus.delete_document(collection, request.document_id, current.child_context())
 
     @rpc
+    async def DeleteSource(
+        self, request: corpus_pb2.DeleteSourceRequest, grpc_context: GrpcContext = None, *, caller: Caller
+    ) -> corpus_pb2.DeleteSourceResponse:
+        """Removes the documents that came from one source."""
+        context = request_context(grpc_context, caller.tenant)
+        with observed("CorpusService", "DeleteSource", context) as current:
+            collection = validation.check_collection(request.collection)
+            source = validation.check_source(request.source)
+            return await self._corpus.delete_source(collection, source, current.child_context())
+
+    @rpc
     async def ListDocuments(
         self, request: corpus_pb2.ListDocumentsRequest, grpc_context: GrpcContext = None, *, caller: Caller
     ) -> corpus_pb2.ListDocumentsResponse:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 from collections.abc import Sequence
@@ -12,7 +11,9 @@ from google.protobuf.struct_pb2 import Value
 
 from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression, sizes_decide
 from blockrag.errors import InvalidRequestError
+from blockrag.languages import LANGUAGES
 from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_TEMPERATURE
+from blockrag.metadata import check_number, metadata_of
 from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2
@@ -28,6 +29,7 @@ MAX_GIVEN_CHARS = 65_536
 MAX_GIVEN_TOTAL_CHARS = 262_144
 """Longest text of all given passages together: they travel in one message of at most 4 MB."""
 MAX_TITLE_CHARS = 1024
+MAX_SOURCE_CHARS = 1024
 MAX_PAGE = 500
 MAX_WARM_DOCUMENTS = 10_000
 
@@ -143,7 +145,20 @@ def check_header(header: corpus_pb2.DocumentHeader) -> corpus_pb2.DocumentHeader
     _check_line("title", header.title, MAX_TITLE_CHARS)
     for key in header.metadata.fields:
         _check_key("metadata", key)
+    metadata_of(header.metadata)
+    checked.source = header.source or header.document_id
+    _check_line("source", checked.source, MAX_SOURCE_CHARS)
+    if header.language and header.language not in LANGUAGES:
+        raise InvalidRequestError("language", f"{header.language[:80]!r} is none of {', '.join(LANGUAGES)}")
     return checked
+
+
+def check_source(source: str) -> str:
+    """What documents came from, by which they are removed."""
+    if not source:
+        raise InvalidRequestError("source", "must not be empty")
+    _check_line("source", source, MAX_SOURCE_CHARS)
+    return source
 
 
 def check_filter(conditions: Sequence[MetadataCondition]) -> tuple[MetadataCondition, ...]:
@@ -260,8 +275,8 @@ def _check_values(field: str, condition: MetadataCondition) -> None:
     if condition.operator in (ConditionOperator.CONDITION_OPERATOR_IN, ConditionOperator.CONDITION_OPERATOR_NOT_IN):
         if not 1 <= len(values) <= MAX_CONDITION_VALUES:
             raise InvalidRequestError(f"{field}.values", f"must hold 1 to {MAX_CONDITION_VALUES} values")
-        if len(kinds) != 1 or not kinds <= set(_KINDS):
-            raise InvalidRequestError(f"{field}.values", "must be strings, numbers or booleans, all of one kind")
+        if not kinds <= set(_KINDS):
+            raise InvalidRequestError(f"{field}.values", "must be strings, numbers or booleans, each value on its own")
         for index, value in enumerate(values):
             _check_value(f"{field}.values[{index}]", value)
     elif condition.operator in (
@@ -276,8 +291,8 @@ def _check_values(field: str, condition: MetadataCondition) -> None:
 
 
 def _check_value(field: str, value: Value) -> None:
-    if value.WhichOneof("kind") == "number_value" and not math.isfinite(value.number_value):
-        raise InvalidRequestError(field, "must be a finite number")
+    if value.WhichOneof("kind") == "number_value":
+        check_number(value.number_value, field, "the number")
     if value.WhichOneof("kind") == "string_value":
         if len(value.string_value) > MAX_TITLE_CHARS:
             raise InvalidRequestError(field, f"has more than {MAX_TITLE_CHARS} characters")

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from blockrag.errors import InvalidRequestError
 from blockrag.ingest.media import check_text
+from blockrag.metadata import check_metadata
 from blockrag.retriever.identity import check_document_id
 
 MAX_LINE_BYTES = 8 << 20
@@ -91,6 +92,10 @@ def _document(number: int, line: bytes) -> JsonDocument:
         _refuse(number, "holds half of a surrogate pair")
     except InvalidRequestError as error:
         _refuse(number, f'"id": {error.problem}')
+    try:
+        check_metadata(metadata)
+    except InvalidRequestError as error:
+        _refuse(number, f'"metadata": {error.problem}')
     return JsonDocument(document_id, title, text, metadata)
 
 

@@ -78,7 +78,7 @@ def _check_not_running(settings: Settings) -> None:
 
 def _check_exposure(settings: Settings) -> None:
     loopback = settings.cluster.host in LOOPBACK_NAMES
-    if not loopback and not settings.gateway.tenants:
+    if not loopback and not settings.gateway.asks_for_keys:
         raise EnvironmentSetupError(
             f"cluster.host is {settings.cluster.host}, which others can reach, and gateway.tenants is empty: "
             "keep cluster.host on loopback or give tenants keys"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blockrag.errors import UnavailableError
+from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.retriever.base import (
     STAGED_FOR_S,
     Counts,
@@ -42,8 +43,13 @@ class EdgeIndex(VectorIndex):
         self._worker: _Worker | None = None
         self._starting = asyncio.Lock()
 
-    async def stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage]) -> None:
-        await self._call("stage", collection, list(passages))
+    async def stage(
+        self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str = DEFAULT_LANGUAGE
+    ) -> None:
+        await self._call("stage", collection, list(passages), language)
+
+    async def language(self, collection: CollectionId) -> str:
+        return await self._call("language", collection)  # type: ignore[no-any-return]
 
     async def commit(self, collection: CollectionId, document: Document) -> Replaced:
         return await self._call("commit", collection, document)  # type: ignore[no-any-return]

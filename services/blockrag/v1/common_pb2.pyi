@@ -100,7 +100,7 @@ class MetadataCondition(_message.Message):
     def __init__(self, key: _Optional[str] = ..., operator: _Optional[_Union[ConditionOperator, str]] = ..., values: _Optional[_Iterable[_Union[_struct_pb2.Value, _Mapping]]] = ...) -> None: ...
 
 class Passage(_message.Message):
-    __slots__ = ("passage_id", "document_id", "document_version", "ordinal", "title", "text", "metadata", "score")
+    __slots__ = ("passage_id", "document_id", "document_version", "ordinal", "title", "text", "metadata", "score", "also_in")
     PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +109,7 @@ class Passage(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
+    ALSO_IN_FIELD_NUMBER: _ClassVar[int]
     passage_id: str
     document_id: str
     document_version: str
@@ -117,7 +118,18 @@ class Passage(_message.Message):
     text: str
     metadata: _struct_pb2.Struct
     score: float
-    def __init__(self, passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., document_version: _Optional[str] = ..., ordinal: _Optional[int] = ..., title: _Optional[str] = ..., text: _Optional[str] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., score: _Optional[float] = ...) -> None: ...
+    also_in: _containers.RepeatedCompositeFieldContainer[PassageHolder]
+    def __init__(self, passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., document_version: _Optional[str] = ..., ordinal: _Optional[int] = ..., title: _Optional[str] = ..., text: _Optional[str] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., score: _Optional[float] = ..., also_in: _Optional[_Iterable[_Union[PassageHolder, _Mapping]]] = ...) -> None: ...
+
+class PassageHolder(_message.Message):
+    __slots__ = ("passage_id", "document_id", "title")
+    PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    passage_id: str
+    document_id: str
+    title: str
+    def __init__(self, passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., title: _Optional[str] = ...) -> None: ...
 
 class ChunkDecision(_message.Message):
     __slots__ = ("start_token", "end_token", "form", "text")

@@ -74,7 +74,7 @@ class TextChunk(_message.Message):
     def __init__(self, text: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Citation(_message.Message):
-    __slots__ = ("index", "passage_id", "document_id", "title", "chunks", "tokens", "in_prompt", "dropped_reason")
+    __slots__ = ("index", "passage_id", "document_id", "title", "chunks", "tokens", "in_prompt", "dropped_reason", "also_in")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,7 @@ class Citation(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     IN_PROMPT_FIELD_NUMBER: _ClassVar[int]
     DROPPED_REASON_FIELD_NUMBER: _ClassVar[int]
+    ALSO_IN_FIELD_NUMBER: _ClassVar[int]
     index: int
     passage_id: str
     document_id: str
@@ -91,7 +92,8 @@ class Citation(_message.Message):
     tokens: int
     in_prompt: bool
     dropped_reason: str
-    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., title: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.ChunkDecision, _Mapping]]] = ..., tokens: _Optional[int] = ..., in_prompt: _Optional[bool] = ..., dropped_reason: _Optional[str] = ...) -> None: ...
+    also_in: _containers.RepeatedCompositeFieldContainer[_common_pb2.PassageHolder]
+    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., title: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.ChunkDecision, _Mapping]]] = ..., tokens: _Optional[int] = ..., in_prompt: _Optional[bool] = ..., dropped_reason: _Optional[str] = ..., also_in: _Optional[_Iterable[_Union[_common_pb2.PassageHolder, _Mapping]]] = ...) -> None: ...
 
 class Completion(_message.Message):
     __slots__ = ("answer", "citations", "usage", "stages", "finish_reason", "time_to_first_token_ms", "seed", "bundle_fingerprint", "attention_mode", "trace_id")

@@ -183,6 +183,7 @@ class FakeIndex:
             title=request.title,
             passages=request.passages,
             metadata=request.metadata,
+            source=request.source,
         )
         return retriever_pb2.CommitDocumentResponse(replaced_version=old.version if old else "")
 

@@ -141,7 +141,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"filter": condition(key="a", operator=99, values=[text("a")])}, "filter[0].operator"),
     ({"filter": condition(key="a", operator=IN)}, "filter[0].values"),
     ({"filter": condition(key="a", operator=IN, values=[text("a")] * 257)}, "filter[0].values"),
-    ({"filter": condition(key="a", operator=IN, values=[text("a"), number(1)])}, "filter[0].values"),
+    ({"filter": condition(key="a", operator=IN, values=[number(2**60)])}, "filter[0].values[0]"),
     ({"filter": condition(key="a", operator=IN, values=[Value(null_value=0)])}, "filter[0].values"),
     ({"filter": condition(key="a", operator=IN, values=[Value()])}, "filter[0].values"),
     ({"filter": condition(key="a", operator=IN, values=[number(math.nan)])}, "filter[0].values[0]"),
