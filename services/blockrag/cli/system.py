@@ -106,15 +106,15 @@ def _print_status(description: Description) -> None:
             f"  {form['form']}",
             f"{form['blocks']} blocks, {_mib(form['bytes'])} MiB, {form['hits']} hits, {form['misses']} misses",
         )
-    disk = cache["disk"]
-    if int(disk["budget_bytes"]):
+    disk = cache.get("disk")  # absent where the cache is down
+    if disk and int(disk["budget_bytes"]):
         facts.add_row(
             "on disk",
             f"{disk['blocks']} blocks, {_mib(disk['bytes'])} of {_mib(disk['budget_bytes'])} MiB, "
             f"{disk['hits']} hits, {disk['evictions']} evicted, {disk['rejected']} rejected, {disk['dropped']} dropped",
         )
-    for warning in disk["warnings"]:
-        facts.add_row("", f"[yellow]{escape(warning)}[/]")
+    for warning in disk["warnings"] if disk else ():
+        facts.add_row("", Text(warning, style="yellow"))
     facts.add_row(
         "decoder memory",
         f"{decoder['l1_blocks']} blocks, {_mib(decoder['l1_bytes'])} of {_mib(decoder['l1_budget_bytes'])} MiB, "
