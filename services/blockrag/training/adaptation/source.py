@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from blockrag.errors import BundleError
+from blockrag.errors import BundleError, UnsupportedModelError
 from blockrag.modeling.adapter import Adapter, read_adapter
 from blockrag.modeling.base import PACKAGE_PREFIX, Base, is_base, open_base
 from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
@@ -41,6 +41,8 @@ class Source:
     """Most tokens of a passage's block."""
     chunk_tokens: int
     max_positions: int
+    plain_positions: int
+    """Longest sample: beyond it a layer with a window does not see all earlier positions, as training does."""
     dtype: torch.dtype
     """The checkpoint's own; the adapted one is written in it."""
     base: Base | None = None
@@ -86,6 +88,11 @@ def open_source(config: BlockAdaptConfig) -> Source:
         base = bundle.base.moved(bundle.path, config.out) if bundle and bundle.base else None
     facts = inspect_checkpoint(checkpoint)
     check_checkpoint(weights)
+    if facts.softcap is not None:
+        raise UnsupportedModelError(
+            f"{facts.name}: it is served as it is, but not trained: the attention of training has no bound of scores "
+            "(attn_logit_softcapping)"
+        )
     if config.template_file is not None:
         template = read_template(config.template_file)
     else:
@@ -100,6 +107,7 @@ def open_source(config: BlockAdaptConfig) -> Source:
         passage_tokens=config.passage_tokens or (bundle.passage_tokens if bundle else PASSAGE_TOKENS),
         chunk_tokens=bundle.chunk_tokens if bundle else CHUNK_TOKENS,
         max_positions=min(limits),
+        plain_positions=min(*limits, facts.plain_positions),
         dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype)),
         base=base,
         adapter=adapter,
