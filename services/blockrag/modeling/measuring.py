@@ -86,7 +86,9 @@ def measure_rotations(model: PreTrainedModel, facts: ModelFacts) -> tuple[Rotati
         )
         rotation = next(matching, None)
         if rotation is None or not _close(rotated[layer].value, plain[layer].value):
-            raise UnsupportedModelError(f"{facts.name}: layer {layer}: its rotary embedding is of a kind that is not known")
+            raise UnsupportedModelError(
+                f"{facts.name}: layer {layer}: its rotary embedding is of a kind that is not known"
+            )
         found.append(rotation)
     return tuple(found)
 
@@ -157,15 +159,15 @@ def _check_call(facts: ModelFacts, config: Any, layer: int, call: _Call) -> None
         )
     if not call.causal:
         raise UnsupportedModelError(f"{where}: its attention sees later positions")
-    unknown = [
-        name for name, given in call.options.items() if isinstance(given, Tensor) and name not in _KNOWN_TENSORS
-    ]
+    unknown = [name for name, given in call.options.items() if isinstance(given, Tensor) and name not in _KNOWN_TENSORS]
     if unknown:
         raise UnsupportedModelError(f"{where}: its attention is given {', '.join(unknown)}, which is not supported")
     kinds = getattr(config, "layer_types", None)
     slides = kinds[layer] == "sliding_attention" if kinds else facts.window is not None
     if call.options.get("sliding_window") != (facts.window if slides else None):
-        raise UnsupportedModelError(f"{where}: its attention is not told of the window that its mask has, or of another")
+        raise UnsupportedModelError(
+            f"{where}: its attention is not told of the window that its mask has, or of another"
+        )
 
 
 def _candidates(facts: ModelFacts, modules: Any) -> Iterator[Rotation]:

@@ -94,9 +94,7 @@ class RotaryTable:
     transformers. Grows to the longest position asked for, up to ``max_positions``.
     """
 
-    def __init__(
-        self, frequencies: Tensor, scaling: float | Tensor, max_positions: int, device: torch.device
-    ) -> None:
+    def __init__(self, frequencies: Tensor, scaling: float | Tensor, max_positions: int, device: torch.device) -> None:
         self.frequencies = frequencies.detach().to("cpu", torch.float32)
         self.max_positions = max_positions
         self.device = device

@@ -90,7 +90,9 @@ def _check_rotaries(name: str, model: PreTrainedModel) -> None:
         for rope_type in found.values() if isinstance(found, dict) else [found]:
             if rope_type not in ROPE_TYPES:
                 supported = ", ".join(sorted(ROPE_TYPES))
-                raise UnsupportedModelError(f"{name}: rope_type {rope_type!r} is not supported (supported: {supported})")
+                raise UnsupportedModelError(
+                    f"{name}: rope_type {rope_type!r} is not supported (supported: {supported})"
+                )
 
 
 def _check_attention(name: str, model: PreTrainedModel, config: Any) -> None:

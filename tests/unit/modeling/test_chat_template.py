@@ -149,12 +149,15 @@ def test_a_chat_template_with_a_date_for_who_knows_none_says_that_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "written"), [("%d %b %Y", "01 Jan 2025"), ("%A", "Wednesday"), ("%H:%M", "00:00"), ("%y", "25"), ("%-m", "1")]
+    ("form", "written"),
+    [("%d %b %Y", "01 Jan 2025"), ("%A", "Wednesday"), ("%H:%M", "00:00"), ("%y", "25"), ("%-m", "1")],
 )
 def test_a_chat_template_that_always_writes_the_date_says_the_same_every_day(form: str, written: str) -> None:
     """B9 of the cases, for a template without a date of its own."""
     text = "<|im_start|>system\nToday: {{ strftime_now('" + form + "') }}<|im_end|>\n" + CHATML
-    assert default_template(chat_tokenizer(text)).instruction.startswith(f"<|im_start|>system\nToday: {written}<|im_end|>")
+    assert default_template(chat_tokenizer(text)).instruction.startswith(
+        f"<|im_start|>system\nToday: {written}<|im_end|>"
+    )
 
 
 def test_a_chat_template_that_only_looks_at_the_date_is_not() -> None:
