@@ -101,14 +101,14 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     beside = next((name for name in _QUANTISED_FILES if (folder / name).is_file()), None)
     if quantised or beside:
         raise BundleError(
-            f"{folder}: its weights are quantised ({kind or beside or 'quantization_config'}): weights must be float32, "
+            f"{folder}: its weights are quantised ({kind or beside or 'quantization_config'}): they must be float32, "
             "float16 or bfloat16, or a GGUF file, which is converted; take the checkpoint that it was quantised from"
         )
     if code := config.get("auto_map"):
         files = sorted({str(name) for name in code.values()}) if isinstance(code, dict) else [str(code)]
         raise BundleError(
-            f"{folder / 'config.json'}: names code of its own (auto_map: {', '.join(files[:_NAMED])}), and a checkpoint's "
-            "code is never run; if transformers' own class of this model_type computes the same, take auto_map out"
+            f"{folder / 'config.json'}: names code of its own (auto_map: {', '.join(files[:_NAMED])}), which is never run;"
+            " if transformers' own class of this model_type computes the same, take auto_map out"
         )
     if (folder / _ADAPTER).is_file():
         raise BundleError(f"{folder}: holds an adapter ({_ADAPTER}): merge it into the weights first")

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-
 _DEEPEST = 10**6
 """Depth of what no layer is to blame for."""
 

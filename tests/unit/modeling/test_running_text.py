@@ -82,7 +82,7 @@ def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
     backend.decoder = decoders.Metaspace()
-    words = "Title the river The rises Question who Answer from passages INST Suva".split()
+    words = ["Title", "the", "river", "The", "rises", "Question", "who", "Answer", "from", "passages", "INST", "Suva"]
     trainer = trainers.BpeTrainer(
         vocab_size=150,
         special_tokens=["<unk>", "<s>", "</s>"],

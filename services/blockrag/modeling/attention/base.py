@@ -1,10 +1,11 @@
 """What an attention over slot lists must do.
 
 Queries, keys and values of one ragged batch arrive **before** rotation; each segment's token i stands at position
-``segment.first_position + i``, each layer rotating in its own way; the segment's keys and values go to the end of its slot list (or, when a block is
-encoded, to the capture); each token attends to all earlier slots of its own list and to its own segment up to itself,
-or in a layer with a window to the last so many of these; scores use the rotated queries and keys. Nothing crosses segments. In the last layer only each segment's last token is
-read, so an implementation may leave the others' outputs undefined but finite.
+``segment.first_position + i``, and each layer rotates in its own way; the segment's keys and values go to the end of
+its slot list (or, when a block is encoded, to the capture); each token attends to all earlier slots of its own list and
+to its own segment up to itself, or in a layer with a window to the last so many of these; scores use the rotated
+queries and keys. Nothing crosses segments. In the last layer only each segment's last token is read, so an
+implementation may leave the others' outputs undefined but finite.
 
 ``SlotAttention`` is all of that, a function that transformers calls; ``SlotModel`` takes any. The one there is
 (``over_lists``) gathers nothing: keys were rotated when they were placed, so a step rotates only its own tokens. A
