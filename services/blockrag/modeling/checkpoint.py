@@ -107,8 +107,8 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     if code := config.get("auto_map"):
         files = sorted({str(name) for name in code.values()}) if isinstance(code, dict) else [str(code)]
         raise BundleError(
-            f"{folder / 'config.json'}: names code of its own (auto_map: {', '.join(files[:_NAMED])}), which is never run;"
-            " if transformers' own class of this model_type computes the same, take auto_map out"
+            f"{folder / 'config.json'}: names code of its own (auto_map: {', '.join(files[:_NAMED])}), and no "
+            "checkpoint's code is run; if transformers' own class of its model_type computes the same, remove auto_map"
         )
     if (folder / _ADAPTER).is_file():
         raise BundleError(f"{folder}: holds an adapter ({_ADAPTER}): merge it into the weights first")
