@@ -43,6 +43,24 @@ def load_stock_model(
     return model.train(False).to(device)
 
 
+def load_first_layers(bundle: Bundle, layers: int) -> PreTrainedModel:
+    """The first ``layers`` layers of the bundle's decoder without its head and its last norm, in float32.
+
+    Of a bundle with a base they are the base's, without adapter and coefficients: they stay as they are while an
+    adapter is trained. Raises BundleError for damaged weights.
+    """
+    if bundle.base is None:
+        model = load_checkpoint(bundle.weights_dir(), torch.float32)
+    else:
+        model = _load_on_base(bundle, torch.float32, False)
+    trunk: PreTrainedModel = model.model
+    trunk.layers = trunk.layers[:layers]
+    trunk.config.num_hidden_layers = layers
+    trunk.norm = torch.nn.Identity()
+    check_finite(bundle.decoder_dir, trunk.named_parameters())
+    return trunk.train(False).requires_grad_(False)
+
+
 def _load_on_base(bundle: Bundle, dtype: torch.dtype, with_adapter: bool) -> PreTrainedModel:
     """The configuration is the bundle's, but for the vocabulary, which grows from the base's."""
     folder = bundle.weights_dir()
