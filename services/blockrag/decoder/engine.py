@@ -8,6 +8,7 @@ go on.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -241,6 +242,8 @@ class Engine:
             torch.set_num_threads(self._threads if cost >= _WORTH_THREADS else 1)  # holds for the calling thread
         try:
             logits = self._model.forward([(item.state, item.token_ids) for item in work])
+            if self._model.unused_token_ids.numel():
+                logits = logits.index_fill(1, self._model.unused_token_ids, -math.inf)
         except Exception as error:
             if len(work) == 1:
                 self._fail(work[0].sequence, error)

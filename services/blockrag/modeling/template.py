@@ -3,23 +3,20 @@
 A prompt is one instruction block, one block per passage and one final block. Each block is tokenised alone
 (Block-Attention, arXiv 2409.15355, section 2.1), so a passage has the same token ids in every prompt.
 
-What a user typed is data: a special token's text inside a title, a passage or a question is tokenised as ordinary
-characters and can never open a block of its own.
+What a user typed is data: an added token's text inside a title, a passage or a question is tokenised as ordinary
+characters and can never open a block or a turn of its own (``blockrag.modeling.running_text``).
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+
+from blockrag.modeling.running_text import BundleTokenizer, field_ids, literal_ids
+
+__all__ = ["BundleTokenizer", "PromptTemplate"]
 
 _FIELD = re.compile(r"\{(title|text|question)\}")
-
-
-class BundleTokenizer(Protocol):
-    """The part of a transformers fast tokenizer that the template uses."""
-
-    def __call__(self, text: str, *, add_special_tokens: bool = ..., split_special_tokens: bool = ...) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class PromptTemplate:
 
     def instruction_ids(self, tokenizer: BundleTokenizer) -> list[int]:
         """Token ids of the instruction block."""
-        return _tokenize(tokenizer, self.instruction, {})
+        return _tokenize(tokenizer, self.instruction, {}, opening=True)
 
     def passage_ids(self, tokenizer: BundleTokenizer, title: str, text: str) -> list[int]:
         """Token ids of one passage's block."""
@@ -60,24 +57,22 @@ class PromptTemplate:
 
     def answer_ids(self, tokenizer: BundleTokenizer, answer: str) -> list[int]:
         """Token ids of an answer with the token that ends it: the target in training."""
-        content = tokenizer(self.answer_prefix + answer, add_special_tokens=False, split_special_tokens=True)
-        return list(content["input_ids"]) + _tokenize(tokenizer, self.end, {})
+        return field_ids(tokenizer, self.answer_prefix + answer) + _tokenize(tokenizer, self.end, {})
 
 
-def _tokenize(tokenizer: BundleTokenizer, pattern: str, fields: dict[str, str]) -> list[int]:
+def _tokenize(tokenizer: BundleTokenizer, pattern: str, fields: dict[str, str], *, opening: bool = False) -> list[int]:
     ids: list[int] = []
     carried = ""
     for position, part in enumerate(_FIELD.split(pattern)):
         is_field = position % 2 == 1
         if is_field:
-            piece = carried + fields[part]
-            carried = ""
+            piece, carried = carried + fields[part], ""
         else:
             stripped = part.rstrip(" ")
             piece, carried = carried + stripped, part[len(stripped) :]
         if piece:
-            encoded = tokenizer(piece, add_special_tokens=False, split_special_tokens=is_field)
-            ids.extend(encoded["input_ids"])
+            opens = opening and not ids
+            ids += field_ids(tokenizer, piece) if is_field else literal_ids(tokenizer, piece, opening=opens)
     if carried:
-        ids.extend(tokenizer(carried, add_special_tokens=False)["input_ids"])
+        ids += literal_ids(tokenizer, carried, opening=opening and not ids)
     return ids

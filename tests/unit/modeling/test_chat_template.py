@@ -142,10 +142,22 @@ DATED = (
 ) + CHATML
 
 
-@pytest.mark.parametrize("form", ["%d %b %Y", "%A", "%H:%M", "%y", "%m"])
-def test_a_chat_template_that_writes_the_date_is_refused(form: str) -> None:
-    with pytest.raises(BundleError, match="writes the current date, which would change a cached instruction block"):
-        default_template(chat_tokenizer(DATED.replace("%d %b %Y", form)))
+def test_a_chat_template_with_a_date_for_who_knows_none_says_that_one() -> None:
+    """B9 of the cases: a template that calls strftime_now makes the same instruction on every day."""
+    template = default_template(chat_tokenizer(DATED))
+    assert template.instruction.startswith("<|im_start|>system\nToday: 26 Jul 2024<|im_end|>\n<|im_start|>user\n")
+
+
+@pytest.mark.parametrize(
+    ("form", "written"),
+    [("%d %b %Y", "01 Jan 2025"), ("%A", "Wednesday"), ("%H:%M", "00:00"), ("%y", "25"), ("%-m", "1")],
+)
+def test_a_chat_template_that_always_writes_the_date_says_the_same_every_day(form: str, written: str) -> None:
+    """B9 of the cases, for a template without a date of its own."""
+    text = "<|im_start|>system\nToday: {{ strftime_now('" + form + "') }}<|im_end|>\n" + CHATML
+    assert default_template(chat_tokenizer(text)).instruction.startswith(
+        f"<|im_start|>system\nToday: {written}<|im_end|>"
+    )
 
 
 def test_a_chat_template_that_only_looks_at_the_date_is_not() -> None:

@@ -122,7 +122,7 @@ class _Adaptation:
             min_passages=config.min_passages,
             max_passages=config.max_passages,
             passage_tokens=prepared.source.passage_tokens,
-            max_tokens=min(config.max_tokens, prepared.source.max_positions),
+            max_tokens=min(config.max_tokens, prepared.source.plain_positions),
             refusal_share=config.refusal_share,
         )
         template = prepared.source.template
