@@ -72,6 +72,10 @@ def refrag(
             help="Whether the decoder learns too; default: in all stages but reconstruction.",
         ),
     ] = None,
+    lora_rank: Annotated[
+        int,
+        typer.Option(help="Rank of an adapter that alone is trained of the decoder; 0: none."),
+    ] = 0,
     max_passages: Annotated[int, typer.Option(help="Most passages of a context.")] = 10,
     text_share: Annotated[
         float | None,
@@ -187,6 +191,7 @@ def refrag(
                 optimizer=optimizer,
                 curriculum=curriculum,
                 train_decoder=train_decoder,
+                lora_rank=lora_rank,
                 max_passages=max_passages,
                 text_share=0.2 if text_share is None else text_share,
                 targets=targets,

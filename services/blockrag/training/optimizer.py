@@ -9,15 +9,16 @@ from torch import nn
 
 
 def build_optimizers(model: nn.Module, name: str, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """The optimisers that share the parameters of ``model``.
+    """The optimisers that share the trainable parameters of ``model``.
 
     ``adamw`` alone, or ``muon`` for the matrices inside the layers, scaled so that an update has the size AdamW's
     would have and the learning rate carries over (Moonlight, arXiv 2502.16982, section 2.2). Weight decay acts on
     matrices only.
     """
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    embeddings = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" in n]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [p for n, p in trained if p.ndim == 2 and "embed" not in n]
+    embeddings = [p for n, p in trained if p.ndim == 2 and "embed" in n]
+    vectors = [p for _, p in trained if p.ndim < 2]
     plain = {"params": vectors, "weight_decay": 0.0}
     if name == "adamw":
         decayed = {"params": matrices + embeddings, "weight_decay": 0.1}

@@ -16,7 +16,7 @@ from blockrag.modeling.base import PACKAGE_PREFIX, Base, is_base, open_base
 from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template, read_template
 from blockrag.modeling.files import hashed
-from blockrag.modeling.loading import read_tokenizer
+from blockrag.modeling.loading import read_tokenizer, stored_dtype
 from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.support import inspect_model
 from blockrag.modeling.template import PromptTemplate
@@ -98,7 +98,6 @@ def open_source(config: BlockAdaptConfig) -> Source:
     else:
         template = bundle.template if bundle else default_template(read_tokenizer(checkpoint))
     limits = [facts.max_positions, *([bundle.max_context_tokens] if bundle else [])]
-    dtype = architecture.dtype or torch.float32
     adapter = read_adapter(bundle.adapter_dir) if bundle and bundle.adapter else None
     return Source(
         checkpoint=checkpoint,
@@ -107,7 +106,7 @@ def open_source(config: BlockAdaptConfig) -> Source:
         passage_tokens=config.passage_tokens or (bundle.passage_tokens if bundle else PASSAGE_TOKENS),
         chunk_tokens=bundle.chunk_tokens if bundle else CHUNK_TOKENS,
         max_positions=min(limits),
-        dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype)),
+        dtype=stored_dtype(architecture),
         base=base,
         adapter=adapter,
     )

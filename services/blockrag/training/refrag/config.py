@@ -54,6 +54,10 @@ class RefragConfig:
     train_decoder: bool | None = None
     """Whether the decoder learns too; None: in every stage but reconstruction. Trained in reconstruction, a small
     decoder reconstructs more; frozen in the others, encoder and projector learn to serve it and it unlearns nothing."""
+    lora_rank: int = 0
+    """Rank of a low-rank adapter (LoRA) beside every linear layer of the decoder, which alone is trained of it; 0: all
+    of its weights are. On a bundle with a base it is joined with the adapter that is there, whose rank grows by it;
+    into weights of the bundle's own it is merged."""
     max_passages: int = 10
     """Most passages of a context of text or question rows."""
     text_share: float = 0.2
@@ -100,13 +104,18 @@ class RefragConfig:
             self._require(getattr(self, field) is None or getattr(self, field) >= 1, field, "must be at least 1")
         for field in ("learning_rate", "decoder_learning_rate"):
             self._require(getattr(self, field) > 0, field, "must be positive")
-        for field in ("warmup_steps", "dev_samples"):
+        for field in ("warmup_steps", "dev_samples", "lora_rank"):
             self._require(getattr(self, field) >= 0, field, "must not be negative")
         shares = ("text_share", "compressed_share", "expanded_share", "full_share", "learnt_share", "distillation")
         for field in shares:
             self._require(0 <= getattr(self, field) <= 1, field, "must be from 0 to 1")
         self._require(
             self.average_with is None or self.decoder_learns, "average_with", "the stage does not change the decoder"
+        )
+        self._require(
+            self.lora_rank == 0 or (self.decoder_learns and self.average_with is None),
+            "lora_rank",
+            "needs a decoder that learns and is averaged with no other",
         )
         self._require(
             self.distillation == 0 or self.stage != "reconstruction",
@@ -154,6 +163,7 @@ class RefragConfig:
             "optimizer",
             "curriculum",
             "train_decoder",
+            "lora_rank",
             "max_passages",
             "text_share",
             "targets",

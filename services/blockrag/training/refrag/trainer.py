@@ -13,6 +13,7 @@ from torch import Tensor, nn, optim
 
 from blockrag.errors import SetupError
 from blockrag.training.adaptation.workers import Workers, like_parameter, whole
+from blockrag.training.lora import add_lora
 from blockrag.training.optimizer import build_optimizers
 from blockrag.training.refrag.config import RefragConfig
 from blockrag.training.refrag.reader import RefragReader, SampleLosses, SampleScores
@@ -48,6 +49,8 @@ class RefragTrainer:
         if config.optimizer == "muon" and workers.size > 1:
             raise SetupError("optimizer 'muon': several workers share every matrix out; choose adamw")
         reader.decoder.requires_grad_(config.decoder_learns)
+        if config.lora_rank:
+            add_lora(reader.decoder.model, config.lora_rank, seed=config.seed)
         reader.distillation = config.distillation
         reader.to(workers.device)
         # As one piece: how often a layer runs depends on a worker's samples, and FSDP wants all workers alike. Weights
