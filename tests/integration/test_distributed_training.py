@@ -103,7 +103,7 @@ def test_a_refrag_stage_on_two_workers(tmp_path: Path) -> None:
     make_tiny_bundle(tmp_path / "base", max_position_embeddings=1024)
     write_texts(tmp_path / "texts.jsonl")
     recipe = (
-        "--bundle base --stage mixed --text texts.jsonl -k 4 --steps 3 --tokens-per-step 600 --max-passages 3 "
+        "mixed --bundle base --text texts.jsonl -k 4 --steps 3 --tokens-per-step 600 --max-passages 3 "
         "--dev-samples 2 --optimizer adamw --precision fp32 --json"
     )
     shown = {}
@@ -133,9 +133,9 @@ def test_a_policy_on_two_workers(tmp_path: Path) -> None:
     write_texts(tmp_path / "texts.jsonl")
     common = "--text texts.jsonl --max-passages 3 --dev-samples 2 --precision fp32 --json"
     stages = (
-        ("parts", "--bundle base --stage reconstruction -k 4 --steps 1 --tokens-per-step 400"),
-        ("made1", "--bundle parts --stage policy --policy blind --steps 2"),
-        ("made2", "--bundle parts --stage policy --policy blind --steps 2 --workers 2"),
+        ("parts", "reconstruction --bundle base -k 4 --steps 1 --tokens-per-step 400"),
+        ("made1", "policy --bundle parts --policy blind --steps 2"),
+        ("made2", "policy --bundle parts --policy blind --steps 2 --workers 2"),
     )
     shown = {}
     for out, given in stages:

@@ -8,8 +8,24 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from blockrag.cli import console
 from blockrag.errors import SetupError
+
+WorkersOption = Annotated[int, typer.Option(help="Workers of Ray Train, one GPU or CPU each; 1: this process.")]
+RayOption = Annotated[str, typer.Option(help="Ray cluster for the workers; default: one of this command's own.")]
+
+
+def tell_made(bundle: Path, run_dir: Path, as_json: bool) -> None:
+    """Name what was made, and what to do next."""
+    if as_json:
+        console.print_json_line({"bundle": bundle, "run": run_dir})
+    else:
+        console.out.print(f"bundle: {bundle}\nmetrics: {run_dir}\ncheck it: blockrag bundle verify {bundle}")
 
 
 def check_workers(workers: int) -> None:

@@ -66,9 +66,10 @@ def write_refrag(
     ``decoder`` is a whole state dict, written in the checkpoint's own type; it is taken to hold the bundle's base,
     adapter and coefficients of heads already, as ``load_stock_model`` gives it, so the new manifest has none.
     ``adapter`` takes the place of the adapter on the bundle's base; all else of the decoder stays as it is, byte for
-    byte. With either the quality is emptied unless ``quality`` is given. ``policies`` replaces all: {} writes none, and None keeps those of
-    ``bundle``, which must have been trained with the parts that are written. ``training`` has the stages in order.
-    ``encoder_dtype`` is the type that ``encoder`` is kept in, "float32" or "bfloat16"; it computes in float32.
+    byte. With either the quality is emptied unless ``quality`` is given. ``policies`` replaces all: {} writes none,
+    and None keeps those of ``bundle``, which must have been trained with the parts that are written. ``training`` has
+    the stages in order. ``encoder_dtype`` is the type that ``encoder`` is kept in, "float32" or "bfloat16"; it
+    computes in float32.
 
     The directory appears whole or not at all. Raises BundleError when ``out`` exists, when parts do not fit each
     other, for NaN or infinity in any of them and for a bundle without chunk compression where a part is None.

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from blockrag.errors import BundleError
 from blockrag.modeling.adapter import Adapter, read_adapter
-from blockrag.modeling.base import PACKAGE_PREFIX, Base, is_base, open_base
+from blockrag.modeling.base import Base, is_base, open_base
 from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template, read_template
 from blockrag.modeling.files import hashed
@@ -74,8 +74,8 @@ def open_source(config: BlockAdaptConfig) -> Source:
     be driven over slots.
     """
     bundle = base = None
-    if is_base(_model(config)):
-        base = open_base(_model(config), config.out)
+    if is_base(config.model):
+        base = open_base(config.model, config.out)
         checkpoint = weights = base.checkpoint(config.out)
     else:
         root = config.model.expanduser()
@@ -144,11 +144,6 @@ def _load(checkpoint: Path) -> PreTrainedModel:
         raise BundleError(f"{checkpoint}: weights are missing: {', '.join(absent[:8])}")
     loaded: PreTrainedModel = model
     return loaded
-
-
-def _model(config: BlockAdaptConfig) -> str | Path:
-    """A path that a caller made absolute still means a package when it was given as one."""
-    return config.model.name if config.model.name.startswith(PACKAGE_PREFIX) else config.model
 
 
 def _check_template(template: PromptTemplate, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,72 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.pear import attention_heads, fold
-from blockrag.modeling.pear_record import MASKS, HeadCoefficient, Mask, PearRecord, ProxyScore
-from blockrag.training.pear.detection import Detection, DetectionConfig, LaterHeads, Mean, detect, rank_correlation
-from blockrag.training.pear.learning import LearningConfig, learn, proxy_score
-from blockrag.training.pear.task import PUBLISHED_SIZES, ProxyTask
+from blockrag.modeling.pear_record import MASKS, HeadCoefficient, PearRecord, ProxyScore
+from blockrag.training.pear.config import CONDITIONS, LEAST_HEADS, PUBLISHED_SHARE, PearConfig
+from blockrag.training.pear.detection import Detection, detect, rank_correlation
+from blockrag.training.pear.learning import learn, proxy_score
 
-PUBLISHED_SHARE = 30 / 1024
-"""Heads re-weighted of Llama-2-7B's."""
-LEAST_HEADS = 4
-"""Heads re-weighted of a model so small that the published share would be fewer."""
 LEAST_CHANGE = 1e-5
 """Δπ below it is rounding: a head that does nothing is not one that suppresses."""
 
 OnProgress = Callable[[str, float, float | None], None]
 """Stage, share of it done, loss of the proxy task where there is one."""
-
-
-@dataclass(frozen=True)
-class PearConfig:
-    """What to do. The defaults are the published ones, under the mask that is served."""
-
-    heads: int | None = None
-    """Most heads to re-weight, of those with a positive Δπ; None: the published share, at least ``LEAST_HEADS``.
-    To choose: sweep 5 to 40 of 1,024 and compare answers; the proxy loss falls with every head more."""
-    mask: Mask = "block"
-    """Mask under which heads are chosen and coefficients learned."""
-    mean: Mean = "batch"
-    later_heads: LaterHeads = "frozen"
-    sizes: tuple[tuple[int, int], ...] = PUBLISHED_SIZES
-    distractors: int = 3
-    """Further passage blocks under the block mask."""
-    learning: LearningConfig = field(default_factory=LearningConfig)
-    seed: int = 0
-    memory_bytes: int = 2**30
-    """See ``DetectionConfig``."""
-
-    def detection(self, condition: str) -> DetectionConfig:
-        """How heads are detected under a condition of ``CONDITIONS``."""
-        mask, with_passages = CONDITIONS[condition]
-        return DetectionConfig(
-            mask=mask,
-            distractors=self.distractors if with_passages else 0,
-            mean=self.mean,
-            later_heads=self.later_heads,
-            sizes=self.sizes,
-            seed=self.seed,
-            memory_bytes=self.memory_bytes,
-        )
-
-    def task(self, mask: Mask) -> ProxyTask:
-        """What is learned and scored under a mask."""
-        return ProxyTask(self.learning.n, mask, self.distractors if mask == "block" else 0)
-
-
-CONDITIONS: Mapping[str, tuple[Mask, bool]] = {
-    "full": ("full", False),
-    "block": ("block", True),
-    "full, same prompts": ("full", True),
-}
-"""Mask, and whether the prompts have further blocks: as published, as served, and the control between them."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,28 +19,13 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from blockrag.errors import InvalidRequestError
 from blockrag.modeling.pear import AttentionHeads, attention_heads
 from blockrag.modeling.pear_record import ProxyScore
+from blockrag.training.pear.config import LearningConfig
 from blockrag.training.pear.passes import check_length, forward, prefill, removing
 from blockrag.training.pear.task import ProxyTask
 
 _WARMUP = 2
-
-
-@dataclass(frozen=True)
-class LearningConfig:
-    """How coefficients are learned. Prompt size, rate and batch are the published ones."""
-
-    n: int = 50
-    steps: int = 200
-    """A few dozen to a few hundred; a coefficient moves by at most about steps * learning_rate / 2."""
-    batch: int = 20
-    learning_rate: float = 5e-3
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or self.learning_rate <= 0:
-            raise InvalidRequestError("learning", "steps, batch and learning rate must be positive")
 
 
 def learn(

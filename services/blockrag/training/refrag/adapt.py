@@ -35,8 +35,6 @@ OnProgress = Callable[[RefragMetrics], None]
 
 def prepare(config: RefragConfig, workers: int = 1) -> Start:
     """Check bundle and sizes before anything heavy is loaded. Raises SetupError or BundleError."""
-    if config.stage == "policy":
-        raise SetupError("stage policy: trained by blockrag.training.refrag.policy_stage")
     if config.parts % workers:
         raise SetupError(f"parts {config.parts}: no multiple of {workers} workers")
     if config.optimizer == "muon" and workers > 1:

@@ -36,7 +36,7 @@ def load_policy_data(config: PolicyTrainingConfig, bundle: Bundle) -> PolicyData
     texts = read_texts(config.text) if config.text else []
     train_texts, held_texts = hold_out(texts) if texts else ([], [])
     rows = read_rows(config.data) if config.data else []
-    count = min(config.dev_contexts, int(_HELD_OUT_ROWS * len(rows)))
+    count = min(config.dev_samples, int(_HELD_OUT_ROWS * len(rows)))
     chosen = set(Random(f"{config.seed}/held out").sample(range(len(rows)), count))
     train_rows = [row for number, row in enumerate(rows) if number not in chosen]
 
@@ -56,7 +56,7 @@ def load_policy_data(config: PolicyTrainingConfig, bundle: Bundle) -> PolicyData
     random = Random(f"{config.seed}/probes")
     probes = [held.asked(number, random) for number in range(len(chosen))]
     if held_texts and config.chosen_text_share > 0:
-        probes += [held.text(random) for _ in range(config.dev_contexts)]
+        probes += [held.text(random) for _ in range(config.dev_samples)]
     return PolicyData(
         samples=samples(train_texts, train_rows, config.seed),
         probes=[probe for probe in probes if probe is not None],

@@ -1,6 +1,6 @@
 """Training a chunk policy with a frozen reader: ``train_policy``.
 
-Behind ``blockrag adapt refrag --stage policy``. Decoder, chunk encoder and projector do not change; the bundle gets a
+Behind ``blockrag adapt refrag policy``. Decoder, chunk encoder and projector do not change; the bundle gets a
 policy beside them. Several workers share the contexts of a step, whose reading is what a step costs; the policy is
 small, and every worker has it whole.
 """

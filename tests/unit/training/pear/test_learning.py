@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.pear import attention_heads, fold
 from blockrag.modeling.pear_record import HeadCoefficient, Mask, PearRecord
-from blockrag.training.pear.adaptation import CONDITIONS, PearConfig, PearReport, adapt
+from blockrag.training.pear.adaptation import PearReport, adapt
+from blockrag.training.pear.config import CONDITIONS, LearningConfig, PearConfig
 from blockrag.training.pear.cost import folding_cost
-from blockrag.training.pear.learning import LearningConfig, learn, proxy_score, scaled
+from blockrag.training.pear.learning import learn, proxy_score, scaled
 from blockrag.training.pear.task import ProxyTask, ordinary_tokens
 from tests.unit.training.pear.copying import INDUCTION, SUPPRESSOR, VOCAB, copying_model
 from tests.unit.training.pear.models import KINDS, make_model

@@ -203,7 +203,7 @@ def test_coefficients_of_heads_become_part_of_a_decoder_that_learns(tmp_path: Pa
         ({"minutes": 1.0}, "exactly one of minutes and steps"),
         ({"text": ()}, "stage pretrain: needs texts"),
         ({"stage": "tune", "data": ()}, "stage tune: needs questions"),
-        ({"stage": "other"}, "stage 'other'"),
+        ({"stage": "policy"}, "stage 'policy'"),
         ({"chunk_tokens": 0}, "chunk_tokens 0: must be at least 1"),
         ({"stage": "reconstruction", "average_with": Path("x")}, "does not change the decoder"),
         ({"full_share": 1.5}, "full_share 1.5: must be from 0 to 1"),
@@ -221,7 +221,6 @@ def test_what_is_wrong_on_disk_is_named(config: Make, tmp_path: Path) -> None:
         ({"chunk_tokens": 65}, "longer than a passage"),
         ({"encoder": str(tmp_path / "nowhere")}, "neither 'small' nor a directory"),
         ({"out": tmp_path}, "exists already"),
-        ({"stage": "policy"}, "policy_stage"),
     ):
         with pytest.raises(SetupError, match=problem):
             adapt_refrag(config(**changes))

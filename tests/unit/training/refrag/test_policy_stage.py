@@ -46,7 +46,7 @@ def _config(
         steps=4,
         contexts=2,
         max_passages=3,
-        dev_contexts=2,
+        dev_samples=2,
         checkpoint_steps=2,
         eval_steps=2,
         threads=1,
@@ -65,10 +65,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     whole, cut = (
         replace(
             _config(bundle, tmp_path / name, text=(texts,), data=(rows,)),
-            query=query,
+            policy="query" if query else "blind",
             text_share=0.5,
             imitation=0.5,
-            width=32,
+            policy_width=32,
             text_reward="label" if query else "divergence",
         )
         for name in ("whole", "cut")
@@ -121,7 +121,7 @@ def test_a_second_policy_stands_beside_the_first(bundle: Path, texts: Path, tmp_
         for number in range(30)
     ]
     data = write_rows(tmp_path / "numbers.jsonl", numbers)
-    first = train_policy(replace(_config(bundle, tmp_path / "one", text=(texts,)), query=False, steps=1))
+    first = train_policy(replace(_config(bundle, tmp_path / "one", text=(texts,)), policy="blind", steps=1))
     both = replace(_config(first, tmp_path / "two", data=(data,)), steps=1, name="numbers")
     made = load_bundle(train_policy(both))
     assert made.refrag is not None
@@ -135,7 +135,7 @@ def test_a_second_policy_stands_beside_the_first(bundle: Path, texts: Path, tmp_
     went_on = load_file(train_policy(again) / "policy-numbers.safetensors")
     assert all(torch.allclose(went_on[key], tensor, atol=1e-6) for key, tensor in load_file(start).items())
     with pytest.raises(SetupError, match="is to be trained"):
-        train_policy(replace(again, out=tmp_path / "four", query=False))
+        train_policy(replace(again, out=tmp_path / "four", policy="blind"))
 
 
 def test_what_an_answer_is_imitated_by() -> None:
@@ -169,14 +169,14 @@ def test_what_cannot_be_trained_is_refused(bundle: Path, rows: Path, tmp_path: P
         {"learning_rate": 0.0},
         {"text_share": 1.5},
         {"imitation": 1.0},
-        {"width": 48},
+        {"policy_width": 48},
         {"text_reward": "other"},
     ):
         with pytest.raises(SetupError, match=next(iter(change))):
             replace(config, **change)
     with pytest.raises(SetupError, match="needs questions"):
         replace(config, data=())
-    train_policy(replace(config, steps=1, contexts=1, dev_contexts=1))
+    train_policy(replace(config, steps=1, contexts=1, dev_samples=1))
     (tmp_path / "out.run").rename(tmp_path / "other.run")
     with pytest.raises(SetupError, match="holds another run"):
         train_policy(replace(config, out=tmp_path / "other", seed=1))

@@ -21,8 +21,7 @@ from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.training.refrag.adapt import adapt_refrag
 from blockrag.training.refrag.config import RefragConfig
-from blockrag.training.refrag.policy import PpoSettings
-from blockrag.training.refrag.policy_config import PolicyTrainingConfig
+from blockrag.training.refrag.policy_config import PolicyTrainingConfig, PpoSettings
 from blockrag.training.refrag.policy_metrics import PolicyMetrics
 from blockrag.training.refrag.policy_stage import train_policy
 
@@ -101,11 +100,11 @@ def test_a_policy_learns_the_same_from_two_workers(tmp_path: Path, config: Calla
         bundle=made,
         out=tmp_path / "one",
         text=config().text,
-        query=False,
+        policy="blind",
         steps=4,
         contexts=3,  # an odd number: the workers have different shares
         max_passages=3,
-        dev_contexts=2,
+        dev_samples=2,
         checkpoint_steps=2,
         precision="fp32",
         threads=1,
