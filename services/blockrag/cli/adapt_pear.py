@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
 from blockrag.cli.options import command_of
+from blockrag.cli.training_workers import shown
 from blockrag.errors import SetupError
 from blockrag.modeling.files import DEFAULT_BUNDLE
 from blockrag.training.pear.config import PUBLISHED_SIZES, PearConfig
 
 if TYPE_CHECKING:
     from blockrag.modeling.bundle import Bundle
-    from blockrag.training.pear.adaptation import OnProgress, PearReport
+    from blockrag.training.adaptation.metrics import OnProgress
+    from blockrag.training.adaptation.run import RunFolder
+    from blockrag.training.pear.adaptation import PearReport
     from blockrag.training.pear.cost import FoldingCost
-
 
 _SIZES = ",".join(f"{samples}x{tokens}" for samples, tokens in PUBLISHED_SIZES)
 
@@ -54,6 +55,8 @@ def pear(
     """
     from blockrag.modeling.bundle import load_bundle
     from blockrag.modeling.bundle_writing import write_pear
+    from blockrag.training.adaptation.run import RunFolder
+    from blockrag.training.adaptation.workers import OneWorker
 
     if (out is not None) + in_place + detect_only != 1:
         raise SetupError("give exactly one of --out, --in-place and --detect-only")
@@ -61,31 +64,43 @@ def pear(
         raise SetupError(f"{out}: exists already")
     source = load_bundle(bundle, compute_dtype=dtype)
     config = replace(config, sizes=_parse_sizes(sizes))
-    with _shown(as_json) as show:
-        found, cost = _adapt(source, config, device, not detect_only, show)
+    beside = _beside(out or source.path)
+    run_dir = (out or beside).with_name(f"{(out or beside).name}.run")
+    run = None if detect_only else RunFolder(run_dir, OneWorker(device))
+    with shown(as_json, lines=False) as show:
+        found, cost = _adapt(source, config, device, run, show)
     made = write_pear(source, found.record, out) if found.record else None
-    _tell(source, made, found, config, cost, report or _beside(out or source.path), as_json)
+    if run is not None and out is not None and made is not None:
+        run.drop_checkpoints()
+    elif run is not None:
+        shutil.rmtree(run_dir)  # nothing stands beside it that says which run it was
+    _tell(source, made, found, config, cost, report or beside, as_json)
 
 
 def _adapt(
-    source: Bundle, config: PearConfig, device: str, learning: bool, show: OnProgress
+    source: Bundle, config: PearConfig, device: str, run: RunFolder | None, show: OnProgress
 ) -> tuple[PearReport, FoldingCost | None]:
+    """Detect, and with ``run`` learn; a run that was stopped there goes on."""
     from blockrag.modeling.model import load_stock_model
+    from blockrag.training.adaptation.metrics import StepMetrics
     from blockrag.training.pear.adaptation import adapt
     from blockrag.training.pear.cost import folding_cost
     from blockrag.training.pear.task import ordinary_tokens
 
-    show("load", 0.0, None)
     # coefficients that the bundle already has are replaced: they are relative to the weights as they are
-    model = load_stock_model(replace(source, pear=None), device=device)
-    tokenizer = source.load_tokenizer()
-    candidates = ordinary_tokens(min(source.vocab_size, len(tokenizer)), tuple(tokenizer.added_tokens_decoder))
-    found = adapt(model, candidates, config, learning=learning, on_progress=show)
+    source = replace(source, pear=None)
+    show(StepMetrics(step=0, fraction=0.0, stage="load"))
+    identity = {"kind": "pear", "base": source.fingerprint, "recipe": asdict(config)}
+    with run.opened(identity) if run is not None else nullcontext():
+        model = load_stock_model(source, device=device)
+        tokenizer = source.load_tokenizer()
+        candidates = ordinary_tokens(min(source.vocab_size, len(tokenizer)), tuple(tokenizer.added_tokens_decoder))
+        found = adapt(model, candidates, config, run, learning=run is not None, on_progress=show)
     if found.record is None:
         return found, None
     del model  # it is folded now
-    show("measure", 0.0, None)
-    return found, folding_cost(load_stock_model(replace(source, pear=None), device=device), found.record.heads)
+    show(StepMetrics(step=0, fraction=0.0, stage="measure"))
+    return found, folding_cost(load_stock_model(source, device=device), found.record.heads)
 
 
 def _tell(
@@ -137,19 +152,3 @@ def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 def _beside(path: Path) -> Path:
     return path.parent / f"{path.name}-pear"
-
-
-@contextmanager
-def _shown(as_json: bool) -> Iterator[OnProgress]:
-    """A bar per stage on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console.err, disable=as_json) as bar:
-        tasks = {}
-
-        def show(stage: str, share: float, loss: float | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=1.0)
-            text = stage if loss is None else f"{stage}  loss {loss:.3f}"
-            bar.update(tasks[stage], completed=share, description=text)
-
-        yield show

@@ -17,6 +17,13 @@ PACKAGE_PREFIX = "package:"
 """What names a base inside an installed package begins with, where a path may stand too."""
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a file that is there whole or as it was before."""
+    written = path.with_name(f".{path.name}")
+    written.write_text(text, encoding="utf-8")
+    written.replace(path)
+
+
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as source:

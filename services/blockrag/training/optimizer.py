@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
+
+Decay = Literal["cosine", "linear"]
 
 
 def build_optimizers(model: nn.Module, name: str, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -32,7 +35,11 @@ def build_optimizers(model: nn.Module, name: str, learning_rate: float) -> list[
     raise ValueError(f"unknown optimizer {name!r}: adamw or muon")
 
 
-def learning_rate_factor(step: int, fraction: float, warmup_steps: int, last: float = 0.03) -> float:
-    """Factor on the peak learning rate: linear warm-up, then a cosine over the budget down to ``last``."""
+def learning_rate_factor(
+    step: int, fraction: float, warmup_steps: int, last: float = 0.03, decay: Decay = "cosine"
+) -> float:
+    """Factor on the peak learning rate: linear warm-up; over the budget a cosine down to ``last``, or a line to 0."""
     warmup = min(1.0, (step + 1) / max(1, warmup_steps))
+    if decay == "linear":
+        return min(warmup, 1 - fraction)
     return warmup * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, fraction))))

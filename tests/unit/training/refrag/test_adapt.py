@@ -22,9 +22,9 @@ from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import write_pear
 from blockrag.modeling.pear_record import HeadCoefficient, PearRecord, ProxyScore
 from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.training.adaptation.metrics import StepMetrics
 from blockrag.training.refrag.adapt import adapt_refrag
 from blockrag.training.refrag.config import RefragConfig
-from blockrag.training.refrag.metrics import RefragMetrics
 from tests.models import TINY_VOCAB, make_tiny_bundle, make_tiny_tokenizer
 
 Make = Callable[..., RefragConfig]
@@ -45,7 +45,7 @@ def same(first: Path, second: Path) -> bool:
 
 @pytest.mark.parametrize("stage", ["reconstruction", "pretrain", "mixed", "tune"])
 def test_losses_fall(config: Make, stage: str) -> None:
-    seen: list[RefragMetrics] = []
+    seen: list[StepMetrics] = []
     wanted = config(stage=stage, steps=25, train_decoder=True, curriculum=False, text_share=0.0)
 
     adapt_refrag(wanted, on_progress=seen.append)
@@ -107,13 +107,13 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(config: Make, tmp_path: Path, 
     wanted = config(stage="mixed", steps=5, checkpoint_steps=2, optimizer=optimizer, precision="bf16")
     whole = adapt_refrag(replace(wanted, out=tmp_path / "whole"))
 
-    def stop(metrics: RefragMetrics) -> None:
+    def stop(metrics: StepMetrics) -> None:
         if metrics.step == 3:
             raise _StopError
 
     with pytest.raises(_StopError):
         adapt_refrag(wanted, on_progress=stop)
-    seen: list[RefragMetrics] = []
+    seen: list[StepMetrics] = []
     resumed = adapt_refrag(wanted, on_progress=seen.append)
 
     assert [metrics.step for metrics in seen] == [3, 4, 5]
@@ -144,7 +144,7 @@ def test_a_killed_process_goes_on(config: Make, tmp_path: Path) -> None:
         timeout=100,
     )
     assert killed.returncode == -signal.SIGKILL
-    seen: list[RefragMetrics] = []
+    seen: list[StepMetrics] = []
     resumed = adapt_refrag(wanted, on_progress=seen.append)
 
     assert [metrics.step for metrics in seen] == [3, 4]
@@ -238,7 +238,7 @@ def test_a_chunk_encoder_is_kept_as_it_was_trained(config: Make, tmp_path: Path)
 
 
 def test_another_recipe_does_not_go_on_in_the_same_folder(config: Make) -> None:
-    def stop(metrics: RefragMetrics) -> None:
+    def stop(metrics: StepMetrics) -> None:
         raise _StopError
 
     with pytest.raises(_StopError):

@@ -16,9 +16,9 @@ from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.writing import write_refrag
+from blockrag.training.adaptation.metrics import StepMetrics
 from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
-from blockrag.training.refrag.policy_metrics import PolicyMetrics
 from blockrag.training.refrag.policy_samples import PolicyContext, answer_target
 from blockrag.training.refrag.policy_stage import train_policy
 from tests.models import TINY_VOCAB, make_tiny_bundle
@@ -73,24 +73,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         )
         for name in ("whole", "cut")
     )
-    seen: list[PolicyMetrics] = []
-    train_policy(whole, seen.append)
+    seen: list[StepMetrics] = []
+    train_policy(whole, on_progress=seen.append)
     assert [metrics.step for metrics in seen] == [0, 1, 2, 3, 4]
-    assert [metrics.dev is not None for metrics in seen] == [True, False, True, False, True]
-    assert seen[-1].dev is not None and {score.kind for score in seen[-1].dev.scores} == {"answers", "text"}
+    assert [bool(metrics.dev) for metrics in seen] == [True, False, True, False, True]
+    assert {label.partition(" ")[0] for label in seen[-1].dev} == {"answers", "text"}
     # half of the budget imitates, the rest draws
-    assert [metrics.imitation is not None for metrics in seen] == [False, True, True, False, False]
-    assert [metrics.update is not None for metrics in seen] == [False, False, False, True, True]
-    assert seen[2].draws == 0 < seen[4].draws and seen[4].draws % 8 == 0
+    assert ["imitation" in metrics.losses for metrics in seen] == [False, True, True, False, False]
+    assert ["reward" in metrics.further for metrics in seen] == [False, False, False, True, True]
+    assert seen[2].tokens == 0 < seen[4].tokens and seen[4].tokens % 8 == 0
 
-    def stop(metrics: PolicyMetrics) -> None:
+    def stop(metrics: StepMetrics) -> None:
         if metrics.step == 3:
             raise _StopError
 
     with pytest.raises(_StopError):
-        train_policy(cut, stop)
+        train_policy(cut, on_progress=stop)
     resumed: list[int] = []
-    train_policy(cut, lambda metrics: resumed.append(metrics.step))
+    train_policy(cut, on_progress=lambda metrics: resumed.append(metrics.step))
     assert resumed == [3, 4]
     name = "query" if query else "blind"
     one, other = (load_file(tmp_path / run / f"policy-{name}.safetensors") for run in ("whole", "cut"))
