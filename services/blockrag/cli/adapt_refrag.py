@@ -10,7 +10,7 @@ import typer
 from blockrag.cli.console import JsonOption
 from blockrag.cli.options import command_of
 from blockrag.cli.training_workers import RayOption, WorkersOption, run_training
-from blockrag.training.refrag.config import SMALL_ENCODER, STAGES, RefragConfig, Stage
+from blockrag.training.refrag.config import STAGES, RefragConfig, Stage
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
 
 _SPELLINGS = {
@@ -53,7 +53,7 @@ def _stage(
 ) -> None:
     from blockrag.training.refrag.adapt import adapt_refrag, prepare
 
-    if config.encoder not in ("", SMALL_ENCODER):
+    if config.alignment == "text":
         config = replace(config, encoder=str(Path(config.encoder).expanduser().absolute()))
     run_training(config, prepare, adapt_refrag, workers, ray_address, as_json)
 

@@ -66,6 +66,19 @@ def test_what_is_learnt_is_joined_with_the_adapter(config: Make, start: Bundle, 
     assert abs(change) > 5e-3
 
 
+def test_the_bases_own_layers_read_chunks_for_a_decoder_that_learns(
+    config: Make, start: Bundle, tmp_path: Path
+) -> None:
+    made, first = adapted(config(bundle=start.path, encoder="decoder:1", lora_rank=3, decoder_learning_rate=0.03))
+    assert made.refrag is not None and made.refrag.alignment == "decoder"
+    assert made.adapter is not None and made.adapter.rank == 7
+    _, second = adapted(config(bundle=made.path, chunk_tokens=None, train_decoder=False, out=tmp_path / "next"))
+    for label, scores in first["after"].items():
+        assert scores["nats"] == pytest.approx(second["before"][label]["nats"], abs=2e-4)
+    with pytest.raises(SetupError, match="must stay as they are"):
+        adapt_refrag(config(bundle=made.path, chunk_tokens=None, out=tmp_path / "other"))
+
+
 def test_into_weights_of_its_own_it_is_merged(config: Make, tmp_path: Path) -> None:
     made, first = adapted(config(lora_rank=3, steps=6))
     assert (made.base, made.adapter) == (None, None)
