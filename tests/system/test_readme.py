@@ -147,6 +147,7 @@ def test_the_tour_ends(tour: dict[str, str]) -> None:
 _SHORTER = {
     "blockrag adapt block": "--steps 2 --batch-size 2 --max-passages 2",
     "blockrag adapt pear": "--steps 2 --sizes 4x6 --n 6 --heads 2",
+    "blockrag adapt refrag policy": "--max-passages 2 --dev-samples 2",
     "blockrag adapt refrag": "--tokens-per-step 300 --max-passages 2 --dev-samples 2",
     "blockrag bundle verify": "--no-store",
     "blockrag eval compression": "--questions 4 --passages 2 --paragraphs 2 --context 2 --max-answer-tokens 4",
@@ -181,7 +182,7 @@ def test_a_model_of_one_s_own(tmp_path: Path) -> None:
         *_block_with("blockrag bundle verify my-bundle"),
         *_block_with("blockrag bundle verify my-bundle-refrag"),
     ):
-        (more,) = (options for start, options in _SHORTER.items() if command.startswith(start))
+        more = next(options for start, options in _SHORTER.items() if command.startswith(start))
         command = re.sub(r"--steps \d+", "--steps 2", command)
         result = subprocess.run(
             f"{command} {more}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300

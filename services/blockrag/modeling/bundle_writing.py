@@ -17,7 +17,7 @@ from blockrag.modeling.base import Base, is_base, open_base
 from blockrag.modeling.bundle import FORMAT, Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template
 from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint
-from blockrag.modeling.files import read_json
+from blockrag.modeling.files import read_json, replace_file
 from blockrag.modeling.loading import read_tokenizer
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.pear_record import PearRecord
@@ -196,8 +196,8 @@ def write_pear(bundle: Bundle, record: PearRecord, out: str | Path | None) -> Bu
     described = _describe_pear(card.read_text(encoding="utf-8") if card.exists() else "", record)
     options: dict[str, Any] = {"compute_dtype": bundle.compute_dtype, "kv_dtype": bundle.kv_dtype}
     if out is None:
-        _replace(bundle.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-        _replace(card, described)
+        replace_file(bundle.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        replace_file(card, described)
         return load_bundle(bundle.path, verify_files=False, **options)
     target = Path(out).expanduser()
     if bundle.base is not None:
@@ -227,12 +227,6 @@ def _describe_pear(card: str, record: PearRecord) -> str:
         *rows,
     )
     return with_section(card, _PEAR_HEADING, body)
-
-
-def _replace(path: Path, text: str) -> None:
-    written = path.with_name(f".{path.name}")
-    written.write_text(text, encoding="utf-8")
-    written.replace(path)
 
 
 def _copy_checkpoint(source: Path, decoder: Path, *, weights: bool) -> None:

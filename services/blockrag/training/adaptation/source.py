@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError, UnsupportedModelError
 from blockrag.modeling.adapter import Adapter, read_adapter
-from blockrag.modeling.base import PACKAGE_PREFIX, Base, is_base, open_base
+from blockrag.modeling.base import Base, is_base, open_base
 from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template, read_template
 from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint, load_checkpoint, read_config
 from blockrag.modeling.files import hashed
-from blockrag.modeling.loading import read_tokenizer
+from blockrag.modeling.loading import read_tokenizer, stored_dtype
 from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.config import BlockAdaptConfig
@@ -75,8 +75,8 @@ def open_source(config: BlockAdaptConfig) -> Source:
     be driven over slots.
     """
     bundle = base = None
-    if is_base(_model(config)):
-        base = open_base(_model(config), config.out)
+    if is_base(config.model):
+        base = open_base(config.model, config.out)
         checkpoint = weights = base.checkpoint(config.out)
     else:
         root = config.model.expanduser()
@@ -98,7 +98,6 @@ def open_source(config: BlockAdaptConfig) -> Source:
     else:
         template = bundle.template if bundle else default_template(read_tokenizer(checkpoint))
     limits = [facts.max_positions, *([bundle.max_context_tokens] if bundle else [])]
-    dtype = read_config(checkpoint).dtype or torch.float32
     adapter = read_adapter(bundle.adapter_dir) if bundle and bundle.adapter else None
     return Source(
         checkpoint=checkpoint,
@@ -108,7 +107,7 @@ def open_source(config: BlockAdaptConfig) -> Source:
         chunk_tokens=bundle.chunk_tokens if bundle else CHUNK_TOKENS,
         max_positions=min(limits),
         plain_positions=min(*limits, facts.plain_positions),
-        dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype)),
+        dtype=stored_dtype(read_config(checkpoint)),
         base=base,
         adapter=adapter,
     )
@@ -132,11 +131,6 @@ def load_for_training(
     ids = add_block_tokens(model, tokenizer, config.link_tokens, config.sink_tokens, config.seed)
     _check_template(source.template, tokenizer)
     return model.requires_grad_(True), tokenizer, ids
-
-
-def _model(config: BlockAdaptConfig) -> str | Path:
-    """A path that a caller made absolute still means a package when it was given as one."""
-    return config.model.name if config.model.name.startswith(PACKAGE_PREFIX) else config.model
 
 
 def _check_template(template: PromptTemplate, tokenizer: PreTrainedTokenizerFast) -> None:
