@@ -37,7 +37,8 @@ class Guard:
         self._max_document_bytes = max_document_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or not path.startswith("/v1/"):
             await self._app(scope, receive, send)
             return
         request = Request(scope)

@@ -37,7 +37,7 @@ class Supply:
 
 
 def demands(settings_file: Path) -> Iterator[Demand]:
-    """Every deployment of the six applications, as their ``build`` makes them."""
+    """Every deployment of the applications, as their ``build`` makes them."""
     for service in NAMES:
         application = importlib.import_module(f"blockrag.{service}.deployment").build(
             {"settings_file": str(settings_file)}

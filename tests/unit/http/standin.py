@@ -31,7 +31,9 @@ from tests.unit.gateway.fakes import FakeCache, FakeDecoder, FakeIndex, FakePlan
 
 ABILITY = CompressionAbility("reader", 4, frozenset({"query"}))
 PASSAGES = [
-    Passage(passage_id=f"p{place}", document_id=f"d{place // 2}.md", title=f"T{place}", text="a b c", score=1 / (place + 1))
+    Passage(
+        passage_id=f"p{place}", document_id=f"d{place // 2}.md", title=f"T{place}", text="a b c", score=1 / (place + 1)
+    )
     for place in range(6)
 ]
 PASSAGES[0].metadata.update({"year": 1999, "nested": {"not": "scalar"}})
@@ -131,7 +133,7 @@ async def served(gateway: Gateway, settings: Settings) -> AsyncIterator[httpx.As
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     try:
-        while not server.started:
+        while not server.started:  # noqa: ASYNC110  (uvicorn has no event to wait for)
             await asyncio.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:

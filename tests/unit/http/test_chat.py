@@ -151,7 +151,11 @@ async def test_retrieval_follows_the_collection_that_is_named(client: httpx.Asyn
     assert len(gateway.searcher.requests) == 1
     assert gateway.decoder.requests[-1].attention_mode == common_pb2.ATTENTION_MODE_NONE
 
-    for fields in ({"tools": [tool]}, {"tools": [tool, tool]}, {"model": "blockrag", "blockrag": {"attention_mode": "full"}}):
+    for fields in (
+        {"tools": [tool]},
+        {"tools": [tool, tool]},
+        {"model": "blockrag", "blockrag": {"attention_mode": "full"}},
+    ):
         await refused(client, **fields)
     for model in ("gpt-4o", "blockrag/", "blockrag/nowhere", ""):
         missing = await post(client, model=model)
@@ -283,9 +287,7 @@ async def test_a_decoder_that_refuses_still_gives_a_status(client: httpx.AsyncCl
     assert (await post(client, stream=True)).status_code == 429
 
 
-async def test_an_error_after_the_first_text_is_told_in_the_stream(
-    client: httpx.AsyncClient, gateway: StandIn
-) -> None:
+async def test_an_error_after_the_first_text_is_told_in_the_stream(client: httpx.AsyncClient, gateway: StandIn) -> None:
     gateway.decoder.failures = [(1, UnavailableError("gone"))]
     first, second = events((await post(client, stream=True)).text)
     assert first["choices"][0]["delta"]["content"] == "Oslo"

@@ -42,7 +42,11 @@ async def test_a_document_from_upload_to_deletion(client: httpx.AsyncClient, gat
 
 
 async def test_fields_of_a_form_one_by_one(client: httpx.AsyncClient) -> None:
-    data = {"blockrag[collection]": "notes", "blockrag[document_id]": "islands/fiji", "blockrag[media_type]": "text/plain"}
+    data = {
+        "blockrag[collection]": "notes",
+        "blockrag[document_id]": "islands/fiji",
+        "blockrag[media_type]": "text/plain",
+    }
     stored = await client.post("/v1/files", files={"file": ("x", TEXT)}, data=data)
     assert stored.json()["id"] == "notes/islands/fiji"
     assert (await client.get("/v1/files/notes/islands/fiji")).status_code == 200

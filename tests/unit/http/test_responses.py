@@ -43,7 +43,8 @@ async def test_a_response_cites_the_documents_that_were_read(client: httpx.Async
     (part,) = message["content"]
     assert part["text"] == "Oslo."
     assert part["annotations"] == [
-        {"type": "file_citation", "index": 5, "file_id": f"notes/{name}", "filename": name} for name in ("d0.md", "d1.md")
+        {"type": "file_citation", "index": 5, "file_id": f"notes/{name}", "filename": name}
+        for name in ("d0.md", "d1.md")
     ]
     assert response["usage"] == {
         "input_tokens": 50,

@@ -155,7 +155,11 @@ def test_a_chat_template_that_only_looks_at_the_date_is_not() -> None:
 
 @pytest.mark.parametrize(
     "form",
-    [CHATML, INST, "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}" + CHATML],
+    [
+        CHATML,
+        INST,
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}" + CHATML,
+    ],
 )
 def test_a_conversation_reads_as_the_checkpoint_s_own(form: str) -> None:
     tokenizer = chat_tokenizer(form)
