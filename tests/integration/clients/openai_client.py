@@ -24,7 +24,7 @@ def documents(client: openai.OpenAI) -> None:
         form = {"blockrag": {"collection": COLLECTION}}
         stored = client.files.create(file=(name, text.encode()), purpose="assistants", extra_body=form)
         assert stored.id == f"{COLLECTION}/{name}", stored
-        attached = client.vector_stores.files.create(stored.id, vector_store_id=COLLECTION)
+        attached = client.vector_stores.files.create(COLLECTION, file_id=stored.id)
         assert attached.status == "completed"
     assert client.files.retrieve(f"{COLLECTION}/peru.txt").filename == "peru.txt"
     listed = [file.id for file in client.vector_stores.files.list(COLLECTION, limit=1)]
