@@ -32,7 +32,12 @@ def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
             system = LocalSystem.start(loaded, on_progress=line.update)
         if as_json:
             console.print_json(
-                {"target": system.target, "http_url": system.http_url, "ray_address": system.ray_address}
+                {
+                    "target": system.target,
+                    "http_url": system.http_url,
+                    "ray_address": system.ray_address,
+                    "metrics_url": system.metrics_url,
+                }
             )
         else:
             console.out.print(

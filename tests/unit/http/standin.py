@@ -59,7 +59,7 @@ class StandIn:
     authorizations: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._answering = Answering(self.searcher, self.planner, self.decoder, "f00d")
+        self._answering = Answering(self.searcher, self.planner, self.decoder, "f00d", "tiny")
         self._corpus = Corpus(self.index, FakeCache(), functools.partial(prepare_documents, splitter=splitter()), 8)
 
     def _note(self, call: OnBehalf) -> None:
