@@ -37,8 +37,8 @@ class Guard:
         self._max_document_bytes = max_document_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or not path.startswith("/v1/"):
+        is_http = scope["type"] == "http"  # a server's start and end have no path
+        if not is_http or not scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/"):
             await self._app(scope, receive, send)
             return
         request = Request(scope)

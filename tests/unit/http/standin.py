@@ -129,7 +129,7 @@ class StandIn:
 @asynccontextmanager
 async def served(gateway: Gateway, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """The application behind a real HTTP server, and a client of it."""
-    config = uvicorn.Config(build_app(gateway, settings), port=0, log_level="warning", lifespan="off")
+    config = uvicorn.Config(build_app(gateway, settings), port=0, log_level="warning", lifespan="on")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     try:
