@@ -55,6 +55,26 @@ THE_SYSTEM = Caller(PUBLIC_TENANT, operator=True)
 """Who calls through a deployment's handle: a process of the system itself."""
 
 
+@dataclass(frozen=True)
+class OnBehalf:
+    """In the place of Serve's gRPC context, where another door of the system passes on a call that it has admitted.
+
+    It goes through a deployment's handle, so only a process of the system can send one.
+    """
+
+    caller: Caller
+    metadata: tuple[tuple[str, str], ...] = ()
+    """What the call's client sent: ``request_id``, ``traceparent``."""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+        """As Serve's context has it."""
+        return self.metadata
+
+    def trailing_metadata(self) -> Sequence[tuple[str, str]]:
+        """None: errors pass through a handle as they are."""
+        return ()
+
+
 class Tenants:
     """The tenants that have keys. Without any, everybody is the tenant ``public``, and its own operator."""
 

@@ -77,6 +77,10 @@ class GenerateOptions(TypedDict, total=False):
     max_context_tokens: int
     passages: Sequence[GivenPassage]
     compression: Compression
+    turns: Sequence[tuple[str, str]]
+    """Earlier questions and their answers, oldest first."""
+    instructions: str
+    """What is asked of every answer."""
 
 
 class IngestOptions(TypedDict, total=False):

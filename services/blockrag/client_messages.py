@@ -60,8 +60,10 @@ def generate_request(question: str, timeout_s: float, options: Mapping[str, Any]
             stop=[stop] if isinstance(stop := options.get("stop", ()), str) else stop,
             timeout_ms=max(1, round(timeout_s * 1000)),
             passages=[_given(passage) for passage in options.get("passages", ())],
+            turns=[common_pb2.Turn(question=asked, answer=said) for asked, said in options.get("turns", ())],
+            instructions=options.get("instructions", ""),
         )
-    except (TypeError, UnicodeEncodeError) as error:
+    except (TypeError, ValueError) as error:  # the second for text that is none, too
         raise InvalidRequestError("request", str(error)) from error
     for name in _COPIED:
         value = options.get(name)

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from blockrag.access import THE_SYSTEM, Access
+from blockrag.access import THE_SYSTEM, Access, OnBehalf
 from blockrag.errors import (
     BlockragError,
     DeadlineError,
@@ -73,8 +73,8 @@ def rpc(method: Method) -> Method:
 
     The method is a coroutine function or an async generator function of ``(self, request)``, and of ``grpc_context``
     and ``caller`` where it names them. Serve passes the context for calls from outside. These must be admitted by the
-    replica's ``self.access``; a replica that has none refuses them. Through a handle there is no context: the caller
-    is the system itself, and errors pass unchanged.
+    replica's ``self.access``; a replica that has none refuses them. Through a handle there is no context, and the
+    caller is the system itself, or an ``OnBehalf`` that names who was admitted at another door; errors pass unchanged.
     """
     return _rpc_stream(method) if inspect.isasyncgenfunction(method) else _rpc_call(method)  # type: ignore[return-value]
 
@@ -107,7 +107,7 @@ def original_error(error: BaseException) -> BaseException:
 class translated:  # noqa: N801  (used as ``async with translated(context)``)
     """Sets the status of a context when the body raises."""
 
-    def __init__(self, context: StatusContext | None) -> None:
+    def __init__(self, context: StatusContext | OnBehalf | None) -> None:
         self._context = context
 
     async def __aenter__(self) -> None:
@@ -116,7 +116,7 @@ class translated:  # noqa: N801  (used as ``async with translated(context)``)
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._context is None or not isinstance(error, Exception):
+        if self._context is None or isinstance(self._context, OnBehalf) or not isinstance(error, Exception):
             return
         known = as_known_error(error)
         if known is not None:
@@ -203,7 +203,9 @@ def _admitted(replica: Any, request: Any, context: Any, wanted: Container[str], 
     if isinstance(request, MalformedRequest):
         raise request.error()
     caller = THE_SYSTEM
-    if context is not None:
+    if isinstance(context, OnBehalf):
+        caller = context.caller
+    elif context is not None:
         access: Access | None = getattr(replica, "access", None)
         if access is None:
             raise UnauthenticatedError("this service was not told whom to serve, and so serves nobody")

@@ -57,7 +57,7 @@ class ClusterSettings(_Section):
     grpc_port: Port = 9000
     """Port of the gRPC ingress."""
     http_port: Port = 8000
-    """Port of Serve's HTTP proxy, used for health checks only."""
+    """Port of the HTTP ingress: the OpenAI-compatible API at /v1."""
     num_cpus: Positive = 8
     """Logical CPUs that Ray hands out. More than the machine has lets idle replicas share a core."""
     object_store_mb: Positive = 1024
@@ -279,6 +279,13 @@ class DecoderSettings(_Section):
     """GPUs (or a fraction of one) reserved per replica."""
 
 
+class HttpSettings(_Section):
+    """The OpenAI-compatible API over HTTP; its limits are the gateway's."""
+
+    replicas: Positive = 1
+    """Replicas that translate HTTP for the gateway."""
+
+
 class TelemetrySettings(_Section):
     """Traces, logs, metrics."""
 
@@ -308,6 +315,7 @@ class Settings(_Section):
     kv_cache: KvCacheSettings = KvCacheSettings()
     compressor: CompressorSettings = CompressorSettings()
     decoder: DecoderSettings = DecoderSettings()
+    http: HttpSettings = HttpSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
     @model_validator(mode="after")

@@ -171,6 +171,7 @@ async def test_the_system_describes_itself(client: BlockragClient) -> None:
         "kv_cache",
         "compressor",
         "decoder",
+        "http",
     ]
     assert description.bundle_fingerprint == description.decoder["bundle_fingerprint"]
     assert description.max_top_k == 50

@@ -65,8 +65,8 @@ def _block_with(command: str) -> list[str]:
 
 def test_all_blocks_are_known() -> None:
     """A block that is added needs a test here."""
-    assert len(_SHELL) == 5
-    assert len(_PYTHON) == 1
+    assert len(_SHELL) == 6
+    assert len(_PYTHON) == 2
     assert _block_with(_ITSELF) == [_ITSELF]
 
 
@@ -117,6 +117,26 @@ def test_from_python(tour: dict[str, str]) -> None:
     answered = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert answered.returncode == 0, answered.stderr
     assert "Usage(" in answered.stdout
+
+
+def test_clients_of_openai_s_api(tour: dict[str, str]) -> None:
+    (block,) = (block for block in _SHELL if "/v1/" in block)
+    port = tour["BLOCKRAG_CLUSTER__HTTP_PORT"]
+    upload, ask, search = (
+        _checked(command.replace(":8000/", f":{port}/").replace("curl", "curl -sS --noproxy '*'", 1), tour)
+        for command in block.splitlines()
+    )
+    assert json.loads(upload)["id"] == "handbook/README.md"
+    assert ask.rstrip().endswith("data: [DONE]")
+    assert len(json.loads(search)["data"]) == 2
+
+    python = _ROOT / ".venv-clients" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("make clients installs openai")
+    script = _PYTHON[1].replace(":8000/", f":{port}/")
+    answered = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=60, env={"NO_PROXY": "*"})
+    assert answered.returncode == 0, answered.stderr
+    assert "file_citation" in answered.stdout
 
 
 @pytest.mark.parametrize("mode", ["block", "full"])

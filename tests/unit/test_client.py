@@ -138,6 +138,15 @@ async def test_compression_of_a_question(
     assert not server[0].requests[1].HasField("compression")
 
 
+async def test_a_conversation(client: BlockragClient, server: tuple[Server, str]) -> None:
+    await client.ask("Since when?", turns=[("Where?", "Oslo.")], instructions="Be brief.")
+    (asked,) = server[0].requests
+    assert list(asked.turns) == [common_pb2.Turn(question="Where?", answer="Oslo.")]
+    assert asked.instructions == "Be brief."
+    with pytest.raises(InvalidRequestError):
+        await client.ask("Since when?", turns=["Where?"])  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [

@@ -89,7 +89,7 @@ def demo(
         with console.err.status("starting") as line:
             system = LocalSystem.start(loaded, on_progress=line.update, owned=True)
         with system:
-            console.err.print(f"six services are up at {system.target} ({time.perf_counter() - started:.0f} s)")
+            console.err.print(f"the services are up at {system.target} ({time.perf_counter() - started:.0f} s)")
             drawn = Random(seed).sample(load_questions(), _SHOWN + questions)
             own = (document, tuple(question or ("What is it about?",))) if document is not None else None
             show = _Show(top_k, quiet=as_json)

@@ -28,17 +28,24 @@ def register(app: typer.Typer) -> None:
 
 
 def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
-    """Start Ray and the six Serve applications on this machine; they go on in the background."""
+    """Start Ray and the Serve applications on this machine; they go on in the background."""
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
         with console.status("starting") as show:
             system = LocalSystem.start(loaded, on_progress=show)
         if as_json:
             console.print_json(
-                {"target": system.target, "ray_address": system.ray_address, "metrics_url": system.metrics_url}
+                {
+                    "target": system.target,
+                    "http_url": system.http_url,
+                    "ray_address": system.ray_address,
+                    "metrics_url": system.metrics_url,
+                }
             )
         else:
-            console.out.print(f"ready at {system.target}; stop it with 'blockrag down'")
+            console.out.print(
+                f"ready at {system.target} (gRPC) and {system.http_url} (OpenAI's API); stop it with 'blockrag down'"
+            )
 
 
 def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:

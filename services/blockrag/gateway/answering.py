@@ -290,6 +290,8 @@ class Answering:
                 attention_mode=question.attention_mode,
                 max_context_tokens=question.max_context_tokens,
                 max_tokens=question.sampling.max_tokens,
+                turns=question.turns,
+                instructions=question.instructions,
             )
             if question.compression is not None:
                 request.compression.CopyFrom(question.compression.to_message())

@@ -7,18 +7,16 @@ leaves nothing visible and is completed by running it again.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
 from google.protobuf.struct_pb2 import Struct
 
 from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
+from blockrag.gateway.paging import page_token_after, read_page_token
 from blockrag.ingest import PreparedDocument, SourceDocument
 from blockrag.metadata import metadata_of, struct_of
 from blockrag.v1 import corpus_pb2, kv_cache_pb2, retriever_pb2
@@ -149,14 +147,20 @@ class Corpus:
         )
 
     async def list_documents(
-        self, collection: str, page_size: int, page_token: str, context: RequestContext
+        self,
+        collection: str,
+        page_size: int,
+        page_token: str,
+        context: RequestContext,
+        document_ids: Sequence[str] = (),
     ) -> corpus_pb2.ListDocumentsResponse:
-        """One page, ordered by id."""
+        """One page, ordered by id; those of ``document_ids`` alone where they are given."""
         found = await self.index.scan_documents(
             retriever_pb2.ScanDocumentsRequest(
                 context=context,
                 collection=collection,
-                after_document_id=_read_page_token(page_token, collection),
+                after_document_id=read_page_token(page_token, collection),
+                document_ids=document_ids,
                 limit=page_size + 1,
             )
         )
@@ -174,7 +178,7 @@ class Corpus:
                 )
                 for document in page
             ],
-            next_page_token=_page_token(collection, page[-1].document_id) if more else "",
+            next_page_token=page_token_after(collection, page[-1].document_id) if more else "",
             total=found.total_documents,
         )
 
@@ -314,19 +318,3 @@ def _count(texts: Iterator[str]) -> int:
 
 def _take(texts: Iterator[str], most: int) -> list[str]:
     return list(itertools.islice(texts, most))
-
-
-def _page_token(collection: str, document_id: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([collection, document_id]).encode()).decode()
-
-
-def _read_page_token(token: str, collection: str) -> str:
-    if not token:
-        return ""
-    try:
-        of_collection, document_id = json.loads(base64.urlsafe_b64decode(token.encode()))
-    except (binascii.Error, ValueError, TypeError):
-        raise InvalidRequestError("page_token", "is none that this server gave") from None
-    if of_collection != collection or not isinstance(document_id, str):
-        raise InvalidRequestError("page_token", "belongs to another collection")
-    return document_id

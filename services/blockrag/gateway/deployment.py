@@ -90,11 +90,14 @@ class Gateway:
             int(settings.kv_cache.budget_mb * 2**20 * settings.kv_cache.tenant_share),
         )
         self._describing = Describing(
-            retriever=retriever,
-            encoder=remote.EncoderClient(serve.get_app_handle),
-            kv_cache=kv_cache,
-            compressor=compressor,
-            decoder=decoder,
+            {
+                "retriever": retriever.status,
+                "encoder": remote.EncoderClient(serve.get_app_handle).status,
+                "kv_cache": kv_cache.status,
+                "compressor": compressor.status,
+                "decoder": decoder.status,
+                "http": remote.HttpClient(serve.get_app_handle).status,
+            },
             limits=limits,
             bundle_name=bundle.name,
             bundle_fingerprint=bundle.fingerprint,
@@ -188,7 +191,10 @@ class Gateway:
         with observed("CorpusService", "ListDocuments", context) as current:
             collection = validation.check_collection(request.collection)
             page_size = validation.check_page_size(request.page_size)
-            return await self._corpus.list_documents(collection, page_size, request.page_token, current.child_context())
+            document_ids = validation.check_listed_ids(request.document_ids)
+            return await self._corpus.list_documents(
+                collection, page_size, request.page_token, current.child_context(), document_ids
+            )
 
     @rpc
     async def ListCollections(

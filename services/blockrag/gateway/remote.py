@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from blockrag.errors import UnavailableError
@@ -38,10 +40,11 @@ class RemoteService:
     def __init__(self, find_handle: FindHandle) -> None:
         self._find_handle = find_handle
         self._handle: Any = None
+        self._streams: dict[str, Any] = {}
 
-    async def _call(self, method: str, request: Message) -> Any:
+    async def _call(self, method: str, request: Message, **context: Any) -> Any:
         handle = self._handle or await self._connect()
-        response = getattr(handle, method).remote(request)
+        response = getattr(handle, method).remote(request, **context)
         try:
             return await response
         except asyncio.CancelledError:
@@ -49,6 +52,25 @@ class RemoteService:
             raise
         except Exception as error:
             raise self._translated(error) from error
+
+    async def _stream(self, method: str, request: Message, last: str, **context: Any) -> AsyncGenerator[Any, None]:
+        """The messages of a stream, whose last one has the field ``last``."""
+        handle = self._handle or await self._connect()
+        if method not in self._streams:  # options make a handle anew, so this one is kept
+            self._streams[method] = getattr(handle.options(stream=True, **_TRANSPORT), method)
+        responses = self._streams[method].remote(request, **context)
+        finished = False
+        try:
+            async for response in responses:
+                finished = response.HasField(last)
+                yield response
+            finished = True
+        except Exception as error:
+            finished = True
+            raise self._translated(error) from error
+        finally:
+            if not finished:
+                responses.cancel()
 
     async def _connect(self) -> Any:
         try:
@@ -134,6 +156,10 @@ class CompressorClient(RemoteService):
         """Blocks of passages."""
         return await self._call("TokenizePassages", request)  # type: ignore[no-any-return]
 
+    async def status(self) -> compressor_pb2.TokenizePassagesResponse:
+        """It has no state of its own to report; that it answers is what counts."""
+        return await self.tokenize_passages(compressor_pb2.TokenizePassagesRequest())
+
 
 class KvCacheClient(RemoteService):
     """The KV cache's own RPCs; blocks themselves are none of the gateway's business."""
@@ -164,30 +190,26 @@ class EncoderClient(RemoteService):
         return await self._call("GetEncoderStatus", encoder_pb2.GetEncoderStatusRequest())  # type: ignore[no-any-return]
 
 
+class HttpClient(RemoteService):
+    """The HTTP door; only whether it answers is asked for."""
+
+    name = "http"
+
+    async def status(self) -> Empty:
+        """It has no state of its own."""
+        return await self._call("Answer", Empty())  # type: ignore[no-any-return]
+
+
 class DecoderClient(RemoteService):
     """The decoder."""
 
     name = "decoder"
-    _streaming: Any = None
 
     async def decode(self, request: decoder_pb2.DecodeRequest) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
         """Streams an answer; closing the stream cancels the work."""
-        handle = self._handle or await self._connect()
-        # Options make a handle anew, so this one is kept.
-        self._streaming = self._streaming or handle.options(stream=True, **_TRANSPORT).Decode
-        responses = self._streaming.remote(request)
-        finished = False
-        try:
+        async with aclosing(self._stream("Decode", request, "finish")) as responses:
             async for response in responses:
-                finished = response.HasField("finish")
                 yield response
-            finished = True
-        except Exception as error:
-            finished = True
-            raise self._translated(error) from error
-        finally:
-            if not finished:
-                responses.cancel()
 
     async def status(self) -> decoder_pb2.GetDecoderStatusResponse:
         """State of one replica."""

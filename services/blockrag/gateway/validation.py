@@ -28,6 +28,9 @@ MAX_GIVEN_CHARS = 65_536
 """Longest text of a given passage, in characters."""
 MAX_GIVEN_TOTAL_CHARS = 262_144
 """Longest text of all given passages together: they travel in one message of at most 4 MB."""
+MAX_TURNS = 128
+MAX_CONVERSATION_CHARS = 262_144
+"""Longest text of instructions and earlier turns together."""
 MAX_TITLE_CHARS = 1024
 MAX_SOURCE_CHARS = 1024
 MAX_PAGE = 500
@@ -59,6 +62,10 @@ class Question:
     """None: off."""
     needs_compressor: bool = False
     """Whether its plan takes more than the passages' sizes."""
+    turns: tuple[common_pb2.Turn, ...] = ()
+    """The conversation before it, oldest first."""
+    instructions: str = ""
+    """What the caller asks of every answer."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,8 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
         given=given,
         compression=compression,
         needs_compressor=not sizes_decide(compression, ability),
+        turns=_check_conversation(request),
+        instructions=request.instructions.strip(),
     )
 
 
@@ -188,6 +197,13 @@ def check_document_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(document_ids))
 
 
+def check_listed_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
+    """Ids of documents that are asked for, as many as a page may have."""
+    if len(document_ids) > MAX_PAGE:
+        raise InvalidRequestError("document_ids", f"at most {MAX_PAGE} are allowed")
+    return check_document_ids(document_ids)
+
+
 def check_trace_id(trace_id: str) -> str:
     """A trace's id in lower case."""
     if not _TRACE_ID.fullmatch(trace_id.lower()):
@@ -253,6 +269,23 @@ def _check_given(passages: Sequence[rag_pb2.GivenPassage], most: int) -> tuple[r
             "passages", f"have {total} characters together; at most {MAX_GIVEN_TOTAL_CHARS} are allowed"
         )
     return tuple(passages)
+
+
+def _check_conversation(request: rag_pb2.GenerateRequest) -> tuple[common_pb2.Turn, ...]:
+    if len(request.turns) > MAX_TURNS:
+        raise InvalidRequestError("turns", f"has {len(request.turns)} turns; at most {MAX_TURNS} are allowed")
+    total = len(request.instructions) + sum(len(turn.question) + len(turn.answer) for turn in request.turns)
+    if total > MAX_CONVERSATION_CHARS:
+        raise InvalidRequestError(
+            "turns", f"and instructions have {total} characters together; at most {MAX_CONVERSATION_CHARS} are allowed"
+        )
+    check_text("instructions", request.instructions)
+    for index, turn in enumerate(request.turns):
+        check_text(f"turns[{index}].question", turn.question)
+        check_text(f"turns[{index}].answer", turn.answer)
+        if not turn.question.strip():
+            raise InvalidRequestError(f"turns[{index}].question", "must not be empty")
+    return tuple(request.turns)
 
 
 def _check_key(field: str, key: str) -> None:

@@ -1,4 +1,4 @@
-"""The process that owns Ray and the six applications on this machine.
+"""The process that owns Ray and the applications on this machine.
 
 Run by ``LocalSystem.start``. It stays until SIGTERM or SIGINT, then shuts Serve and its own Ray down.
 """
@@ -18,9 +18,8 @@ from typing import Any
 
 from blockrag.local.preflight import free_port
 from blockrag.local.state import SystemState, own_state, write_state
+from blockrag.services import GRPC_SERVICER_FUNCTION, SERVICES, Service
 from blockrag.settings import Settings, load_settings
-
-APPLICATIONS = ("encoder", "kv_cache", "retriever", "compressor", "decoder", "gateway")
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -126,13 +125,11 @@ class _Supervisor:
         from ray import serve
         from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 
-        from blockrag.gateway.servicers import GRPC_SERVICER_FUNCTIONS
-
         cluster = self._settings.cluster
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
             http_options=HTTPOptions(host=cluster.host, port=cluster.http_port),
-            grpc_options=gRPCOptions(port=cluster.grpc_port, grpc_servicer_functions=list(GRPC_SERVICER_FUNCTIONS)),
+            grpc_options=gRPCOptions(port=cluster.grpc_port, grpc_servicer_functions=[GRPC_SERVICER_FUNCTION]),
             logging_config={"encoding": "JSON", "log_level": self._settings.telemetry.log_level},
         )
 
@@ -143,7 +140,10 @@ class _Supervisor:
         arguments = {"settings_file": self._settings_file}
         # Together: most of a replica's start is importing, and they wait for each other only at the first request.
         serve.run_many(
-            [RunTarget(_builder(name)(arguments), name=name, route_prefix=f"/{name}") for name in APPLICATIONS]
+            [
+                RunTarget(_builder(service)(arguments), name=service.name, route_prefix=service.route)
+                for service in SERVICES
+            ]
         )
 
 
@@ -154,10 +154,11 @@ def _metrics_url() -> str:
     return f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
 
 
-def _builder(name: str) -> Any:
+def _builder(service: Service) -> Any:
     import importlib
 
-    return importlib.import_module(f"blockrag.{name}.deployment").build
+    module, _, function = service.import_path.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _loopback_haproxy(settings: Settings) -> Path:

@@ -60,6 +60,12 @@ class LocalSystem:
         return self._state.target
 
     @property
+    def http_url(self) -> str:
+        """Base URL for clients of OpenAI's API, by the settings."""
+        host = self.settings.cluster.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.cluster.http_port}/v1"
+
+    @property
     def ray_address(self) -> str:
         """Address for other Ray drivers on this machine."""
         return self._state.ray_address

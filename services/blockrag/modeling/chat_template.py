@@ -21,13 +21,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
-from blockrag.modeling.template import PromptTemplate
+from blockrag.modeling.template import INSTRUCTION, PromptTemplate
 
 REFUSAL = "not in the passages"
-INSTRUCTION = (
-    "Answer the question with a few words from the passages below. If they do not hold the answer, reply: "
-    f"{REFUSAL}.\n\n"
-)
 PASSAGE = "Title: {title}\n{text}\n\n"
 QUESTION = "Question: {question}"
 

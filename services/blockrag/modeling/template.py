@@ -17,6 +17,12 @@ from blockrag.modeling.running_text import BundleTokenizer, field_ids, literal_i
 __all__ = ["BundleTokenizer", "PromptTemplate"]
 
 _FIELD = re.compile(r"\{(title|text|question)\}")
+_BEGIN = re.compile(r"^<(s|bos|\|begin\w*\|)>")
+INSTRUCTION = (
+    "Answer the question with a few words from the passages below. If they do not hold the answer, reply: "
+    "not in the passages.\n\n"
+)
+"""What templates made here say in the user's first turn."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,36 @@ class PromptTemplate:
     def final_ids(self, tokenizer: BundleTokenizer, question: str) -> list[int]:
         """Token ids of the final block, without the answer."""
         return _tokenize(tokenizer, self.final, {"question": question})
+
+    @property
+    def next_turn(self) -> str:
+        """Text between the end of an answer and the next question: what opens a turn of the user; empty where the
+        template has no turns.
+
+        A template does not say it by itself: it is what the instruction block opens the user's first turn with, which
+        is the text behind the turn before it (a system's), or all of it but a beginning of sequence. An instruction
+        other than ``INSTRUCTION`` behind a system's turn is repeated, since nothing tells it from the opening.
+        """
+        _, found, opening = self.instruction.rpartition(self.end)
+        if found:
+            return opening.removesuffix(INSTRUCTION)
+        opening = _BEGIN.sub("", opening)
+        if not opening.endswith(INSTRUCTION):
+            return ""
+        closing = self.final.partition("{question}")[2]
+        after = closing.removeprefix(self.end)
+        between = after[: len(after) - len(after.lstrip())] if closing.startswith(self.end) else ""
+        opening = opening.removesuffix(INSTRUCTION)
+        return between + opening if opening else ""
+
+    def turn_ids(self, tokenizer: BundleTokenizer, question: str, answer: str) -> list[int]:
+        """Token ids of an earlier question and its answer, up to where the next question starts."""
+        ids = self.final_ids(tokenizer, question) + self.answer_ids(tokenizer, answer)
+        return ids + _tokenize(tokenizer, self.next_turn, {})
+
+    def request_ids(self, tokenizer: BundleTokenizer, instructions: str) -> list[int]:
+        """Token ids of what a caller asks of every answer, as text in the user's turn."""
+        return _tokenize(tokenizer, "{text}\n\n", {"text": instructions})
 
     def answer_ids(self, tokenizer: BundleTokenizer, answer: str) -> list[int]:
         """Token ids of an answer with the token that ends it: the target in training."""

@@ -16,7 +16,7 @@ class GivenPassage(_message.Message):
     def __init__(self, title: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("question", "collection", "top_k", "filter", "attention_mode", "max_tokens", "temperature", "top_p", "seed", "stop", "timeout_ms", "max_context_tokens", "passages", "compression")
+    __slots__ = ("question", "collection", "top_k", "filter", "attention_mode", "max_tokens", "temperature", "top_p", "seed", "stop", "timeout_ms", "max_context_tokens", "passages", "compression", "turns", "instructions")
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,8 @@ class GenerateRequest(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
     question: str
     collection: str
     top_k: int
@@ -45,7 +47,9 @@ class GenerateRequest(_message.Message):
     max_context_tokens: int
     passages: _containers.RepeatedCompositeFieldContainer[GivenPassage]
     compression: _common_pb2.Compression
-    def __init__(self, question: _Optional[str] = ..., collection: _Optional[str] = ..., top_k: _Optional[int] = ..., filter: _Optional[_Iterable[_Union[_common_pb2.MetadataCondition, _Mapping]]] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_ms: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., passages: _Optional[_Iterable[_Union[GivenPassage, _Mapping]]] = ..., compression: _Optional[_Union[_common_pb2.Compression, _Mapping]] = ...) -> None: ...
+    turns: _containers.RepeatedCompositeFieldContainer[_common_pb2.Turn]
+    instructions: str
+    def __init__(self, question: _Optional[str] = ..., collection: _Optional[str] = ..., top_k: _Optional[int] = ..., filter: _Optional[_Iterable[_Union[_common_pb2.MetadataCondition, _Mapping]]] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_ms: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., passages: _Optional[_Iterable[_Union[GivenPassage, _Mapping]]] = ..., compression: _Optional[_Union[_common_pb2.Compression, _Mapping]] = ..., turns: _Optional[_Iterable[_Union[_common_pb2.Turn, _Mapping]]] = ..., instructions: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "retrieved", "text", "completion")

@@ -13,6 +13,7 @@ from blockrag.v1.common_pb2 import (
     CHUNK_FORM_EXPANDED,
     FINISH_REASON_END,
     ChunkDecision,
+    FinishReason,
     Passage,
     StageTime,
     Usage,
@@ -90,6 +91,7 @@ class FakeDecoder:
     failures: list[tuple[int, Exception]] = field(default_factory=list)
     delay: Callable[[], Awaitable[None]] = nothing
     finish: bool = True
+    reason: FinishReason = FINISH_REASON_END
     requests: list[decoder_pb2.DecodeRequest] = field(default_factory=list)
     closed: int = 0
     """Streams that ended before their finish."""
@@ -111,7 +113,7 @@ class FakeDecoder:
                 stages = [StageTime(stage="prefill", milliseconds=3.0), StageTime(stage="decode", milliseconds=5.0)]
                 complete = True
                 yield decoder_pb2.DecodeResponse(
-                    finish=decoder_pb2.DecodeFinish(reason=FINISH_REASON_END, usage=usage, stages=stages)
+                    finish=decoder_pb2.DecodeFinish(reason=self.reason, usage=usage, stages=stages)
                 )
         finally:
             self.closed += not complete

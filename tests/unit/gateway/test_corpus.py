@@ -174,6 +174,8 @@ async def test_listing_pages_through_everything_once(corpus: Corpus) -> None:
             break
     assert seen == [f"d{number}.txt" for number in range(7)]
     assert pages == 3
+    named = await corpus.list_documents("default", 3, "", CONTEXT, ["d6.txt", "none.txt"])
+    assert ([document.document_id for document in named.documents], named.next_page_token) == (["d6.txt"], "")
     with pytest.raises(InvalidRequestError, match="another collection"):
         token = (await corpus.list_documents("default", 3, "", CONTEXT)).next_page_token
         await corpus.list_documents("other", 3, token, CONTEXT)
