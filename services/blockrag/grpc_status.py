@@ -34,6 +34,8 @@ from blockrag.status import status_code
 _logger = logging.getLogger(__name__)
 
 _LONGEST_MESSAGE = 2000
+INTERNAL_MESSAGE = "internal error; the server's log has more"
+"""How the message of each unforeseen error begins."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -122,7 +124,7 @@ class translated:  # noqa: N801  (used as ``async with translated(context)``)
             raise error
         error_id = secrets.token_hex(8)
         _logger.error("internal error %s", error_id, exc_info=error)
-        message = f"internal error; the server's log has more under id {error_id}"
+        message = f"{INTERNAL_MESSAGE} under id {error_id}"
         self._context.set_code(grpc.StatusCode.INTERNAL)
         self._context.set_details(message)
         raise InternalError(message) from None

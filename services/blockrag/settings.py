@@ -84,8 +84,8 @@ class TenantSettings(_Section):
 class GatewaySettings(_Section):
     """The public API."""
 
-    replicas: Positive = 1
-    """Gateway replicas."""
+    replicas: Positive = 2
+    """Gateway replicas. With one, calls fail for the seconds that its replacement takes."""
     max_inflight: Positive = 64
     """Answers in progress per replica; one more is refused with RESOURCE_EXHAUSTED."""
     default_top_k: Positive = 5
@@ -182,8 +182,8 @@ class KvCacheSettings(_Section):
 class CompressorSettings(_Section):
     """Plans."""
 
-    replicas: Positive = 1
-    """Compressor replicas."""
+    replicas: Positive = 2
+    """Compressor replicas. With one, plans wait for the seconds that its replacement takes."""
     threads: Positive = 1
     """CPU threads of the policy and of the question's chunk encoder, per replica; used with compression only."""
     embeddings_mb: Positive = 64

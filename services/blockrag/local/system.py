@@ -140,8 +140,6 @@ def ray_token_environment(settings: Settings) -> dict[str, str]:
 
 
 def _supervisor_environment(settings: Settings) -> dict[str, str]:
-    scratch = settings.state_path / "haproxy"
-    scratch.mkdir(parents=True, exist_ok=True)
     environment = {
         # The settings file has the variables' values already, or what the starting program put in their place.
         **{
@@ -153,10 +151,8 @@ def _supervisor_environment(settings: Settings) -> dict[str, str]:
         **serve_port_environment(),
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if settings.cluster.ha_proxy else "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        # Serve's default, 10 s and three times, leaves a dead HAProxy to the standby for half a minute.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         **SERVICE_ENVIRONMENT,
         "PYTHONWARNINGS": "ignore",
     }
