@@ -25,6 +25,7 @@ from blockrag.errors import (
     DeadlineError,
     InvalidRequestError,
     OverloadedError,
+    ReplicaLostError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -177,7 +178,7 @@ def _dressed(wrapper: Callable[..., Any], method: Callable[..., Any]) -> Callabl
 
 
 def _from_ray(error: BaseException, service: str) -> BlockragError | None:
-    gone = UnavailableError(f"{service}: a replica that worked on this request went away; send it again")
+    gone = ReplicaLostError(f"{service}: a replica that worked on this request went away; send it again")
     # Looked up, not imported: an exception of Ray's can only exist where Ray is imported already.
     if (serve_errors := sys.modules.get("ray.serve.exceptions")) is not None:
         if isinstance(error, serve_errors.BackPressureError):

@@ -208,6 +208,8 @@ class DecoderSettings(_Section):
     """Blocks kept in the replica's own memory, in MiB; for their size see kv_cache.budget_mb."""
     l1_ttl_s: Positive = 600
     """Seconds after its last use that a block leaves the replica's memory."""
+    max_step_s: PositiveFloat = 60.0
+    """A replica whose forward pass takes longer hangs, and is replaced. Well above a step of ``max_batch_tokens``."""
     threads: Positive = 2
     """CPU threads per replica."""
     num_cpus: PositiveFloat = 0.5

@@ -1,8 +1,9 @@
-"""``blockrag up | down | status``."""
+"""``blockrag up | down | status | doctor``."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -14,6 +15,7 @@ from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
 from blockrag.errors import NotFoundError
 from blockrag.local import LocalSystem
+from blockrag.local.doctor import examine
 from blockrag.results import Description
 
 
@@ -22,6 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: blockrag up --settings my.yaml && blockrag status")(up)
     app.command(epilog="Example: blockrag down")(down)
     app.command(epilog="Example: blockrag status --json | jq .kv_cache")(status)
+    app.command(epilog="Example: blockrag doctor --settings my.yaml")(doctor)
 
 
 def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
@@ -64,6 +67,22 @@ def status(
         else:
             _print_status(description)
         if not description.healthy:
+            raise typer.Exit(1)
+
+
+def doctor(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
+    """Say what is wrong with this machine or configuration, and the way out; exits with 1 when nothing could start."""
+    with console.errors_to_exit():
+        findings = examine(console.settings_from(settings))
+        if as_json:
+            console.print_json({"findings": [asdict(finding) for finding in findings]})
+        else:
+            marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
+            table = Table("looked at", "state", "found", "way out")
+            for finding in findings:
+                table.add_row(finding.subject, marks[finding.level], escape(finding.text), escape(finding.way_out))
+            console.out.print(table)
+        if any(finding.level == "problem" for finding in findings):
             raise typer.Exit(1)
 
 

@@ -15,7 +15,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from blockrag.access import Access
 from blockrag.configured import configured_bundle, configured_device
 from blockrag.decoder.cost import measure_prefills
-from blockrag.decoder.runtime import assemble, warm_up
+from blockrag.decoder.runtime import assemble, check_engine, warm_up
 from blockrag.grpc_status import rpc
 from blockrag.kv_cache.following import follow_purges
 from blockrag.kv_cache.remote import connect
@@ -42,6 +42,7 @@ class Decoder:
         model = SlotModel.load(bundle, device=device)
         warm_up(model)
         cache = connect(settings)
+        self._max_step_s = settings.decoder.max_step_s
         self._runtime = assemble(bundle, model, cache, settings)
         measure_prefills(model, self._runtime.meter)
         self._runtime.engine.start()
@@ -67,9 +68,8 @@ class Decoder:
         return self._runtime.service.status()
 
     async def check_health(self) -> None:
-        """Has Serve replace a replica whose engine or upkeep ended."""
-        if self._runtime.engine.failure is not None:
-            raise RuntimeError("the engine's thread failed") from self._runtime.engine.failure
+        """Has Serve replace a replica whose engine or upkeep ended, or whose engine hangs in a step."""
+        check_engine(self._runtime.engine, self._max_step_s)
         if self._upkeep.done():
             raise RuntimeError("the upkeep task ended")
 

@@ -153,6 +153,8 @@ def _supervisor_environment(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         # Serve's default, 10 s and three times, leaves a dead HAProxy to the standby for half a minute.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # On a busy machine a proxy takes longer than Serve's 5 s to start, and a start would fail for that.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         **SERVICE_ENVIRONMENT,
         "PYTHONWARNINGS": "ignore",
     }

@@ -173,6 +173,7 @@ def test_either_haproxy_may_die(folder: Path, replica: Replica) -> None:
         assert ask(port, 5) == b"hello"
         (standby,) = processes(folder, "standby")
         os.kill(standby, signal.SIGKILL)
+        eventually(lambda: standby not in processes(folder, "standby"))
         answers_soon(port)
         eventually(lambda: processes(folder, "standby") not in ([], [standby]))
         first.kill()
