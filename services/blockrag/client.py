@@ -23,25 +23,22 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypedDict, Unpack
+from typing import Any, Unpack
 
 import grpc
 
 from blockrag import client_messages as messages
 from blockrag.client_calls import CallSpan, Patience, start_call, translated
+from blockrag.client_options import Filter, GenerateOptions
 from blockrag.errors import BlockragError, NotFoundError, UnavailableError
 from blockrag.results import (
     Answer,
-    AttentionModeName,
     Collection,
     Completion,
-    Compression,
-    Condition,
     DeletedCollection,
     DeletedDocument,
     Description,
     Document,
-    GivenPassage,
     IngestedDocument,
     Passage,
     Retrieved,
@@ -55,31 +52,9 @@ DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_PATIENCE_S = 15.0
 """Longer than a decoder takes to be replaced."""
 _GRACE_S = 1.0  # the server's own deadline error should arrive before gRPC's
-_PIECE_BYTES = 512 * 1024
 _MESSAGE_BYTES = 64 * 2**20
 _KEPT_SPANS = 1024
 _POLL_S = 0.2
-
-Filter = Mapping[str, str | float | bool] | Sequence[Condition]
-"""Conditions, or fields and the values that they must have."""
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Options of a question; what is left out is the server's default."""
-
-    collection: str
-    top_k: int
-    filter: Filter
-    attention_mode: AttentionModeName
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    stop: Sequence[str]
-    timeout_s: float
-    max_context_tokens: int
-    passages: Sequence[GivenPassage]
-    compression: Compression
 
 
 class BlockragClient:
@@ -214,7 +189,7 @@ class BlockragClient:
         """
         with Path(path).open("rb") as file:  # noqa: ASYNC230  (opening is instant, reading is done in a thread)
             header = messages.header(collection, document_id or Path(path).name, title, media_type, metadata)
-            return await self._ingest(header, lambda: _file_pieces(file))
+            return await self._ingest(header, lambda: messages.file_pieces(file))
 
     async def ingest_bytes(
         self,
@@ -228,7 +203,7 @@ class BlockragClient:
     ) -> tuple[IngestedDocument, ...]:
         """Stores a document; ``media_type`` empty: by the id's suffix."""
         header = messages.header(collection, document_id, title, media_type, metadata)
-        return await self._ingest(header, lambda: _byte_pieces(content))
+        return await self._ingest(header, lambda: messages.byte_pieces(content))
 
     async def ingest_text(
         self,
@@ -242,7 +217,7 @@ class BlockragClient:
     ) -> IngestedDocument:
         """Stores a text."""
         header = messages.header(collection, document_id, title, media_type, metadata)
-        (document,) = await self._ingest(header, lambda: _byte_pieces(text.encode()))
+        (document,) = await self._ingest(header, lambda: messages.byte_pieces(text.encode()))
         return document
 
     async def delete_document(self, document_id: str, *, collection: str = "") -> DeletedDocument:
@@ -285,8 +260,22 @@ class BlockragClient:
     async def warm(
         self, *, collection: str = "", document_ids: Sequence[str] = (), pin: bool = False
     ) -> AsyncGenerator[WarmProgress, None]:
-        """Encodes passages ahead of time; yields progress, the last with done == total."""
+        """Encodes passages ahead of time; yields progress, the last with done == total.
+
+        It begins again, with what is warm already, when it was interrupted.
+        """
         request = corpus_pb2.WarmRequest(collection=collection, document_ids=document_ids, pin=pin)
+        patience = self._patience(math.inf)
+        while True:
+            try:
+                async with aclosing(self._warm_once(request)) as steps:
+                    async for step in steps:
+                        yield step
+                return
+            except UnavailableError as error:
+                await patience.pause(error)
+
+    async def _warm_once(self, request: corpus_pb2.WarmRequest) -> AsyncGenerator[WarmProgress, None]:
         with self._call("CorpusService/Warm") as metadata:
             call = self._corpus().Warm(request, metadata=metadata)
             try:
@@ -407,14 +396,3 @@ class BlockragClient:
     def _call(self, method: str) -> Iterator[tuple[tuple[str, str], ...]]:
         with start_call(method, self._spans) as traceparent, translated():
             yield (*self._metadata, ("traceparent", traceparent))
-
-
-async def _byte_pieces(content: bytes) -> AsyncIterator[bytes]:
-    for start in range(0, len(content), _PIECE_BYTES):
-        yield content[start : start + _PIECE_BYTES]
-
-
-async def _file_pieces(file: BinaryIO) -> AsyncIterator[bytes]:
-    await asyncio.to_thread(file.seek, 0)
-    while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
-        yield piece

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -99,7 +100,7 @@ class Load:
         kind, work = (
             ("question", self._question(name))
             if chance < 0.7
-            else ("compressed", self._compressed(name))
+            else ("retrieve", self._retrieve(name))
             if chance < 0.8
             else ("update", self._update(name))
             if chance < 0.9
@@ -125,7 +126,7 @@ class Load:
         expected = self.answers[name]
         return "" if answer == expected else f"{answer!r}, not {expected!r}"
 
-    async def _compressed(self, name: str) -> str:
+    async def _retrieve(self, name: str) -> str:
         found = await self.client.retrieve(f"capital of {name}", collection=COLLECTION, top_k=3)
         return "" if name in [passage.title for passage in found] else f"{name} was not found"
 
@@ -135,6 +136,9 @@ class Load:
         version = acknowledged + 1
         await self.client.ingest_text(document, f"Report {version} of {name}.", collection=collection)
         self.versions[document] = max(self.versions.get(document, 0), version)
+        # Through the compressor, which tokenises it, and the cache.
+        async for _ in self.client.warm(collection=collection, document_ids=[document]):
+            pass
         found = await self.client.retrieve(f"report of {name}", collection=collection, top_k=10)
         texts = [passage.text for passage in found if passage.document_id == document]
         numbers = [int(text.split()[1]) for text in texts]
@@ -249,9 +253,18 @@ def _span(values: Sequence[float]) -> str:
 
 
 async def measure(
-    system: LocalSystem, targets: Sequence[str], kills: int, settle_s: float, per_second: float, seed: int
+    system: LocalSystem,
+    targets: Sequence[str],
+    *,
+    kills: int,
+    settle_s: float,
+    per_second: float,
+    seed: int,
+    on_fault: Callable[[Fault], None] | None = None,
+    limit_s: float = math.inf,
 ) -> Outcome:
-    """Kills each target so many times, one after another, each when the last one is over."""
+    """Kills each target so many times, one after another, each when the last one is over; none after ``limit_s``."""
+    began = time.monotonic()
     draw = random.Random(seed)
     async with BlockragClient(system.target, timeout_s=60) as client:
         load = Load(client, per_second, seed)
@@ -262,8 +275,12 @@ async def measure(
         await asyncio.sleep(settle_s / 2)
         for target in list(targets) * kills:
             started = time.monotonic()
+            if started - began > limit_s:
+                break
             outcome.faults.append(await kill(system, target, draw, settle_s))
             outcome.windows.append((target, started, time.monotonic()))
+            if on_fault is not None:
+                on_fault(outcome.faults[-1])
         stop.set()
         await running
     return outcome
@@ -289,6 +306,7 @@ def main() -> None:
     parser.add_argument("--per-second", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing more is killed")
     parser.add_argument("--state", default="", help="folder for the system's files, to look at afterwards")
     parser.add_argument("--bundle", default="", help="empty: the reader that ships")
     options = parser.parse_args()
@@ -302,10 +320,12 @@ def main() -> None:
             measure(
                 system,
                 options.targets.split(","),
-                options.kills,
-                options.settle,
-                options.per_second,
-                options.seed,
+                kills=options.kills,
+                settle_s=options.settle,
+                per_second=options.per_second,
+                seed=options.seed,
+                on_fault=lambda fault: print(fault, flush=True),
+                limit_s=options.limit,
             )
         )
     for row in outcome.rows():
