@@ -14,11 +14,14 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+from blockrag.errors import UnavailableError
 from blockrag.local.scratch import haproxy_environment, remove_scratch
 from blockrag.local.state import SystemState, own_state, write_state
 from blockrag.settings import Settings, load_settings
 
 APPLICATIONS = ("encoder", "kv_cache", "retriever", "compressor", "decoder", "gateway")
+
+_POLL_S = 0.2
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -69,12 +72,15 @@ class _Supervisor:
             self._report("starting Serve")
             self._start_serve()
             self._report("starting the applications")
-            self._start_applications()
+            self._start_applications(stop)
             if not stop.is_set():
                 started = replace(self._state, ray_address=ray_address, metrics_url=_metrics_url())
                 self._state = started.with_phase("ready")
                 write_state(self._settings.state_path, self._state)
             stop.wait()
+            final = self._state.with_phase("stopped")
+        except SystemExit:
+            # Ray's handler, between its start and ours.
             final = self._state.with_phase("stopped")
         except Exception as error:
             _LOGGER.exception("start failed")
@@ -124,22 +130,24 @@ class _Supervisor:
             logging_config={"encoding": "JSON", "log_level": self._settings.telemetry.log_level},
         )
 
-    def _start_applications(self) -> None:
+    def _start_applications(self, stop: threading.Event) -> None:
         from ray import serve
         from ray.serve.api import RunTarget
 
         arguments = {"settings_file": self._settings_file}
         # Together: most of a replica's start is importing, and they wait for each other only at the first request.
         serve.run_many(
-            [RunTarget(_builder(name)(arguments), name=name, route_prefix=f"/{name}") for name in APPLICATIONS]
+            [RunTarget(_builder(name)(arguments), name=name, route_prefix=f"/{name}") for name in APPLICATIONS],
+            wait_for_applications_running=False,
         )
-
-
-def _metrics_url() -> str:
-    import ray
-
-    (node,) = ray.nodes()
-    return f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+        # Serve would wait for them too, deaf to a signal to stop.
+        while not stop.wait(_POLL_S):
+            found = serve.status().applications
+            for name, application in found.items():
+                if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                    raise UnavailableError(f"{name}: {application.message}")
+            if {name for name, application in found.items() if application.status == "RUNNING"} >= {*APPLICATIONS}:
+                return
 
 
 def _builder(name: str) -> Any:
