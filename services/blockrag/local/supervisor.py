@@ -150,6 +150,13 @@ class _Supervisor:
                 return
 
 
+def _metrics_url() -> str:
+    import ray
+
+    (node,) = ray.nodes()
+    return f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+
+
 def _builder(name: str) -> Any:
     import importlib
 
