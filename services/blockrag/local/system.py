@@ -37,8 +37,8 @@ SERVICE_ENVIRONMENT = {
 }
 """Environment of every service's process, wherever it runs; the image sets the same."""
 
-_START_TIMEOUT_S = 300.0
-_STOP_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 600.0
+_STOP_TIMEOUT_S = 120.0
 _POLL_S = 0.1
 
 

@@ -37,7 +37,7 @@ _WORKER = "from blockrag.retriever.edge_worker import main; main()"
 _LOCK_WAIT_S = 20.0
 _STOP_WAIT_S = 10.0
 HANG_S = 10.0
-"""A worker that owes an answer and has used no processor time for so long hangs: it is killed, and another started."""
+"""A worker that owes an answer and neither used nor wanted processor time for so long hangs, and is replaced."""
 _CLOCK_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -182,8 +182,9 @@ class _Worker:
         since = time.monotonic()
         while not self.gone:
             await asyncio.sleep(hang_s / 10)
-            used = _processor_seconds(self._process.pid)
-            if used != seen or not self._waiting:
+            used, runnable = _movement(self._process.pid)
+            # On a machine that is too busy a process may wait for its turn for long: it does not hang.
+            if used != seen or runnable or not self._waiting:
                 seen, since = used, time.monotonic()
             elif time.monotonic() - since >= hang_s:
                 _logger.error("the vector index has not moved for %g s and is replaced", hang_s)
@@ -198,12 +199,13 @@ class _Worker:
                 future.set_exception(_stopped())
 
 
-def _processor_seconds(pid: int) -> float:
+def _movement(pid: int) -> tuple[float, bool]:
+    """Processor time that a process has used, in seconds, and whether it would use more if it were given some."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     except OSError:
-        return -1.0
-    return (int(fields[11]) + int(fields[12])) * _CLOCK_TICK_S
+        return -1.0, False
+    return (int(fields[11]) + int(fields[12])) * _CLOCK_TICK_S, fields[0] == "R"
 
 
 def _stopped() -> UnavailableError:

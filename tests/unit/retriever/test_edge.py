@@ -108,7 +108,7 @@ async def test_a_worker_that_dies_is_started_again(tmp_path: Path) -> None:
 
 
 async def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
-    index = EdgeIndex(tmp_path, EMBEDDING, hang_s=0.5)
+    index = EdgeIndex(tmp_path, EMBEDDING, hang_s=1.0)
     await write(index, "a")
     hung = worker_pid(index)
     os.kill(hung, signal.SIGSTOP)
@@ -117,7 +117,7 @@ async def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
             await index.counts(HOME)
     assert await index.counts(HOME) == Counts(1, 3)
     assert worker_pid(index) != hung
-    await asyncio.sleep(1.0)  # longer than hang_s: a worker that nobody asks is no worker that hangs
+    await asyncio.sleep(1.5)  # longer than hang_s: a worker that nobody asks is no worker that hangs
     assert await index.counts(HOME) == Counts(1, 3)
     await index.close()
 
