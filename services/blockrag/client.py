@@ -28,7 +28,7 @@ from typing import Any, Unpack
 import grpc
 
 from blockrag import client_messages as messages
-from blockrag.client_calls import CallSpan, Patience, start_call, translated
+from blockrag.client_calls import CallSpan, Patience, open_channel, start_call, translated
 from blockrag.client_options import Filter, GenerateOptions
 from blockrag.errors import BlockragError, NotFoundError, UnavailableError
 from blockrag.results import (
@@ -51,8 +51,8 @@ from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2_grpc, system_pb2, s
 DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_PATIENCE_S = 15.0
 """Longer than a decoder takes to be replaced."""
+_TLS_SCHEME = "grpcs://"
 _GRACE_S = 1.0  # the server's own deadline error should arrive before gRPC's
-_MESSAGE_BYTES = 64 * 2**20
 _KEPT_SPANS = 1024
 _POLL_S = 0.2
 
@@ -67,11 +67,19 @@ class BlockragClient:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         patience_s: float = DEFAULT_PATIENCE_S,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """``target``: host:port of the gRPC ingress. ``timeout_s`` is for calls that name none; ingest and warm have
-        none at all. ``patience_s``: how long a call is sent again after it met with ``UnavailableError``; 0: never.
+        """``target``: host:port of the gRPC ingress, or ``grpcs://host:port`` of a proxy that speaks TLS.
+
+        ``timeout_s`` is for calls that name none; ingest and warm have none at all. ``patience_s``: how long a call is
+        sent again after it met with ``UnavailableError``; 0: never. ``credentials`` (``grpc.ssl_channel_credentials``)
+        speak TLS with roots or a certificate of one's own; without them ``grpcs://`` trusts gRPC's roots, which
+        ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` replaces.
         """
-        self.target = target
+        self.target = target.removeprefix(_TLS_SCHEME)
+        if credentials is None and target.startswith(_TLS_SCHEME):
+            credentials = grpc.ssl_channel_credentials()
+        self._credentials = credentials
         self._patience_s = patience_s
         self._timeout_s = timeout_s
         self._metadata: tuple[tuple[str, str], ...] = (("application", "gateway"),)
@@ -377,13 +385,7 @@ class BlockragClient:
     def _connected(self) -> grpc.aio.Channel:
         # Made here and not in __init__: a channel belongs to the event loop it is made in.
         if self._channel is None:
-            options = [
-                ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-                ("grpc.max_send_message_length", _MESSAGE_BYTES),
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ]
-            self._channel = grpc.aio.insecure_channel(self.target, options=options)
+            self._channel = open_channel(self.target, self._credentials)
         return self._channel
 
     def _corpus(self) -> Any:

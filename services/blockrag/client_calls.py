@@ -33,6 +33,7 @@ from blockrag.traceparent import new_traceparent, span_id_of, trace_id_of
 _FIELD = re.compile(r"^([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): (.*)$", re.DOTALL)
 _RETRY = re.compile(r"^(.*); retry in (\d+) ms$", re.DOTALL)
 _DEFAULT_RETRY_MS = 250
+_MESSAGE_BYTES = 64 * 2**20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # What clients of gRPC make of a proxy or a server that went away in the middle of a call.
 _GONE = re.compile(r"^(Received RST_STREAM|Received http2 header with status: 5|Stream removed|Socket closed)")
@@ -53,6 +54,19 @@ class CallSpan:
 
     trace_id: str
     span: TraceSpan
+
+
+def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """A connection that belongs to the running event loop; without credentials it is not encrypted."""
+    options = [
+        ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+        ("grpc.max_send_message_length", _MESSAGE_BYTES),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+    ]
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, credentials, options=options)
 
 
 class Patience:
