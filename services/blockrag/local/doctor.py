@@ -14,15 +14,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from blockrag.configured import configured_bundle
 from blockrag.errors import BlockragError, EnvironmentSetupError
 from blockrag.limits import MIB
 from blockrag.local.preflight import SHARED_MEMORY, check_exposure, check_memory, check_port
 from blockrag.local.state import read_state
-from blockrag.modeling.bundle import Bundle
 from blockrag.settings import PUBLIC_SECRET, Settings
+
+if TYPE_CHECKING:
+    from blockrag.modeling.bundle import Bundle
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -47,8 +48,11 @@ class Finding:
 
 def examine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> list[Finding]:
     """Everything that is looked at, in the order in which a start needs it. Starts nothing."""
+    installed = list(_versions())
+    if any(finding.level == "problem" for finding in installed):
+        return installed  # the rest needs what is missing
     looks = (
-        _versions(),
+        installed,
         _limits(settings),
         _start(settings, shared_memory),
         _secrets(settings),
@@ -175,6 +179,8 @@ def _state_folder(settings: Settings) -> Iterator[Finding]:
 
 
 def _bundle_and_budgets(settings: Settings) -> Iterator[Finding]:
+    from blockrag.configured import configured_bundle  # not where the client alone is installed
+
     try:
         bundle = configured_bundle(settings)
     except BlockragError as error:
