@@ -306,10 +306,13 @@ def main() -> None:
     parser.add_argument("--per-second", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing more is killed")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="seconds, the start included, after which nothing more is killed"
+    )
     parser.add_argument("--state", default="", help="folder for the system's files, to look at afterwards")
     parser.add_argument("--bundle", default="", help="empty: the reader that ships")
     options = parser.parse_args()
+    began = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as folder,
         LocalSystem.start(
@@ -325,7 +328,7 @@ def main() -> None:
                 per_second=options.per_second,
                 seed=options.seed,
                 on_fault=lambda fault: print(fault, flush=True),
-                limit_s=options.limit,
+                limit_s=options.limit - (time.monotonic() - began),
             )
         )
     for row in outcome.rows():
