@@ -44,7 +44,7 @@ test: $(STAMP) clients ## All tests that need at most one running system at a ti
 	$(PYTEST) $(TWICE) tests/unit
 	$(BIN)/pytest -m "not own_cluster" tests/system tests/integration
 
-test-cluster: $(STAMP) ## Tests that start clusters of their own: demo, killed starter, serve deploy, --workers 2.
+test-cluster: $(STAMP) ## Tests that start clusters of their own: demo, killed starter, killed parts, serve deploy, --workers 2.
 	$(BIN)/pytest -m own_cluster tests/system tests/integration
 
 lint: $(STAMP) check-stubs ## Style, who may import whom, the protocol.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, BinaryIO, cast
 
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
@@ -34,6 +35,7 @@ from blockrag.results import (
 )
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2, system_pb2
 
+_PIECE_BYTES = 512 * 1024
 _OPERATORS = {
     "in": common_pb2.CONDITION_OPERATOR_IN,
     "not_in": common_pb2.CONDITION_OPERATOR_NOT_IN,
@@ -324,3 +326,16 @@ def _plain(value: Any, repeated: bool) -> Any:
     if repeated:
         return [_plain(item, False) for item in value]
     return _fields(value) if isinstance(value, Message) else value
+
+
+async def byte_pieces(content: bytes) -> AsyncIterator[bytes]:
+    """A document as it is sent."""
+    for start in range(0, len(content), _PIECE_BYTES):
+        yield content[start : start + _PIECE_BYTES]
+
+
+async def file_pieces(file: BinaryIO) -> AsyncIterator[bytes]:
+    """A file from its beginning, as it is sent; read in a thread."""
+    await asyncio.to_thread(file.seek, 0)
+    while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
+        yield piece

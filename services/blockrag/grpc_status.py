@@ -28,6 +28,7 @@ from blockrag.errors import (
     DeadlineError,
     InvalidRequestError,
     OverloadedError,
+    ReplicaLostError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -41,6 +42,8 @@ _calls = logging.getLogger(AUDIT)
 
 _LONGEST_MESSAGE = 2000
 _LONGEST_ID = 128
+INTERNAL_MESSAGE = "internal error; the server's log has more"
+"""How the message of each unforeseen error begins."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -129,7 +132,7 @@ class translated:  # noqa: N801  (used as ``async with translated(context)``)
             raise error
         error_id = secrets.token_hex(8)
         _logger.error("internal error %s", error_id, exc_info=error)
-        message = f"internal error; the server's log has more under id {error_id}"
+        message = f"{INTERNAL_MESSAGE} under id {error_id}"
         self._context.set_code(grpc.StatusCode.INTERNAL)
         self._context.set_details(message)
         raise InternalError(message) from None
@@ -223,7 +226,7 @@ def _dressed(wrapper: Callable[..., Any], method: Callable[..., Any]) -> Callabl
 
 
 def _from_ray(error: BaseException, service: str) -> BlockragError | None:
-    gone = UnavailableError(f"{service}: a replica that worked on this request went away; send it again")
+    gone = ReplicaLostError(f"{service}: a replica that worked on this request went away; send it again")
     # Looked up, not imported: an exception of Ray's can only exist where Ray is imported already.
     if (serve_errors := sys.modules.get("ray.serve.exceptions")) is not None:
         if isinstance(error, serve_errors.BackPressureError):

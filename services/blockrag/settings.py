@@ -130,8 +130,8 @@ def read_tenants(path: Path) -> tuple[TenantSettings, ...]:
 class GatewaySettings(_Section):
     """The public API."""
 
-    replicas: Positive = 1
-    """Gateway replicas."""
+    replicas: Positive = 2
+    """Gateway replicas. With one, calls fail for the seconds that its replacement takes."""
     max_inflight: Positive = 64
     """Answers in progress per replica; one more is refused with RESOURCE_EXHAUSTED."""
     default_top_k: Positive = 5
@@ -245,8 +245,8 @@ class KvCacheSettings(_Section):
 class CompressorSettings(_Section):
     """Plans."""
 
-    replicas: Positive = 1
-    """Compressor replicas."""
+    replicas: Positive = 2
+    """Compressor replicas. With one, plans wait for the seconds that its replacement takes."""
     threads: Positive = 1
     """CPU threads of the policy and of the question's chunk encoder, per replica; used with compression only."""
     embeddings_mb: Positive = 64
@@ -271,6 +271,8 @@ class DecoderSettings(_Section):
     """Blocks kept in the replica's own memory, in MiB; for their size see kv_cache.budget_mb."""
     l1_ttl_s: Positive = 600
     """Seconds after its last use that a block leaves the replica's memory."""
+    max_step_s: PositiveFloat = 60.0
+    """A replica whose forward pass takes longer hangs, and is replaced. Well above a step of ``max_batch_tokens``."""
     threads: Positive = 2
     """CPU threads per replica."""
     num_cpus: PositiveFloat = 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ async def server() -> AsyncIterator[tuple[Server, str]]:
 
 @pytest.fixture
 async def client(server: tuple[Server, str]) -> AsyncIterator[BlockragClient]:
-    async with BlockragClient(server[1], KEY, timeout_s=10) as connected:
+    async with BlockragClient(server[1], KEY, timeout_s=10, patience_s=1.0) as connected:
         yield connected
 
 
@@ -227,6 +228,66 @@ async def test_an_answer_without_its_completion_is_an_error(client: BlockragClie
         await client.ask("truncated")
 
 
+@pytest.mark.parametrize("error", [UnavailableError("a replica went away"), "Application 'gateway' not found."])
+async def test_what_went_away_is_asked_again(
+    client: BlockragClient, server: tuple[Server, str], error: Exception | str, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"0123456789" * 100_000)
+    calls = (
+        lambda: client.ask("Where?"),
+        lambda: client.retrieve("q"),
+        lambda: client.list_collections(),
+        lambda: client.ingest_text("d0", "text"),
+        lambda: client.ingest_file(file),
+        lambda: client.delete_document("d0"),
+    )
+    for call in calls:
+        server[0].requests.clear()
+        server[0].lost = [error, error]
+        assert await call()
+        assert len(server[0].requests) == 3
+    sent = [sum(len(message.content) for message in messages) for messages in server[0].uploads[-3:]]
+    assert sent == [1_000_000] * 3
+
+
+async def test_a_deletion_whose_answer_was_lost_is_done(client: BlockragClient, server: tuple[Server, str]) -> None:
+    server[0].lost = [UnavailableError("a replica went away"), NotFoundError("no document 'd0'")]
+    assert await client.delete_document("d0") == DeletedDocument(0, 0)
+    server[0].lost = [NotFoundError("no document 'd0'")]
+    with pytest.raises(NotFoundError):
+        await client.delete_document("d0")
+
+
+async def test_a_stream_is_asked_again_until_its_first_text_only(
+    client: BlockragClient, server: tuple[Server, str]
+) -> None:
+    server[0].break_after = ["retrieved"]
+    events = [event async for event in client.generate("Where?")]
+    assert [type(event) for event in events] == [Retrieved, TextChunk, TextChunk, Completion]
+    server[0].break_after = ["text"]
+    with pytest.raises(UnavailableError):
+        _ = [event async for event in client.generate("Where?")]
+    server[0].break_after = ["text", "retrieved"]
+    assert (await client.ask("Where?")).text == "Oslo"
+
+
+async def test_other_errors_are_not_asked_again(client: BlockragClient, server: tuple[Server, str]) -> None:
+    server[0].lost = [OverloadedError("64 answers are in progress", 130)]
+    with pytest.raises(OverloadedError):
+        await client.ask("Where?")
+    assert len(server[0].requests) == 1
+
+
+async def test_patience_ends(client: BlockragClient, server: tuple[Server, str]) -> None:
+    server[0].error = UnavailableError("a replica went away")
+    began = time.monotonic()
+    with pytest.raises(UnavailableError):
+        await client.ask("Where?")
+    assert time.monotonic() - began < 5
+    assert len(server[0].requests) > 2
+
+
 async def test_retrieve(client: BlockragClient, server: tuple[Server, str]) -> None:
     condition = Condition("year", "at_least", (1990,))
     (passage,) = await client.retrieve("q", top_k=3, filter=[condition])
@@ -295,7 +356,7 @@ async def test_a_wrong_key_is_not_waited_for(client: BlockragClient, server: tup
 
 
 async def test_nobody_there() -> None:
-    async with BlockragClient("127.0.0.1:1") as client:
+    async with BlockragClient("127.0.0.1:1", patience_s=0.3) as client:
         with pytest.raises(UnavailableError):
             await client.ask("Where?")
         with pytest.raises(UnavailableError, match="not ready"):
@@ -356,6 +417,8 @@ def test_other_statuses() -> None:
     dropped = error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, "Request dropped due to backpressure")
     assert isinstance(dropped, OverloadedError)
     assert dropped.retry_after_ms > 0
+    for details in ("Received RST_STREAM with error code 2", "Received http2 header with status: 502"):
+        assert isinstance(error_of(grpc.StatusCode.INTERNAL, details), UnavailableError)
     assert str(error_of(grpc.StatusCode.INTERNAL, "id 1")) == "INTERNAL: id 1"
 
 

@@ -15,7 +15,8 @@ from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
 from blockrag.cli.filters import parse_filters
 from blockrag.cli.reading import compression_note, reading_lines
-from blockrag.client import BlockragClient, GenerateOptions
+from blockrag.client import BlockragClient
+from blockrag.client_options import GenerateOptions
 from blockrag.errors import UnavailableError
 from blockrag.results import Completion, Compression, Retrieved, TraceSpan
 

@@ -16,7 +16,8 @@ from rich.text import Text
 from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
-from blockrag.client import BlockragClient, IngestOptions
+from blockrag.client import BlockragClient
+from blockrag.client_options import IngestOptions
 from blockrag.errors import BlockragError, InvalidRequestError
 from blockrag.languages import LANGUAGES
 from blockrag.results import IngestedDocument, WarmProgress

@@ -1,9 +1,10 @@
-"""``blockrag up | down | status``."""
+"""``blockrag up | down | status | doctor``."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -16,6 +17,7 @@ from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
 from blockrag.errors import NotFoundError
 from blockrag.local import LocalSystem
+from blockrag.local.doctor import examine
 from blockrag.results import Description
 
 
@@ -25,6 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: blockrag down")(down)
     app.command(epilog="Example: blockrag key")(key)
     app.command(epilog="Example: blockrag status --json | jq .kv_cache")(status)
+    app.command(epilog="Example: blockrag doctor --settings my.yaml")(doctor)
 
 
 def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
@@ -86,6 +89,23 @@ def key(as_json: JsonOption = False) -> None:
         console.print_json({"key": made, "hash": hashed_key(made)})
     else:
         console.out.print(f"key (once, for the tenant): {made}\nhash (for gateway.tenants): {hashed_key(made)}")
+
+
+def doctor(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
+    """Say what is wrong with this machine or configuration, and the way out; exits with 1 when nothing could start."""
+    with console.errors_to_exit():
+        findings = examine(console.settings_from(settings))
+        if as_json:
+            console.print_json({"findings": [asdict(finding) for finding in findings]})
+        else:
+            styles = {"ok": "green", "warning": "yellow", "problem": "red"}
+            table = Table("looked at", "state", "found", "way out")
+            for finding in findings:
+                state = Text(finding.level, style=styles[finding.level])
+                table.add_row(finding.subject, state, finding.text, finding.way_out)
+            console.out.print(table)
+        if any(finding.level == "problem" for finding in findings):
+            raise typer.Exit(1)
 
 
 async def _describe(settings: Path | None, target: str, api_key: str) -> Description:

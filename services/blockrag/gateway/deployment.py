@@ -32,6 +32,7 @@ from blockrag.gateway.spool import receive_content, receive_header, refused_gent
 from blockrag.gateway.warming import ALL_FORMS, Warming
 from blockrag.grpc_status import rpc
 from blockrag.ingest import PassageSplitter, prepare_documents
+from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from blockrag.retriever.identity import check_document_id
 from blockrag.settings import GatewaySettings, Settings, load_application_settings
 from blockrag.telemetry import metrics, read_trace, setup_telemetry, trace_directory
@@ -282,5 +283,7 @@ def build(args: dict[str, str]) -> Application:
         num_replicas=settings.gateway.replicas,
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         ray_actor_options={"num_cpus": 0.1},
     )(Gateway).bind(settings)

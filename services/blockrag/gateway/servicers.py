@@ -14,6 +14,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from blockrag.gateway.discreet import DiscreetHandlers
 from blockrag.gateway.health import HealthServicer, serving_applications
 from blockrag.grpc_status import MalformedRequest
 from blockrag.services import SERVICES
@@ -21,6 +22,9 @@ from blockrag.services import SERVICES
 
 def add_services_to_server(servicer: object, server: Any) -> None:
     """Adds every service of the registry, and ``grpc.health.v1.Health``."""
+    factory = getattr(server, "service_handler_factory", None)
+    if factory is not None and not isinstance(factory, DiscreetHandlers):
+        server.service_handler_factory = DiscreetHandlers(factory)
     forgiving = ForgivingServer(server)
     for name in sorted(name for service in SERVICES for name in service.protobuf):
         add = _generated(name)

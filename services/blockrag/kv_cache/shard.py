@@ -1,8 +1,8 @@
 """A cache shard without Ray: what is held is handed out, what is missing is read from disk or encoded, once.
 
 ``encode`` is the seam: it has one block encoded and returns a reference to the object with its size. It raises
-``UnavailableError`` when the encoder went away (tried again, elsewhere), anything else when the block cannot be
-encoded (given to all who wait).
+``UnavailableError`` when the encoder went away (tried again, elsewhere, and held back when that happens twice:
+``suspects.py``), anything else when the block cannot be encoded (given to all who wait).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from blockrag.kv_cache.messages import (
     WarmOutcome,
 )
 from blockrag.kv_cache.store import BlockStore
+from blockrag.kv_cache.suspects import Suspects
 from blockrag.types import BlockForm, BlockRequest
 
 ENCODE_ATTEMPTS = 4
@@ -82,6 +83,7 @@ class CacheShard:
         self._encodings: dict[str, _Encoding] = {}
         self._in_encoder = 0
         self._warming = asyncio.Semaphore(warm_concurrency)
+        self._suspects = Suspects()
 
     async def acquire(self, blocks: Sequence[BlockRequest]) -> list[AcquiredBlock]:
         """The blocks, in order; what is missing is encoded, all at once. Equal keys are one block."""
@@ -239,7 +241,8 @@ class CacheShard:
     async def _encode_somewhere(self, request: BlockRequest) -> EncodedObject:
         for attempt in range(1, ENCODE_ATTEMPTS + 1):
             try:
-                return await self._encode(request)
+                async with self._suspects.tried(request.key):
+                    return await self._encode(request)
             except UnavailableError:
                 if attempt == ENCODE_ATTEMPTS:
                     raise

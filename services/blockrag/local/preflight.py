@@ -14,19 +14,19 @@ from blockrag.limits import LOOPBACK_NAMES, STORE_HEADROOM
 from blockrag.local.state import read_state
 from blockrag.settings import Settings
 
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 _FREE_PORTS = (10_000, 20_000)
 
 
-def check_machine(settings: Settings, shared_memory: Path = _SHARED_MEMORY) -> None:
+def check_machine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> None:
     """Raises ``EnvironmentSetupError``, naming the setting to change, when the system cannot run here.
 
     Raises ModuleNotFoundError where the client alone is installed.
     """
     _check_installed()
     _check_not_running(settings)
-    _check_exposure(settings)
-    _check_memory(settings, shared_memory)
+    check_exposure(settings)
+    check_memory(settings, shared_memory)
     _check_disk(settings)
     cluster = settings.cluster
     check_port(cluster.host, cluster.grpc_port, "cluster.grpc_port")
@@ -76,7 +76,8 @@ def _check_not_running(settings: Settings) -> None:
         )
 
 
-def _check_exposure(settings: Settings) -> None:
+def check_exposure(settings: Settings) -> None:
+    """Raises ``EnvironmentSetupError`` when others could reach a system without keys."""
     loopback = settings.cluster.host in LOOPBACK_NAMES
     if not loopback and not settings.gateway.asks_for_keys:
         raise EnvironmentSetupError(
@@ -85,7 +86,8 @@ def _check_exposure(settings: Settings) -> None:
         )
 
 
-def _check_memory(settings: Settings, shared_memory: Path) -> None:
+def check_memory(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> None:
+    """Raises ``EnvironmentSetupError`` when the object store is too small for the cache or too large to be had."""
     store_mb, budget_mb = settings.cluster.object_store_mb, settings.kv_cache.budget_mb
     if store_mb < budget_mb * STORE_HEADROOM:
         raise EnvironmentSetupError(
