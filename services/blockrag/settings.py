@@ -117,6 +117,13 @@ class IngestSettings(_Section):
     """Most tokens of a passage's block, title included, counted by the bundle's tokenizer."""
     batch_passages: Annotated[int, Field(ge=1, le=256)] = 64
     """Passages sent to the retriever at a time; bounds memory."""
+    parsers: Positive = 2
+    """Processes per gateway replica that read files, each one at a time; as many as cores that may be spent on it."""
+    parse_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Longest time that reading one file may take; then it is refused. Reading a pdf takes about 0.1 s a page."""
+    parse_memory_mb: Annotated[int, Field(ge=64)] = 1024
+    """Most memory that reading one file may take, in MiB, beyond the 40 MiB of the process; a web page takes about
+    fifteen times its size."""
 
 
 class RetrieverSettings(_Section):

@@ -12,6 +12,7 @@ import binascii
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -19,16 +20,13 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
 from blockrag.errors import InvalidRequestError, NotFoundError
-from blockrag.ingest import PreparedDocument, SourceDocument
+from blockrag.ingest.pipeline import PreparedDocument, SourceDocument
 from blockrag.v1 import corpus_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.common_pb2 import Passage, RequestContext
 from blockrag.v1.corpus_pb2 import IngestedDocument
 
-MAX_METADATA_BYTES = 8192
-"""Largest metadata of a document: each of its passages carries it, and 256 of them must fit a message of 4 MB."""
-
-Prepare = Callable[[BinaryIO, SourceDocument], Iterator[PreparedDocument]]
-"""Parses and splits a received file; blocking."""
+Prepare = Callable[[BinaryIO, SourceDocument], AbstractAsyncContextManager[Iterator[PreparedDocument]]]
+"""Parses a received file; splitting it, while the documents are consumed, blocks."""
 
 
 class DocumentIndex(Protocol):
@@ -87,10 +85,10 @@ class Corpus:
             media_type=header.media_type,
             metadata=MessageToDict(header.metadata),
         )
-        prepared = await asyncio.to_thread(self.prepare, spool, source)
         response = corpus_pb2.IngestDocumentResponse()
-        while (document := await asyncio.to_thread(next, prepared, None)) is not None:
-            response.documents.append(await self._store(header.collection, document, context))
+        async with self.prepare(spool, source) as prepared:
+            while (document := await asyncio.to_thread(next, prepared, None)) is not None:
+                response.documents.append(await self._store(header.collection, document, context))
         return response
 
     async def delete_document(
@@ -165,12 +163,6 @@ class Corpus:
             )
         metadata = Struct()
         metadata.update(document.metadata)
-        if metadata.ByteSize() > MAX_METADATA_BYTES:
-            raise InvalidRequestError(
-                "metadata",
-                f"of document {document.document_id!r} has {metadata.ByteSize()} bytes; at most {MAX_METADATA_BYTES} "
-                "are allowed",
-            )
         count = await self._stage(collection, document, metadata, context)
         if not count:
             raise InvalidRequestError("content", f"document {document.document_id!r} has no text")

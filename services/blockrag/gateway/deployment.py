@@ -31,7 +31,8 @@ from blockrag.gateway.planning import NearPlanner
 from blockrag.gateway.spool import receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.gateway.warming import ALL_FORMS, Warming
 from blockrag.grpc_status import rpc
-from blockrag.ingest import PassageSplitter, prepare_documents
+from blockrag.ingest.parser_pool import ParserPool
+from blockrag.ingest.splitting import PassageSplitter
 from blockrag.retriever.identity import check_document_id
 from blockrag.settings import GatewaySettings, Settings, load_application_settings
 from blockrag.telemetry import metrics, read_trace, setup_telemetry, trace_directory
@@ -53,6 +54,9 @@ class Gateway:
         bundle = configured_bundle(settings)
         tokenizer = bundle.load_fast_tokenizer()
         splitter = PassageSplitter(bundle.template, tokenizer, settings.ingest.passage_tokens)
+        parsers = ParserPool(
+            settings.ingest.parsers, settings.ingest.parse_timeout_s, settings.ingest.parse_memory_mb
+        )
         retriever = remote.RetrieverClient(serve.get_app_handle)
         compressor = remote.CompressorClient(serve.get_app_handle)
         kv_cache = remote.KvCacheClient(serve.get_app_handle)
@@ -78,7 +82,7 @@ class Gateway:
         self._corpus = Corpus(
             retriever,
             kv_cache,
-            functools.partial(prepare_documents, splitter=splitter),
+            functools.partial(parsers.prepare, splitter=splitter),
             settings.ingest.batch_passages,
         )
         self._warming = Warming(

@@ -11,7 +11,8 @@ from google.protobuf.struct_pb2 import Struct
 
 from blockrag.errors import InvalidRequestError
 from blockrag.gateway.corpus import Corpus
-from blockrag.ingest import PassageSplitter, prepare_documents
+from blockrag.ingest.pipeline import prepare_documents
+from blockrag.ingest.splitting import PassageSplitter
 from blockrag.v1 import corpus_pb2
 from blockrag.v1.common_pb2 import RequestContext
 from blockrag.v1.corpus_pb2 import (

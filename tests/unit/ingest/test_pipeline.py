@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from blockrag.errors import InvalidRequestError
-from blockrag.ingest import PassageSplitter, PreparedDocument, SourceDocument, prepare_documents
+from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, prepare_documents
+from blockrag.ingest.splitting import PassageSplitter
 from tests.unit.ingest.tokenizers import TEMPLATE, WordTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -159,7 +160,8 @@ def test_bad_input_names_its_field(data: bytes, document_id: str, options: dict[
 # minute here, and needs no memory that grows.
 MEASURE = """
 import resource, sys, tempfile
-from blockrag.ingest import PassageSplitter, SourceDocument, prepare_documents
+from blockrag.ingest.pipeline import SourceDocument, prepare_documents
+from blockrag.ingest.splitting import PassageSplitter
 from tests.unit.ingest.tokenizers import TEMPLATE, WordTokenizer
 line = "The quick brown fox jumps over the lazy dog and runs into the deep green wood. " * 5
 with tempfile.SpooledTemporaryFile(max_size=1 << 20) as spool:
