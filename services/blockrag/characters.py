@@ -15,7 +15,9 @@ _DROPPED = "\u00ad\u200b\u2060\ufeff"
 _INVISIBLE = re.compile(f"[{_DROPPED}]")
 # Tabs and newlines stay; what separates lines or paragraphs becomes newlines; the rest of C0, DEL, C1, lone
 # surrogates and the two noncharacters that pass for byte order marks go.
-_CLEANED = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF, *map(ord, _DROPPED)])
+_CLEANED = dict.fromkeys(
+    [*range(0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF, *map(ord, _DROPPED)]
+)
 _CLEANED |= {9: "\t", 10: "\n", 11: "\n", 12: "\n\n", 0x85: "\n", 0x2028: "\n", 0x2029: "\n\n"}
 _UNCLEAN = re.compile(
     f"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff{_DROPPED}]",
@@ -70,7 +72,9 @@ def normalise_values(value: Any) -> Any:
     if isinstance(value, list):
         return [normalise_values(item) for item in value]
     if isinstance(value, dict):
-        named = {normalise(name) if isinstance(name, str) else name: normalise_values(item) for name, item in value.items()}
+        named = {
+            normalise(name) if isinstance(name, str) else name: normalise_values(item) for name, item in value.items()
+        }
         if len(named) < len(value):
             raise ValueError("two names differ only in how they are encoded")
         return named

@@ -104,10 +104,14 @@ def conditions(filter: Mapping[str, Any] | Sequence[Condition]) -> list[common_p
 def header(
     collection: str, document_id: str, title: str, media_type: str, metadata: Mapping[str, Any] | None
 ) -> corpus_pb2.DocumentHeader:
-    """The first message of an ingest."""
-    message = corpus_pb2.DocumentHeader(
-        collection=collection, document_id=document_id, title=title, media_type=media_type
-    )
+    """The first message of an ingest. Raises ``InvalidRequestError`` naming what is no Unicode text."""
+    texts = {"collection": collection, "document_id": document_id, "title": title, "media_type": media_type}
+    for field, text in texts.items():
+        # A name of a file that is not UTF-8 comes as halves of surrogate pairs.
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+            raise InvalidRequestError(field, f"{shown!r} is no Unicode text; give another, or rename the file")
+    message = corpus_pb2.DocumentHeader(**texts)
     try:
         message.metadata.update(dict(metadata or {}))
     except (ValueError, TypeError) as error:

@@ -195,7 +195,7 @@ def _shown(as_json: bool) -> Iterator[Callable[[StepMetrics], None]]:
                 return
             bar.update(task, completed=metrics.step, total=metrics.steps, description=_describe(metrics))
             for place, tokens in metrics.too_long.items():
-                bar.console.print(f"left out: {place} needs at least {tokens} tokens", markup=False)
+                bar.console.print(f"left out: {place} needs at least {tokens} tokens")
             if metrics.dev is not None:
                 dev = metrics.dev
                 bar.console.print(

@@ -257,7 +257,7 @@ def _shown(as_json: bool) -> Iterator[Callable[[RefragMetrics], None]]:
             bar.update(task, completed=metrics.fraction, description=description)
             for label, values in metrics.dev.items():
                 found = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items())
-                bar.console.print(f"step {metrics.step}, held out, {label}: {found}", markup=False, soft_wrap=True)
+                bar.console.print(f"step {metrics.step}, held out, {label}: {found}", soft_wrap=True)
 
         yield show
 
@@ -278,7 +278,6 @@ def _policy_shown(as_json: bool) -> Iterator[Callable[[PolicyMetrics], None]]:
                 bar.console.print(
                     f"step {metrics.step}, held out, {score.kind} at rate {score.rate:g}: {score.policy:.3f} nats, "
                     f"random {score.random:.3f}, gain {score.gain:.3f} ± {score.error:.3f}",
-                    markup=False,
                     soft_wrap=True,
                 )
 

@@ -6,8 +6,8 @@ import asyncio
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from blockrag.cli import console
@@ -92,7 +92,7 @@ async def _ask(
             elif isinstance(event, Completion):
                 completion = event
             elif not as_json:
-                console.out.print(event, end="", markup=False, highlight=False)
+                console.out.print(event, end="", highlight=False)
         if completion is None:
             raise UnavailableError("the answer ended without its completion; ask again")
         spans = await client.trace(completion.trace_id) if with_trace else ()
@@ -113,13 +113,14 @@ def print_citations(completion: Completion) -> None:
     for citation in completion.citations:
         place = f"{citation.title} · {citation.document_id}" if citation.document_id else citation.title
         note = "" if citation.in_prompt else f" — dropped: {citation.dropped_reason}"
-        console.out.print(f"  [dim][{citation.index + 1}] {escape(place)}, {citation.tokens} tokens{note}[/]")
+        console.out.print(f"  [{citation.index + 1}] {place}, {citation.tokens} tokens{note}", style="dim")
     usage = completion.usage
     note = compression_note(usage)
     stages = "  ".join(f"{name} {value:.1f}" for name, value in completion.stages_ms.items())
     console.out.print(
-        f"  [dim]first token {completion.time_to_first_token_ms:.1f} ms · {usage.prompt_tokens} prompt tokens, "
-        f"{usage.cached_tokens} cached{f' · {note}' if note else ''} · ms: {stages}[/]",
+        f"  first token {completion.time_to_first_token_ms:.1f} ms · {usage.prompt_tokens} prompt tokens, "
+        f"{usage.cached_tokens} cached{f' · {note}' if note else ''} · ms: {stages}",
+        style="dim",
         highlight=False,
     )
 
@@ -134,10 +135,15 @@ def span_tree(spans: tuple[TraceSpan, ...]) -> Tree:
         for span in spans:
             is_root = span.parent_span_id not in known
             if span.parent_span_id == parent_id or (parent_id is None and is_root):
-                failed = f" [red]{escape(span.error)}[/]" if span.error else ""
                 offset = (span.start_unix_ns - start) / 1e6
-                label = f"[bold]{escape(span.name)}[/] [dim]{span.service}[/] {span.milliseconds:.1f} ms"
-                add(parent.add(f"{label} [dim]at {offset:.1f}[/]{failed}", highlight=False), span.span_id)
+                label = Text.assemble(
+                    (span.name, "bold"),
+                    (f" {span.service}", "dim"),
+                    f" {span.milliseconds:.1f} ms",
+                    (f" at {offset:.1f}", "dim"),
+                    (f" {span.error}" if span.error else "", "red"),
+                )
+                add(parent.add(label), span.span_id)
 
     add(root, None)
     return root
@@ -164,7 +170,7 @@ def retrieve(
             return
         table = Table("score", "document", "passage", show_lines=True)
         for passage in passages:
-            table.add_row(f"{passage.score:.4f}", passage.document_id, escape(passage.text))
+            table.add_row(f"{passage.score:.4f}", passage.document_id, passage.text)
         console.out.print(table)
 
     with console.errors_to_exit():

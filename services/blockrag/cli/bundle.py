@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
@@ -66,7 +67,7 @@ def _verify_table(report: VerifyReport) -> Table:
     title = f"{report.bundle}, K and V in {report.kv_dtype}"
     table = Table("check", "largest difference", "tolerance", "", "where it first differs", title=title)
     for check in report.checks:
-        verdict = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"
+        verdict = Text("passed", "green") if check.passed else Text("FAILED", "bold red")
         table.add_row(
             check.name, f"{check.max_difference:.1e}", f"{check.tolerance:.1e}", verdict, check.first_difference
         )

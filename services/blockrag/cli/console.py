@@ -16,9 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from blockrag.errors import BlockragError
 from blockrag.settings import API_KEY_VARIABLE, Settings, load_settings
 
-out = Console()
+# What is printed is data, and "[/x]" or ":b:" in it no markup: style is given apart.
+out = Console(markup=False, emoji=False)
 """Answers go here."""
-err = Console(stderr=True)
+err = Console(stderr=True, markup=False, emoji=False)
 """Progress and errors go here, so that ``--json`` output stays clean."""
 
 SettingsOption = Annotated[
@@ -54,16 +55,23 @@ def errors_to_exit(exit_code: int = 1) -> Iterator[None]:
     try:
         yield
     except BlockragError as error:
-        err.print(f"[bold red]error:[/] {type(error).__name__.removesuffix('Error')}: ", end="")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        err.print("error:", style="bold red", end=" ")
+        err.print(
+            f"{type(error).__name__.removesuffix('Error')}: {printable(str(error))}", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(exit_code) from error
+
+
+def printable(text: str) -> str:
+    """The text with what is no Unicode, as in names of files, written as \\udc.. escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def progress_bar() -> Progress:
     """A progress bar on standard error."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -79,5 +87,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Path):
-        return str(value)
+        return printable(str(value))
     return value

@@ -19,8 +19,8 @@ from random import Random
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from blockrag.cli import console
 from blockrag.cli.ask import print_citations
@@ -108,7 +108,7 @@ def demo(
             )
         else:
             console.out.print(_table(rows))
-            console.out.print(f"[dim]the whole demo took {time.perf_counter() - started:.0f} s[/]")
+            console.out.print(f"the whole demo took {time.perf_counter() - started:.0f} s", style="dim")
 
 
 def _demo_settings(settings: Settings, state_dir: Path) -> Settings:
@@ -152,10 +152,10 @@ class _Show:
     async def ask(self, client: BlockragClient, question: str, collection: str, expected: tuple[str, ...] = ()) -> None:
         alone = await client.ask(question, collection=collection, attention_mode="none")
         if not self._quiet:
-            known = f"  [dim](right: {escape(' / '.join(expected))})[/]" if expected else ""
-            console.out.print(f"\n[bold]{escape(question)}[/]{known}")
+            known = f"  (right: {' / '.join(expected)})" if expected else ""
+            console.out.print(Text.assemble("\n", (question, "bold"), (known, "dim")))
             console.out.print(
-                f"  without retrieval: [dim]{escape(alone.text.strip())}[/]\n  with retrieval:    ", end=""
+                Text.assemble("  without retrieval: ", (alone.text.strip(), "dim"), "\n  with retrieval:    "), end=""
             )
         text = ""
         async for event in client.generate(question, collection=collection, top_k=self.top_k):
@@ -166,7 +166,7 @@ class _Show:
             elif not isinstance(event, Retrieved):
                 text += event
                 if not self._quiet:
-                    console.out.print(event, end="", markup=False, highlight=False)
+                    console.out.print(event, end="", highlight=False)
         self.asked.append(Shown(question, alone.text, text, expected))
 
 
@@ -265,7 +265,7 @@ def _row(name: str, answers: Sequence[Answer]) -> Row:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table("ms (share)", *(row.name for row in rows), title="Over gRPC, medians")
-    table.add_row("first token", *(f"[bold]{row.ttft_ms:.1f}[/]" for row in rows))
+    table.add_row("first token", *(Text(f"{row.ttft_ms:.1f}", "bold") for row in rows))
     for stage in _STAGES:
         values = [(row.stages_ms[stage], row.ttft_ms) for row in rows]
         table.add_row(stage, *(f"{value:.1f} ({value / whole:.0%})" if whole else "–" for value, whole in values))

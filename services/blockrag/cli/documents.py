@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from blockrag.characters import normalise
 from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
@@ -77,17 +78,34 @@ def ingest(
 def find_sources(paths: list[Path]) -> Iterator[Source]:
     """Files as they are named; files of directories with their path below the directory as the id.
 
-    Raises ``InvalidRequestError`` for a path that does not exist.
+    Raises ``InvalidRequestError`` for a path that does not exist, and for two files that would get one id: the second
+    would replace the first.
     """
+    taken: dict[str, Path] = {}
+    for name, file in _files(paths):
+        document_id = normalise(name)
+        other = taken.setdefault(document_id, file)
+        # Documents of a jsonl file have ids of their own.
+        if other is file or (file.suffix.lower() == ".jsonl" and not other.samefile(file)):
+            yield Source(document_id, file)
+        elif not other.samefile(file):
+            raise InvalidRequestError(
+                "paths",
+                f"{console.printable(str(other))} and {console.printable(str(file))} would both be the document "
+                f"{console.printable(document_id)!r}; name the directory above them, or ingest them into two collections",
+            )
+
+
+def _files(paths: list[Path]) -> Iterator[tuple[str, Path]]:
     for path in paths:
         if path.is_dir():
             for file in sorted(path.rglob("*")):
                 if file.is_file() and file.suffix.lower() in SUFFIXES:
-                    yield Source(file.relative_to(path).as_posix(), file)
+                    yield file.relative_to(path).as_posix(), file
         elif path.is_file():
-            yield Source(path.name, path)
+            yield path.name, path
         else:
-            raise InvalidRequestError("paths", f"{path} does not exist")
+            raise InvalidRequestError("paths", f"{console.printable(str(path))} does not exist")
 
 
 async def _ingest(client: BlockragClient, sources: list[Source], collection: str, as_json: bool) -> int:
@@ -97,15 +115,17 @@ async def _ingest(client: BlockragClient, sources: list[Source], collection: str
         with console.progress_bar() as bar:
             task = bar.add_task("ingesting", total=len(sources))
             for source in sources:
-                bar.update(task, description=source.document_id)
+                bar.update(task, description=console.printable(source.document_id))
                 try:
                     stored = await source.send(client, collection)
                 except (BlockragError, OSError) as error:
                     # One bad file must not keep the others out.
                     counts["failed"] += 1
-                    bar.console.print(f"[red]failed[/] {source.document_id}: {error}", highlight=False)
+                    name, problem = console.printable(source.document_id), console.printable(str(error))
+                    bar.console.print("failed", style="red", end=" ")
+                    bar.console.print(f"{name}: {problem}", highlight=False, soft_wrap=True)
                     if as_json:
-                        console.print_json_line({"document_id": source.document_id, "error": str(error)})
+                        console.print_json_line({"document_id": name, "error": problem})
                 else:
                     for document in stored:
                         counts[document.outcome] += 1
@@ -207,7 +227,7 @@ def warm(
             return
         console.out.print(describe_warming(last))
         if last.done < last.total:
-            console.err.print("[yellow]the cache's byte budget holds no more: raise kv_cache.budget_mb[/]")
+            console.err.print("the cache's byte budget holds no more: raise kv_cache.budget_mb", style="yellow")
 
 
 async def _warm(client: BlockragClient, collection: str, document_ids: list[str], pin: bool) -> WarmProgress:

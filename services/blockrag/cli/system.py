@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from blockrag.cli import console
 from blockrag.cli.connection import connect
@@ -33,7 +33,7 @@ def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
         if as_json:
             console.print_json({"target": system.target, "ray_address": system.ray_address})
         else:
-            console.out.print(f"ready at [bold]{system.target}[/]; stop it with 'blockrag down'")
+            console.out.print(f"ready at {system.target}; stop it with 'blockrag down'")
 
 
 def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
@@ -75,8 +75,8 @@ async def _describe(settings: Path | None, target: str, api_key: str) -> Descrip
 def _print_status(description: Description) -> None:
     table = Table("service", "state", "ms", "detail")
     for service in description.services:
-        state = "[green]healthy[/]" if service.healthy else "[red]down[/]"
-        table.add_row(service.name, state, f"{service.milliseconds:.1f}", escape(service.detail))
+        state = Text("healthy", "green") if service.healthy else Text("down", "red")
+        table.add_row(service.name, state, f"{service.milliseconds:.1f}", service.detail)
     console.out.print(table)
     cache, decoder, index = description.kv_cache, description.decoder, description.retriever
     facts = Table.grid(padding=(0, 2))

@@ -27,7 +27,9 @@ _ASIDES = re.compile(
     re.IGNORECASE,
 )
 _FOOTERS = re.compile(r"(?:^|\s)(?:site-?|page-?|global-?)?footer(?:$|\s)", re.IGNORECASE)
-_MARKS = re.compile(r"(?:^|\s)(?:headerlink|anchor-?link|mw-editsection|skip-link|skip-to-content|sr-only-focusable)(?:$|\s)")
+_MARKS = re.compile(
+    r"(?:^|\s)(?:headerlink|anchor-?link|mw-editsection|skip-link|skip-to-content|sr-only-focusable)(?:$|\s)"
+)
 _TAGS = frozenset(("nav", "footer", "aside"))
 _ASIDE_CHARS = 400
 _CONTENT = ("main", "article")

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
+from blockrag.modeling.tokenizer import text_ids, text_tokenizer
 
 _CACHED_WORDS = 200_000
 _CACHED_WORD_CHARS = 32
@@ -66,8 +67,7 @@ class BlockCounter:
 
     def _encode(self, piece: str) -> list[int]:
         with self._calling:
-            encoded = self._tokenizer(piece, add_special_tokens=False, split_special_tokens=True)
-        return list(encoded["input_ids"])
+            return text_ids(self._tokenizer, piece)
 
 
 class _WordCounts(dict[str, int]):
@@ -87,13 +87,5 @@ class _WordCounts(dict[str, int]):
 
 
 def _backend(tokenizer: Any) -> Tokenizer | None:
-    # A copy of its own: the flag below and truncation are state of the tokenizer.
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        return None
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    # A special token's text inside a document is ordinary text, as in the template.
-    copy.encode_special_tokens = True
-    return copy
+    return text_tokenizer(backend) if isinstance(backend, Tokenizer) else None

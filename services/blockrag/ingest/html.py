@@ -20,10 +20,36 @@ MAX_DEPTH = 2000
 """Elements open at a time. HTML5's rules look through all of them for many a tag, so time grows with depth."""
 
 _HIDDEN = frozenset(
-    ("head", "title", "script", "style", "template", "noscript", "svg", "math", "iframe", "object", "select", "textarea")
+    (
+        "head",
+        "title",
+        "script",
+        "style",
+        "template",
+        "noscript",
+        "svg",
+        "math",
+        "iframe",
+        "object",
+        "select",
+        "textarea",
+    )
 ) | frozenset(("datalist", "button", "dialog", "noframes", "audio", "video", "canvas"))
 _SECTIONS = frozenset(
-    ("address", "article", "aside", "body", "center", "details", "div", "fieldset", "figure", "footer", "form", "header")
+    (
+        "address",
+        "article",
+        "aside",
+        "body",
+        "center",
+        "details",
+        "div",
+        "fieldset",
+        "figure",
+        "footer",
+        "form",
+        "header",
+    )
 ) | frozenset(("hr", "html", "legend", "main", "nav", "section", "summary"))
 _HEADINGS = frozenset(("h1", "h2", "h3", "h4", "h5", "h6", "caption", "figcaption"))
 _PARAGRAPHS = frozenset(("p", "pre", "blockquote", "ul", "ol", "dl", "table"))

@@ -13,7 +13,12 @@ from markdown_it.token import Token
 
 _FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\n(.*?)(?:^|\n)(\1|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
 _FRONT_MATTER_CHARS = 1 << 15
-_HEADINGS_CHARS = 1 << 16
+_HEADINGS_CHARS = 1 << 14
+_HEADING_CHARS = 1000
+_WITH_TEXT = ("text", "code_inline", "image")
+# Only headings are read below the level of blocks.
+_BLOCKS = MarkdownIt("commonmark").disable("inline")
+_INLINE = MarkdownIt("commonmark")
 _FIELD = re.compile(r"([A-Za-z_][\w .-]{0,60}?)[ \t]*:[ \t]+(\S.*)")
 _QUOTED = re.compile(r"""(["'])(.*)\1""")
 
@@ -27,28 +32,20 @@ def read_markdown(text: str) -> tuple[list[str], dict[str, Any], str]:
 
 
 def _headings(text: str) -> Iterator[str]:
-    """CommonMark's headings, of the first level first."""
-    tokens = MarkdownIt("commonmark").parse(text)
+    """CommonMark's headings, of the first level first: a page may begin with a remark."""
+    tokens = _BLOCKS.parse(text)
     found = [
-        (heading.tag, _plain(content.children or []))
+        (heading.tag, content.content)
         for heading, content in zip(tokens, tokens[1:], strict=False)
         if heading.type == "heading_open" and heading.level == 0
     ]
-    # The first heading names the document, unless one above it in rank follows: a page may begin with a remark.
-    yield from (text for tag, text in found if tag == "h1")
-    yield from (text for tag, text in found if tag != "h1")
+    for tag, source in sorted(found, key=lambda item: item[0] != "h1"):
+        (inline,) = _INLINE.parseInline(source[:_HEADING_CHARS])
+        yield "".join(map(_plain, inline.children or []))
 
 
-def _plain(tokens: list[Token]) -> str:
-    parts = []
-    for token in tokens:
-        if token.type in ("text", "code_inline"):
-            parts.append(token.content)
-        elif token.type in ("softbreak", "hardbreak"):
-            parts.append(" ")
-        elif token.type == "image":
-            parts.append(token.content)
-    return "".join(parts)
+def _plain(token: Token) -> str:
+    return " " if token.type in ("softbreak", "hardbreak") else token.content if token.type in _WITH_TEXT else ""
 
 
 def _front_matter(text: str) -> tuple[dict[str, Any], str]:
@@ -62,7 +59,7 @@ def _front_matter(text: str) -> tuple[dict[str, Any], str]:
         except tomllib.TOMLDecodeError:
             return {}, text
     try:
-        loaded = yaml.load(source, _CoreLoader)  # noqa: S506  (a loader of plain values)
+        loaded = yaml.load(source, _CoreLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         # People write "title: Part one: the sea", which YAML refuses.
         lines = [line for line in source.split("\n") if line.strip() and not line.lstrip().startswith("#")]
@@ -107,8 +104,12 @@ class _CoreLoader(yaml.SafeLoader):
 
 
 _CoreLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_CoreLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_CoreLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"-?(?:0|[1-9][0-9]{0,17})$"), list("-0123456789"))
+_CoreLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_CoreLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"-?(?:0|[1-9][0-9]{0,17})$"), list("-0123456789")
+)
 _CoreLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"-?(?:0|[1-9][0-9]{0,15})\.[0-9]{1,15}$"), list("-0123456789")
 )

@@ -117,7 +117,14 @@ class _Worker:
             process = await asyncio.to_thread(
                 functools.partial(
                     subprocess.Popen,
-                    [sys.executable, "-m", "blockrag.ingest.worker", str(theirs.fileno()), str(timeout_s), str(memory_mb)],
+                    [
+                        sys.executable,
+                        "-m",
+                        "blockrag.ingest.worker",
+                        str(theirs.fileno()),
+                        str(timeout_s),
+                        str(memory_mb),
+                    ],
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,

@@ -58,9 +58,7 @@ def _spaced_joints(lines: list[str]) -> list[str]:
     pairs = list(itertools.pairwise(lines))
     # A list's, a quotation's or a table's lines are no wrapped ones.
     could = [bool(line.strip()) and bool(after) and not _STARTS_ANEW.match(after) for line, after in pairs]
-    full = [
-        possible and _is_full(lines, place) for place, possible in enumerate(could)
-    ]
+    full = [possible and _is_full(lines, place) for place, possible in enumerate(could)]
     if not any(full) or _are_records(lines):
         return ["\n"] * len(pairs)
     lower = sum(after[0].islower() for (_, after), goes_on in zip(pairs, full, strict=True) if goes_on)

@@ -13,8 +13,12 @@ MAX_TITLE_CHARS = 300
 """Longest title that is taken from a file."""
 
 # What programs write before the name of the file that they made.
-_WRITTEN_BY = re.compile(r"(?:Microsoft\s+(?:Office\s+)?(?:Word|Excel|PowerPoint|Publisher|Visio)|Print)\s+-\s+", re.IGNORECASE)
-_OFFICE_SUFFIX = re.compile(r"\.(?:docx?|dotx?|odt|rtf|xlsx?|ods|pptx?|odp|pub|pages|tex|dvi|indd|qxd|wpd|fm|pdf|txt|md|html?)$", re.IGNORECASE)
+_WRITTEN_BY = re.compile(
+    r"(?:Microsoft\s+(?:Office\s+)?(?:Word|Excel|PowerPoint|Publisher|Visio)|Print)\s+-\s+", re.IGNORECASE
+)
+_OFFICE_SUFFIX = re.compile(
+    r"\.(?:docx?|dotx?|odt|rtf|xlsx?|ods|pptx?|odp|pub|pages|tex|dvi|indd|qxd|wpd|fm|pdf|txt|md|html?)$", re.IGNORECASE
+)
 _NUMBER = r"[\s_-]*(?:\(?\d+\)?)?"
 _NO_TITLE = re.compile(
     r"(?:"

@@ -3,7 +3,7 @@
 A prompt is one instruction block, one block per passage and one final block. Each block is tokenised alone
 (Block-Attention, arXiv 2409.15355, section 2.1), so a passage has the same token ids in every prompt.
 
-What a user typed is data: a special token's text inside a title, a passage or a question is tokenised as ordinary
+What a user typed is data: an added token's text inside a title, a passage or a question is tokenised as ordinary
 characters and can never open a block of its own.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
+
+from blockrag.modeling.tokenizer import text_ids
 
 _FIELD = re.compile(r"\{(title|text|question)\}")
 
@@ -60,8 +62,7 @@ class PromptTemplate:
 
     def answer_ids(self, tokenizer: BundleTokenizer, answer: str) -> list[int]:
         """Token ids of an answer with the token that ends it: the target in training."""
-        content = tokenizer(self.answer_prefix + answer, add_special_tokens=False, split_special_tokens=True)
-        return list(content["input_ids"]) + _tokenize(tokenizer, self.end, {})
+        return text_ids(tokenizer, self.answer_prefix + answer) + _tokenize(tokenizer, self.end, {})
 
 
 def _tokenize(tokenizer: BundleTokenizer, pattern: str, fields: dict[str, str]) -> list[int]:
@@ -76,8 +77,7 @@ def _tokenize(tokenizer: BundleTokenizer, pattern: str, fields: dict[str, str]) 
             stripped = part.rstrip(" ")
             piece, carried = carried + stripped, part[len(stripped) :]
         if piece:
-            encoded = tokenizer(piece, add_special_tokens=False, split_special_tokens=is_field)
-            ids.extend(encoded["input_ids"])
+            ids += text_ids(tokenizer, piece) if is_field else tokenizer(piece, add_special_tokens=False)["input_ids"]
     if carried:
         ids.extend(tokenizer(carried, add_special_tokens=False)["input_ids"])
     return ids

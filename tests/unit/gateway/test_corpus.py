@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import BinaryIO
 
 import pytest
 from google.protobuf.struct_pb2 import Struct
 
 from blockrag.errors import InvalidRequestError
 from blockrag.gateway.corpus import Corpus
-from blockrag.ingest.pipeline import prepare_documents
+from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, prepare_documents
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.v1 import corpus_pb2
 from blockrag.v1.common_pb2 import RequestContext
@@ -36,7 +38,12 @@ def splitter() -> PassageSplitter:
 
 @pytest.fixture
 def corpus(splitter: PassageSplitter) -> Corpus:
-    return Corpus(FakeIndex(), FakeCache(), functools.partial(prepare_documents, splitter=splitter), 8)
+    @asynccontextmanager
+    async def prepare(spool: BinaryIO, source: SourceDocument) -> AsyncIterator[Iterator[PreparedDocument]]:
+        with prepare_documents(spool, source, splitter) as prepared:
+            yield prepared
+
+    return Corpus(FakeIndex(), FakeCache(), prepare, 8)
 
 
 def parts(corpus: Corpus) -> tuple[FakeIndex, FakeCache]:
