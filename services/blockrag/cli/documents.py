@@ -92,7 +92,7 @@ def find_sources(paths: list[Path]) -> Iterator[Source]:
             raise InvalidRequestError(
                 "paths",
                 f"{console.printable(str(other))} and {console.printable(str(file))} would both be the document "
-                f"{console.printable(document_id)!r}; name the directory above them, or ingest them into two collections",
+                f"{console.printable(document_id)!r}; name the directory above them, or two collections",
             )
 
 

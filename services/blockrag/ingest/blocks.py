@@ -75,14 +75,16 @@ def blocks_of(text: str) -> Iterator[Ordinary | Solid | Table]:
         yield Ordinary(place, text[place:])
 
 
-def pack_table(table: Table, lead: Span | None, size: Callable[[str], int], tokens: int) -> list[Span] | None:
+def pack_table(
+    table: Table, lead: Span | None, size: Callable[[str], int], tokens: int, *, goes_on: bool
+) -> list[Span] | None:
     """Passages of whole rows, each below the table's headings; None for a table that needs only one passage.
 
-    ``lead``: a heading that stands above it, and stays with its first rows.
+    ``lead``: a heading that stands above it, and stays with its first rows. ``goes_on``: more rows may follow.
     """
     head = table.head
     room = tokens - size(head)
-    if room < tokens // 2 or size(table.text) <= tokens:
+    if room < tokens // 2 or (size(table.text) <= tokens and not goes_on):
         return None
     prefix = f"{lead.text}\n\n{head}" if lead else head
     left = room - (size(prefix) - size(head))
@@ -169,7 +171,8 @@ def _tables(text: str) -> Iterator[tuple[int, int, str]]:
         while end < len(text):
             line_end = text.find("\n", end + 1)
             line_end = len(text) if line_end < 0 else line_end
-            if "|" not in text[end:line_end]:
+            # The window's last line may be the beginning of a row.
+            if "|" not in text[end:line_end] and (line_end < len(text) or not text[end:].strip()):
                 break
             end = line_end
         if end > dashes.end():

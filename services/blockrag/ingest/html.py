@@ -61,8 +61,9 @@ _OF_A_LAYOUT = "table, h1, h2, h3, h4, h5, h6, article, section, form, nav"
 _LONGEST_CELL = 600
 
 # These swallow what follows until they are closed, or hide it here.
-_SWALLOWING = ("title", "textarea", "select", "svg", "math", "noscript", "template", "iframe", "object", "nav", "dialog",
-               "button", "header", "footer", "aside", "datalist", "noframes", "audio", "video", "canvas")  # fmt: skip
+_SWALLOWING = ("title", "textarea", "select", "svg", "math", "noscript", "template", "iframe", "object", "nav",
+               "dialog", "button", "header", "footer", "aside", "datalist", "noframes", "audio", "video",
+               "canvas")  # fmt: skip
 _TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)(?=[\s/>])[^<>]*>")
 _SWALLOWING_TAG = re.compile(rf"<(/?)({'|'.join(_SWALLOWING)})(?=[\s/>])[^<>]*>", re.IGNORECASE)
 # Never closed, or closed by what follows them.

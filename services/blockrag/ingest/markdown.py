@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator
@@ -36,10 +37,10 @@ def _headings(text: str) -> Iterator[str]:
     tokens = _BLOCKS.parse(text)
     found = [
         (heading.tag, content.content)
-        for heading, content in zip(tokens, tokens[1:], strict=False)
+        for heading, content in itertools.pairwise(tokens)
         if heading.type == "heading_open" and heading.level == 0
     ]
-    for tag, source in sorted(found, key=lambda item: item[0] != "h1"):
+    for _, source in sorted(found, key=lambda item: item[0] != "h1"):
         (inline,) = _INLINE.parseInline(source[:_HEADING_CHARS])
         yield "".join(map(_plain, inline.children or []))
 
@@ -103,13 +104,10 @@ class _CoreLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_CoreLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_CoreLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_CoreLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"-?(?:0|[1-9][0-9]{0,17})$"), list("-0123456789")
-)
-_CoreLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"-?(?:0|[1-9][0-9]{0,15})\.[0-9]{1,15}$"), list("-0123456789")
-)
+for _kind, _pattern, _first in (
+    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"-?(?:0|[1-9][0-9]{0,17})$", list("-0123456789")),
+    ("float", r"-?(?:0|[1-9][0-9]{0,15})\.[0-9]{1,15}$", list("-0123456789")),
+):
+    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), _first)

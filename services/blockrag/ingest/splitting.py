@@ -88,21 +88,22 @@ class PassageSplitter:
             text += piece
             if len(text) < WINDOW_CHARS:
                 continue
-            spans = self._spans(text, splitter, tokens)
+            spans = self._spans(text, splitter, tokens, final=False)
             if spans:
                 yield from self._checked([span.text for span in spans[:-1]], tokens)
                 text = spans[-1].repeated + text[spans[-1].start :]
             else:
                 text = ""
-        yield from self._checked([span.text for span in self._spans(text, splitter, tokens)], tokens)
+        yield from self._checked([span.text for span in self._spans(text, splitter, tokens, final=True)], tokens)
 
-    def _spans(self, text: str, splitter: TextSplitter | MarkdownSplitter, tokens: int) -> list[Span]:
+    def _spans(self, text: str, splitter: TextSplitter | MarkdownSplitter, tokens: int, *, final: bool) -> list[Span]:
         """The passages of a window. What the library splits badly, it does not see."""
         spans: list[Span] = []
         for block in blocks_of(text):
             if isinstance(block, Table):
                 lead = spans.pop() if spans and self._is_heading(spans[-1].text, tokens) else None
-                packed = pack_table(block, lead, self._counter.estimate, tokens)
+                goes_on = not final and block.start + len(block.text) >= len(text.rstrip())
+                packed = pack_table(block, lead, self._counter.estimate, tokens, goes_on=goes_on)
                 if packed is not None:
                     spans += packed
                     continue

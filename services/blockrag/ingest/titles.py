@@ -19,19 +19,27 @@ _WRITTEN_BY = re.compile(
 _OFFICE_SUFFIX = re.compile(
     r"\.(?:docx?|dotx?|odt|rtf|xlsx?|ods|pptx?|odp|pub|pages|tex|dvi|indd|qxd|wpd|fm|pdf|txt|md|html?)$", re.IGNORECASE
 )
-_NUMBER = r"[\s_-]*(?:\(?\d+\)?)?"
+# What programs call what nobody has named, by language; a number may follow.
+_NAMELESS = """
+untitled | untitled document | untitled page | untitled presentation | untitled design | untitled spreadsheet | no title
+title | page title | your title | your title here | anonymous | (anonymous) | unknown | none | null | temp | tmp | con
+document | new document | new page | page | webpage | website | index | home | homepage | default | about:blank | blank
+draft | test | scan | scanned document | image | file | print | sheet | book | workbook | layout | slide | presentation
+powerpoint presentation | unbenannt | unbenanntes dokument | neues dokument | dokument | ohne titel | mappe | tabelle
+powerpoint-präsentation | sans titre | sans-titre | document sans titre | document sans nom | nouveau document
+classeur | présentation powerpoint | sin título | sin titulo | documento | documento sin título | nuevo documento
+libro | presentación de powerpoint | sem título | documento sem título | apresentação do powerpoint | senza titolo
+senza nome | nuovo documento | presentazione di powerpoint | naamloos | naamloos document | uten navn | namnlös
+nimetön | bez názvu | bez tytułu | névtelen | dokumentas | без названия | без имени | без назви | документ
+χωρίς τίτλο | έγγραφο | başlıksız | adsız | belge | 無題 | 名称未設定 | 文書 | ドキュメント | 无标题 | 未命名 | 文档
+無標題 | 新建文档 | 제목 없음 | 제목없음 | 문서
+"""
+_APART = r"[|\n]"
 _NO_TITLE = re.compile(
-    r"(?:"
-    r"(?:new |neues? |nouveau |nuevo |nuovo )?(?:document|documento|dokument|dokumentas|документ|文档|文書|ドキュメント|문서)"
-    r"|untitled(?:[ -](?:document|page|presentation|design|spreadsheet|form|\d+))?|no title|title|page title|your title( here)?|\(anonymous\)|anonymous|unknown|none|null"
-    r"|new page|webpage|website|index|home|homepage|default|about:blank|blank|test|draft|scan|scanned document|image|file|print|presentation|powerpoint presentation|slide"
-    r"|layout|sheet|book|mappe|tabelle|tabellenblatt|classeur|libro|workbook|con|temp|tmp"
-    r"|unbenannt(?:es dokument)?|ohne titel|sans[ -]titre|document sans (?:titre|nom)|sin t[ií]tulo|documento sin t[ií]tulo|sem t[ií]tulo|senza (?:titolo|nome)"
-    r"|naamloos|uten navn|namnl[oö]s|nimet[oö]n|bez (?:n[aá]zvu|tytu[lł]u)|n[eé]vtelen|без (?:названия|имени)|без назви|χωρίς τίτλο|başlıksız|adsız"
-    r"|無題|名称未設定|无标题|未命名|無標題|제목 ?없음|présentation powerpoint|powerpoint-präsentation|presentación de powerpoint"
-    r")" + _NUMBER,
+    rf"(?:{'|'.join(re.escape(name.strip()) for name in re.split(_APART, _NAMELESS) if name.strip())})"
+    r"[\s_-]*(?:\(?\d+\)?)?",
     re.IGNORECASE,
-)  # fmt: skip
+)
 
 
 def choose_title(candidates: Iterable[str]) -> str:

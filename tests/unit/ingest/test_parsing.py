@@ -73,7 +73,7 @@ def test_lines_that_were_broken_to_fit_a_page_are_joined() -> None:
         "- first\n"
         "1. second\n"
         "In the year that came before the one they called\n"
-        "1864 he left.\n"
+        "latest he left.\n"
     )
 
     assert unwrap_lines(text) == (
@@ -85,7 +85,7 @@ def test_lines_that_were_broken_to_fit_a_page_are_joined() -> None:
         "A list that comes after a line which is long enough:\n"
         "- first\n"
         "1. second\n"
-        "In the year that came before the one they called 1864 he left.\n"
+        "In the year that came before the one they called latest he left.\n"
     )
 
 

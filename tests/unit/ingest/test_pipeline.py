@@ -142,8 +142,8 @@ def test_bad_input_names_its_field(data: bytes, document_id: str, options: dict[
     assert caught.value.field == field
 
 
-# Splits a parsed text of 50 MB and prints how much memory that took. The words are counted by a stand-in: tokenising would take a
-# minute here, and needs no memory that grows.
+# Splits a parsed text of 50 MB and prints how much memory that took. The words are counted by a stand-in: tokenising
+# would take a minute here, and needs no memory that grows.
 MEASURE = """
 import resource, sys, tempfile
 from blockrag.ingest.parsing import ParsedFile
