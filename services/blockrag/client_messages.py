@@ -111,7 +111,9 @@ def header(
         if any("\ud800" <= character <= "\udfff" for character in text):
             shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
             raise InvalidRequestError(field, f"{shown!r} is no Unicode text; give another, or rename the file")
-    message = corpus_pb2.DocumentHeader(**texts)
+    message = corpus_pb2.DocumentHeader(
+        collection=collection, document_id=document_id, title=title, media_type=media_type
+    )
     try:
         message.metadata.update(dict(metadata or {}))
     except (ValueError, TypeError) as error:

@@ -7,7 +7,6 @@ the next file comes.
 from __future__ import annotations
 
 import asyncio
-import functools
 import io
 import json
 import os
@@ -114,24 +113,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
-            process = await asyncio.to_thread(
-                functools.partial(
-                    subprocess.Popen,
-                    [
-                        sys.executable,
-                        "-m",
-                        "blockrag.ingest.worker",
-                        str(theirs.fileno()),
-                        str(timeout_s),
-                        str(memory_mb),
-                    ],
-                    pass_fds=(theirs.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    # The package is found where this process found it, whatever the environment says.
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                )
-            )
+            process = await asyncio.to_thread(_start, theirs.fileno(), timeout_s, memory_mb)
         worker = cls(process, ours)
         try:
             async with asyncio.timeout(_START_S):
@@ -172,6 +154,17 @@ class _Worker:
             received += data
         answer: dict[str, Any] = json.loads(received)
         return answer
+
+
+def _start(descriptor: int, timeout_s: float, memory_mb: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "blockrag.ingest.worker", str(descriptor), str(timeout_s), str(memory_mb)],
+        pass_fds=(descriptor,),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        # The package is found where this process found it, whatever the environment says.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
 
 
 @contextmanager

@@ -40,6 +40,7 @@ def parse(source: BinaryIO, target: BinaryIO, media_type: MediaType, metadata: M
     ``metadata``: what the sender says, checked. Takes memory of several times the file's size. Raises
     ``InvalidRequestError`` for what cannot be read and for a file without text.
     """
+    pieces: Iterator[str]
     titles: list[str] = []
     fields: dict[str, Any] = {}
     why = ""

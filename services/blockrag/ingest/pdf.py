@@ -93,7 +93,7 @@ def _check_tree(reader: PdfReader) -> None:
             seen.add(raw.idnum)
         node = raw.get_object() if raw is not None else None
         if isinstance(node, DictionaryObject) and "/Kids" in node and depth < _MAX_TREE_DEPTH:
-            kids = node["/Kids"].get_object()
+            kids: Any = node["/Kids"].get_object()
             waiting.extend((kid, depth + 1) for kid in reversed(kids))
             continue
         number += 1

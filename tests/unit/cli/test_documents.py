@@ -1,9 +1,17 @@
+import os
 from pathlib import Path
 
+import grpc
 import pytest
+from rich.table import Table
+from rich.tree import Tree
 
-from blockrag.cli.documents import find_sources
+from blockrag.cli import console
+from blockrag.cli.documents import _ingest, find_sources
+from blockrag.client import BlockragClient
 from blockrag.errors import InvalidRequestError
+from blockrag.v1 import corpus_pb2_grpc
+from tests.unit.handwritten_server import Server
 
 
 def test_directories_are_searched_and_ids_are_paths_below_them(tmp_path: Path) -> None:
@@ -59,3 +67,45 @@ def test_names_that_differ_only_in_their_encoding_are_one_id(tmp_path: Path) -> 
         (tmp_path / name).write_text(name)
     with pytest.raises(InvalidRequestError, match="would both"):
         list(find_sources([tmp_path]))
+
+
+async def test_a_name_that_is_not_utf8_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows B2 and B3: the reason is printed, the good files go in, a name like markup is a name."""
+    for name in (b"bad\xe9.md", b"good.md", b"[x] :b:.md"):
+        (tmp_path / os.fsdecode(name)).write_text("text")
+    server = grpc.aio.server()
+    answers = Server()
+    corpus_pb2_grpc.add_CorpusServiceServicer_to_server(answers, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        sources = list(find_sources([tmp_path]))
+        failed = await _ingest(BlockragClient(f"127.0.0.1:{port}"), sources, "notes", as_json=True)
+    finally:
+        await server.stop(None)
+
+    assert failed == 1
+    sent = {messages[0].header.document_id for messages in answers.requests}
+    assert sent == {"good.md", "[x] :b:.md"}
+    printed = capsys.readouterr().out
+    assert "bad\\\\udce9.md" in printed
+    assert "is no Unicode text" in printed
+
+
+@pytest.mark.parametrize("text", ["What [/INST] means", "list[int]", "[/x].md", "[red]no style[/]", ":smile: [link=x]"])
+def test_text_is_printed_as_it_is(text: str) -> None:
+    """Row B2."""
+    table = Table(text, title=text)
+    table.add_row(text)
+    tree = Tree("root")
+    tree.add(text)
+    for printer in (console.out, console.err):
+        for item in (text, table, tree):
+            with printer.capture() as captured:
+                printer.print(item)
+            assert text in captured.get()
+    bar = console.progress_bar()
+    bar.add_task(text, total=1)
+    with console.err.capture() as captured:
+        console.err.print(bar.get_renderable())
+    assert text in captured.get()
