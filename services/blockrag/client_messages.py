@@ -131,7 +131,16 @@ def _several(value: Any) -> tuple[Any, ...]:
 def header(
     collection: str, document_id: str, title: str, media_type: str, metadata: Mapping[str, Any] | None, **further: Any
 ) -> corpus_pb2.DocumentHeader:
-    """The first message of an ingest. ``further``: source, language, dry_run."""
+    """The first message of an ingest. ``further``: source, language, dry_run.
+
+    Raises ``InvalidRequestError`` naming what is no Unicode text.
+    """
+    texts = {"collection": collection, "document_id": document_id, "title": title, "media_type": media_type, **further}
+    for field, text in texts.items():
+        # A name of a file that is not UTF-8 comes as halves of surrogate pairs.
+        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+            shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+            raise InvalidRequestError(field, f"{shown!r} is no Unicode text; give another, or rename the file")
     try:
         return corpus_pb2.DocumentHeader(
             collection=collection,

@@ -57,9 +57,14 @@ def errors_to_exit(exit_code: int = 1) -> Iterator[None]:
         yield
     except BlockragError as error:
         kind = type(error).__name__.removesuffix("Error")
-        line = Text.assemble(("error:", "bold red"), f" {kind}: {error}")
+        line = Text.assemble(("error:", "bold red"), f" {kind}: {printable(str(error))}")
         err.print(line, highlight=False, soft_wrap=True)
         raise typer.Exit(exit_code) from error
+
+
+def printable(text: str) -> str:
+    """The text with what is no Unicode, as in names of files, written as \\udc.. escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def description_column() -> TextColumn:
@@ -94,5 +99,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Path):
-        return str(value)
+        return printable(str(value))
     return value

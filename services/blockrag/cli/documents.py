@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from blockrag.characters import normalise
 from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
@@ -94,17 +95,34 @@ def ingest(
 def find_sources(paths: list[Path]) -> Iterator[Source]:
     """Files as they are named; files of directories with their path below the directory as the id.
 
-    Raises ``InvalidRequestError`` for a path that does not exist.
+    Raises ``InvalidRequestError`` for a path that does not exist, and for two files that would get one id: the second
+    would replace the first.
     """
+    taken: dict[str, Path] = {}
+    for name, file in _files(paths):
+        document_id = normalise(name)
+        other = taken.setdefault(document_id, file)
+        # Documents of a jsonl file have ids of their own.
+        if other is file or (file.suffix.lower() == ".jsonl" and not other.samefile(file)):
+            yield Source(document_id, file)
+        elif not other.samefile(file):
+            raise InvalidRequestError(
+                "paths",
+                f"{console.printable(str(other))} and {console.printable(str(file))} would both be the document "
+                f"{console.printable(document_id)!r}; name the directory above them, or two collections",
+            )
+
+
+def _files(paths: list[Path]) -> Iterator[tuple[str, Path]]:
     for path in paths:
         if path.is_dir():
             for file in sorted(path.rglob("*")):
                 if file.is_file() and file.suffix.lower() in SUFFIXES:
-                    yield Source(file.relative_to(path).as_posix(), file)
+                    yield file.relative_to(path).as_posix(), file
         elif path.is_file():
-            yield Source(path.name, path)
+            yield path.name, path
         else:
-            raise InvalidRequestError("paths", f"{path} does not exist")
+            raise InvalidRequestError("paths", f"{console.printable(str(path))} does not exist")
 
 
 async def _ingest(
@@ -122,7 +140,7 @@ async def _ingest(
         with console.progress_bar() as bar:
             task = bar.add_task("ingesting", total=len(sources))
             for source in sources:
-                bar.update(task, description=source.document_id)
+                bar.update(task, description=console.printable(source.document_id))
                 try:
                     stored = await source.send(client, collection, options)
                 except (BlockragError, OSError) as error:
@@ -130,10 +148,11 @@ async def _ingest(
                     counts["failed"] += 1
                     if sync is not None:
                         sync.keep_all_of(source.document_id)
-                    line = Text.assemble(("failed", "red"), f" {source.document_id}: {error}")
-                    bar.console.print(line, highlight=False)
+                    name, problem = console.printable(source.document_id), console.printable(str(error))
+                    line = Text.assemble(("failed", "red"), f" {name}: {problem}")
+                    bar.console.print(line, highlight=False, soft_wrap=True)
                     if as_json:
-                        console.print_json_line({"document_id": source.document_id, "error": str(error)})
+                        console.print_json_line({"document_id": name, "error": problem})
                 else:
                     if sync is not None:
                         sync.keep(stored)

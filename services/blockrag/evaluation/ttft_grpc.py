@@ -203,7 +203,7 @@ def _take(passages: Iterator[tuple[GivenPassage, int]], tokens: int) -> tuple[Gi
 
 def _passages(bundle: Bundle) -> Iterator[tuple[GivenPassage, int]]:
     """The almanac's passages with the tokens of their blocks."""
-    from blockrag.ingest import PassageSplitter
+    from blockrag.ingest.splitting import PassageSplitter
 
     tokenizer = bundle.load_tokenizer()
     splitter = PassageSplitter(bundle.template, tokenizer, bundle.passage_tokens)

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -17,20 +18,17 @@ from google.protobuf.struct_pb2 import Struct
 
 from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
 from blockrag.gateway.paging import page_token_after, read_page_token
-from blockrag.ingest import PreparedDocument, SourceDocument
+from blockrag.ingest.pipeline import PreparedDocument, SourceDocument
 from blockrag.metadata import metadata_of, struct_of
 from blockrag.v1 import corpus_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.common_pb2 import Passage, RequestContext
 from blockrag.v1.corpus_pb2 import IngestedDocument
 
-MAX_METADATA_BYTES = 8192
-"""Largest metadata of a document: each of its passages carries it, and 256 of them must fit a message of 4 MB."""
-
 _SCANNED = 1000
 """Documents of a page when all are looked at."""
 
-Prepare = Callable[[BinaryIO, SourceDocument], Iterator[PreparedDocument]]
-"""Parses and splits a received file; blocking."""
+Prepare = Callable[[BinaryIO, SourceDocument], AbstractAsyncContextManager[Iterator[PreparedDocument]]]
+"""Parses a received file; splitting it, while the documents are consumed, blocks."""
 
 
 class DocumentIndex(Protocol):
@@ -90,10 +88,10 @@ class Corpus:
             media_type=header.media_type,
             metadata=metadata_of(header.metadata),
         )
-        prepared = await asyncio.to_thread(self.prepare, spool, source)
         response = corpus_pb2.IngestDocumentResponse()
-        while (document := await asyncio.to_thread(next, prepared, None)) is not None:
-            response.documents.append(await self._store(header, document, context))
+        async with self.prepare(spool, source) as prepared:
+            while (document := await asyncio.to_thread(next, prepared, None)) is not None:
+                response.documents.append(await self._store(header, document, context))
         return response
 
     async def delete_document(
@@ -208,12 +206,6 @@ class Corpus:
                 outcome=corpus_pb2.INGEST_OUTCOME_UNCHANGED,
             )
         metadata = struct_of(document.metadata)
-        if metadata.ByteSize() > MAX_METADATA_BYTES:
-            raise InvalidRequestError(
-                "metadata",
-                f"of document {document.document_id!r} has {metadata.ByteSize()} bytes; at most {MAX_METADATA_BYTES} "
-                "are allowed",
-            )
         if header.dry_run:
             count = await asyncio.to_thread(_count, document.passages)
         else:

@@ -31,9 +31,9 @@ from blockrag.gateway.planning import NearPlanner
 from blockrag.gateway.spool import receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.gateway.warming import ALL_FORMS, Warming
 from blockrag.grpc_status import rpc
-from blockrag.ingest import PassageSplitter, prepare_documents
+from blockrag.ingest.parser_pool import ParserPool
+from blockrag.ingest.splitting import PassageSplitter
 from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
-from blockrag.retriever.identity import check_document_id
 from blockrag.settings import GatewaySettings, Settings, load_application_settings
 from blockrag.telemetry import metrics, read_trace, setup_telemetry, trace_directory
 from blockrag.v1 import corpus_pb2, rag_pb2, system_pb2
@@ -54,6 +54,7 @@ class Gateway:
         bundle = configured_bundle(settings)
         tokenizer = bundle.load_fast_tokenizer()
         splitter = PassageSplitter(bundle.template, tokenizer, settings.ingest.passage_tokens)
+        parsers = ParserPool(settings.ingest.parsers, settings.ingest.parse_timeout_s, settings.ingest.parse_memory_mb)
         retriever = remote.RetrieverClient(serve.get_app_handle)
         compressor = remote.CompressorClient(serve.get_app_handle)
         kv_cache = remote.KvCacheClient(serve.get_app_handle)
@@ -80,7 +81,7 @@ class Gateway:
         self._corpus = Corpus(
             retriever,
             kv_cache,
-            functools.partial(prepare_documents, splitter=splitter),
+            functools.partial(parsers.prepare, splitter=splitter),
             settings.ingest.batch_passages,
         )
         self._warming = Warming(
@@ -169,8 +170,8 @@ class Gateway:
         context = request_context(grpc_context, caller.tenant)
         with observed("CorpusService", "DeleteDocument", context) as current:
             collection = validation.check_collection(request.collection)
-            check_document_id(request.document_id)
-            return await self._corpus.delete_document(collection, request.document_id, current.child_context())
+            document_id = validation.read_document_id(request.document_id)
+            return await self._corpus.delete_document(collection, document_id, current.child_context())
 
     @rpc
     async def DeleteSource(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from google.protobuf.struct_pb2 import Value
 
+from blockrag.characters import is_blank, normalise
 from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression, sizes_decide
 from blockrag.errors import InvalidRequestError
 from blockrag.languages import LANGUAGES
@@ -119,13 +120,14 @@ def check_retrieve(request: rag_pb2.RetrieveRequest, limits: GatewaySettings) ->
 
 
 def check_question(field: str, text: str, max_chars: int) -> str:
-    """A question with something in it, without control characters."""
+    """A question with something in it, normalised, without control characters."""
     if len(text) > max_chars:
         raise InvalidRequestError(field, f"has {len(text)} characters; at most {max_chars} are allowed")
     check_text(field, text)
-    if not text.strip():
+    text = normalise(text).strip()
+    if is_blank(text):
         raise InvalidRequestError(field, "must not be empty")
-    return text.strip()
+    return text
 
 
 def check_text(field: str, text: str) -> None:
@@ -146,16 +148,18 @@ def check_collection(name: str) -> str:
 
 
 def check_header(header: corpus_pb2.DocumentHeader) -> corpus_pb2.DocumentHeader:
-    """The header with its collection filled in."""
-    checked = corpus_pb2.DocumentHeader()
-    checked.CopyFrom(header)
-    checked.collection = check_collection(header.collection)
-    check_document_id(header.document_id)
+    """The header normalised, with its collection filled in."""
     _check_line("title", header.title, MAX_TITLE_CHARS)
     for key in header.metadata.fields:
         _check_key("metadata", key)
     metadata_of(header.metadata)
-    checked.source = header.source or header.document_id
+    checked = corpus_pb2.DocumentHeader()
+    # The metadata's own texts are normalised with those that the file brings (ingest.metadata).
+    checked.CopyFrom(header)
+    checked.collection = check_collection(header.collection)
+    checked.document_id = read_document_id(header.document_id)
+    checked.title = normalise(header.title)
+    checked.source = normalise(header.source) or checked.document_id
     _check_line("source", checked.source, MAX_SOURCE_CHARS)
     if header.language and header.language not in LANGUAGES:
         raise InvalidRequestError("language", f"{header.language[:80]!r} is none of {', '.join(LANGUAGES)}")
@@ -163,22 +167,29 @@ def check_header(header: corpus_pb2.DocumentHeader) -> corpus_pb2.DocumentHeader
 
 
 def check_source(source: str) -> str:
-    """What documents came from, by which they are removed."""
+    """What documents came from, by which they are removed; normalised as it is stored."""
     if not source:
         raise InvalidRequestError("source", "must not be empty")
     _check_line("source", source, MAX_SOURCE_CHARS)
-    return source
+    return normalise(source)
+
+
+def read_document_id(document_id: str) -> str:
+    """An id, normalised as ids are stored."""
+    document_id = normalise(document_id)
+    check_document_id(document_id)
+    return document_id
 
 
 def check_filter(conditions: Sequence[MetadataCondition]) -> tuple[MetadataCondition, ...]:
-    """Conditions that can be evaluated."""
+    """Conditions that can be evaluated, normalised as metadata is."""
     if len(conditions) > MAX_CONDITIONS:
         raise InvalidRequestError("filter", f"has {len(conditions)} conditions; at most {MAX_CONDITIONS} are allowed")
     for index, condition in enumerate(conditions):
         field = f"filter[{index}]"
         _check_key(f"{field}.key", condition.key)
         _check_values(field, condition)
-    return tuple(conditions)
+    return tuple(map(_normalised, conditions))
 
 
 def check_page_size(page_size: int, default: int = 100) -> int:
@@ -189,12 +200,10 @@ def check_page_size(page_size: int, default: int = 100) -> int:
 
 
 def check_document_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
-    """Ids without repetition, in order."""
+    """Ids without repetition, normalised, in order."""
     if len(document_ids) > MAX_WARM_DOCUMENTS:
         raise InvalidRequestError("document_ids", f"at most {MAX_WARM_DOCUMENTS} are allowed")
-    for document_id in document_ids:
-        check_document_id(document_id)
-    return tuple(dict.fromkeys(document_ids))
+    return tuple(dict.fromkeys(map(read_document_id, document_ids)))
 
 
 def check_listed_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
@@ -260,7 +269,7 @@ def _check_given(passages: Sequence[rag_pb2.GivenPassage], most: int) -> tuple[r
         if len(passage.text) > MAX_GIVEN_CHARS:
             raise InvalidRequestError(f"{field}.text", f"has more than {MAX_GIVEN_CHARS} characters")
         check_text(f"{field}.text", passage.text)
-        if not passage.text.strip():
+        if is_blank(passage.text):
             raise InvalidRequestError(f"{field}.text", "must not be empty")
         _check_line(f"{field}.title", passage.title, MAX_TITLE_CHARS)
     total = sum(len(passage.text) for passage in passages)
@@ -268,7 +277,19 @@ def _check_given(passages: Sequence[rag_pb2.GivenPassage], most: int) -> tuple[r
         raise InvalidRequestError(
             "passages", f"have {total} characters together; at most {MAX_GIVEN_TOTAL_CHARS} are allowed"
         )
-    return tuple(passages)
+    return tuple(
+        rag_pb2.GivenPassage(title=normalise(passage.title), text=normalise(passage.text)) for passage in passages
+    )
+
+
+def _normalised(condition: MetadataCondition) -> MetadataCondition:
+    checked = MetadataCondition()
+    checked.CopyFrom(condition)
+    checked.key = normalise(condition.key)
+    for value in checked.values:
+        if value.WhichOneof("kind") == "string_value":
+            value.string_value = normalise(value.string_value)
+    return checked
 
 
 def _check_conversation(request: rag_pb2.GenerateRequest) -> tuple[common_pb2.Turn, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from google.protobuf.struct_pb2 import Struct
@@ -13,7 +15,8 @@ from google.protobuf.struct_pb2 import Struct
 from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
 from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.validation import check_header
-from blockrag.ingest import PassageSplitter, prepare_documents
+from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, prepare_documents
+from blockrag.ingest.splitting import PassageSplitter
 from blockrag.v1 import corpus_pb2
 from blockrag.v1.common_pb2 import RequestContext
 from blockrag.v1.corpus_pb2 import (
@@ -38,7 +41,12 @@ def splitter() -> PassageSplitter:
 
 @pytest.fixture
 def corpus(splitter: PassageSplitter) -> Corpus:
-    return Corpus(FakeIndex(), FakeCache(), functools.partial(prepare_documents, splitter=splitter), 8)
+    @asynccontextmanager
+    async def prepare(spool: BinaryIO, source: SourceDocument) -> AsyncIterator[Iterator[PreparedDocument]]:
+        with prepare_documents(spool, source, splitter) as prepared:
+            yield prepared
+
+    return Corpus(FakeIndex(), FakeCache(), prepare, 8)
 
 
 def parts(corpus: Corpus) -> tuple[FakeIndex, FakeCache]:
