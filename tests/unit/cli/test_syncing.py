@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import io
 import json
 import shutil
@@ -21,13 +20,13 @@ from blockrag.cli.main import app
 from blockrag.errors import BlockragError
 from blockrag.gateway import validation
 from blockrag.gateway.corpus import Corpus
-from blockrag.ingest import PassageSplitter, prepare_documents
+from blockrag.ingest.splitting import PassageSplitter
 from blockrag.metadata import struct_of
 from blockrag.status import status_code
 from blockrag.v1 import common_pb2, corpus_pb2_grpc, rag_pb2, rag_pb2_grpc
 from blockrag.v1.common_pb2 import RequestContext
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
-from tests.unit.gateway.fakes import FakeCache, FakeIndex
+from tests.unit.gateway.fakes import FakeCache, FakeIndex, preparing
 
 CASES = Path(__file__).resolve().parents[2] / "data" / "cases"
 CONTEXT = RequestContext(tenant="public")
@@ -39,7 +38,7 @@ class Gateway(corpus_pb2_grpc.CorpusServiceServicer, rag_pb2_grpc.RagServiceServ
     def __init__(self) -> None:
         splitter = PassageSplitter(TEST_TEMPLATE, make_tiny_tokenizer(), 64)
         self.index, self.cache = FakeIndex(), FakeCache()
-        self._corpus = Corpus(self.index, self.cache, functools.partial(prepare_documents, splitter=splitter), 8)
+        self._corpus = Corpus(self.index, self.cache, preparing(splitter), 8)
 
     async def IngestDocument(self, request: AsyncIterator[Any], context: Any) -> Any:
         messages = [message async for message in request]

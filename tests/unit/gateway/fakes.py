@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 from blockrag.compressor.compression import CompressionRequest
+from blockrag.gateway.corpus import Prepare
+from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, prepare_documents
+from blockrag.ingest.splitting import PassageSplitter
 from blockrag.v1 import compressor_pb2, decoder_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.common_pb2 import (
     CHUNK_FORM_DROPPED,
@@ -246,3 +251,14 @@ class FakeTokenizer:
                 token_ids=[ord(character) for character in passage.text],
             )
         return response
+
+
+def preparing(splitter: PassageSplitter) -> Prepare:
+    """Parses and splits in this process; the gateway has it done by others."""
+
+    @asynccontextmanager
+    async def prepare(spool: BinaryIO, source: SourceDocument) -> AsyncIterator[Iterator[PreparedDocument]]:
+        with prepare_documents(spool, source, splitter) as prepared:
+            yield prepared
+
+    return prepare

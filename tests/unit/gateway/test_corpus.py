@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 from google.protobuf.struct_pb2 import Struct
@@ -15,7 +12,6 @@ from google.protobuf.struct_pb2 import Struct
 from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
 from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.validation import check_header
-from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, prepare_documents
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.v1 import corpus_pb2
 from blockrag.v1.common_pb2 import RequestContext
@@ -27,7 +23,7 @@ from blockrag.v1.corpus_pb2 import (
 )
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 
-from .fakes import FakeCache, FakeIndex
+from .fakes import FakeCache, FakeIndex, preparing
 
 CASES = Path(__file__).resolve().parents[2] / "data" / "cases"
 CONTEXT = RequestContext(request_id="r1", tenant="acme")
@@ -41,12 +37,7 @@ def splitter() -> PassageSplitter:
 
 @pytest.fixture
 def corpus(splitter: PassageSplitter) -> Corpus:
-    @asynccontextmanager
-    async def prepare(spool: BinaryIO, source: SourceDocument) -> AsyncIterator[Iterator[PreparedDocument]]:
-        with prepare_documents(spool, source, splitter) as prepared:
-            yield prepared
-
-    return Corpus(FakeIndex(), FakeCache(), prepare, 8)
+    return Corpus(FakeIndex(), FakeCache(), preparing(splitter), 8)
 
 
 def parts(corpus: Corpus) -> tuple[FakeIndex, FakeCache]:

@@ -22,12 +22,12 @@ from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.observing import observed, request_context
 from blockrag.http.app import build_app
 from blockrag.http.gateway import Gateway
-from blockrag.ingest import PassageSplitter, prepare_documents
+from blockrag.ingest.splitting import PassageSplitter
 from blockrag.settings import Settings
 from blockrag.v1 import corpus_pb2, rag_pb2
 from blockrag.v1.common_pb2 import Passage
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
-from tests.unit.gateway.fakes import FakeCache, FakeDecoder, FakeIndex, FakePlanner, FakeSearcher
+from tests.unit.gateway.fakes import FakeCache, FakeDecoder, FakeIndex, FakePlanner, FakeSearcher, preparing
 
 ABILITY = CompressionAbility("reader", 4, frozenset({"query"}))
 PASSAGES = [
@@ -60,7 +60,7 @@ class StandIn:
 
     def __post_init__(self) -> None:
         self._answering = Answering(self.searcher, self.planner, self.decoder, "f00d", "tiny")
-        self._corpus = Corpus(self.index, FakeCache(), functools.partial(prepare_documents, splitter=splitter()), 8)
+        self._corpus = Corpus(self.index, FakeCache(), preparing(splitter()), 8)
 
     def _note(self, call: OnBehalf) -> None:
         self.calls.append(call)
