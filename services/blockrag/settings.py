@@ -120,7 +120,7 @@ class IngestSettings(_Section):
     parsers: Positive = 2
     """Processes per gateway replica that read files, each one at a time; as many as cores that may be spent on it."""
     parse_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Longest time, in seconds, that reading one file may take; then it is refused. A page of a pdf takes about 0.06."""
+    """Longest time, in seconds, that reading one file may take; then it is refused. A page of a pdf takes 0.06."""
     parse_memory_mb: Annotated[int, Field(ge=64)] = 1024
     """Most memory that reading one file may take, in MiB, beyond what the process takes by itself; a web page that is
     all tags takes over eighteen times its size."""
