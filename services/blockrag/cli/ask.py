@@ -15,12 +15,14 @@ from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
 from blockrag.cli.filters import parse_filters
 from blockrag.cli.reading import compression_note, reading_lines
-from blockrag.client import BlockragClient, GenerateOptions
+from blockrag.client import BlockragClient
+from blockrag.client_options import GenerateOptions
 from blockrag.errors import UnavailableError
 from blockrag.results import Completion, Compression, Retrieved, TraceSpan
 
 FilterOption = Annotated[
-    list[str] | None, typer.Option("--filter", "-f", help="Metadata: key=value, key!=a,b, key>=1, key<=2.")
+    list[str] | None,
+    typer.Option("--filter", "-f", help='Metadata: key=value, key="a, b", key!=a,b, author.name=Ann, key>=1.'),
 ]
 
 
@@ -41,7 +43,7 @@ def ask(
     top_p: Annotated[float | None, typer.Option(help="Nucleus mass.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds to wait.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds to wait; the server has a limit of its own.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option(help="Most passage tokens in the prompt.")] = None,
     rate: Annotated[float | None, typer.Option(help="Compress: passage tokens per slot of the prompt.")] = None,
     max_context_tokens_compressed: Annotated[
@@ -113,16 +115,16 @@ def print_citations(completion: Completion) -> None:
     for citation in completion.citations:
         place = f"{citation.title} · {citation.document_id}" if citation.document_id else citation.title
         note = "" if citation.in_prompt else f" — dropped: {citation.dropped_reason}"
-        console.out.print(f"  [{citation.index + 1}] {place}, {citation.tokens} tokens{note}", style="dim")
+        also = f" (also in {', '.join(holder.document_id for holder in citation.also_in)})" if citation.also_in else ""
+        console.out.print(Text(f"  [{citation.index + 1}] {place}, {citation.tokens} tokens{also}{note}", "dim"))
     usage = completion.usage
     note = compression_note(usage)
     stages = "  ".join(f"{name} {value:.1f}" for name, value in completion.stages_ms.items())
-    console.out.print(
+    line = (
         f"  first token {completion.time_to_first_token_ms:.1f} ms · {usage.prompt_tokens} prompt tokens, "
-        f"{usage.cached_tokens} cached{f' · {note}' if note else ''} · ms: {stages}",
-        style="dim",
-        highlight=False,
+        f"{usage.cached_tokens} cached{f' · {note}' if note else ''} · ms: {stages}"
     )
+    console.out.print(Text(line, "dim"), highlight=False)
 
 
 def span_tree(spans: tuple[TraceSpan, ...]) -> Tree:
@@ -138,12 +140,12 @@ def span_tree(spans: tuple[TraceSpan, ...]) -> Tree:
                 offset = (span.start_unix_ns - start) / 1e6
                 label = Text.assemble(
                     (span.name, "bold"),
-                    (f" {span.service}", "dim"),
-                    f" {span.milliseconds:.1f} ms",
+                    (f" {span.service} ", "dim"),
+                    f"{span.milliseconds:.1f} ms",
                     (f" at {offset:.1f}", "dim"),
                     (f" {span.error}" if span.error else "", "red"),
                 )
-                add(parent.add(label), span.span_id)
+                add(parent.add(label, highlight=False), span.span_id)
 
     add(root, None)
     return root
@@ -170,8 +172,11 @@ def retrieve(
             return
         table = Table("score", "document", "passage", show_lines=True)
         for passage in passages:
-            table.add_row(f"{passage.score:.4f}", passage.document_id, passage.text)
+            names = [passage.document_id, *(holder.document_id for holder in passage.also_in)]
+            table.add_row(f"{passage.score:.4f}", "\n".join(names), passage.text)
         console.out.print(table)
+        if not passages and conditions:
+            console.err.print("no document fits the filter: a number equals no text, and keys are as in the metadata")
 
     with console.errors_to_exit():
         asyncio.run(run())

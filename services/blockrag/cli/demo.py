@@ -89,7 +89,7 @@ def demo(
         with console.err.status("starting") as line:
             system = LocalSystem.start(loaded, on_progress=line.update, owned=True)
         with system:
-            console.err.print(f"six services are up at {system.target} ({time.perf_counter() - started:.0f} s)")
+            console.err.print(f"the services are up at {system.target} ({time.perf_counter() - started:.0f} s)")
             drawn = Random(seed).sample(load_questions(), _SHOWN + questions)
             own = (document, tuple(question or ("What is it about?",))) if document is not None else None
             show = _Show(top_k, quiet=as_json)
@@ -108,7 +108,7 @@ def demo(
             )
         else:
             console.out.print(_table(rows))
-            console.out.print(f"the whole demo took {time.perf_counter() - started:.0f} s", style="dim")
+            console.out.print(Text(f"the whole demo took {time.perf_counter() - started:.0f} s", "dim"))
 
 
 def _demo_settings(settings: Settings, state_dir: Path) -> Settings:
@@ -154,9 +154,8 @@ class _Show:
         if not self._quiet:
             known = f"  (right: {' / '.join(expected)})" if expected else ""
             console.out.print(Text.assemble("\n", (question, "bold"), (known, "dim")))
-            console.out.print(
-                Text.assemble("  without retrieval: ", (alone.text.strip(), "dim"), "\n  with retrieval:    "), end=""
-            )
+            line = Text.assemble("  without retrieval: ", (alone.text.strip(), "dim"), "\n  with retrieval:    ")
+            console.out.print(line, end="")
         text = ""
         async for event in client.generate(question, collection=collection, top_k=self.top_k):
             if isinstance(event, Completion):

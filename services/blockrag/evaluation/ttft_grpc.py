@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, get_args
 
-from blockrag.client import BlockragClient, GenerateOptions
+from blockrag.client import BlockragClient
+from blockrag.client_options import GenerateOptions
 from blockrag.corpus.sample import load_articles
 from blockrag.errors import SettingsError
 from blockrag.results import Answer, Compression, GivenPassage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 from collections.abc import Sequence
@@ -13,7 +12,9 @@ from google.protobuf.struct_pb2 import Value
 from blockrag.characters import is_blank, normalise
 from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression, sizes_decide
 from blockrag.errors import InvalidRequestError
+from blockrag.languages import LANGUAGES
 from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_TEMPERATURE
+from blockrag.metadata import check_number, metadata_of
 from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2
@@ -28,7 +29,11 @@ MAX_GIVEN_CHARS = 65_536
 """Longest text of a given passage, in characters."""
 MAX_GIVEN_TOTAL_CHARS = 262_144
 """Longest text of all given passages together: they travel in one message of at most 4 MB."""
+MAX_TURNS = 128
+MAX_CONVERSATION_CHARS = 262_144
+"""Longest text of instructions and earlier turns together."""
 MAX_TITLE_CHARS = 1024
+MAX_SOURCE_CHARS = 1024
 MAX_PAGE = 500
 MAX_WARM_DOCUMENTS = 10_000
 
@@ -58,6 +63,10 @@ class Question:
     """None: off."""
     needs_compressor: bool = False
     """Whether its plan takes more than the passages' sizes."""
+    turns: tuple[common_pb2.Turn, ...] = ()
+    """The conversation before it, oldest first."""
+    instructions: str = ""
+    """What the caller asks of every answer."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,8 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
         given=given,
         compression=compression,
         needs_compressor=not sizes_decide(compression, ability),
+        turns=_check_conversation(request),
+        instructions=request.instructions.strip(),
     )
 
 
@@ -141,15 +152,26 @@ def check_header(header: corpus_pb2.DocumentHeader) -> corpus_pb2.DocumentHeader
     _check_line("title", header.title, MAX_TITLE_CHARS)
     for key in header.metadata.fields:
         _check_key("metadata", key)
-    checked = corpus_pb2.DocumentHeader(
-        collection=check_collection(header.collection),
-        document_id=read_document_id(header.document_id),
-        title=normalise(header.title),
-        media_type=header.media_type,
-    )
+    metadata_of(header.metadata)
+    checked = corpus_pb2.DocumentHeader()
     # The metadata's own texts are normalised with those that the file brings (ingest.metadata).
-    checked.metadata.CopyFrom(header.metadata)
+    checked.CopyFrom(header)
+    checked.collection = check_collection(header.collection)
+    checked.document_id = read_document_id(header.document_id)
+    checked.title = normalise(header.title)
+    checked.source = normalise(header.source) or checked.document_id
+    _check_line("source", checked.source, MAX_SOURCE_CHARS)
+    if header.language and header.language not in LANGUAGES:
+        raise InvalidRequestError("language", f"{header.language[:80]!r} is none of {', '.join(LANGUAGES)}")
     return checked
+
+
+def check_source(source: str) -> str:
+    """What documents came from, by which they are removed; normalised as it is stored."""
+    if not source:
+        raise InvalidRequestError("source", "must not be empty")
+    _check_line("source", source, MAX_SOURCE_CHARS)
+    return normalise(source)
 
 
 def read_document_id(document_id: str) -> str:
@@ -182,6 +204,13 @@ def check_document_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
     if len(document_ids) > MAX_WARM_DOCUMENTS:
         raise InvalidRequestError("document_ids", f"at most {MAX_WARM_DOCUMENTS} are allowed")
     return tuple(dict.fromkeys(map(read_document_id, document_ids)))
+
+
+def check_listed_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
+    """Ids of documents that are asked for, as many as a page may have."""
+    if len(document_ids) > MAX_PAGE:
+        raise InvalidRequestError("document_ids", f"at most {MAX_PAGE} are allowed")
+    return check_document_ids(document_ids)
 
 
 def check_trace_id(trace_id: str) -> str:
@@ -263,6 +292,23 @@ def _normalised(condition: MetadataCondition) -> MetadataCondition:
     return checked
 
 
+def _check_conversation(request: rag_pb2.GenerateRequest) -> tuple[common_pb2.Turn, ...]:
+    if len(request.turns) > MAX_TURNS:
+        raise InvalidRequestError("turns", f"has {len(request.turns)} turns; at most {MAX_TURNS} are allowed")
+    total = len(request.instructions) + sum(len(turn.question) + len(turn.answer) for turn in request.turns)
+    if total > MAX_CONVERSATION_CHARS:
+        raise InvalidRequestError(
+            "turns", f"and instructions have {total} characters together; at most {MAX_CONVERSATION_CHARS} are allowed"
+        )
+    check_text("instructions", request.instructions)
+    for index, turn in enumerate(request.turns):
+        check_text(f"turns[{index}].question", turn.question)
+        check_text(f"turns[{index}].answer", turn.answer)
+        if not turn.question.strip():
+            raise InvalidRequestError(f"turns[{index}].question", "must not be empty")
+    return tuple(request.turns)
+
+
 def _check_key(field: str, key: str) -> None:
     if not key:
         raise InvalidRequestError(field, "must not be empty")
@@ -283,8 +329,8 @@ def _check_values(field: str, condition: MetadataCondition) -> None:
     if condition.operator in (ConditionOperator.CONDITION_OPERATOR_IN, ConditionOperator.CONDITION_OPERATOR_NOT_IN):
         if not 1 <= len(values) <= MAX_CONDITION_VALUES:
             raise InvalidRequestError(f"{field}.values", f"must hold 1 to {MAX_CONDITION_VALUES} values")
-        if len(kinds) != 1 or not kinds <= set(_KINDS):
-            raise InvalidRequestError(f"{field}.values", "must be strings, numbers or booleans, all of one kind")
+        if not kinds <= set(_KINDS):
+            raise InvalidRequestError(f"{field}.values", "must be strings, numbers or booleans, each value on its own")
         for index, value in enumerate(values):
             _check_value(f"{field}.values[{index}]", value)
     elif condition.operator in (
@@ -299,8 +345,8 @@ def _check_values(field: str, condition: MetadataCondition) -> None:
 
 
 def _check_value(field: str, value: Value) -> None:
-    if value.WhichOneof("kind") == "number_value" and not math.isfinite(value.number_value):
-        raise InvalidRequestError(field, "must be a finite number")
+    if value.WhichOneof("kind") == "number_value":
+        check_number(value.number_value, field, "the number")
     if value.WhichOneof("kind") == "string_value":
         if len(value.string_value) > MAX_TITLE_CHARS:
             raise InvalidRequestError(field, f"has more than {MAX_TITLE_CHARS} characters")

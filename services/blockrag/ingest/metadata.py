@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.struct_pb2 import Struct
 
 from blockrag.characters import normalise_values
+from blockrag.errors import InvalidRequestError
+from blockrag.metadata import MAX_DEPTH, check_number
 
 MAX_METADATA_BYTES = 8192
 """Largest metadata of a document: each of its passages carries it, and 256 of them must fit a message of 4 MB."""
 MAX_KEY_CHARS = 128
-_MAX_DEPTH = 16
-_EXACT = 2**53
 
 
 def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,19 +45,18 @@ def _check_key(name: Any) -> None:
 
 
 def _check_value(name: str, value: Any, depth: int) -> None:
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"{name!r}: is nested more than {_MAX_DEPTH} deep")
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{name!r}: is nested more than {MAX_DEPTH} deep")
     if isinstance(value, bool) or value is None:
         return
     if isinstance(value, str):
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{name!r}: holds half of a surrogate pair")
-    elif isinstance(value, int):
-        if abs(value) > _EXACT:
-            raise ValueError(f"{name!r}: a whole number beyond 2^53 cannot be kept exactly; send it as text")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{name!r}: a number must be finite")
+    elif isinstance(value, int | float):
+        try:
+            check_number(value, "metadata", repr(name))
+        except InvalidRequestError as error:
+            raise ValueError(error.problem) from None
     elif isinstance(value, list):
         for item in value:
             _check_value(name, item, depth + 1)

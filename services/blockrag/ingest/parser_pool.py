@@ -191,5 +191,5 @@ def _with_descriptor(spool: BinaryIO, size: int) -> Iterator[BinaryIO]:
 def _scratch(size: int) -> BinaryIO:
     """An empty file that is gone when it is closed; in memory where about ``size`` bytes are small."""
     if size > _SMALL_BYTES or not hasattr(os, "memfd_create"):
-        return cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  (the caller closes it)
+        return cast(BinaryIO, tempfile.TemporaryFile())
     return cast(BinaryIO, os.fdopen(os.memfd_create("blockrag"), "w+b"))

@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
-from weakref import WeakKeyDictionary
+from typing import Self
 
 from tokenizers import AddedToken, Tokenizer
 
 from blockrag.errors import BundleError
-
-_TEXT_TOKENIZERS: WeakKeyDictionary[Any, Tokenizer] = WeakKeyDictionary()
-
-
-def text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy for what people write: the text of an added token in it, a turn's marker for instance, is text.
-
-    Whether the token has the flag "special" makes no difference, as many markers have not; runs of white space that
-    are tokens stay what they are.
-    """
-    state = json.loads(tokenizer.to_str())
-    for token in state["added_tokens"]:
-        token["special"] = token["special"] or bool(token["content"].strip())
-    copy = Tokenizer.from_str(json.dumps(state))
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = True
-    return copy
-
-
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of what people write, by ``text_tokenizer``; ``tokenizer`` is one of transformers' or ours."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if isinstance(tokenizer, FastTokenizer) or not isinstance(backend, Tokenizer):
-        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    if tokenizer not in _TEXT_TOKENIZERS:
-        _TEXT_TOKENIZERS[tokenizer] = text_tokenizer(backend)
-    return _TEXT_TOKENIZERS[tokenizer].encode(text, add_special_tokens=False).ids
 
 
 class FastTokenizer:
@@ -51,7 +21,6 @@ class FastTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.backend_tokenizer = tokenizer
-        self._texts = text_tokenizer(tokenizer)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -63,12 +32,9 @@ class FastTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"{folder}: the tokenizer does not load: {error}") from error
 
-    def __call__(
-        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
-    ) -> dict[str, list[int]]:
-        """Token ids of ``text``, under "input_ids"; with ``split_special_tokens`` an added token's text is text."""
-        backend = self._texts if split_special_tokens else self.backend_tokenizer
-        return {"input_ids": backend.encode(text, add_special_tokens=add_special_tokens).ids}
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """Token ids of ``text``, under "input_ids"; an added token's text is that token."""
+        return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
 
     def decode(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool = False
