@@ -149,7 +149,7 @@ class GatewaySettings(_Section):
     max_uploads: Positive = 8
     """Documents received at a time per replica, of one tenant half as many; bounds memory and temporary files."""
     upload_idle_s: Annotated[float, Field(gt=0)] = 30.0
-    """An upload that sends nothing for so many seconds is ended."""
+    """An upload that sends nothing for so many seconds, or less than 64 KiB in each so many, is ended."""
     max_warmings: Positive = 4
     """Warmings under way per replica, of one tenant half as many."""
     tenants: tuple[TenantSettings, ...] = ()
