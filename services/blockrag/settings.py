@@ -89,7 +89,7 @@ class GatewaySettings(Section):
     max_uploads: Positive = 8
     """Documents received at a time per replica, of one tenant half as many; bounds memory and temporary files."""
     upload_idle_s: Annotated[float, Field(gt=0)] = 30.0
-    """An upload that sends nothing for so many seconds is ended."""
+    """An upload that sends nothing for so many seconds, or less than 64 KiB in each so many, is ended."""
     max_warmings: Positive = 4
     """Warmings under way per replica, of one tenant half as many."""
     tenants: tuple[TenantSettings, ...] = ()
@@ -116,8 +116,7 @@ class IngestSettings(Section):
     parse_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Longest time, in seconds, that reading one file may take; then it is refused. A page of a pdf takes 0.06."""
     parse_memory_mb: Annotated[int, Field(ge=64)] = 1024
-    """Most memory that reading one file may take, in MiB, beyond what the process takes by itself; a web page that is
-    all tags takes over eighteen times its size."""
+    """Most memory, in MiB, that reading one file may take; a web page that is all tags takes over 18 times its size."""
 
 
 class RetrieverSettings(Section):
