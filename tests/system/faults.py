@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blockrag.client import BlockragClient
-from blockrag.errors import BlockragError, NotFoundError
+from blockrag.errors import BlockragError, NotFoundError, OverloadedError
 from blockrag.local import LocalSystem
 from blockrag.local.preflight import free_port
 from blockrag.local.state import read_state
@@ -136,13 +136,22 @@ class Load:
         version = acknowledged + 1
         await self.client.ingest_text(document, f"Report {version} of {name}.", collection=collection)
         self.versions[document] = max(self.versions.get(document, 0), version)
-        # Through the compressor, which tokenises it, and the cache.
-        async for _ in self.client.warm(collection=collection, document_ids=[document]):
-            pass
+        await self._warm(collection, document)
         found = await self.client.retrieve(f"report of {name}", collection=collection, top_k=10)
         texts = [passage.text for passage in found if passage.document_id == document]
         numbers = [int(text.split()[1]) for text in texts]
         return "" if numbers and min(numbers) > acknowledged else f"version {version} of {document} is stale: {texts}"
+
+    async def _warm(self, collection: str, document: str) -> None:
+        """Through the compressor, which tokenises it, and the cache."""
+        while True:
+            try:
+                async for _ in self.client.warm(collection=collection, document_ids=[document]):
+                    pass
+                return
+            except OverloadedError as refused:
+                # Those that wait for a part that is away take all places: the refusal says when to come back.
+                await asyncio.sleep(refused.retry_after_ms / 1000)
 
     async def _delete(self, document: str) -> str:
         collection = f"{COLLECTION}-gone"
