@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,18 +17,25 @@ from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError, 
 from blockrag.modeling.attention.base import Capture, RaggedBatch, Segment, SlotAttention
 from blockrag.modeling.attention.over_lists import attention_over_lists
 from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.differences import traced
+from blockrag.modeling.fused import fuse_linear_layers
 from blockrag.modeling.loading import DTYPES
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.rotary import IdentityRotary, RotaryTable
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots
+from blockrag.modeling.step import MOST_TOKENS, Step, UnsuitableError
 from blockrag.modeling.stock import load_stock_model
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.types import BlockKV
 
 __all__ = ["SlotModel", "load_stock_model"]
 
+_logger = logging.getLogger(__name__)
+
 _PROBE_TOKENS = 8
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+_STEP_TOLERANCE = 0.1
+"""Of a step in eight bits: rounding of random models' weights costs up to 3 %, another computation 50 % and more."""
 _ARENA_SLOTS = 65_536
 
 
@@ -42,7 +51,7 @@ class SlotModel:
     ) -> None:
         """``model`` already goes through slot attention; use ``load`` or ``from_pretrained_model``."""
         self._model = model
-        self._shape = facts.shape
+        self._facts = facts
         self.num_layers = facts.shape.num_layers
         self.num_kv_heads = facts.shape.num_kv_heads
         self.head_dim = facts.shape.head_dim
@@ -67,6 +76,8 @@ class SlotModel:
         narrow = torch.bfloat16 in (self.compute_dtype, kv_dtype)
         self._slot_dtype = torch.bfloat16 if narrow else self.compute_dtype
         self._arena = SlotArena(facts.shape, self._slot_dtype, self.device, _ARENA_SLOTS)
+        self._step: Step | None = None
+        self._trace: list[Tensor] | None = None
 
     @classmethod
     def load(
@@ -76,16 +87,20 @@ class SlotModel:
         device: str | torch.device = "cpu",
         compute_dtype: str | None = None,
         kv_dtype: str | None = None,
+        weights: str = "none",
     ) -> SlotModel:
         """Load a bundle's decoder.
 
         ``compute_dtype`` and ``kv_dtype`` are "float32" or "bfloat16"; None takes the bundle's, which its fingerprint
-        counts. Raises BundleError for damaged weights and UnsupportedModelError for a model that cannot be driven.
+        counts. ``weights`` "int8" is for who decodes: see ``quantise_steps``. Raises BundleError for damaged weights and UnsupportedModelError for a model that cannot be driven.
         """
         stock = load_stock_model(bundle, device=device, compute_dtype=compute_dtype)
         tokenizer = bundle.load_tokenizer()
         ends = {*tokenizer(bundle.template.end, add_special_tokens=False)["input_ids"], *_configured_ends(stock)}
-        return cls.from_pretrained_model(stock, kv_dtype=kv_dtype or bundle.kv_dtype, end_token_ids=ends)
+        model = cls.from_pretrained_model(stock, kv_dtype=kv_dtype or bundle.kv_dtype, end_token_ids=ends)
+        if weights == "int8":
+            model.quantise_steps()
+        return model
 
     @classmethod
     def from_pretrained_model(
@@ -107,15 +122,52 @@ class SlotModel:
         if kv_dtype not in DTYPES:
             raise ValueError(f"kv_dtype {kv_dtype!r}: must be one of {', '.join(DTYPES)}")
         ends = _configured_ends(model) if end_token_ids is None else end_token_ids
-        probe = [(7 * i + 3) % facts.vocab_size for i in range(min(_PROBE_TOKENS, facts.max_positions))]
+        probe = _probe(facts)
         with torch.inference_mode():
             expected = model(torch.tensor([probe], device=model.device), use_cache=False).logits[0, -1].float()
         model.set_attn_implementation(_registered(attention))
         model.model.rotary_emb = IdentityRotary()
+        fuse_linear_layers(model.model.layers)
         speed_up_linear_layers(model)
         slot_model = cls(model, facts, kv_dtype=DTYPES[kv_dtype], end_token_ids=ends)
-        slot_model._check_probe(probe, expected)
+        with torch.inference_mode():
+            got = slot_model._probed(probe)
+        slot_model._check_close(got, expected, _PROBE_TOLERANCE.get(slot_model._slot_dtype, 6e-2), "over slots")
         return slot_model
+
+    def quantise_steps(self) -> bool:
+        """Compute decode steps and short prefills in one compiled call, with a copy of the weights in eight bits.
+
+        False, and the reason in the log, where the processor or the model is not for it: all is computed with the
+        whole weights then, as blocks and long prefills always are. Raises UnsupportedModelError where the step's logits
+        differ from the model's.
+        """
+        try:
+            step = Step(self._model, self._facts)
+        except UnsuitableError as error:
+            _logger.info("steps are computed with the whole weights: %s", error)
+            return False
+        probe = _probe(self._facts)
+        with torch.inference_mode():
+            expected = self._probed(probe)
+            self._step = step
+            self._check_close(self._probed(probe), expected, _STEP_TOLERANCE, "in eight bits")
+        return True
+
+    @property
+    def weights(self) -> str:
+        """What steps are computed with: "int8", or "none" where nothing is quantised."""
+        return "none" if self._step is None else "int8"
+
+    @contextmanager
+    def traced(self) -> Iterator[list[Tensor]]:
+        """Hidden states after each layer, [tokens, width] each, of the forward pass inside, whatever computes it."""
+        with traced(self.layers) as trace:
+            self._trace = trace
+            try:
+                yield trace
+            finally:
+                self._trace = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -266,10 +318,14 @@ class SlotModel:
             last_layer=self.num_layers - 1,
             capture=capture,
         )
-        last = torch.tensor([segment.start + segment.length - 1 for segment in segments], device=self.device)
         if capture is not None:
             self._model.model(**inputs, use_cache=False, slot_batch=batch)
             return torch.empty(0)
+        if self._step is not None and segments[-1].start + segments[-1].length <= MOST_TOKENS:
+            stepped = self._step(inputs["input_ids"], batch, self._trace)
+            if stepped is not None:
+                return stepped
+        last = torch.tensor([segment.start + segment.length - 1 for segment in segments], device=self.device)
         output = self._model(**inputs, use_cache=False, slot_batch=batch, logits_to_keep=last)
         logits: Tensor = output.logits[0]
         return logits.float()
@@ -289,14 +345,17 @@ class SlotModel:
         if slots > self.max_positions:
             raise PromptTooLongError(f"{slots} positions, where the model has {self.max_positions}")
 
-    def _check_probe(self, probe: list[int], expected: Tensor) -> None:
+    def _probed(self, probe: list[int]) -> Tensor:
         state = self.new_sequence([], len(probe))
-        got = self.forward([(state, probe)])[0]
+        got = self.forward([(state, probe)])[0].clone()
         state.release()
+        return got
+
+    def _check_close(self, got: Tensor, expected: Tensor, tolerance: float, how: str) -> None:
         difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-        if not difference <= _PROBE_TOLERANCE.get(self._slot_dtype, 6e-2):
+        if not difference <= tolerance:
             raise UnsupportedModelError(
-                f"{type(self._model).__name__}: logits over slots differ from the model's own by {difference:.1e} of "
+                f"{type(self._model).__name__}: logits {how} differ from the model's own by {difference:.1e} of "
                 "their scale; its attention or its rotary embedding is of a kind that is not supported"
             )
 
@@ -317,6 +376,10 @@ def _segments(items: Sequence[tuple[SequenceState | None, int]]) -> tuple[Segmen
         segments.append(Segment(start=start, length=length, state=state))
         start += length
     return tuple(segments)
+
+
+def _probe(facts: ModelFacts) -> list[int]:
+    return [(7 * i + 3) % facts.vocab_size for i in range(min(_PROBE_TOKENS, facts.max_positions))]
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:

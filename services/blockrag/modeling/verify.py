@@ -125,7 +125,7 @@ class _Gate:
         start = 0
         logits = []
         for end in cuts:
-            with traced(self.model.layers) as trace:
+            with self.model.traced() as trace:
                 logits.append((end - 1, self.model.forward([(state, tokens[start:end])])[0]))
             difference.compare_layers(trace, layers, len(layers) - 1, slice(start, end))
             start = end
@@ -152,7 +152,7 @@ class _Gate:
         difference = Difference(self._relative)
         encoded = []
         for number, block in enumerate(placed):
-            with traced(self.model.layers) as trace:
+            with self.model.traced() as trace:
                 encoded += self.model.encode([block], [f"verify-{number}"])
             start = sum(len(earlier) for earlier in placed[:number])
             # the last layer's output of a block is never read, so it is not computed
@@ -162,7 +162,7 @@ class _Gate:
             encoded = [through_store(block) for block in encoded]
         state = self.model.new_sequence([self.model.to_resident(block) for block in encoded], len(final))
         start = state.num_slots
-        with traced(self.model.layers) as trace:
+        with self.model.traced() as trace:
             logits = self.model.forward([(state, final)])[0]
         difference.compare_layers(trace, layers, len(layers) - 1, slice(start, start + len(final)))
         difference.compare("logits", len(layers), logits, expected[-1])
