@@ -39,9 +39,15 @@ class BundleSettings(_Section):
     """Directory of the bundle; empty: the reader that ships with blockrag."""
     device: str = "auto"
     """Where models compute: auto, cpu, cuda or cuda:N. auto takes a GPU when Ray gives the replica one."""
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of weights and activations. bfloat16 is twice as fast on a GPU and on processors that compute in it
-    (AVX-512 BF16, AMX: Zen 4, Sapphire Rapids and later); take float32 on others."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations. auto is bfloat16 where the models compute on a GPU by name (device) and on
+    processors that compute in it (AVX-512 BF16, AMX: Zen 4, Sapphire Rapids and later), float32 on others. Name one
+    where services run on machines that differ: all must have the same, since cached blocks are of one type."""
+    weights: Literal["int8", "none"] = "int8"
+    """What decode steps and short prefills read: int8 is a copy of the weights in eight bits beside the whole ones,
+    half their size in bfloat16, for twice the speed; used where compute_dtype is bfloat16, the processor has AVX-512
+    BF16 and the model's kind allows it, and named in the status. none: the whole weights, and no copy. Blocks are
+    always encoded with the whole weights."""
     kv_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of cached K and V, and of the attention over them. bfloat16 takes half the memory of float32, and costs
     one rounding."""

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Check, make and show bundles.")
 
 BundleArgument = Annotated[Path | None, typer.Argument(help="Directory; default: the one that ships with blockrag.")]
+_SERVED: tuple[dict[str, str], ...] = (
+    {"compute_dtype": "float32", "kv_dtype": "float32"},
+    {"compute_dtype": "float32", "kv_dtype": "bfloat16"},
+    {"compute_dtype": "bfloat16", "kv_dtype": "bfloat16", "weights": "int8"},
+)
+"""What settings can ask for: all parts of the computation, each with the others as exact as they can be."""
 
 
 @app.command(epilog="Example: blockrag bundle verify my-bundle --json")
@@ -34,7 +40,10 @@ def verify(
     store: Annotated[bool, typer.Option(help="Send blocks through Ray's object store too.")] = True,
     kv_dtype: Annotated[
         Literal["both", "float32", "bfloat16"],
-        typer.Option(help="Of the cached K and V. float32 shows the smallest error, bfloat16 is what is served."),
+        typer.Option(
+            help="Of the cached K and V. float32 shows the smallest error; bfloat16, what is served, is checked with "
+            "weights of each type."
+        ),
     ] = "both",
     as_json: JsonOption = False,
 ) -> None:
@@ -45,12 +54,12 @@ def verify(
     from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
     from blockrag.modeling.verify import verify_bundle
 
-    dtypes = ("float32", "bfloat16") if kv_dtype == "both" else (kv_dtype,)
     with console.errors_to_exit():
         with console.err.status("verifying"), _object_store(store) as through_store:
             reports = [
-                verify_bundle(load_bundle(path or DEFAULT_BUNDLE, kv_dtype=dtype), through_store=through_store)
-                for dtype in dtypes
+                verify_bundle(load_bundle(path or DEFAULT_BUNDLE, **types), through_store=through_store)
+                for types in _SERVED
+                if kv_dtype in ("both", types["kv_dtype"])
             ]
         passed = all(report.passed for report in reports)
         if as_json:
@@ -63,7 +72,8 @@ def verify(
 
 
 def _verify_table(report: VerifyReport) -> Table:
-    title = f"{report.bundle}, K and V in {report.kv_dtype}"
+    weights = ", decode steps with weights in eight bits" if report.weights == "int8" else ""
+    title = f"{report.bundle}, computed in {report.compute_dtype}, K and V in {report.kv_dtype}{weights}"
     table = Table("check", "largest difference", "tolerance", "", "where it first differs", title=title)
     for check in report.checks:
         verdict = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"

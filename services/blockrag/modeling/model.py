@@ -87,18 +87,18 @@ class SlotModel:
         device: str | torch.device = "cpu",
         compute_dtype: str | None = None,
         kv_dtype: str | None = None,
-        weights: str = "none",
+        weights: str | None = None,
     ) -> SlotModel:
         """Load a bundle's decoder.
 
         ``compute_dtype`` and ``kv_dtype`` are "float32" or "bfloat16"; None takes the bundle's, which its fingerprint
-        counts. ``weights`` "int8" is for who decodes: see ``quantise_steps``. Raises BundleError for damaged weights and UnsupportedModelError for a model that cannot be driven.
+        counts. ``weights`` "int8" calls ``quantise_steps``; "none" is for who only encodes. Raises BundleError for damaged weights and UnsupportedModelError for a model that cannot be driven.
         """
         stock = load_stock_model(bundle, device=device, compute_dtype=compute_dtype)
         tokenizer = bundle.load_tokenizer()
         ends = {*tokenizer(bundle.template.end, add_special_tokens=False)["input_ids"], *_configured_ends(stock)}
         model = cls.from_pretrained_model(stock, kv_dtype=kv_dtype or bundle.kv_dtype, end_token_ids=ends)
-        if weights == "int8":
+        if (weights or bundle.weights) == "int8":
             model.quantise_steps()
         return model
 

@@ -49,6 +49,8 @@ class VerifyReport:
     fingerprint: str
     compute_dtype: str
     kv_dtype: str
+    weights: str
+    """What decode steps read: as asked for, where this machine can."""
     relative_tolerance: float
     checks: tuple[Check, ...]
 
@@ -104,6 +106,7 @@ def verify_bundle(
         fingerprint=bundle.fingerprint,
         compute_dtype=bundle.compute_dtype,
         kv_dtype=bundle.kv_dtype,
+        weights=gate.model.weights,
         relative_tolerance=relative,
         checks=tuple(checks),
     )

@@ -29,7 +29,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except build.CannotBuildError as error:
         pytest.skip(str(error))
     made = folder / "driver"
-    sources = [str(build.SOURCE), str(Path(__file__).with_name("native_driver.c"))]
+    sources = [*map(str, build.SOURCES), str(Path(__file__).with_name("native_driver.c"))]
     subprocess.run(
         [COMPILER, *SANITIZED, "-std=gnu11", "-fopenmp", *build.INSTRUCTIONS, "-o", str(made), *sources], check=True
     )

@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from blockrag.modeling.cache import cache_dir
+from blockrag.modeling.native.processor import has_instructions
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "slots.c", _HERE / "step.c")
@@ -49,7 +50,7 @@ def check_platform() -> None:
 def check_processor() -> None:
     """Raise CannotBuildError where the library would not run."""
     check_platform()
-    if " avx512_bf16 " not in _CPUINFO.read_text(encoding="utf-8").replace("\n", " "):
+    if not has_instructions(("avx512_bf16",), _CPUINFO):
         raise CannotBuildError("the processor has no AVX-512 BF16")
 
 
