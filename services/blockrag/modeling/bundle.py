@@ -59,7 +59,7 @@ DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "reader"
 DTYPES = ("float32", "bfloat16")
 """What models are loaded in, by torch's names."""
 WEIGHTS = ("int8", "none")
-"""What decode steps and short prefills read: a copy of the weights in eight bits where that can be, or the weights."""
+"""What decode steps and prefills of questions read: a copy of the weights in eight bits where that can be, or the weights."""
 
 _SPECIAL = re.compile(r"<\|[^<>|]+\|>")
 _KEYS: dict[str, type] = {
@@ -243,7 +243,8 @@ def load_bundle(
 
     ``verify_files`` reads every file, those of ``base`` too, to compare its SHA-256; without it only presence and the
     lengths that safetensors headers promise are checked, and torch is not needed. The dtypes are what the model will
-    be loaded with: the fingerprint counts them; ``weights`` is what decode steps read. Raises BundleError naming the file and the problem.
+    be loaded with: the fingerprint counts them; ``weights`` is what decode steps read. Raises BundleError naming the
+    file and the problem.
     """
     root = Path(path).expanduser()
     for dtype in (compute_dtype, kv_dtype):

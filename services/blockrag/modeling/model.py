@@ -23,7 +23,7 @@ from blockrag.modeling.loading import DTYPES
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.rotary import IdentityRotary, RotaryTable
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots
-from blockrag.modeling.step import MOST_TOKENS, Step, UnsuitableError
+from blockrag.modeling.step import Step, UnsuitableError
 from blockrag.modeling.stock import load_stock_model
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.types import BlockKV
@@ -92,7 +92,8 @@ class SlotModel:
         """Load a bundle's decoder.
 
         ``compute_dtype`` and ``kv_dtype`` are "float32" or "bfloat16"; None takes the bundle's, which its fingerprint
-        counts. ``weights`` "int8" calls ``quantise_steps``; "none" is for who only encodes. Raises BundleError for damaged weights and UnsupportedModelError for a model that cannot be driven.
+        counts. ``weights`` "int8" calls ``quantise_steps``; "none" is for who only encodes. Raises BundleError for
+        damaged weights and UnsupportedModelError for a model that cannot be driven.
         """
         stock = load_stock_model(bundle, device=device, compute_dtype=compute_dtype)
         tokenizer = bundle.load_tokenizer()
@@ -136,7 +137,7 @@ class SlotModel:
         return slot_model
 
     def quantise_steps(self) -> bool:
-        """Compute decode steps and short prefills in one compiled call, with a copy of the weights in eight bits.
+        """Compute decode steps and questions' prefills in one compiled call, with a copy of the weights in eight bits.
 
         False, and the reason in the log, where the processor or the model is not for it: all is computed with the
         whole weights then, as blocks and long prefills always are. Raises UnsupportedModelError where the step's logits
@@ -321,7 +322,7 @@ class SlotModel:
         if capture is not None:
             self._model.model(**inputs, use_cache=False, slot_batch=batch)
             return torch.empty(0)
-        if self._step is not None and segments[-1].start + segments[-1].length <= MOST_TOKENS:
+        if self._step is not None and segments[-1].start + segments[-1].length <= self._step.most_tokens:
             stepped = self._step(inputs["input_ids"], batch, self._trace)
             if stepped is not None:
                 return stepped

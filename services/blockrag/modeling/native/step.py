@@ -183,6 +183,8 @@ class StepKernel:
         self.width = decoder.norm.shape[0]
         layers = (_Layer * len(decoder.layers))(*(_layer_struct(layer) for layer in decoder.layers))
         self._inner = decoder.layers[0].down.inputs
+        self.most_inputs = max(self._inner, self.width, decoder.heads * decoder.head_dim)
+        """Of a product."""
         self._struct = _Decoder(
             *(len(decoder.layers), self.width, decoder.heads, decoder.kv_heads, decoder.head_dim, self._inner),
             *(decoder.epsilon, decoder.scaling, 1 / limit, limit),
@@ -235,9 +237,7 @@ class StepKernel:
             attended=self._buffer("attended", torch.float32, tokens, attended).data_ptr(),
             narrow=self._buffer("narrow", torch.bfloat16, tokens, max(attended, self._inner)).data_ptr(),
             normed=self._buffer("normed", torch.bfloat16, threads * tokens, self.width).data_ptr(),
-            widened=self._buffer(
-                "widened", torch.bfloat16, threads * max(attended, self._inner, self.width), _BLOCK
-            ).data_ptr(),
+            widened=self._buffer("widened", torch.bfloat16, threads * self.most_inputs, _BLOCK).data_ptr(),
             counters=self._buffer("counters", torch.int64, 1, 2 + 6 * len(decoder.layers)).zero_().data_ptr(),
             trace=None if trace is None else trace.data_ptr(),
             logits=logits.data_ptr(),
@@ -282,7 +282,14 @@ def _check_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def _check_decoder(decoder: PackedDecoder) -> None:
     width, head_dim, heads, kv_heads = decoder.norm.shape[0], decoder.head_dim, decoder.heads, decoder.kv_heads
-    if not decoder.layers or head_dim % _BLOCK or not 0 < head_dim <= 256 or kv_heads < 1 or heads % kv_heads or not heads:
+    if (
+        not decoder.layers
+        or head_dim % _BLOCK
+        or not 0 < head_dim <= 256
+        or kv_heads < 1
+        or heads % kv_heads
+        or not heads
+    ):
         raise ValueError(f"{len(decoder.layers)} layers of {heads} heads of {head_dim}, {kv_heads} of keys")
     inner = decoder.layers[0].down.inputs
     if width % _BLOCK or inner % _LANES:
