@@ -59,7 +59,7 @@ DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "reader"
 DTYPES = ("float32", "bfloat16")
 """What models are loaded in, by torch's names."""
 WEIGHTS = ("int8", "none")
-"""What decode steps and prefills of questions read: a copy of the weights in eight bits where that can be, or the weights."""
+"""What decode steps and prefills of questions read: a copy of the weights in eight bits where it can, or no copy."""
 
 _SPECIAL = re.compile(r"<\|[^<>|]+\|>")
 _KEYS: dict[str, type] = {

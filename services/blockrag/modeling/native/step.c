@@ -8,6 +8,8 @@
  *
  * Between two parts of a layer the threads wait for each other by spinning: waking them takes longer than a part.
  */
+#include "step.h"
+
 #include "slots.h"
 
 #include <omp.h>
@@ -16,51 +18,9 @@
 #include <string.h>
 
 enum {
-    BLOCK = 2 * LANES, /* rows of a product that are computed together */
-    LINE = 64,         /* bytes of a pair of inputs of a block */
     TOKENS = 8,        /* whose sums stand in registers */
     SPINS = 4096,      /* until a thread that waits lets others run: the cores may be shared */
 };
-
-typedef struct {
-    const int8_t *weights; /* [blocks, inputs / 2, LINE] */
-    const float *scales;   /* [blocks * BLOCK] */
-    int64_t blocks, inputs;
-} Product;
-
-typedef struct {
-    Product attention, output, gate_up, down;
-    const float *attention_norm, *mlp_norm; /* [width] */
-    const float *bias;                      /* of attention, as its rows; or none */
-    const float *query_norm, *key_norm;     /* [head_dim]; or none */
-} Layer;
-
-typedef struct {
-    int64_t layers, width, heads, kv_heads, head_dim, inner;
-    float epsilon, scale, least, most;
-    const Layer *layer;
-    const float *norm; /* [width] */
-    Product head;
-} Decoder;
-
-typedef struct {
-    uint16_t *keys, *values;      /* of layer 0, [kv_heads, plane] each */
-    int64_t plane, before, start, tokens; /* numbers of a KV head's slots; slots in use; where the tokens are */
-} Segment;
-
-typedef struct {
-    float *hidden;      /* [tokens, width]: the tokens' embeddings */
-    const float *phases; /* [tokens, head_dim] */
-    float *projected;   /* [tokens, (heads + 2 kv_heads) head_dim] */
-    float *query;       /* [tokens, heads, head_dim] */
-    float *attended;    /* the same */
-    uint16_t *narrow;   /* [tokens, max(heads head_dim, inner)]: input of output and down */
-    uint16_t *normed;   /* [threads, tokens, width] */
-    int8_t *widened;    /* [threads, max inputs, BLOCK] of bfloat16 */
-    int64_t *counters;  /* [2 + 6 layers], zeros */
-    float *trace;       /* [layers, tokens, width]; or none */
-    float *logits;      /* [segments, head.blocks * BLOCK] */
-} Buffers;
 
 enum Ending { STORE, ADD, GATED };
 
@@ -166,7 +126,7 @@ static float root(const float *numbers, int64_t width, float epsilon) {
         __m512 part = _mm512_loadu_ps(numbers + i);
         squares = _mm512_fmadd_ps(part, part, squares);
     }
-    return 1 / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + epsilon);
+    return 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(_mm512_reduce_add_ps(squares) / width + epsilon)));
 }
 
 static void normalise(const float *hidden, const float *weight, int64_t width, float epsilon, uint16_t *out) {
