@@ -48,6 +48,7 @@ from blockrag.results import (
 from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2_grpc, system_pb2, system_pb2_grpc
 
 DEFAULT_TIMEOUT_S = 120.0
+_TLS_SCHEME = "grpcs://"
 _GRACE_S = 1.0  # the server's own deadline error should arrive before gRPC's
 _PIECE_BYTES = 512 * 1024
 _MESSAGE_BYTES = 64 * 2**20
@@ -80,12 +81,23 @@ class BlockragClient:
     """One connection, shared by any number of concurrent calls. Use it as an async context manager, or ``close`` it."""
 
     def __init__(
-        self, target: str = "127.0.0.1:9000", api_key: str | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        target: str = "127.0.0.1:9000",
+        api_key: str | None = None,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """``target``: host:port of the gRPC ingress. ``timeout_s`` is for calls that name none; ingest and warm have
-        none at all.
+        """``target``: host:port of the gRPC ingress, or ``grpcs://host:port`` of a proxy that speaks TLS.
+
+        ``timeout_s`` is for calls that name none; ingest and warm have none at all. ``credentials``
+        (``grpc.ssl_channel_credentials``) speak TLS with roots or a certificate of one's own; without them
+        ``grpcs://`` trusts gRPC's roots, which ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` replaces.
         """
-        self.target = target
+        self.target = target.removeprefix(_TLS_SCHEME)
+        if credentials is None and target.startswith(_TLS_SCHEME):
+            credentials = grpc.ssl_channel_credentials()
+        self._credentials = credentials
         self._timeout_s = timeout_s
         self._metadata: tuple[tuple[str, str], ...] = (("application", "gateway"),)
         if api_key:
@@ -322,7 +334,10 @@ class BlockragClient:
                 ("grpc.max_send_message_length", _MESSAGE_BYTES),
                 ("grpc.max_reconnect_backoff_ms", 1000),
             ]
-            self._channel = grpc.aio.insecure_channel(self.target, options=options)
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.target, options=options)
+            else:
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, options=options)
         return self._channel
 
     def _corpus(self) -> Any:

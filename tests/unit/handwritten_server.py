@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -172,3 +173,18 @@ class Server(
         return system_pb2.GetTraceResponse(
             spans=[system_pb2.TraceSpan(span_id=name, name=name, start_unix_ns=2**62) for name in names]
         )
+
+
+@asynccontextmanager
+async def serving(servicer: Server) -> AsyncIterator[str]:
+    """``servicer`` on a free port of this machine; gives its address."""
+    running = grpc.aio.server()
+    rag_pb2_grpc.add_RagServiceServicer_to_server(servicer, running)
+    corpus_pb2_grpc.add_CorpusServiceServicer_to_server(servicer, running)
+    system_pb2_grpc.add_SystemServiceServicer_to_server(servicer, running)
+    port = running.add_insecure_port("127.0.0.1:0")
+    await running.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await running.stop(None)

@@ -42,21 +42,15 @@ from blockrag.results import (
 )
 from blockrag.status import status_code
 from blockrag.traceparent import span_id_of, trace_id_of
-from blockrag.v1 import common_pb2, corpus_pb2_grpc, rag_pb2_grpc, system_pb2_grpc
-from tests.unit.handwritten_server import KEY, Server
+from blockrag.v1 import common_pb2
+from tests.unit.handwritten_server import KEY, Server, serving
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[tuple[Server, str]]:
     servicer = Server()
-    running = grpc.aio.server()
-    rag_pb2_grpc.add_RagServiceServicer_to_server(servicer, running)
-    corpus_pb2_grpc.add_CorpusServiceServicer_to_server(servicer, running)
-    system_pb2_grpc.add_SystemServiceServicer_to_server(servicer, running)
-    port = running.add_insecure_port("127.0.0.1:0")
-    await running.start()
-    yield servicer, f"127.0.0.1:{port}"
-    await running.stop(None)
+    async with serving(servicer) as address:
+        yield servicer, address
 
 
 @pytest.fixture

@@ -47,10 +47,10 @@ def refrag(
         int | None, typer.Option("--chunk-tokens", "-k", help="Tokens of a chunk; default: the bundle's.")
     ] = None,
     encoder: Annotated[
-        str, typer.Option(help="New chunk encoder: 'small', or a Hugging Face encoder's directory.")
+        str, typer.Option(help="New chunk encoder: 'small', 'decoder:N' (its own first N layers), or a directory.")
     ] = "",
     pooling: Annotated[
-        Literal["mean", "cls"] | None, typer.Option(help="Of a new chunk encoder's states; default: mean.")
+        Literal["mean", "cls", "concat"] | None, typer.Option(help="Of a new chunk encoder's states; default: mean.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Time budget of the stage's steps.")] = None,
     steps: Annotated[int | None, typer.Option(help="Budget in steps, instead of minutes.")] = None,
@@ -135,7 +135,7 @@ def refrag(
         # absolute, because workers have directories of their own
         source, target = (path.expanduser().absolute() for path in (bundle or DEFAULT_BUNDLE, out))
         texts, rows = (tuple(path.expanduser().absolute() for path in paths or ()) for paths in (text, data))
-        if encoder not in ("", "small"):
+        if encoder not in ("", "small") and not encoder.startswith("decoder:"):
             encoder = str(Path(encoder).expanduser().absolute())
         if stage == "policy":
             from blockrag.training.refrag.policy import PpoSettings

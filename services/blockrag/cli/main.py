@@ -7,7 +7,7 @@ import sys
 import typer
 
 from blockrag import __version__
-from blockrag.cli import adapt, ask, bench, bundle, demo, documents, evaluate, system
+from blockrag.cli import adapt, ask, bench, bundle, demo, documents, evaluate, system, top
 
 app = typer.Typer(
     name="blockrag",
@@ -32,7 +32,7 @@ def _root(
     pass
 
 
-for module in (system, documents, ask, demo):
+for module in (system, top, documents, ask, demo):
     module.register(app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(bundle.app, name="bundle")

@@ -31,7 +31,9 @@ def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
         with console.err.status("starting") as line:
             system = LocalSystem.start(loaded, on_progress=line.update)
         if as_json:
-            console.print_json({"target": system.target, "ray_address": system.ray_address})
+            console.print_json(
+                {"target": system.target, "ray_address": system.ray_address, "metrics_url": system.metrics_url}
+            )
         else:
             console.out.print(f"ready at [bold]{system.target}[/]; stop it with 'blockrag down'")
 

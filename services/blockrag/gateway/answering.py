@@ -19,13 +19,7 @@ from blockrag.gateway.planning import ReadPlanMaker, decode_request
 from blockrag.gateway.validation import Question, Search
 from blockrag.grpc_status import as_known_error
 from blockrag.telemetry import Span, request_logger, span, trace_id_of
-from blockrag.v1.common_pb2 import (
-    ATTENTION_MODE_NONE,
-    Passage,
-    RequestContext,
-    StageTime,
-    Usage,
-)
+from blockrag.v1.common_pb2 import ATTENTION_MODE_NONE, FinishReason, Passage, RequestContext, StageTime
 from blockrag.v1.compressor_pb2 import (
     PlanRequest,
     PlanResponse,
@@ -38,6 +32,7 @@ from blockrag.v1.retriever_pb2 import SearchRequest, SearchResponse
 STAGES = ("retrieve", "plan", "queue", "kv_fetch", "compose", "prefill", "decode", "total")
 """Every answer reports all of them, in this order; one that did not happen took 0 ms."""
 
+_REASON = "FINISH_REASON_"
 _DECODE_ATTEMPTS = 2
 _PREPARING_GRACE_S = 1.0
 """What the embedding of a question may take beyond its answer: cancelled, it would be a failed span in the trace of an
@@ -112,6 +107,8 @@ class Answering:
     planner: ReadPlanMaker
     decoder: TextDecoder
     bundle_fingerprint: str
+    model: str
+    """The bundle's name, as traces tell it."""
     record_text: bool = False
     """Write questions into spans."""
     overhead: Overhead = field(default_factory=Overhead)
@@ -173,7 +170,7 @@ class Answering:
                 by_compressor=question.needs_compressor,
             )
             finish.usage.context_tokens = sum(len(planned.token_ids) for planned in plan.passages if planned.in_prompt)
-            _describe(current, finish.usage, timings)
+            self._describe(current, finish, timings)
             completion = Completion(
                 answer="".join(pieces),
                 citations=_citations(passages, plan),
@@ -187,6 +184,22 @@ class Answering:
                 trace_id=trace_id_of(current.traceparent),
             )
             yield GenerateResponse(request_id=request_id, completion=completion)
+
+    def _describe(self, current: Span, finish: DecodeFinish, timings: Timings) -> None:
+        """OpenTelemetry's names for what an answer was."""
+        usage = finish.usage
+        current.set(
+            **{
+                "gen_ai.operation.name": "text_completion",
+                "gen_ai.provider.name": "blockrag",
+                "gen_ai.request.model": self.model,
+                "gen_ai.response.finish_reasons": [FinishReason.Name(finish.reason).removeprefix(_REASON).lower()],
+                "gen_ai.response.time_to_first_chunk": timings.time_to_first_token_ms / 1000,
+                "gen_ai.usage.input_tokens": usage.prompt_tokens,
+                "gen_ai.usage.output_tokens": usage.completion_tokens,
+                "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
+            }
+        )
 
     @asynccontextmanager
     async def _preparing(self, question: Question, context: RequestContext) -> AsyncGenerator[None, None]:
@@ -245,7 +258,7 @@ class Answering:
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": "retrieval",
             "gen_ai.data_source.id": search.collection,
-            "gen_ai.request.top_k": search.top_k,
+            "gen_ai.retrieval.top_k": search.top_k,
         }
         started = time.perf_counter()
         with span("gateway.retrieve", context, **attributes) as current:
@@ -350,15 +363,3 @@ def _citations(passages: Sequence[Passage], plan: PlanResponse) -> list[Citation
         )
         for index, (passage, planned) in enumerate(zip(passages, plan.passages, strict=True))
     ]
-
-
-def _describe(current: Span, usage: Usage, timings: Timings) -> None:
-    current.set(
-        **{
-            "gen_ai.operation.name": "text_completion",
-            "gen_ai.usage.input_tokens": usage.prompt_tokens,
-            "gen_ai.usage.output_tokens": usage.completion_tokens,
-            "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
-            "gen_ai.server.time_to_first_token": timings.time_to_first_token_ms / 1000,
-        }
-    )

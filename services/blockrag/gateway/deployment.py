@@ -73,6 +73,7 @@ class Gateway:
             NearPlanner(planner, passages, drafts, compressor, self._ability),
             decoder,
             bundle.fingerprint,
+            bundle.name,
             record_text=settings.telemetry.record_text,
         )
         self._corpus = Corpus(

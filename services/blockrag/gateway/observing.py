@@ -12,6 +12,7 @@ from typing import Protocol
 
 from opentelemetry.trace import SpanKind
 
+from blockrag.errors import OverloadedError
 from blockrag.grpc_status import as_known_error
 from blockrag.status import status_code
 from blockrag.telemetry import Span, metrics, span
@@ -69,11 +70,13 @@ def observed(service: str, method: str, context: RequestContext) -> Iterator[Spa
             raise
         except Exception as error:
             known = as_known_error(error)
+            if isinstance(known, OverloadedError):
+                metrics.ADMISSION_REJECTIONS.inc(method=method, tenant=context.tenant)
             status = status_code(known).name if known is not None else "INTERNAL"
             raise
         finally:
             current.set(**{"rpc.response.status_code": status})
-            metrics.REQUESTS.inc(method=method, status=status)
+            metrics.REQUESTS.inc(method=method, status=status, tenant=context.tenant)
             metrics.E2E_REQUEST_LATENCY_SECONDS.observe(time.perf_counter() - started, method=method)
 
 
@@ -82,5 +85,7 @@ def count_answer(completion: Completion) -> None:
     mode = AttentionMode.Name(completion.attention_mode).removeprefix("ATTENTION_MODE_").lower()
     if completion.time_to_first_token_ms:
         metrics.TIME_TO_FIRST_TOKEN_SECONDS.observe(completion.time_to_first_token_ms / 1000, attention_mode=mode)
+    metrics.PROMPT_TOKENS.inc(completion.usage.prompt_tokens, attention_mode=mode)
+    metrics.PROMPT_TOKENS_CACHED.inc(completion.usage.cached_tokens, attention_mode=mode)
     for stage in completion.stages:
         metrics.STAGE_SECONDS.observe(stage.milliseconds / 1000, stage=stage.stage)

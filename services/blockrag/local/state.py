@@ -25,6 +25,8 @@ class SystemState:
     """gRPC address, host:port."""
     ray_address: str = ""
     """Address of the Ray cluster, for drivers on this machine."""
+    metrics_url: str = ""
+    """Where Ray exports the services' metrics for Prometheus."""
     phase: Phase = "starting"
     detail: str = ""
     """What it is doing, or why it failed."""
@@ -34,10 +36,9 @@ class SystemState:
         """Whether the supervisor still runs."""
         return process_start_ticks(self.pid) == self.started_ticks
 
-    def with_phase(self, phase: Phase, detail: str = "", ray_address: str | None = None) -> SystemState:
+    def with_phase(self, phase: Phase, detail: str = "") -> SystemState:
         """The same run in another phase."""
-        address = self.ray_address if ray_address is None else ray_address
-        return replace(self, phase=phase, detail=detail, ray_address=address)
+        return replace(self, phase=phase, detail=detail)
 
 
 def state_file(state_path: Path) -> Path:

@@ -12,6 +12,7 @@ import signal
 import stat
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ class _Supervisor:
             self._report("starting the applications")
             self._start_applications()
             if not stop.is_set():
-                self._state = self._state.with_phase("ready", ray_address=ray_address)
+                started = replace(self._state, ray_address=ray_address, metrics_url=_metrics_url())
+                self._state = started.with_phase("ready")
                 write_state(self._settings.state_path, self._state)
             stop.wait()
             final = self._state.with_phase("stopped")
@@ -143,6 +145,13 @@ class _Supervisor:
         serve.run_many(
             [RunTarget(_builder(name)(arguments), name=name, route_prefix=f"/{name}") for name in APPLICATIONS]
         )
+
+
+def _metrics_url() -> str:
+    import ray
+
+    (node,) = ray.nodes()
+    return f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
 
 
 def _builder(name: str) -> Any:

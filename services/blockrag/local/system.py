@@ -64,6 +64,11 @@ class LocalSystem:
         """Address for other Ray drivers on this machine."""
         return self._state.ray_address
 
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus scrapes the services' metrics, on this machine."""
+        return self._state.metrics_url
+
     @classmethod
     def start(
         cls, settings: Settings, on_progress: Callable[[str], None] | None = None, *, owned: bool = False

@@ -42,6 +42,21 @@ def load_stock_model(
     return model.train(False).to(device)
 
 
+def load_first_layers(bundle: Bundle, layers: int) -> PreTrainedModel:
+    """The first ``layers`` layers of the bundle's decoder without its head and its last norm, in float32.
+
+    Of a bundle with a base they are the base's, without adapter and coefficients: they stay as they are while an
+    adapter is trained. Raises BundleError for damaged weights.
+    """
+    model = _load(bundle, torch.float32) if bundle.base is None else _load_on_base(bundle, torch.float32, False)
+    trunk: PreTrainedModel = model.model
+    trunk.layers = trunk.layers[:layers]
+    trunk.config.num_hidden_layers = layers
+    trunk.norm = torch.nn.Identity()
+    check_finite(bundle.decoder_dir, trunk.named_parameters())
+    return trunk.train(False).requires_grad_(False)
+
+
 def _load(bundle: Bundle, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     folder = bundle.weights_dir()
     try:

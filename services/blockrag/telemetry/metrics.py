@@ -92,7 +92,12 @@ E2E_REQUEST_LATENCY_SECONDS = Histogram(
     "blockrag_e2e_request_latency_seconds", "From the request's arrival to its end.", ("method",)
 )
 STAGE_SECONDS = Histogram("blockrag_stage_seconds", "Time of each stage of an answer.", ("stage",))
-REQUESTS = Counter("blockrag_requests", "Finished requests by gRPC status.", ("method", "status"))
+REQUESTS = Counter("blockrag_requests", "Finished requests by gRPC status.", ("method", "status", "tenant"))
+ADMISSION_REJECTIONS = Counter(
+    "blockrag_admission_rejections", "Requests refused because as many were under way.", ("method", "tenant")
+)
+PROMPT_TOKENS = Counter("blockrag_prompt_tokens", "Slots of prompts, cached ones too.", ("attention_mode",))
+PROMPT_TOKENS_CACHED = Counter("blockrag_prompt_tokens_cached", "Of them, read from a cache.", ("attention_mode",))
 NUM_REQUESTS_RUNNING = Gauge("blockrag_num_requests_running", "Requests being worked on.", ("service",))
 NUM_REQUESTS_WAITING = Gauge("blockrag_num_requests_waiting", "Requests waiting to be worked on.", ("service",))
 KV_CACHE_USAGE_PERC = Gauge("blockrag_kv_cache_usage_perc", "Used share of a tier's bytes, 0 to 1.", ("tier",))

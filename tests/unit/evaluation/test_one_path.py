@@ -129,7 +129,7 @@ async def test_the_plan_that_is_scored_is_the_plan_that_is_served_and_so_is_the_
     near = NearPlanner(
         Planner(passages, bundle.max_context_tokens, ability, drafts), passages, drafts, compressor, ability
     )
-    answering = Answering(FakeSearcher([]), near, decoder.service, bundle.fingerprint)
+    answering = Answering(FakeSearcher([]), near, decoder.service, bundle.fingerprint, bundle.name)
     decoder.engine.start()
     try:
         for (cell, count), (planned, text) in scored.items():

@@ -49,4 +49,6 @@ async def collected(events: AsyncIterator[GenerateResponse]) -> list[GenerateRes
 def answering(
     searcher: FakeSearcher | None = None, planner: FakePlanner | None = None, decoder: FakeDecoder | None = None
 ) -> Answering:
-    return Answering(searcher or FakeSearcher(PASSAGES), planner or FakePlanner(), decoder or FakeDecoder(), "f00d")
+    return Answering(
+        searcher or FakeSearcher(PASSAGES), planner or FakePlanner(), decoder or FakeDecoder(), "f00d", "tiny"
+    )

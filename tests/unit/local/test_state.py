@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from blockrag.local.state import own_state, process_start_ticks, read_state, sta
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    state = own_state("127.0.0.1:9000").with_phase("ready", ray_address="10.0.0.1:1234")
+    state = replace(own_state("127.0.0.1:9000"), ray_address="10.0.0.1:1234").with_phase("ready")
     write_state(tmp_path / "deep", state)
     assert read_state(tmp_path / "deep") == state
     assert state.alive

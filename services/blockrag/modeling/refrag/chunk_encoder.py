@@ -1,9 +1,9 @@
-"""The chunk encoder: a Hugging Face encoder that turns each chunk of a block into one vector.
+"""The chunk encoder: turns each chunk of a block into one vector.
 
 Each chunk is encoded alone and without the question, so its vector is the same in every prompt and is computed once.
-Chunks are cut on the decoder's tokens, and there are two ways to read them ("alignment"): ``tokens``, an encoder over
+Chunks are cut on the decoder's tokens, and there are three ways to read them ("alignment"): ``tokens``, an encoder over
 the decoder's own vocabulary reads the token ids as they are; ``text``, any encoder reads the chunk's text through its
-own tokenizer.
+own tokenizer; ``decoder``, the decoder's own first layers, which need no second model and are in its space already.
 
 Source: REFRAG (arXiv 2509.01092, section 2), which leaves the pooling unspecified.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -30,9 +31,12 @@ from transformers import (
 )
 
 from blockrag.errors import BundleError, InvalidRequestError
+from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.files import read_json
 from blockrag.modeling.loading import check_finite, check_missing, no_load_report, no_progress_bar
 from blockrag.modeling.refrag.parts import encoder_positions
 from blockrag.modeling.refrag.record import ALIGNMENTS, POOLINGS, Alignment, Pooling
+from blockrag.modeling.stock import load_first_layers
 
 
 class ChunkEncoder(nn.Module):
@@ -46,18 +50,27 @@ class ChunkEncoder(nn.Module):
         pooling: Pooling,
         tokenizer: PreTrainedTokenizerFast | None = None,
         decoder_tokenizer: PreTrainedTokenizerFast | None = None,
+        chunk_tokens: int = 0,
     ) -> None:
-        """``tokenizer`` is the encoder's and ``decoder_tokenizer`` writes the text that it reads: for "text" only."""
+        """``tokenizer`` is the encoder's and ``decoder_tokenizer`` writes the text that it reads: for "text" only.
+        ``chunk_tokens`` (k) is needed where all states are kept side by side."""
         super().__init__()
         if alignment not in ALIGNMENTS or pooling not in POOLINGS:
             raise ValueError(f"alignment {alignment!r}, pooling {pooling!r}")
         if alignment == "text" and (tokenizer is None or decoder_tokenizer is None):
             raise ValueError("alignment 'text' needs both tokenizers")
+        if (pooling == "concat" and (alignment != "decoder" or chunk_tokens < 1)) or (
+            pooling == "cls" and alignment == "decoder"
+        ):
+            raise ValueError(f"pooling {pooling!r} with alignment {alignment!r} and chunks of {chunk_tokens} tokens")
         self.encoder = encoder
         self.alignment = alignment
         self.pooling = pooling
-        self.width = int(encoder.config.hidden_size)
+        self.width = int(encoder.config.hidden_size) * (chunk_tokens if pooling == "concat" else 1)
         """Numbers of a chunk's vector."""
+        self.layers = int(encoder.config.num_hidden_layers) if alignment == "decoder" else 0
+        """With "decoder", how many of its layers read the chunks."""
+        self._chunk_tokens = chunk_tokens
         self._tokenizer = tokenizer
         self._decoder_tokenizer = decoder_tokenizer
 
@@ -69,43 +82,55 @@ class ChunkEncoder(nn.Module):
     @property
     def max_chunk_tokens(self) -> int:
         """Longest chunk in the encoder's own tokens."""
-        return encoder_positions(self.encoder.config)
+        return self._chunk_tokens if self.pooling == "concat" else encoder_positions(self.encoder.config)
 
     @property
     def trainable(self) -> bool:
-        """Whether gradients reach the encoder's weights; may be set."""
+        """Whether gradients reach the encoder's weights; may be set, but for the decoder's own layers."""
         return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     @trainable.setter
     def trainable(self, wanted: bool) -> None:
-        self.encoder.requires_grad_(wanted)
+        self.encoder.requires_grad_(wanted and self.alignment != "decoder")
 
     def forward(self, chunks: Sequence[Sequence[int]]) -> Tensor:
         """Vectors of ``chunks`` (the decoder's token ids, at least one each), [len(chunks), width], differentiable.
 
         All chunks run as one padded batch. Raises InvalidRequestError for an empty chunk, a token outside the
-        vocabulary and, with "tokens", a chunk that is longer than the encoder's positions.
+        vocabulary and, but for "text", a chunk that is longer than the encoder takes.
         """
         device = self.encoder.device
         if not chunks:
             return torch.empty(0, self.width, device=device)
         if any(len(chunk) == 0 for chunk in chunks):
             raise InvalidRequestError("token_ids", "a chunk needs at least one token")
-        if self.alignment == "tokens":
-            inputs, mask = self._pad(chunks)
-        else:
-            inputs, mask = self._tokenize(chunks)
+        inputs, mask = self._tokenize(chunks) if self.alignment == "text" else self._pad(chunks)
         inputs, mask = inputs.to(device), mask.to(device)
+        if self.alignment == "decoder":
+            return self._first_layers(inputs, mask)
         hidden = self.encoder(input_ids=inputs, attention_mask=mask).last_hidden_state.float()
         if self.pooling == "cls":
             first: Tensor = hidden[:, 0]
             return first
-        weights = mask.to(hidden.dtype).unsqueeze(-1)
-        pooled: Tensor = (hidden * weights).sum(1) / weights.sum(1)
-        return pooled
+        return _mean(hidden, mask)
+
+    def _first_layers(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        """What the decoder's first layers make of chunks, padded on the right, so causal attention needs no mask."""
+        opening = self.encoder.config.bos_token_id
+        if opening is not None:
+            # a pretrained decoder's first position collects attention without another aim: not one of the chunk's
+            inputs = torch.cat([inputs.new_full((len(inputs), 1), opening), inputs], 1)
+        hidden = self.encoder(input_ids=inputs, use_cache=False).last_hidden_state.float()[:, opening is not None :]
+        hidden = F.rms_norm(hidden, hidden.shape[-1:]) * mask.unsqueeze(-1)
+        if self.pooling == "mean":
+            return _mean(hidden, mask)
+        return F.pad(hidden, (0, 0, 0, self._chunk_tokens - hidden.shape[1])).flatten(1)
 
     def save(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write the encoder in ``dtype``, with "text" its tokenizer too, to the directory ``path``."""
+        """Write the encoder in ``dtype``, with "text" its tokenizer too, to the directory ``path``; nothing of the
+        decoder's own layers."""
+        if self.alignment == "decoder":
+            return
         encoder = self.encoder if self.encoder.dtype == dtype else copy.deepcopy(self.encoder).to(dtype)
         with no_progress_bar():
             encoder.save_pretrained(path)
@@ -141,6 +166,27 @@ class ChunkEncoder(nn.Module):
             encoder, alignment=alignment, pooling=pooling, tokenizer=tokenizer, decoder_tokenizer=decoder_tokenizer
         )
         return made.eval().to(device)
+
+    @classmethod
+    def load(cls, bundle: Bundle, *, device: str | torch.device = "cpu") -> ChunkEncoder:
+        """The chunk encoder of a bundle that compresses chunks, as ``from_pretrained``."""
+        record = bundle.refrag
+        if record is None:
+            raise BundleError(f"{bundle.path}: the bundle has no chunk compression (refrag)")
+        if record.alignment == "decoder":
+            made = cls.of_decoder(bundle, record.encoder_layers, record.pooling, bundle.chunk_tokens)
+            return made.eval().to(device)
+        tokenizer = bundle.load_tokenizer() if record.alignment == "text" else None
+        return cls.from_pretrained(bundle.chunk_encoder_dir, record.alignment, record.pooling, tokenizer, device=device)
+
+    @classmethod
+    def of_decoder(cls, bundle: Bundle, layers: int, pooling: Pooling, chunk_tokens: int) -> ChunkEncoder:
+        """The first ``layers`` layers of the bundle's decoder. Raises BundleError where it has fewer."""
+        there = int(read_json(bundle.decoder_dir / "config.json")["num_hidden_layers"])
+        if not 0 < layers <= there:
+            raise BundleError(f"{bundle.path}: the first {layers} layers of a decoder that has {there}")
+        trunk = load_first_layers(bundle, layers)
+        return cls(trunk, alignment="decoder", pooling=pooling, chunk_tokens=chunk_tokens)
 
     @classmethod
     def for_tokens(
@@ -207,6 +253,13 @@ class ChunkEncoder(nn.Module):
             inputs = mask = torch.zeros(len(texts), 1, dtype=torch.long)
         # a chunk of markers alone has no text, and some tokenizers add no token of their own: read as padding
         return inputs.long(), mask.long().scatter(1, torch.zeros(len(texts), 1, dtype=torch.long), 1)
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Of the states [n, length, width] that ``mask`` [n, length] shows."""
+    weights = mask.to(hidden.dtype).unsqueeze(-1)
+    pooled: Tensor = (hidden * weights).sum(1) / weights.sum(1)
+    return pooled
 
 
 def _load_encoder(where: Path) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blockrag.budget import chunk_bounds
-from blockrag.errors import BundleError, InvalidRequestError
+from blockrag.errors import InvalidRequestError
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.matmul import speed_up_linear_layers
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
@@ -34,16 +34,7 @@ class ChunkCompressor:
 
         Raises BundleError when the bundle has no chunk compression, or when its parts are damaged.
         """
-        record = bundle.refrag
-        if record is None:
-            raise BundleError(f"{bundle.path}: the bundle has no chunk compression (refrag)")
-        encoder = ChunkEncoder.from_pretrained(
-            bundle.chunk_encoder_dir,
-            record.alignment,
-            record.pooling,
-            bundle.load_tokenizer() if record.alignment == "text" else None,
-            device=device,
-        )
+        encoder = ChunkEncoder.load(bundle, device=device)
         projector = Projector.load(bundle.projector_file, device=device)
         for part in (encoder, projector):
             speed_up_linear_layers(part)

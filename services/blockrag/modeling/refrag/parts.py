@@ -32,20 +32,10 @@ def check_parts(
     chunk_tokens: int,
 ) -> None:
     """Raises BundleError for widths or a vocabulary that do not fit, and for NaN."""
-    encoder = root / CHUNK_ENCODER_DIR / "config.json"
-    try:
-        config = AutoConfig.from_pretrained(encoder.parent, local_files_only=True)
-        width, vocab_size, positions = int(config.hidden_size), int(config.vocab_size), encoder_positions(config)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise BundleError(f"{encoder}: no text encoder in the Hugging Face format: {error}") from error
-    if width != record.encoder_width:
-        raise BundleError(f"{encoder}: width {width}, where the manifest's refrag has {record.encoder_width}")
-    if record.alignment == "tokens":
-        tokens = int(decoder_config["vocab_size"])
-        if vocab_size < tokens:
-            raise BundleError(f"{encoder}: a vocabulary of {vocab_size}, where the decoder has {tokens} tokens")
-        if positions < chunk_tokens:
-            raise BundleError(f"{encoder}: {positions} positions, where a chunk has {chunk_tokens} tokens")
+    if record.alignment == "decoder":
+        _check_own_layers(root, record, decoder_config, chunk_tokens)
+    else:
+        _check_encoder(root, record, decoder_config, chunk_tokens)
     projector = root / PROJECTOR_FILE
     shapes = _shapes(projector)
     first, second = shapes.get("first.weight", [0, 0]), shapes.get("second.weight", [0, 0])
@@ -65,6 +55,32 @@ def check_parts(
     for name in files:
         if name.endswith(".safetensors") and is_refrag_file(name):
             check_finite(root / name, load_file(root / name).items())
+
+
+def _check_encoder(root: Path, record: RefragRecord, decoder_config: Mapping[str, Any], chunk_tokens: int) -> None:
+    encoder = root / CHUNK_ENCODER_DIR / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(encoder.parent, local_files_only=True)
+        width, vocab_size, positions = int(config.hidden_size), int(config.vocab_size), encoder_positions(config)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BundleError(f"{encoder}: no text encoder in the Hugging Face format: {error}") from error
+    if width != record.encoder_width:
+        raise BundleError(f"{encoder}: width {width}, where the manifest's refrag has {record.encoder_width}")
+    if record.alignment == "tokens":
+        tokens = int(decoder_config["vocab_size"])
+        if vocab_size < tokens:
+            raise BundleError(f"{encoder}: a vocabulary of {vocab_size}, where the decoder has {tokens} tokens")
+        if positions < chunk_tokens:
+            raise BundleError(f"{encoder}: {positions} positions, where a chunk has {chunk_tokens} tokens")
+
+
+def _check_own_layers(root: Path, record: RefragRecord, decoder_config: Mapping[str, Any], chunk_tokens: int) -> None:
+    there = int(decoder_config.get("num_hidden_layers", 0))
+    if record.encoder_layers > there:
+        raise BundleError(f"{root}: refrag: the first {record.encoder_layers} layers of a decoder that has {there}")
+    width = int(decoder_config["hidden_size"]) * (chunk_tokens if record.pooling == "concat" else 1)
+    if width != record.encoder_width:
+        raise BundleError(f"{root}: refrag: encoder_width {record.encoder_width}, where its layers give {width}")
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

@@ -10,10 +10,12 @@ from typing import Any, Literal, get_args
 
 from blockrag.errors import BundleError
 
-Alignment = Literal["tokens", "text"]
-"""``tokens``: the chunk encoder reads the decoder's token ids. ``text``: it reads each chunk's text."""
-Pooling = Literal["mean", "cls"]
-"""``mean`` of a chunk's states, or the state of its first position (``cls``)."""
+Alignment = Literal["tokens", "text", "decoder"]
+"""What the chunk encoder reads, and what it is. ``tokens``: an encoder over the decoder's token ids. ``text``: one over
+each chunk's text. ``decoder``: the decoder's own first layers, as the bundle's base has them; nothing is stored."""
+Pooling = Literal["mean", "cls", "concat"]
+"""``mean`` of a chunk's states, the state of its first position (``cls``), or all of them side by side (``concat``,
+with "decoder" only): k times as wide, and the order of the tokens stays."""
 ALIGNMENTS: tuple[Alignment, ...] = get_args(Alignment)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
@@ -49,6 +51,8 @@ class RefragRecord:
     pooling: Pooling
     encoder_width: int
     """Numbers of a chunk embedding."""
+    encoder_layers: int
+    """With "decoder", how many of its layers read the chunks; else 0."""
     decoder: str
     """``decoder_fingerprint`` of the decoder that the chunk encoder and the projector were trained with."""
     policies: Mapping[str, PolicyRecord] = field(default_factory=dict)
@@ -70,6 +74,13 @@ class RefragRecord:
         width = values["encoder_width"]
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
             raise BundleError(f"{where}: refrag: encoder_width must be a positive integer")
+        layers = values["encoder_layers"]
+        if (
+            not isinstance(layers, int)
+            or isinstance(layers, bool)
+            or (layers > 0) != (values["alignment"] == "decoder")
+        ):
+            raise BundleError(f"{where}: refrag: encoder_layers must be positive with alignment 'decoder', 0 without")
         if not isinstance(values["decoder"], str):
             raise BundleError(f"{where}: refrag: decoder must be a fingerprint")
         stages, policies = values["training"], values["policies"]
@@ -81,6 +92,7 @@ class RefragRecord:
             alignment=values["alignment"],
             pooling=values["pooling"],
             encoder_width=width,
+            encoder_layers=layers,
             decoder=values["decoder"],
             policies={name: _read_policy(name, policy, where) for name, policy in policies.items()},
             training=tuple(stages),
@@ -94,7 +106,9 @@ def is_refrag_file(name: str) -> bool:
 
 def check_part_files(root: Path, record: RefragRecord, files: Mapping[str, str]) -> None:
     """Raises BundleError where the bundle ``root`` lists a file too few of what it compresses chunks with."""
-    needed = [f"{CHUNK_ENCODER_DIR}/config.json", f"{CHUNK_ENCODER_DIR}/model.safetensors", PROJECTOR_FILE]
+    needed = [PROJECTOR_FILE]
+    if record.alignment != "decoder":
+        needed += [f"{CHUNK_ENCODER_DIR}/config.json", f"{CHUNK_ENCODER_DIR}/model.safetensors"]
     if record.alignment == "text":
         needed.append(f"{CHUNK_ENCODER_DIR}/tokenizer.json")
     needed += [policy.file for policy in record.policies.values()]

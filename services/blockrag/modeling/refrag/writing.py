@@ -111,6 +111,7 @@ def write_refrag(
             alignment=encoder.alignment if encoder is not None else _known(before).alignment,
             pooling=encoder.pooling if encoder is not None else _known(before).pooling,
             encoder_width=encoder.width if encoder is not None else _known(before).encoder_width,
+            encoder_layers=encoder.layers if encoder is not None else _known(before).encoder_layers,
             decoder=plain.decoder_fingerprint,
             training=tuple(training if training is not None else before.training if before is not None else ()),
         )
@@ -182,7 +183,11 @@ def _write_policies(
 
 
 def _described(record: RefragRecord, chunk_tokens: int) -> list[str]:
-    reading = {"tokens": "the decoder's own tokens", "text": "each chunk's text, through its own tokenizer"}
+    reading = {
+        "tokens": "the decoder's own tokens",
+        "text": "each chunk's text, through its own tokenizer",
+        "decoder": f"the decoder's tokens through its first {record.encoder_layers} layers",
+    }
     policies = ", ".join(
         f"{name} ({'sees' if policy.query else 'does not see'} the question)"
         for name, policy in record.policies.items()

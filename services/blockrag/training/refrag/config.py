@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +14,8 @@ Stage = Literal["reconstruction", "pretrain", "mixed", "policy", "tune"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 SMALL_ENCODER = "small"
 """The chunk encoder that needs no download: a two-layer BERT over the decoder's own tokens."""
+
+_OWN_LAYERS = re.compile(r"decoder:([1-9][0-9]{0,2})")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class RefragConfig:
     chunk_tokens: int | None = None
     """Tokens of a chunk (k); None: the bundle's."""
     encoder: str = ""
-    """``small``, or the directory of a Hugging Face encoder; empty: the bundle's, or ``small``."""
+    """``small``, ``decoder:N`` for the decoder's own first N layers, or the directory of a Hugging Face encoder; empty:
+    the bundle's, or ``small``."""
     pooling: Pooling | None = None
     """How a chunk's states become one vector; None: the bundle's, or ``mean``."""
     minutes: float | None = None
@@ -136,7 +140,15 @@ class RefragConfig:
     @property
     def alignment(self) -> Alignment:
         """How a new chunk encoder reads chunks."""
+        if self.own_layers:
+            return "decoder"
         return "tokens" if self.encoder in ("", SMALL_ENCODER) else "text"
+
+    @property
+    def own_layers(self) -> int:
+        """How many of the decoder's own layers are the new chunk encoder; 0: it is another one."""
+        found = _OWN_LAYERS.fullmatch(self.encoder)
+        return int(found[1]) if found else 0
 
     def recipe(self) -> dict[str, Any]:
         """The values that decide the result, beside bundle and data: a run continues only under the same ones."""

@@ -47,12 +47,20 @@ def open_start(config: RefragConfig) -> Start:
     bundle = load_bundle(config.bundle, verify_files=False)
     if config.average_with is not None:
         _check_same_shape(bundle, load_bundle(config.average_with, verify_files=False))
-    if config.encoder not in ("", SMALL_ENCODER) and not (Path(config.encoder) / "config.json").is_file():
-        raise SetupError(f"encoder {config.encoder!r}: neither {SMALL_ENCODER!r} nor a directory with config.json")
+    named = config.encoder in ("", SMALL_ENCODER) or config.own_layers
+    if not named and not (Path(config.encoder) / "config.json").is_file():
+        raise SetupError(
+            f"encoder {config.encoder!r}: neither {SMALL_ENCODER!r} nor 'decoder:N' nor a directory with config.json"
+        )
     record = bundle.refrag
     k = config.chunk_tokens or bundle.chunk_tokens
     if k > bundle.passage_tokens:
         raise SetupError(f"chunk_tokens {k}: longer than a passage ({bundle.passage_tokens} tokens)")
+    if "decoder" in (config.alignment, record and record.alignment) and config.decoder_learns:
+        raise SetupError(
+            f"stage {config.stage}: its chunk encoder is the decoder's own first layers, which must stay as they are; "
+            "freeze the decoder (--freeze-decoder)"
+        )
     if record is None:
         return Start(bundle, k, config.alignment, config.pooling or "mean")
     wanted: dict[str, tuple[Any, Any]] = {
@@ -92,10 +100,11 @@ def load_reader(start: Start, config: RefragConfig) -> tuple[RefragReader, PreTr
     decoder = ComposedDecoder(model)
     decoder_tokenizer = tokenizer if start.alignment == "text" else None
     if not start.fresh:
-        encoder = ChunkEncoder.from_pretrained(
-            bundle.chunk_encoder_dir, start.alignment, start.pooling, decoder_tokenizer
-        )
+        encoder = ChunkEncoder.load(bundle)
         projector = Projector.load(bundle.projector_file)
+    elif start.alignment == "decoder":
+        encoder = ChunkEncoder.of_decoder(bundle, config.own_layers, start.pooling, start.chunk_tokens)
+        projector = Projector(encoder.width, decoder.width)
     elif start.alignment == "tokens":
         embeddings = model.get_input_embeddings().weight.detach()
         width = min(decoder.width, _SMALL_WIDTH)
@@ -111,7 +120,7 @@ def load_reader(start: Start, config: RefragConfig) -> tuple[RefragReader, PreTr
     else:
         encoder = ChunkEncoder.from_pretrained(config.encoder, "text", start.pooling, decoder_tokenizer)
         projector = Projector(encoder.width, decoder.width)
-    if encoder.alignment == "tokens" and start.chunk_tokens > encoder.max_chunk_tokens:
+    if encoder.alignment != "text" and start.chunk_tokens > encoder.max_chunk_tokens:
         raise SetupError(f"chunk_tokens {start.chunk_tokens}: the chunk encoder reads {encoder.max_chunk_tokens}")
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):

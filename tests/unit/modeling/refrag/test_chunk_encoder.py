@@ -10,11 +10,13 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
 from blockrag.errors import BundleError, InvalidRequestError
+from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.projector import Projector
+from blockrag.modeling.stock import load_stock_model
 from blockrag.retriever.embedding import find_embedding
-from tests.models import TINY_VOCAB, make_tiny_tokenizer
+from tests.models import TINY_VOCAB, make_tiny_bundle, make_tiny_tokenizer
 
 CHUNKS = [[5, 6, 7, 8], [9], [200, 201, 10]]
 
@@ -60,6 +62,31 @@ def test_gradients_reach_the_encoder_unless_it_is_frozen() -> None:
     encoder.trainable = False
     assert not encoder.trainable
     assert not encoder(CHUNKS).requires_grad
+
+
+@pytest.mark.parametrize("pooling", ["mean", "concat"])
+def test_the_decoders_own_first_layers_read_a_chunk_alone(pooling: str, tmp_path: Path) -> None:
+    bundle = load_bundle(make_tiny_bundle(tmp_path / "bundle", num_hidden_layers=3, bos_token_id=3))
+    encoder = ChunkEncoder.of_decoder(bundle, 2, pooling, 4)  # type: ignore[arg-type]
+    together = encoder(CHUNKS)
+
+    stock = load_stock_model(bundle)
+    width = stock.config.hidden_size
+    assert encoder.layers == 2 and not encoder.trainable
+    assert (together.shape, together.dtype) == ((3, width * (4 if pooling == "concat" else 1)), torch.float32)
+    for vector, chunk in zip(together, CHUNKS, strict=True):
+        states = stock(torch.tensor([[3, *chunk]]), output_hidden_states=True).hidden_states[2][0, 1:]
+        states = states / states.square().mean(-1, keepdim=True).sqrt()
+        whole = torch.cat([states, torch.zeros(4 - len(chunk), width)]).flatten()
+        expected = states.mean(0) if pooling == "mean" else whole
+        torch.testing.assert_close(vector, expected, atol=1e-4, rtol=1e-4)
+    encoder.trainable = True
+    assert not encoder(CHUNKS).requires_grad
+    if pooling == "concat":
+        with pytest.raises(InvalidRequestError, match="a chunk of 5 tokens"):
+            encoder([[1, 2, 3, 4, 5]])
+    with pytest.raises(BundleError, match="the first 4 layers of a decoder that has 3"):
+        ChunkEncoder.of_decoder(bundle, 4, pooling, 4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from blockrag.errors import SetupError
+from blockrag.errors import BundleError, SetupError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import write_pear
 from blockrag.modeling.pear_record import HeadCoefficient, PearRecord, ProxyScore
@@ -66,6 +66,27 @@ def test_reconstruction_leaves_the_decoder_alone(config: Make, bundle: Path) -> 
     assert made.chunk_tokens == 4 and made.refrag is not None
     assert [stage["stage"] for stage in made.refrag.training] == ["reconstruction"]
     assert ChunkCompressor.load(made).embed([[1, 2, 3, 4, 5]])[0].shape == (2, 32)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "concat"])
+def test_the_decoders_own_layers_as_the_chunk_encoder(config: Make, tmp_path: Path, pooling: str) -> None:
+    wanted = config(stage="reconstruction", encoder="decoder:1", pooling=pooling, out=tmp_path / "first", steps=20)
+    seen: list[RefragMetrics] = []
+    first = load_bundle(adapt_refrag(wanted, on_progress=seen.append))
+
+    assert seen[-1].dev["4 chunks"]["nats"] < seen[0].dev["4 chunks"]["nats"]
+    assert first.refrag is not None and (first.refrag.alignment, first.refrag.encoder_layers) == ("decoder", 1)
+    assert not first.chunk_encoder_dir.exists()
+    width = 32 * (4 if pooling == "concat" else 1)
+    assert ChunkCompressor.load(first).embed([[1, 2, 3, 4, 5]])[0].shape == (2, width)
+    later = config(stage="pretrain", bundle=first.path, chunk_tokens=None, train_decoder=False)
+    second = load_bundle(adapt_refrag(later))
+    assert second.refrag is not None and second.refrag.encoder_layers == 1
+
+    with pytest.raises(SetupError, match="own first layers, which must stay as they are"):
+        adapt_refrag(replace(later, train_decoder=True, out=tmp_path / "other"))
+    with pytest.raises(BundleError, match="the first 9 layers of a decoder that has"):
+        adapt_refrag(replace(wanted, encoder="decoder:9", out=tmp_path / "third"))
 
 
 def test_a_stage_goes_on_from_the_one_before(config: Make, tmp_path: Path) -> None:
@@ -219,7 +240,7 @@ def test_what_is_wrong_on_disk_is_named(config: Make, tmp_path: Path) -> None:
     for changes, problem in (
         ({"text": (tmp_path / "absent.jsonl",)}, "absent"),
         ({"chunk_tokens": 65}, "longer than a passage"),
-        ({"encoder": str(tmp_path / "nowhere")}, "neither 'small' nor a directory"),
+        ({"encoder": str(tmp_path / "nowhere")}, "neither 'small' nor 'decoder:N' nor a directory"),
         ({"out": tmp_path}, "exists already"),
         ({"stage": "policy"}, "policy_stage"),
     ):

@@ -1,0 +1,155 @@
+"""``blockrag top``: what the system does, while it does it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from blockrag.cli import console
+from blockrag.cli.connection import connect
+from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
+from blockrag.cli.scraping import Scrape
+from blockrag.errors import NotFoundError
+from blockrag.local import LocalSystem
+from blockrag.results import Description
+
+_QUANTILES = (0.5, 0.95, 0.99)
+_BAR = 30
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command(epilog="Example: blockrag top")(top)
+
+
+def top(
+    settings: SettingsOption = None,
+    target: TargetOption = "",
+    api_key: ApiKeyOption = "",
+    metrics: Annotated[
+        str, typer.Option(help="URL of Ray's metrics; default: those of the system on this machine.")
+    ] = "",
+    interval: Annotated[float, typer.Option(min=0.5, max=3600, help="Seconds between two readings.")] = 2.0,
+    readings: Annotated[int, typer.Option(min=0, help="End after so many; 0: go on until Ctrl-C.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Watch requests, times to first token, caches and queues."""
+    with console.errors_to_exit():
+        url = metrics or _local_metrics(settings, target)
+        shown = Live(console=console.out, auto_refresh=False) if not as_json else None
+        if shown is not None:
+            shown.start()
+        try:
+            before, when = Scrape.of(url), time.monotonic()
+            count = 0
+            while not readings or count < readings:
+                time.sleep(interval)
+                description = asyncio.run(_describe(settings, target, api_key))
+                now, moment = Scrape.of(url), time.monotonic()
+                values = summary(now.since(before), moment - when, description)
+                before, when, count = now, moment, count + 1
+                if shown is None:
+                    console.print_json_line(values)
+                else:
+                    shown.update(_screen(values), refresh=True)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            if shown is not None:
+                shown.stop()
+
+
+def summary(grown: Scrape, seconds: float, description: Description) -> dict[str, Any]:
+    """What happened in ``seconds``, by what the metrics grew and by what the services say of themselves."""
+    tiers: dict[str, dict[str, float]] = {}
+    hits = grown.by("kv_cache_hit_tokens_total", "tier")
+    for tier, asked in grown.by("kv_cache_query_tokens_total", "tier").items():
+        tiers[tier] = {"tokens_per_s": asked / seconds, "hit_rate": hits.get(tier, 0.0) / asked if asked else 0.0}
+    cache, decoder = description.kv_cache, description.decoder
+    for tier, used, budget in (
+        ("l1", decoder["l1_bytes"], decoder["l1_budget_bytes"]),
+        ("store", cache["bytes"], cache["budget_bytes"]),
+    ):
+        tiers.setdefault(tier, {"tokens_per_s": 0.0, "hit_rate": 0.0})
+        tiers[tier].update(bytes=int(used), budget_bytes=int(budget))
+    modes = sorted(grown.by("time_to_first_token_seconds_count", "attention_mode"))
+    return {
+        "seconds": seconds,
+        "requests_per_s": {m: n / seconds for m, n in grown.by("requests_total", "method").items()},
+        "failed_per_s": {
+            status: n / seconds
+            for status, n in grown.by("requests_total", "status").items()
+            if status not in ("OK", "CANCELLED") and n
+        },
+        "generated_tokens_per_s": grown.total("generated_tokens_total") / seconds,
+        "encoded_tokens_per_s": grown.total("encoded_tokens_total") / seconds,
+        "time_to_first_token_ms": {
+            mode: {
+                f"p{share * 100:g}": _ms(grown.quantile("time_to_first_token_seconds", share, attention_mode=mode))
+                for share in _QUANTILES
+            }
+            for mode in modes
+            if grown.total("time_to_first_token_seconds_count", attention_mode=mode)
+        },
+        "stages_ms": {
+            stage: 1000 * grown.total("stage_seconds_sum", stage=stage) / count
+            for stage, count in grown.by("stage_seconds_count", "stage").items()
+            if count
+        },
+        "tiers": tiers,
+        "running": int(decoder["running"]),
+        "waiting": int(decoder["waiting"]),
+        "down": [service.name for service in description.services if not service.healthy],
+    }
+
+
+def _local_metrics(settings: Any, target: str) -> str:
+    if target:
+        raise NotFoundError("--target needs --metrics too: the URL of Ray's metrics there")
+    return LocalSystem.attach(console.settings_from(settings)).metrics_url
+
+
+async def _describe(settings: Any, target: str, api_key: str) -> Description:
+    async with connect(settings, target, api_key) as client:
+        return await client.describe()
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000 * seconds
+
+
+def _screen(values: dict[str, Any]) -> Group:
+    asked = "  ".join(f"{method} {rate:.1f}/s" for method, rate in values["requests_per_s"].items() if rate) or "none"
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("requests", Text(asked))
+    failed = "  ".join(f"{status} {rate:.1f}/s" for status, rate in values["failed_per_s"].items())
+    facts.add_row("failed", Text(failed or "none", style="red" if failed else ""))
+    facts.add_row("queue", f"{values['running']} running, {values['waiting']} waiting")
+    facts.add_row(
+        "tokens", f"{values['generated_tokens_per_s']:.0f}/s written, {values['encoded_tokens_per_s']:.0f}/s encoded"
+    )
+    if values["down"]:
+        facts.add_row("down", Text(", ".join(values["down"]), style="bold red"))
+    times = Table("first token, ms", *(f"p{share * 100:g}" for share in _QUANTILES), box=None)
+    for mode, found in values["time_to_first_token_ms"].items():
+        times.add_row(mode, *(f"{value:.0f}" if value is not None else "–" for value in found.values()))
+    tiers = Table("tier", "bytes", "", "hits, tokens", "tokens/s", box=None)
+    for tier, found in values["tiers"].items():
+        share = found["bytes"] / found["budget_bytes"] if found.get("budget_bytes") else 0.0
+        bar = "█" * round(_BAR * min(share, 1.0))
+        tiers.add_row(
+            tier,
+            f"{found.get('bytes', 0) / 2**20:.0f} MiB",
+            f"{bar:<{_BAR}} {share:.0%}",
+            f"{found['hit_rate']:.1%}",
+            f"{found['tokens_per_s']:.0f}",
+        )
+    stages = "  ".join(f"{stage} {ms:.0f}" for stage, ms in values["stages_ms"].items() if ms >= 0.5)
+    return Group(facts, times, tiers, Text(f"mean ms  {stages}" if stages else ""))
