@@ -28,7 +28,7 @@ _HEADERS = (_HERE / "slots.h", _HERE / "step.h")
 INSTRUCTIONS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 _OPTIONS = ("-O3", "-std=gnu11", "-Werror=vla", "-shared", "-fPIC", "-fopenmp", *INSTRUCTIONS)
 _CPUINFO = Path("/proc/cpuinfo")
-_TIMEOUT_S = 60
+_TIMEOUT_S = 300
 
 _logger = logging.getLogger(__name__)
 
