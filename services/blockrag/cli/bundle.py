@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Check, make and show bundles.")
 
 BundleArgument = Annotated[Path | None, typer.Argument(help="Directory; default: the one that ships with blockrag.")]
-_SERVED: tuple[dict[str, str], ...] = (
-    {"compute_dtype": "float32", "kv_dtype": "float32"},
-    {"compute_dtype": "float32", "kv_dtype": "bfloat16"},
-    {"compute_dtype": "bfloat16", "kv_dtype": "bfloat16", "weights": "int8"},
+_SERVED = (
+    ("float32", "float32", "none"),
+    ("float32", "bfloat16", "none"),
+    ("bfloat16", "bfloat16", "int8"),
 )
-"""What settings can ask for: all parts of the computation, each with the others as exact as they can be."""
+"""Types of the computation and of K and V, and weights of decode steps: from the most exact to the fastest."""
 
 
 @app.command(epilog="Example: blockrag bundle verify my-bundle --json")
@@ -57,9 +57,12 @@ def verify(
     with console.errors_to_exit():
         with console.err.status("verifying"), _object_store(store) as through_store:
             reports = [
-                verify_bundle(load_bundle(path or DEFAULT_BUNDLE, **types), through_store=through_store)
-                for types in _SERVED
-                if kv_dtype in ("both", types["kv_dtype"])
+                verify_bundle(
+                    load_bundle(path or DEFAULT_BUNDLE, compute_dtype=compute, kv_dtype=kv, weights=weights),
+                    through_store=through_store,
+                )
+                for compute, kv, weights in _SERVED
+                if kv_dtype in ("both", kv)
             ]
         passed = all(report.passed for report in reports)
         if as_json:

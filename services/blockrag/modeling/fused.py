@@ -55,7 +55,7 @@ def _fuse(linears: Sequence[nn.Linear]) -> None:
             each.bias = nn.Parameter(part, requires_grad=False)
     product = _Product(weight, bias, rows)
     for place, each in enumerate(linears):
-        each.forward = _Part(product, place, each)  # type: ignore[method-assign]
+        each.forward = _Part(product, place, each)  # type: ignore[method-assign, assignment]
 
 
 class _Product:

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
+from blockrag.modeling.attention.base import RaggedBatch
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.masks import block_mask
+from blockrag.modeling.native.kernels import kernels
+from blockrag.modeling.step import Step
 from blockrag.modeling.verify import verify_bundle
 from blockrag.types import BlockKV
 from tests.models import FAMILIES, make_tiny_bundle
@@ -34,6 +38,28 @@ def test_wider_tolerances_for_bfloat16(tiny: Path) -> None:
     report = verify_bundle(load_bundle(tiny, compute_dtype="bfloat16", kv_dtype="bfloat16"))
     assert report.passed
     assert report.relative_tolerance > 100 * verify_bundle(tiny).relative_tolerance
+
+
+def test_steps_in_eight_bits_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels() is None:
+        pytest.skip("no compiled kernels on this machine")
+    made = make_tiny_bundle(tmp_path / "wide", head_dim=32, hidden_size=64, intermediate_size=112)
+    bundle = load_bundle(made, compute_dtype="bfloat16", kv_dtype="bfloat16", weights="int8")
+    report = verify_bundle(bundle)
+    assert report.weights == "int8"
+    assert report.passed
+    assert verify_bundle(replace(bundle, weights="none")).weights == "none"
+
+    class Damaged(Step):
+        def __call__(self, input_ids: Tensor, batch: RaggedBatch, trace: list[Tensor] | None) -> Tensor | None:
+            logits = super().__call__(input_ids, batch, trace)
+            if trace and len(input_ids[0]) > 8:  # not in the probe at load
+                trace[1] *= 1.5
+            return logits
+
+    monkeypatch.setattr("blockrag.modeling.model.Step", Damaged)
+    failed = verify_bundle(bundle)
+    assert {check.first_difference for check in failed.checks if not check.passed} == {"layer 1"}
 
 
 @pytest.mark.parametrize("layer", [0, 2])

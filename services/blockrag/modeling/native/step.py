@@ -206,7 +206,7 @@ class StepKernel:
 
         ``hidden`` float32 [tokens, width], the tokens' embeddings, is overwritten. ``phases`` complex64
         [tokens, head_dim / 2] rotate the tokens; ``trace`` float32 [layers, tokens, width] gets hidden states after
-        each layer. The result is valid until the next step. None where attention's sums of weights were not between
+        each layer. None where attention's sums of weights were not between
         1 / limit and limit: the model must compute this step. Raises ValueError for anything else.
         """
         decoder = self._decoder
@@ -228,7 +228,7 @@ class StepKernel:
         if start != tokens or not segments:
             raise ValueError(f"{tokens} tokens, where the segments have {start}")
         threads = torch.get_num_threads()
-        logits = self._buffer("logits", torch.float32, len(segments), decoder.head.scales.shape[0])
+        logits = torch.empty(len(segments), decoder.head.scales.shape[0])
         buffers = _Buffers(
             hidden=hidden.data_ptr(),
             phases=phases.data_ptr(),
