@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# One image for every node of the cluster: Ray's head, its workers, the six applications.
+# One image for every node of the cluster: Ray's head, its workers, the applications.
 #   docker build -t blockrag:0.1.0 .                                       CPU and NVIDIA GPU
 #   docker build -t blockrag:0.1.0-cpu --build-arg TORCH_INDEX=URL .       CPU only and gigabytes smaller; URL: the
 #                                                                          index of PyTorch's CPU wheels

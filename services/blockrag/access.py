@@ -11,6 +11,7 @@ import functools
 import hashlib
 import hmac
 import itertools
+import logging
 import time
 from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,17 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
-from blockrag.errors import InvalidRequestError, UnauthenticatedError
+from blockrag.errors import InvalidRequestError, SettingsError, UnauthenticatedError
 from blockrag.limits import LOOPBACK_NAMES
-from blockrag.settings import Settings, TenantSettings
+from blockrag.settings import HASHED_KEY, Settings, TenantSettings, read_tenants
 
 PUBLIC_TENANT = "public"
 _SCHEME = "bearer "
 _ADDRESSES_KEPT_S = 60
+_FILE_KEPT_S = 2.0
+"""How long the file of tenants is not looked at again."""
+
+_logger = logging.getLogger(__name__)
 
 
 class TenantRow(Protocol):
@@ -50,19 +55,46 @@ THE_SYSTEM = Caller(PUBLIC_TENANT, operator=True)
 """Who calls through a deployment's handle: a process of the system itself."""
 
 
+@dataclass(frozen=True)
+class OnBehalf:
+    """In the place of Serve's gRPC context, where another door of the system passes on a call that it has admitted.
+
+    It goes through a deployment's handle, so only a process of the system can send one.
+    """
+
+    caller: Caller
+    metadata: tuple[tuple[str, str], ...] = ()
+    """What the call's client sent: ``request_id``, ``traceparent``."""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+        """As Serve's context has it."""
+        return self.metadata
+
+    def trailing_metadata(self) -> Sequence[tuple[str, str]]:
+        """None: errors pass through a handle as they are."""
+        return ()
+
+
 class Tenants:
     """The tenants that have keys. Without any, everybody is the tenant ``public``, and its own operator."""
 
-    def __init__(self, tenants: Sequence[TenantSettings]) -> None:
-        self._tenants = tuple((_digest(tenant.api_key), Caller(tenant.name, tenant.operator)) for tenant in tenants)
+    def __init__(self, tenants: Sequence[TenantSettings], file: Path | None = None) -> None:
+        """``file`` has more of them and is read again when it changes; what cannot be read then leaves those known
+        before. Raises SettingsError when it cannot be read now."""
+        self._fixed = _known(tenants)
+        self._file = file
+        self._version = _file_version(file) if file is not None else None
+        self._of_file = _known(read_tenants(file)) if file is not None else ()
+        self._look_again = time.monotonic() + _FILE_KEPT_S
 
     def __bool__(self) -> bool:
-        return bool(self._tenants)
+        return bool(self._fixed) or self._file is not None
 
     def identify(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         """The caller that a call's metadata proves; ``UnauthenticatedError`` for a missing or wrong key."""
-        if not self._tenants:
+        if not self:
             return THE_SYSTEM
+        self._read_again()
         credentials = [value for key, value in metadata if key.lower() == "authorization"]
         if not credentials:
             raise UnauthenticatedError("metadata 'authorization: Bearer <api key>' is missing")
@@ -73,12 +105,28 @@ class Tenants:
         given = _digest(text[len(_SCHEME) :].strip())
         found = None
         # Every key is compared, each in constant time: the time taken says nothing about any of them.
-        for digest, caller in self._tenants:
+        for digest, caller in (*self._fixed, *self._of_file):
             if hmac.compare_digest(digest, given):
                 found = caller
         if found is None:
             raise UnauthenticatedError("the API key is not known")
         return found
+
+    def _read_again(self) -> None:
+        now = time.monotonic()
+        if self._file is None or now < self._look_again:
+            return
+        self._look_again = now + _FILE_KEPT_S
+        version = _file_version(self._file)
+        if version == self._version:
+            return
+        self._version = version
+        try:
+            self._of_file = _known(read_tenants(self._file))
+        except SettingsError as error:
+            _logger.error("the tenants known before stay: %s", error)
+        else:
+            _logger.info("%s was read again: %d keys", self._file, len(self._of_file))
 
 
 def show_own_rows(rows: MutableSequence[Row], caller: Caller) -> None:
@@ -102,7 +150,8 @@ class Access:
     def __init__(self, settings: Settings) -> None:
         """With tenants a key is asked for. With ``cluster.host`` on loopback, calls from other machines are refused:
         Serve's replicas bind their own gRPC ports on all addresses, whatever the host is."""
-        self._tenants = Tenants(settings.gateway.tenants)
+        file = settings.gateway.tenants_file
+        self._tenants = Tenants(settings.gateway.tenants, Path(file).expanduser() if file else None)
         self._this_machine_only = settings.cluster.host in LOOPBACK_NAMES
 
     def check(self, request: Any, call: CallOrigin) -> Caller:
@@ -155,6 +204,29 @@ def _addresses(proc: Path, period: int) -> frozenset[IPv4Address | IPv6Address]:
         for line in (proc / "net" / "if_inet6").read_text(encoding="ascii").splitlines():
             found.add(IPv6Address(int(line.split()[0], 16)))
     return frozenset(found)
+
+
+def hashed_key(key: str) -> str:
+    """How settings may name a key without giving it away. A key is random and long, so one round of a hash is enough:
+    there is nothing to guess."""
+    return HASHED_KEY + hashlib.sha256(key.encode()).hexdigest()
+
+
+def _known(tenants: Sequence[TenantSettings]) -> tuple[tuple[bytes, Caller], ...]:
+    """Digest and tenant of every key."""
+    return tuple((_stored(key), Caller(tenant.name, tenant.operator)) for tenant in tenants for key in tenant.keys)
+
+
+def _stored(key: str) -> bytes:
+    return bytes.fromhex(key.removeprefix(HASHED_KEY)) if key.startswith(HASHED_KEY) else _digest(key)
+
+
+def _file_version(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _digest(key: str) -> bytes:

@@ -35,6 +35,7 @@ class PromptBudget:
     max_positions: int
     """Most tokens of prompt and answer together."""
     instruction_tokens: int
+    """Of the instruction block, and of the conversation before the question."""
     final_tokens: int
     answer_tokens: int
     """Tokens left free for the answer."""
@@ -50,8 +51,9 @@ class PromptBudget:
         left = self.max_positions - fixed
         if left < 0:
             raise PromptTooLongError(
-                f"question ({self.final_tokens} tokens) and answer ({self.answer_tokens}) do not fit the model's "
-                f"{self.max_positions} positions: shorten the question or lower max_tokens"
+                f"question ({self.final_tokens} tokens), what stands before it ({self.instruction_tokens}) and answer "
+                f"({self.answer_tokens}) do not fit the model's {self.max_positions} positions: shorten the question "
+                "or the conversation, or lower max_tokens"
             )
         return min(left, self.max_context_tokens) if self.max_context_tokens else left
 

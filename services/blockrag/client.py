@@ -7,37 +7,39 @@
         answer = await client.ask("Who signs an invoice?")
         print(answer.text, [citation.title for citation in answer.completion.citations if citation.in_prompt])
 
-Every method raises the errors of ``blockrag.errors``. Imports neither Ray nor torch.
+Every method raises the errors of ``blockrag.errors``. What a replica or a proxy that went away leaves unanswered is
+sent again, with growing pauses and within the call's time, where that is safe: reads, questions before their first
+text (``ask``: also after it), ingests (the same content is the same version) and deletions. Imports neither Ray nor
+torch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypedDict, Unpack
+from typing import Any, Unpack
 
 import grpc
 
 from blockrag import client_messages as messages
-from blockrag.client_calls import CallSpan, start_call, translated
+from blockrag.client_calls import CallSpan, Patience, open_channel, start_call, translated
+from blockrag.client_options import Filter, GenerateOptions, IngestOptions
 from blockrag.errors import BlockragError, NotFoundError, UnavailableError
 from blockrag.results import (
     Answer,
-    AttentionModeName,
     Collection,
     Completion,
-    Compression,
-    Condition,
     DeletedCollection,
     DeletedDocument,
+    DeletedSource,
     Description,
     Document,
-    GivenPassage,
     IngestedDocument,
     Passage,
     Retrieved,
@@ -48,33 +50,12 @@ from blockrag.results import (
 from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2_grpc, system_pb2, system_pb2_grpc
 
 DEFAULT_TIMEOUT_S = 120.0
+DEFAULT_PATIENCE_S = 15.0
+"""Longer than a decoder takes to be replaced."""
 _TLS_SCHEME = "grpcs://"
 _GRACE_S = 1.0  # the server's own deadline error should arrive before gRPC's
-_PIECE_BYTES = 512 * 1024
-_MESSAGE_BYTES = 64 * 2**20
 _KEPT_SPANS = 1024
 _POLL_S = 0.2
-
-Filter = Mapping[str, str | float | bool] | Sequence[Condition]
-"""Conditions, or fields and the values that they must have."""
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Options of a question; what is left out is the server's default."""
-
-    collection: str
-    top_k: int
-    filter: Filter
-    attention_mode: AttentionModeName
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    stop: Sequence[str]
-    timeout_s: float
-    max_context_tokens: int
-    passages: Sequence[GivenPassage]
-    compression: Compression
 
 
 class BlockragClient:
@@ -86,19 +67,22 @@ class BlockragClient:
         api_key: str | None = None,
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        patience_s: float = DEFAULT_PATIENCE_S,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """``target``: host:port of the gRPC ingress, or ``grpcs://host:port`` of a proxy that speaks TLS.
 
-        ``timeout_s`` is for calls that name none; ingest and warm have none at all. ``credentials``
-        (``grpc.ssl_channel_credentials``) speak TLS with roots or a certificate of one's own; without them
-        ``grpcs://`` trusts gRPC's roots, which ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` replaces.
+        ``timeout_s`` is for calls that name none; ingest and warm have none at all. ``patience_s``: how long a call is
+        sent again after it met with ``UnavailableError``; 0: never. ``credentials`` (``grpc.ssl_channel_credentials``)
+        speak TLS with roots or a certificate of one's own; without them ``grpcs://`` trusts gRPC's roots, which
+        ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` replaces.
         """
         self.target = target.removeprefix(_TLS_SCHEME)
         if credentials is None and target.startswith(_TLS_SCHEME):
             credentials = grpc.ssl_channel_credentials()
         self._credentials = credentials
-        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._timeout_s = messages.checked_timeout(timeout_s)
         self._metadata: tuple[tuple[str, str], ...] = (("application", "gateway"),)
         if api_key:
             self._metadata += (("authorization", f"Bearer {api_key}"),)
@@ -122,8 +106,33 @@ class BlockragClient:
     async def generate(
         self, question: str, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Retrieved | TextChunk | Completion, None]:
-        """Streams an answer: Retrieved, text chunks (each a ``str``), Completion. Closing the stream stops the work."""
-        timeout_s = options.get("timeout_s", self._timeout_s)
+        """Streams an answer: Retrieved, text chunks (each a ``str``), Completion. Closing the stream stops the work.
+
+        When the question had to be sent again and other passages were found meanwhile, there is a second Retrieved.
+        """
+        patience = self._patience(messages.checked_timeout(options.get("timeout_s", self._timeout_s)))
+        retrieved: Retrieved | None = None
+        answering = False
+        while True:
+            try:
+                async with aclosing(self._generate_once(question, patience.left_s, options)) as events:
+                    async for event in events:
+                        if isinstance(event, Retrieved):
+                            if event == retrieved:
+                                continue
+                            retrieved = event
+                        else:
+                            answering = True
+                        yield event
+                return
+            except UnavailableError as error:
+                if answering:
+                    raise
+                await patience.pause(error)
+
+    async def _generate_once(
+        self, question: str, timeout_s: float, options: GenerateOptions
+    ) -> AsyncGenerator[Retrieved | TextChunk | Completion, None]:
         request = messages.generate_request(question, timeout_s, dict(options))
         completion: Completion | None = None
         with self._call("RagService/Generate") as metadata:
@@ -144,16 +153,25 @@ class BlockragClient:
 
     async def ask(self, question: str, **options: Unpack[GenerateOptions]) -> Answer:
         """The whole answer at once."""
+        patience = self._patience(messages.checked_timeout(options.get("timeout_s", self._timeout_s)))
         started = time.perf_counter()
+        while True:
+            try:
+                return await self._ask_once(question, patience.left_s, options, started)
+            except UnavailableError as error:
+                await patience.pause(error)
+
+    async def _ask_once(self, question: str, timeout_s: float, options: GenerateOptions, started: float) -> Answer:
         passages: tuple[Passage, ...] = ()
         first_ms = 0.0
-        async for event in self.generate(question, **options):
-            if isinstance(event, Retrieved):
-                passages = event.passages
-            elif isinstance(event, Completion):
-                return Answer(event.answer, passages, event, first_ms)
-            elif not first_ms:
-                first_ms = (time.perf_counter() - started) * 1000
+        async with aclosing(self._generate_once(question, timeout_s, options)) as events:
+            async for event in events:
+                if isinstance(event, Retrieved):
+                    passages = event.passages
+                elif isinstance(event, Completion):
+                    return Answer(event.answer, passages, event, first_ms)
+                elif not first_ms:
+                    first_ms = (time.perf_counter() - started) * 1000
         raise UnavailableError("the answer ended without its completion; ask again")
 
     async def retrieve(
@@ -161,9 +179,7 @@ class BlockragClient:
     ) -> tuple[Passage, ...]:
         """Passages, best first, without an answer."""
         request = messages.retrieve_request(query, collection, top_k, filter)
-        with self._call("RagService/Retrieve") as metadata:
-            stub = self._stub(rag_pb2_grpc.RagServiceStub)
-            response = await stub.Retrieve(request, metadata=metadata, timeout=self._timeout_s)
+        response = await self._send("RagService/Retrieve", self._stub(rag_pb2_grpc.RagServiceStub), request)
         return tuple(messages.passage(found) for found in response.passages)
 
     async def ingest_file(
@@ -175,14 +191,15 @@ class BlockragClient:
         title: str = "",
         media_type: str = "",
         metadata: Mapping[str, Any] | None = None,
+        **further: Unpack[IngestOptions],
     ) -> tuple[IngestedDocument, ...]:
         """Streams a file in. ``document_id`` empty: the file's name. Several documents for a jsonl file.
 
         Raises ``OSError`` when the file cannot be read here.
         """
         with Path(path).open("rb") as file:  # noqa: ASYNC230  (opening is instant, reading is done in a thread)
-            header = messages.header(collection, document_id or Path(path).name, title, media_type, metadata)
-            return await self._ingest(header, _file_pieces(file))
+            header = messages.header(collection, document_id or Path(path).name, title, media_type, metadata, **further)
+            return await self._ingest(header, lambda: messages.file_pieces(file))
 
     async def ingest_bytes(
         self,
@@ -193,10 +210,11 @@ class BlockragClient:
         title: str = "",
         media_type: str = "",
         metadata: Mapping[str, Any] | None = None,
+        **further: Unpack[IngestOptions],
     ) -> tuple[IngestedDocument, ...]:
         """Stores a document; ``media_type`` empty: by the id's suffix."""
-        header = messages.header(collection, document_id, title, media_type, metadata)
-        return await self._ingest(header, _byte_pieces(content))
+        header = messages.header(collection, document_id, title, media_type, metadata, **further)
+        return await self._ingest(header, lambda: messages.byte_pieces(content))
 
     async def ingest_text(
         self,
@@ -207,32 +225,46 @@ class BlockragClient:
         title: str = "",
         media_type: str = "text/plain",
         metadata: Mapping[str, Any] | None = None,
+        **further: Unpack[IngestOptions],
     ) -> IngestedDocument:
         """Stores a text."""
-        header = messages.header(collection, document_id, title, media_type, metadata)
-        (document,) = await self._ingest(header, _byte_pieces(text.encode()))
+        header = messages.header(collection, document_id, title, media_type, metadata, **further)
+        (document,) = await self._ingest(header, lambda: messages.byte_pieces(text.encode()))
         return document
 
     async def delete_document(self, document_id: str, *, collection: str = "") -> DeletedDocument:
-        """Removes a document, its passages and their KV; ``NotFoundError`` when there is none."""
+        """Removes a document, its passages and their KV; ``NotFoundError`` when there is none.
+
+        Nothing is counted when an attempt whose answer was lost has removed it.
+        """
         request = corpus_pb2.DeleteDocumentRequest(collection=collection, document_id=document_id)
-        with self._call("CorpusService/DeleteDocument") as metadata:
-            response = await self._corpus().DeleteDocument(request, metadata=metadata, timeout=self._timeout_s)
+        gone = corpus_pb2.DeleteDocumentResponse()
+        response = await self._send("CorpusService/DeleteDocument", self._corpus(), request, gone)
         return DeletedDocument(response.passages, response.purged_blocks)
 
+    async def delete_source(self, source: str, *, collection: str = "") -> DeletedSource:
+        """Removes all documents that came from a source; ``NotFoundError`` when there is none."""
+        request = corpus_pb2.DeleteSourceRequest(collection=collection, source=source)
+        with self._call("CorpusService/DeleteSource") as metadata:
+            # As long as it takes: there may be many.
+            response = await self._corpus().DeleteSource(request, metadata=metadata)
+        return DeletedSource(tuple(response.document_ids), response.passages, response.purged_blocks)
+
     async def delete_collection(self, collection: str) -> DeletedCollection:
-        """Removes a collection with everything in it; ``NotFoundError`` when there is none."""
+        """Removes a collection with everything in it; ``NotFoundError`` when there is none.
+
+        Nothing is counted when an attempt whose answer was lost has removed it.
+        """
         request = corpus_pb2.DeleteCollectionRequest(collection=collection)
-        with self._call("CorpusService/DeleteCollection") as metadata:
-            response = await self._corpus().DeleteCollection(request, metadata=metadata, timeout=self._timeout_s)
+        gone = corpus_pb2.DeleteCollectionResponse()
+        response = await self._send("CorpusService/DeleteCollection", self._corpus(), request, gone)
         return DeletedCollection(response.documents, response.passages, response.purged_blocks)
 
     async def list_documents(self, *, collection: str = "", page_size: int = 100) -> AsyncIterator[Document]:
         """All documents of a collection, by id, fetched page by page."""
         request = corpus_pb2.ListDocumentsRequest(collection=collection, page_size=page_size)
         while True:
-            with self._call("CorpusService/ListDocuments") as metadata:
-                page = await self._corpus().ListDocuments(request, metadata=metadata, timeout=self._timeout_s)
+            page = await self._send("CorpusService/ListDocuments", self._corpus(), request)
             for summary in page.documents:
                 yield messages.document(summary)
             if not page.next_page_token:
@@ -241,17 +273,31 @@ class BlockragClient:
 
     async def list_collections(self) -> tuple[Collection, ...]:
         """The tenant's collections, by name."""
-        with self._call("CorpusService/ListCollections") as metadata:
-            response = await self._corpus().ListCollections(
-                corpus_pb2.ListCollectionsRequest(), metadata=metadata, timeout=self._timeout_s
-            )
-        return tuple(Collection(item.name, item.documents, item.passages) for item in response.collections)
+        request = corpus_pb2.ListCollectionsRequest()
+        response = await self._send("CorpusService/ListCollections", self._corpus(), request)
+        return tuple(
+            Collection(item.name, item.documents, item.passages, item.language) for item in response.collections
+        )
 
     async def warm(
         self, *, collection: str = "", document_ids: Sequence[str] = (), pin: bool = False
     ) -> AsyncGenerator[WarmProgress, None]:
-        """Encodes passages ahead of time; yields progress, the last with done == total."""
+        """Encodes passages ahead of time; yields progress, the last with done == total.
+
+        It begins again, with what is warm already, when it was interrupted.
+        """
         request = corpus_pb2.WarmRequest(collection=collection, document_ids=document_ids, pin=pin)
+        patience = self._patience(math.inf)
+        while True:
+            try:
+                async with aclosing(self._warm_once(request)) as steps:
+                    async for step in steps:
+                        yield step
+                return
+            except UnavailableError as error:
+                await patience.pause(error)
+
+    async def _warm_once(self, request: corpus_pb2.WarmRequest) -> AsyncGenerator[WarmProgress, None]:
         with self._call("CorpusService/Warm") as metadata:
             call = self._corpus().Warm(request, metadata=metadata)
             try:
@@ -315,29 +361,45 @@ class BlockragClient:
             await asyncio.sleep(_POLL_S)
 
     async def _ingest(
-        self, header: corpus_pb2.DocumentHeader, pieces: AsyncIterator[bytes]
+        self, header: corpus_pb2.DocumentHeader, pieces: Callable[[], AsyncIterator[bytes]]
     ) -> tuple[IngestedDocument, ...]:
         async def requests() -> AsyncIterator[corpus_pb2.IngestDocumentRequest]:
             yield corpus_pb2.IngestDocumentRequest(header=header)
-            async for piece in pieces:
+            async for piece in pieces():
                 yield corpus_pb2.IngestDocumentRequest(content=piece)
 
-        with self._call("CorpusService/IngestDocument") as metadata:
-            response = await self._corpus().IngestDocument(requests(), metadata=metadata)
-        return tuple(messages.ingested(document) for document in response.documents)
+        patience = self._patience(math.inf)
+        while True:
+            try:
+                with self._call("CorpusService/IngestDocument") as metadata:
+                    response = await self._corpus().IngestDocument(requests(), metadata=metadata)
+                return tuple(messages.ingested(document) for document in response.documents)
+            except UnavailableError as error:
+                await patience.pause(error)
+
+    async def _send(self, method: str, stub: Any, request: Any, gone: Any = None) -> Any:
+        """The answer to a call that may happen twice. ``gone``: to one that finds nothing, after an attempt whose
+        answer was lost."""
+        patience = self._patience(self._timeout_s)
+        while True:
+            try:
+                with self._call(method) as metadata:
+                    call = getattr(stub, method.partition("/")[2])
+                    return await call(request, metadata=metadata, timeout=patience.left_s)
+            except UnavailableError as error:
+                await patience.pause(error)
+            except NotFoundError:
+                if gone is None or not patience.failed:
+                    raise
+                return gone
+
+    def _patience(self, timeout_s: float) -> Patience:
+        return Patience(self._patience_s, timeout_s)
 
     def _connected(self) -> grpc.aio.Channel:
         # Made here and not in __init__: a channel belongs to the event loop it is made in.
         if self._channel is None:
-            options = [
-                ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-                ("grpc.max_send_message_length", _MESSAGE_BYTES),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ]
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.target, options=options)
-            else:
-                self._channel = grpc.aio.secure_channel(self.target, self._credentials, options=options)
+            self._channel = open_channel(self.target, self._credentials)
         return self._channel
 
     def _corpus(self) -> Any:
@@ -350,13 +412,3 @@ class BlockragClient:
     def _call(self, method: str) -> Iterator[tuple[tuple[str, str], ...]]:
         with start_call(method, self._spans) as traceparent, translated():
             yield (*self._metadata, ("traceparent", traceparent))
-
-
-async def _byte_pieces(content: bytes) -> AsyncIterator[bytes]:
-    for start in range(0, len(content), _PIECE_BYTES):
-        yield content[start : start + _PIECE_BYTES]
-
-
-async def _file_pieces(file: BinaryIO) -> AsyncIterator[bytes]:
-    while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
-        yield piece

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, BinaryIO, cast
 
-from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
 
 from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from blockrag.metadata import check_number, metadata_of, struct_of
 from blockrag.results import (
     AttentionModeName,
     ChunkFormName,
@@ -25,6 +26,7 @@ from blockrag.results import (
     IngestedDocument,
     IngestOutcomeName,
     Passage,
+    PassageHolder,
     Retrieved,
     ServiceHealth,
     TextChunk,
@@ -33,29 +35,37 @@ from blockrag.results import (
 )
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2, system_pb2
 
+_PIECE_BYTES = 512 * 1024
 _OPERATORS = {
     "in": common_pb2.CONDITION_OPERATOR_IN,
     "not_in": common_pb2.CONDITION_OPERATOR_NOT_IN,
     "at_least": common_pb2.CONDITION_OPERATOR_AT_LEAST,
     "at_most": common_pb2.CONDITION_OPERATOR_AT_MOST,
 }
+MAX_TIMEOUT_S = 7 * 24 * 3600.0
+"""Longer than any server waits, and within what gRPC and the message can say."""
 _BUDGETS = ("rate", "max_context_tokens", "max_ttft_ms")
 _COPIED = ("top_k", "max_tokens", "temperature", "top_p", "seed", "max_context_tokens")
 
 
 def generate_request(question: str, timeout_s: float, options: Mapping[str, Any]) -> rag_pb2.GenerateRequest:
-    """The request of a question. Raises ``InvalidRequestError`` for what no message can hold."""
+    """The request of a question; ``timeout_s`` by ``checked_timeout``.
+
+    Raises ``InvalidRequestError`` for what no message can hold.
+    """
     try:
         request = rag_pb2.GenerateRequest(
             question=question,
             collection=options.get("collection", ""),
             filter=conditions(options.get("filter", ())),
             attention_mode=_mode(options.get("attention_mode")),
-            stop=options.get("stop", ()),
+            stop=[stop] if isinstance(stop := options.get("stop", ()), str) else stop,
             timeout_ms=max(1, round(timeout_s * 1000)),
             passages=[_given(passage) for passage in options.get("passages", ())],
+            turns=[common_pb2.Turn(question=asked, answer=said) for asked, said in options.get("turns", ())],
+            instructions=options.get("instructions", ""),
         )
-    except (TypeError, UnicodeEncodeError) as error:
+    except (TypeError, ValueError) as error:  # the second for text that is none, too
         raise InvalidRequestError("request", str(error)) from error
     for name in _COPIED:
         value = options.get(name)
@@ -90,29 +100,58 @@ def retrieve_request(
 def conditions(filter: Mapping[str, Any] | Sequence[Condition]) -> list[common_pb2.MetadataCondition]:
     """Conditions as messages; of a mapping, that each field equals its value."""
     if isinstance(filter, Mapping):
-        filter = [Condition(key, "in", (value,)) for key, value in filter.items()]
-    return [
-        common_pb2.MetadataCondition(
-            key=condition.key,
-            operator=_OPERATORS[condition.operator],
-            values=[_value(value) for value in condition.values],
-        )
-        for condition in filter
-    ]
+        filter = [Condition(key, "in", _several(value)) for key, value in filter.items()]
+    return [_condition(condition) for condition in filter]
+
+
+def checked_timeout(timeout_s: float) -> float:
+    """At most ``MAX_TIMEOUT_S``: the server caps it further. Raises ``InvalidRequestError`` for what is no time."""
+    if not timeout_s > 0:  # refuses NaN as well
+        raise InvalidRequestError("timeout_s", f"is {timeout_s}; must be above 0")
+    return min(timeout_s, MAX_TIMEOUT_S)
+
+
+def _condition(condition: Condition) -> common_pb2.MetadataCondition:
+    if not isinstance(condition, Condition):
+        raise InvalidRequestError("filter", f"holds a {type(condition).__name__}; give Conditions, or a mapping")
+    if condition.operator not in _OPERATORS:
+        raise InvalidRequestError("filter", f"operator {condition.operator!r} is none of {', '.join(_OPERATORS)}")
+    return common_pb2.MetadataCondition(
+        key=condition.key,
+        operator=_OPERATORS[condition.operator],
+        values=[_value(condition.key, value) for value in _several(condition.values)],
+    )
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    """Any of these: the elements of a list, or the one value."""
+    return tuple(value) if isinstance(value, list | tuple | set | frozenset) else (value,)
 
 
 def header(
-    collection: str, document_id: str, title: str, media_type: str, metadata: Mapping[str, Any] | None
+    collection: str, document_id: str, title: str, media_type: str, metadata: Mapping[str, Any] | None, **further: Any
 ) -> corpus_pb2.DocumentHeader:
-    """The first message of an ingest."""
-    message = corpus_pb2.DocumentHeader(
-        collection=collection, document_id=document_id, title=title, media_type=media_type
-    )
+    """The first message of an ingest. ``further``: source, language, dry_run.
+
+    Raises ``InvalidRequestError`` naming what is no Unicode text.
+    """
+    texts = {"collection": collection, "document_id": document_id, "title": title, "media_type": media_type, **further}
+    for field, text in texts.items():
+        # A name of a file that is not UTF-8 comes as halves of surrogate pairs.
+        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+            shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+            raise InvalidRequestError(field, f"{shown!r} is no Unicode text; give another, or rename the file")
     try:
-        message.metadata.update(dict(metadata or {}))
-    except (ValueError, TypeError) as error:
+        return corpus_pb2.DocumentHeader(
+            collection=collection,
+            document_id=document_id,
+            title=title,
+            media_type=media_type,
+            metadata=struct_of(metadata or {}),
+            **further,
+        )
+    except (ValueError, TypeError, AttributeError) as error:
         raise InvalidRequestError("metadata", f"is not JSON: {error}") from error
-    return message
 
 
 def event(message: rag_pb2.GenerateResponse) -> Retrieved | TextChunk | Completion:
@@ -134,8 +173,9 @@ def passage(message: common_pb2.Passage) -> Passage:
         ordinal=message.ordinal,
         title=message.title,
         text=message.text,
-        metadata=MessageToDict(message.metadata),
+        metadata=metadata_of(message.metadata),
         score=message.score,
+        also_in=_holders(message.also_in),
     )
 
 
@@ -148,7 +188,12 @@ def ingested(message: corpus_pb2.IngestedDocument) -> IngestedDocument:
 def document(message: corpus_pb2.DocumentSummary) -> Document:
     """A listed document."""
     return Document(
-        message.document_id, message.version, message.title, message.passages, MessageToDict(message.metadata)
+        document_id=message.document_id,
+        version=message.version,
+        title=message.title,
+        passages=message.passages,
+        metadata=metadata_of(message.metadata),
+        source=message.source,
     )
 
 
@@ -215,6 +260,7 @@ def _completion(message: rag_pb2.GenerateResponse) -> Completion:
                     )
                     for chunk in item.chunks
                 ),
+                also_in=_holders(item.also_in),
             )
             for item in done.citations
         ),
@@ -228,6 +274,7 @@ def _completion(message: rag_pb2.GenerateResponse) -> Completion:
             completion_tokens=usage.completion_tokens,
             context_tokens=usage.context_tokens,
             compressed_chunks=usage.compressed_chunks,
+            disk_tokens=usage.disk_tokens,
         ),
         stages_ms={stage.stage: stage.milliseconds for stage in done.stages},
         finish_reason=cast(FinishReasonName, _name(common_pb2.FinishReason, done.finish_reason, "FINISH_REASON_")),
@@ -259,10 +306,20 @@ def _set(request: Message, name: str, value: Any, within: str = "") -> None:
         raise InvalidRequestError(f"{within}{name}", str(error)) from error
 
 
-def _value(value: str | float | bool) -> Value:
+def _value(key: str, value: Any) -> Value:
     if isinstance(value, bool):
         return Value(bool_value=value)
-    return Value(string_value=value) if isinstance(value, str) else Value(number_value=value)
+    if isinstance(value, str):
+        return Value(string_value=value)
+    if not isinstance(value, int | float):
+        kind = type(value).__name__
+        raise InvalidRequestError("filter", f"a value of {key!r} is a {kind}; give text, numbers, true or false")
+    check_number(value, "filter", f"a value of {key!r}")
+    return Value(number_value=value)
+
+
+def _holders(messages: Iterable[common_pb2.PassageHolder]) -> tuple[PassageHolder, ...]:
+    return tuple(PassageHolder(item.passage_id, item.document_id, item.title) for item in messages)
 
 
 def _name(enum: Any, value: int, prefix: str) -> str:
@@ -278,3 +335,16 @@ def _plain(value: Any, repeated: bool) -> Any:
     if repeated:
         return [_plain(item, False) for item in value]
     return _fields(value) if isinstance(value, Message) else value
+
+
+async def byte_pieces(content: bytes) -> AsyncIterator[bytes]:
+    """A document as it is sent."""
+    for start in range(0, len(content), _PIECE_BYTES):
+        yield content[start : start + _PIECE_BYTES]
+
+
+async def file_pieces(file: BinaryIO) -> AsyncIterator[bytes]:
+    """A file from its beginning, as it is sent; read in a thread."""
+    await asyncio.to_thread(file.seek, 0)
+    while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
+        yield piece

@@ -9,6 +9,7 @@
     ├── OverloadedError           admission refused; says when to retry
     ├── DeadlineError             the request's time ran out
     ├── UnavailableError          a part of the system cannot be reached; names it
+    │   └── ReplicaLostError      what worked on the request went away before it answered
     ├── PromptTooLongError        the final block alone does not fit the model
     ├── DataError                 something stored is damaged
     └── SetupError                what an operator must change before anything runs
@@ -65,6 +66,10 @@ class DeadlineError(BlockragError):
 
 class UnavailableError(BlockragError):
     """A part of the system cannot be reached; the message names it."""
+
+
+class ReplicaLostError(UnavailableError):
+    """What worked on the request went away before it answered."""
 
 
 class PromptTooLongError(BlockragError):

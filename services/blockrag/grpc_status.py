@@ -7,33 +7,43 @@ the client needs to know (when to retry) is in the status message.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
 import secrets
 import sys
-from collections.abc import Callable, Container
+import time
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from blockrag.access import THE_SYSTEM, Access
+from blockrag.access import THE_SYSTEM, Access, OnBehalf
 from blockrag.errors import (
     BlockragError,
     DeadlineError,
     InvalidRequestError,
     OverloadedError,
+    ReplicaLostError,
     UnauthenticatedError,
     UnavailableError,
 )
 from blockrag.limits import RETRY_AFTER_MS
 from blockrag.status import status_code
+from blockrag.telemetry.logs import AUDIT
 
 _logger = logging.getLogger(__name__)
 
+_calls = logging.getLogger(AUDIT)
+
 _LONGEST_MESSAGE = 2000
+_LONGEST_ID = 128
+INTERNAL_MESSAGE = "internal error; the server's log has more"
+"""How the message of each unforeseen error begins."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -66,8 +76,8 @@ def rpc(method: Method) -> Method:
 
     The method is a coroutine function or an async generator function of ``(self, request)``, and of ``grpc_context``
     and ``caller`` where it names them. Serve passes the context for calls from outside. These must be admitted by the
-    replica's ``self.access``; a replica that has none refuses them. Through a handle there is no context: the caller
-    is the system itself, and errors pass unchanged.
+    replica's ``self.access``; a replica that has none refuses them. Through a handle there is no context, and the
+    caller is the system itself, or an ``OnBehalf`` that names who was admitted at another door; errors pass unchanged.
     """
     return _rpc_stream(method) if inspect.isasyncgenfunction(method) else _rpc_call(method)  # type: ignore[return-value]
 
@@ -100,7 +110,7 @@ def original_error(error: BaseException) -> BaseException:
 class translated:  # noqa: N801  (used as ``async with translated(context)``)
     """Sets the status of a context when the body raises."""
 
-    def __init__(self, context: StatusContext | None) -> None:
+    def __init__(self, context: StatusContext | OnBehalf | None) -> None:
         self._context = context
 
     async def __aenter__(self) -> None:
@@ -109,7 +119,7 @@ class translated:  # noqa: N801  (used as ``async with translated(context)``)
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._context is None or not isinstance(error, Exception):
+        if self._context is None or isinstance(self._context, OnBehalf) or not isinstance(error, Exception):
             return
         known = as_known_error(error)
         if known is not None:
@@ -122,7 +132,7 @@ class translated:  # noqa: N801  (used as ``async with translated(context)``)
             raise error
         error_id = secrets.token_hex(8)
         _logger.error("internal error %s", error_id, exc_info=error)
-        message = f"internal error; the server's log has more under id {error_id}"
+        message = f"{INTERNAL_MESSAGE} under id {error_id}"
         self._context.set_code(grpc.StatusCode.INTERNAL)
         self._context.set_details(message)
         raise InternalError(message) from None
@@ -133,7 +143,8 @@ def _rpc_call(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def call(self: Any, request: Any, grpc_context: Any = None) -> Any:
         async with translated(grpc_context):
-            return await method(self, request, **_admitted(self, request, grpc_context, wanted))
+            with _audited(method, grpc_context) as audit:
+                return await method(self, request, **_admitted(self, request, grpc_context, wanted, audit))
 
     return _dressed(call, method)
 
@@ -143,26 +154,66 @@ def _rpc_stream(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def stream(self: Any, request: Any, grpc_context: Any = None) -> Any:
         async with translated(grpc_context):
-            events = method(self, request, **_admitted(self, request, grpc_context, wanted))
-            try:
-                async for event in events:
-                    yield event
-            finally:
-                await events.aclose()
+            with _audited(method, grpc_context) as audit:
+                events = method(self, request, **_admitted(self, request, grpc_context, wanted, audit))
+                try:
+                    async for event in events:
+                        yield event
+                finally:
+                    await events.aclose()
 
     return _dressed(stream, method)
 
 
-def _admitted(replica: Any, request: Any, context: Any, wanted: Container[str]) -> dict[str, Any]:
+@dataclass
+class _Audit:
+    """What is known of a call's caller."""
+
+    tenant: str = ""
+
+
+@contextmanager
+def _audited(method: Callable[..., Any], context: Any) -> Iterator[_Audit]:
+    """Logs a call from outside when it ends: who, what, when, the outcome; nothing of what was said."""
+    audit = _Audit()
+    if context is None or not _calls.isEnabledFor(logging.INFO):
+        yield audit
+        return
+    started, status = time.perf_counter(), "OK"
+    try:
+        yield audit
+    except (asyncio.CancelledError, GeneratorExit):
+        status = "CANCELLED"
+        raise
+    except Exception as error:
+        known = as_known_error(error)
+        status = status_code(known).name if known is not None else "INTERNAL"
+        raise
+    finally:
+        sent = dict(context.invocation_metadata())
+        facts = {
+            "tenant": audit.tenant,
+            "method": method.__qualname__,
+            "status": status,
+            "milliseconds": round((time.perf_counter() - started) * 1000, 1),
+            "request_id": str(sent.get("request_id", ""))[:_LONGEST_ID],
+        }
+        _calls.info("call", extra=facts)
+
+
+def _admitted(replica: Any, request: Any, context: Any, wanted: Container[str], audit: _Audit) -> dict[str, Any]:
     """What the method gets beside the request; raises for a call that is not admitted."""
     if isinstance(request, MalformedRequest):
         raise request.error()
     caller = THE_SYSTEM
-    if context is not None:
+    if isinstance(context, OnBehalf):
+        caller = context.caller
+    elif context is not None:
         access: Access | None = getattr(replica, "access", None)
         if access is None:
             raise UnauthenticatedError("this service was not told whom to serve, and so serves nobody")
         caller = access.check(request, context)
+    audit.tenant = caller.tenant
     given = {"grpc_context": context, "caller": caller}
     return {name: value for name, value in given.items() if name in wanted}
 
@@ -175,7 +226,7 @@ def _dressed(wrapper: Callable[..., Any], method: Callable[..., Any]) -> Callabl
 
 
 def _from_ray(error: BaseException, service: str) -> BlockragError | None:
-    gone = UnavailableError(f"{service}: a replica that worked on this request went away; send it again")
+    gone = ReplicaLostError(f"{service}: a replica that worked on this request went away; send it again")
     # Looked up, not imported: an exception of Ray's can only exist where Ray is imported already.
     if (serve_errors := sys.modules.get("ray.serve.exceptions")) is not None:
         if isinstance(error, serve_errors.BackPressureError):

@@ -18,3 +18,10 @@ RETRY_AFTER_MS = 250
 """When to ask again after a refusal for want of room."""
 STORE_HEADROOM = 1.5
 """Object stores together, as a multiple of the cache's budget: below it blocks spill to disk."""
+DISK_RESERVE = 0.05
+"""Fraction of a disk that blocks leave free."""
+
+HEALTH_CHECK_PERIOD_S = 1.0
+"""How often Serve asks each replica whether it is well; a dead one is noticed within it."""
+HEALTH_CHECK_TIMEOUT_S = 10.0
+"""A replica that does not answer for so long, three times, is replaced."""

@@ -13,6 +13,15 @@ ChunkFormName = Literal["expanded", "compressed", "dropped"]
 
 
 @dataclass(frozen=True)
+class PassageHolder:
+    """A passage with the same text in another document."""
+
+    passage_id: str
+    document_id: str
+    title: str
+
+
+@dataclass(frozen=True)
 class Passage:
     """A piece of a document, as retrieved."""
 
@@ -26,6 +35,8 @@ class Passage:
     metadata: Mapping[str, Any]
     score: float
     """Fused retrieval score; comparable within one answer only."""
+    also_in: tuple[PassageHolder, ...] = ()
+    """The other documents that hold the same text."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class Citation:
     dropped_reason: str
     """Empty when in the prompt."""
     chunks: tuple[CitedChunk, ...]
+    also_in: tuple[PassageHolder, ...] = ()
+    """The other documents that hold the same text."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class Usage:
 
     prompt_tokens: int
     cached_tokens: int
-    """Of the prompt, found in a cache: ``l1_tokens`` plus ``store_tokens``."""
+    """Of the prompt, found in a cache: ``l1_tokens``, ``store_tokens`` and ``disk_tokens`` together."""
     l1_tokens: int
     store_tokens: int
     encoded_tokens: int
@@ -91,6 +104,8 @@ class Usage:
     """Of the passages in the prompt, before compression."""
     compressed_chunks: int = 0
     """Chunks of passages that take one slot each."""
+    disk_tokens: int = 0
+    """Of the prompt, read from disk."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +144,10 @@ class Condition:
     """One condition of a filter on documents' metadata."""
 
     key: str
+    """Keys of objects within are joined by dots: ``author.name``."""
     operator: Literal["in", "not_in", "at_least", "at_most"]
     values: tuple[str | float | bool, ...]
+    """A number equals no text: 7 is not "7"."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +194,15 @@ class DeletedDocument:
 
 
 @dataclass(frozen=True)
+class DeletedSource:
+    """What a deletion removed."""
+
+    document_ids: tuple[str, ...]
+    passages: int
+    purged_blocks: int
+
+
+@dataclass(frozen=True)
 class DeletedCollection:
     """What a deletion removed."""
 
@@ -194,6 +220,8 @@ class Document:
     title: str
     passages: int
     metadata: Mapping[str, Any]
+    source: str = ""
+    """What it came from."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +231,8 @@ class Collection:
     name: str
     documents: int
     passages: int
+    language: str = ""
+    """Whose words BM25 reduces to stems."""
 
 
 @dataclass(frozen=True)

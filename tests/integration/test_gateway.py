@@ -12,7 +12,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from blockrag.client import BlockragClient, GenerateOptions
+from blockrag.client import BlockragClient
+from blockrag.client_options import GenerateOptions
 from blockrag.errors import (
     BlockragError,
     DeadlineError,
@@ -171,6 +172,7 @@ async def test_the_system_describes_itself(client: BlockragClient) -> None:
         "kv_cache",
         "compressor",
         "decoder",
+        "http",
     ]
     assert description.bundle_fingerprint == description.decoder["bundle_fingerprint"]
     assert description.max_top_k == 50

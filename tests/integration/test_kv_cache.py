@@ -15,6 +15,7 @@ import ray
 from blockrag.configured import configured_bundle
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
+from blockrag.kv_cache.block_files import block_paths
 from blockrag.kv_cache.client import KvCacheClient
 from blockrag.kv_cache.shards import owner, shard_names
 from blockrag.modeling.model import SlotModel
@@ -202,6 +203,22 @@ async def test_warming_pinning_and_purging_over_grpc(
     assert [fetched.tier for fetched in await cache.fetch(blocks)] == ["encoded"] * 10
 
 
+async def test_a_purge_removes_files_for_good(
+    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub, cluster: Cluster
+) -> None:
+    blocks = fresh_blocks(keys, 6, document_id="on disk")
+    await cache.fetch(blocks)
+    await written(rpc)
+    wanted = {block.key for block in blocks}
+    assert {path.name for path in block_paths(cluster.settings.disk_path)} >= wanted
+    references = [DocumentRef(collection="c", document_id="on disk")]
+    purged = await rpc.PurgeDocuments(PurgeDocumentsRequest(context=CONTEXT, documents=references), metadata=METADATA)
+    assert purged.blocks == 6
+    assert not {path.name for path in block_paths(cluster.settings.disk_path)} & wanted
+    kill(replica_pids("kv_cache", "KvCacheShard-0"))
+    assert [fetched.tier for fetched in await cache.fetch(blocks)] == ["encoded"] * 6
+
+
 async def test_another_tenant_cannot_purge(cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub) -> None:
     blocks = fresh_blocks(keys, 2, document_id="mine")
     await cache.fetch(blocks)
@@ -246,7 +263,14 @@ async def test_objects_survive_the_encoder_and_waiting_encodes_are_retried(
     assert [fetched.tier for fetched in await cache.fetch(fresh_blocks(keys, 1))] == ["encoded"]
 
 
-async def test_a_dead_shard_is_a_miss_and_no_error(
+async def written(rpc: KvCacheServiceStub) -> None:
+    """Returns when every block that was encoded is on disk."""
+    async with asyncio.timeout(30):
+        while (await status(rpc)).disk.pending:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_a_dead_shard_reads_its_blocks_from_disk(
     cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
 ) -> None:
     await cache.poll_purges()
@@ -254,11 +278,14 @@ async def test_a_dead_shard_is_a_miss_and_no_error(
     before = {fetched.block.key: np.array(fetched.block.keys) for fetched in await cache.fetch(blocks)}
     dead = {block.key for block in blocks if owner(block.key, shard_names(2)) == 0}
     assert 0 < len(dead) < 24
+    await written(rpc)
     kill(replica_pids("kv_cache", "KvCacheShard-0"))
     after = await cache.fetch(blocks)
-    assert {fetched.block.key for fetched in after if fetched.tier == "encoded"} == dead
+    assert {fetched.block.key for fetched in after if fetched.tier == "disk"} == dead
+    assert {fetched.tier for fetched in after if fetched.block.key not in dead} == {"store"}
     for fetched in after:
-        assert_same_slots(fetched.block.keys, before[fetched.block.key])
+        np.testing.assert_array_equal(fetched.block.keys, before[fetched.block.key])
+        assert not fetched.block.keys.flags.writeable
     assert (await cache.poll_purges()).reset
     assert not (await cache.poll_purges()).reset
     assert (await status(rpc)).shards == 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,46 @@ def test_a_killed_starter_takes_its_system_along_and_nothing_is_started_twice(
     assert stopped is not None
     assert stopped.phase == "stopped"
     assert not _processes_with(str(tmp_path))
+
+
+@pytest.mark.own_cluster
+@pytest.mark.timeout(400)
+def test_a_stop_is_graceful_at_any_time_and_leaves_nothing_behind(small_bundle: Path, tmp_path: Path) -> None:
+    settings = Settings(
+        bundle=BundleSettings(path=str(small_bundle)),
+        cluster=ClusterSettings(
+            grpc_port=free_port(), http_port=free_port(), object_store_mb=128, state_dir=str(tmp_path / "state")
+        ),
+        kv_cache=KvCacheSettings(budget_mb=64),
+    )
+    before = set(Path(tempfile.gettempdir()).glob("*")) | set(Path("/tmp").glob("*"))
+    # While it starts: what starts it is told to stop as soon as the applications are under way.
+    with pytest.raises(KeyboardInterrupt):
+        LocalSystem.start(settings, on_progress=_interrupt_at("starting the applications"))
+    _assert_stopped(settings.state_path)
+    with LocalSystem.start(settings):
+        pass
+    _assert_stopped(settings.state_path)
+    after = set(Path(tempfile.gettempdir()).glob("*")) | set(Path("/tmp").glob("*"))
+    # Ray keeps its sessions' logs in a folder of its own.
+    assert {path.name for path in after - before if "blockrag" in path.name or len(path.name) > 40} == set()
+    assert not (settings.state_path / "haproxy").exists()
+
+
+def _interrupt_at(detail: str) -> Callable[[str], None]:
+    def progress(reported: str) -> None:
+        if reported == detail:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def _assert_stopped(state_path: Path) -> None:
+    stopped = read_state(state_path)
+    assert stopped is not None
+    assert stopped.phase == "stopped"
+    assert not stopped.alive
+    assert not _processes_with(str(state_path))
 
 
 def _processes_with(text: str) -> list[str]:

@@ -65,8 +65,8 @@ def _block_with(command: str) -> list[str]:
 
 def test_all_blocks_are_known() -> None:
     """A block that is added needs a test here."""
-    assert len(_SHELL) == 5
-    assert len(_PYTHON) == 1
+    assert len(_SHELL) == 6
+    assert len(_PYTHON) == 2
     assert _block_with(_ITSELF) == [_ITSELF]
 
 
@@ -119,6 +119,26 @@ def test_from_python(tour: dict[str, str]) -> None:
     assert "Usage(" in answered.stdout
 
 
+def test_clients_of_openai_s_api(tour: dict[str, str]) -> None:
+    (block,) = (block for block in _SHELL if "/v1/" in block)
+    port = tour["BLOCKRAG_CLUSTER__HTTP_PORT"]
+    upload, ask, search = (
+        _checked(command.replace(":8000/", f":{port}/").replace("curl", "curl -sS --noproxy '*'", 1), tour)
+        for command in block.splitlines()
+    )
+    assert json.loads(upload)["id"] == "handbook/README.md"
+    assert ask.rstrip().endswith("data: [DONE]")
+    assert len(json.loads(search)["data"]) == 2
+
+    python = _ROOT / ".venv-clients" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("make clients installs openai")
+    script = _PYTHON[1].replace(":8000/", f":{port}/")
+    answered = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=60, env={"NO_PROXY": "*"})
+    assert answered.returncode == 0, answered.stderr
+    assert "file_citation" in answered.stdout
+
+
 @pytest.mark.parametrize("mode", ["block", "full"])
 async def test_what_short_texts_say_is_answered(tour: dict[str, str], mode: Any) -> None:
     """Whether answers are right, which no random bundle can show."""
@@ -147,6 +167,7 @@ def test_the_tour_ends(tour: dict[str, str]) -> None:
 _SHORTER = {
     "blockrag adapt block": "--steps 2 --batch-size 2 --max-passages 2",
     "blockrag adapt pear": "--steps 2 --sizes 4x6 --n 6 --heads 2",
+    "blockrag adapt refrag policy": "--max-passages 2 --dev-samples 2",
     "blockrag adapt refrag": "--tokens-per-step 300 --max-passages 2 --dev-samples 2",
     "blockrag bundle verify": "--no-store",
     "blockrag eval compression": "--questions 4 --passages 2 --paragraphs 2 --context 2 --max-answer-tokens 4",
@@ -181,7 +202,7 @@ def test_a_model_of_one_s_own(tmp_path: Path) -> None:
         *_block_with("blockrag bundle verify my-bundle"),
         *_block_with("blockrag bundle verify my-bundle-refrag"),
     ):
-        (more,) = (options for start, options in _SHORTER.items() if command.startswith(start))
+        more = next(options for start, options in _SHORTER.items() if command.startswith(start))
         command = re.sub(r"--steps \d+", "--steps 2", command)
         result = subprocess.run(
             f"{command} {more}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300

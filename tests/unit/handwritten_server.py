@@ -29,6 +29,11 @@ class Server(
         self.requests: list[Any] = []
         self.metadata: dict[str, str] = {}
         self.error: BlockragError | None = None
+        self.lost: list[BlockragError | str] = []
+        """Errors of the next calls; a text is NOT_FOUND with it, as Serve says it."""
+        self.break_after: list[str] = []
+        """Where the next streams break: behind ``retrieved`` or ``text``."""
+        self.uploads: list[Any] = []
         self.stopped = asyncio.Event()
         self.unhealthy = 0
         self.traces: list[list[str]] = []
@@ -36,6 +41,10 @@ class Server(
     async def _note(self, request: Any, context: Any) -> None:
         self.requests.append(request)
         self.metadata = dict(context.invocation_metadata())
+        if self.lost:
+            error = self.lost.pop(0)
+            code = grpc.StatusCode.NOT_FOUND if isinstance(error, str) else status_code(error)
+            await context.abort(code, str(error))
         if self.error is not None:
             await context.abort(status_code(self.error), str(self.error))
 
@@ -45,6 +54,9 @@ class Server(
         metadata.update({"year": 1999})
         found = common_pb2.Passage(passage_id="p0", document_id="d0", title="Norway", text="Oslo.", metadata=metadata)
         yield rag_pb2.GenerateResponse(request_id="r1", retrieved=rag_pb2.Retrieved(passages=[found]))
+        breaks = self.break_after.pop(0) if self.break_after else ""
+        if breaks == "retrieved":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "a replica went away")
         if request.question == "endless":
             try:
                 while True:
@@ -55,6 +67,8 @@ class Server(
         if request.question == "slow":
             await asyncio.Event().wait()
         yield rag_pb2.GenerateResponse(request_id="r1", text=rag_pb2.TextChunk(text="Os", tokens=2))
+        if breaks == "text":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "a replica went away")
         if request.question == "truncated":
             return
         yield rag_pb2.GenerateResponse(request_id="r1", text=rag_pb2.TextChunk(text="lo", tokens=1))
@@ -103,6 +117,7 @@ class Server(
         self, request: AsyncIterator[corpus_pb2.IngestDocumentRequest], context: Any
     ) -> corpus_pb2.IngestDocumentResponse:
         messages = [message async for message in request]
+        self.uploads.append(messages)
         await self._note(messages, context)
         return corpus_pb2.IngestDocumentResponse(
             documents=[

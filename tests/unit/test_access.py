@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import time
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
-from blockrag.access import THE_SYSTEM, Access, Caller, Tenants, is_this_machine, own_addresses
-from blockrag.errors import InvalidRequestError, UnauthenticatedError
+from blockrag.access import THE_SYSTEM, Access, Caller, Tenants, hashed_key, is_this_machine, own_addresses
+from blockrag.errors import InvalidRequestError, SettingsError, UnauthenticatedError
 from blockrag.settings import ClusterSettings, GatewaySettings, KvCacheSettings, Settings, TenantSettings
 from blockrag.v1.common_pb2 import RequestContext
 from blockrag.v1.decoder_pb2 import GetDecoderStatusRequest
@@ -143,3 +145,63 @@ def test_addresses_are_read_as_the_kernel_lists_them(tmp_path: Path) -> None:
     )
     assert own_addresses(tmp_path) == {ip_address("10.1.2.3"), ip_address("fe80::fc:ff:fe00:1")}
     assert own_addresses(tmp_path / "absent") == frozenset()
+
+
+def test_keys_are_several_and_may_be_given_by_their_hash() -> None:
+    new = "the-new-key-0123456789"
+    known = Tenants([TenantSettings(name="acme", api_key=ACME.api_key, api_keys=(hashed_key(new),))])
+    for key in (ACME.api_key, new):
+        assert known.identify([("authorization", f"Bearer {key}")]) == Caller("acme")
+    with pytest.raises(UnauthenticatedError):  # who has read the settings has no key
+        known.identify([("authorization", f"Bearer {hashed_key(new)}")])
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({}, "api_key or api_keys must be set"),
+        ({"api_key": "short"}, "at least 16 characters"),
+        ({"api_keys": ("sha256:0123",)}, "64 hexadecimal digits"),
+    ],
+)
+def test_keys_that_are_none(values: dict[str, object], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        TenantSettings.model_validate({"name": "acme", **values})
+
+
+def test_a_file_of_tenants_is_read_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "tenants.yaml"
+    file.write_text("- {name: acme, api_key: acme-key-0123456789}\n", encoding="utf-8")
+    known = Tenants([], file)
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+
+    def admits(key: str) -> bool:
+        nonlocal clock
+        clock += 10
+        try:
+            known.identify([("authorization", f"Bearer {key}")])
+        except UnauthenticatedError:
+            return False
+        return True
+
+    assert admits("acme-key-0123456789") and not admits("acme-key-two-0123456789")
+    file.write_text("- {name: acme, api_keys: [acme-key-two-0123456789]}\n", encoding="utf-8")
+    assert admits("acme-key-two-0123456789") and not admits("acme-key-0123456789")
+    file.write_text("- {name: acme, api_key: short}\n", encoding="utf-8")
+    with caplog.at_level(logging.ERROR, "blockrag"):
+        assert admits("acme-key-two-0123456789")
+    assert "at least 16 characters" in caplog.text and "short" not in caplog.text.replace("shortest", "")
+    file.unlink()
+    assert admits("acme-key-two-0123456789")
+    file.write_text("[]\n", encoding="utf-8")
+    assert not admits("acme-key-two-0123456789")  # nobody, not everybody
+
+
+def test_a_file_of_tenants_that_cannot_be_read_at_first_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"tenants_file .*none\.yaml"):
+        Tenants([], tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match=r"kv_cache\.secret must be set"):
+        Settings(gateway=GatewaySettings(tenants_file=str(tmp_path / "none.yaml")))

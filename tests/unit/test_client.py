@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ async def server() -> AsyncIterator[tuple[Server, str]]:
 
 @pytest.fixture
 async def client(server: tuple[Server, str]) -> AsyncIterator[BlockragClient]:
-    async with BlockragClient(server[1], KEY, timeout_s=10) as connected:
+    async with BlockragClient(server[1], KEY, timeout_s=10, patience_s=1.0) as connected:
         yield connected
 
 
@@ -138,6 +139,15 @@ async def test_compression_of_a_question(
     assert not server[0].requests[1].HasField("compression")
 
 
+async def test_a_conversation(client: BlockragClient, server: tuple[Server, str]) -> None:
+    await client.ask("Since when?", turns=[("Where?", "Oslo.")], instructions="Be brief.")
+    (asked,) = server[0].requests
+    assert list(asked.turns) == [common_pb2.Turn(question="Where?", answer="Oslo.")]
+    assert asked.instructions == "Be brief."
+    with pytest.raises(InvalidRequestError):
+        await client.ask("Since when?", turns=["Where?"])  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
@@ -160,6 +170,44 @@ async def test_what_no_message_can_hold_is_refused_here(
     assert refused.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("filter", "message"),
+    [
+        ({"kind": [["a"]]}, "value of 'kind' is a list"),
+        ({"kind": None}, "value of 'kind' is a NoneType"),
+        ({"ticket": 1234567890123456788}, "too large.*send it as text"),
+        ({"price": float("nan")}, "'price' is nan"),
+        ([Condition("k", "between", (1,))], "operator 'between'"),  # type: ignore[arg-type]
+        (["kind=a"], "holds a str"),
+    ],
+)
+async def test_filters_that_cannot_be_are_refused_here(client: BlockragClient, filter: Any, message: str) -> None:
+    """Rows A7 and B10."""
+    with pytest.raises(InvalidRequestError, match=message) as refused:
+        await client.retrieve("q", filter=filter)
+    assert refused.value.field == "filter"
+
+
+async def test_a_list_as_the_value_of_a_filter_is_any_of_it(client: BlockragClient, server: tuple[Server, str]) -> None:
+    """Row B10."""
+    await client.retrieve("q", filter={"kind": ["country", "city"]})
+    (condition,) = server[0].requests[0].filter
+    assert [value.string_value for value in condition.values] == ["country", "city"]
+
+
+async def test_one_stop_is_one_stop_and_long_timeouts_are_capped(
+    client: BlockragClient, server: tuple[Server, str]
+) -> None:
+    """Row B10."""
+    await client.ask("Where?", stop="END", timeout_s=5_000_000)
+    request = server[0].requests[0]
+    assert list(request.stop) == ["END"]
+    assert request.timeout_ms == 7 * 24 * 3600 * 1000
+    for timeout_s in (0, -1, float("nan")):
+        with pytest.raises(InvalidRequestError, match="timeout_s"):
+            await client.ask("Where?", timeout_s=timeout_s)
+
+
 async def test_leaving_the_stream_cancels_the_call(client: BlockragClient, server: tuple[Server, str]) -> None:
     events = client.generate("endless")
     for _ in range(3):
@@ -178,6 +226,66 @@ async def test_the_deadline(client: BlockragClient) -> None:
 async def test_an_answer_without_its_completion_is_an_error(client: BlockragClient) -> None:
     with pytest.raises(UnavailableError):
         await client.ask("truncated")
+
+
+@pytest.mark.parametrize("error", [UnavailableError("a replica went away"), "Application 'gateway' not found."])
+async def test_what_went_away_is_asked_again(
+    client: BlockragClient, server: tuple[Server, str], error: Exception | str, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"0123456789" * 100_000)
+    calls = (
+        lambda: client.ask("Where?"),
+        lambda: client.retrieve("q"),
+        lambda: client.list_collections(),
+        lambda: client.ingest_text("d0", "text"),
+        lambda: client.ingest_file(file),
+        lambda: client.delete_document("d0"),
+    )
+    for call in calls:
+        server[0].requests.clear()
+        server[0].lost = [error, error]
+        assert await call()
+        assert len(server[0].requests) == 3
+    sent = [sum(len(message.content) for message in messages) for messages in server[0].uploads[-3:]]
+    assert sent == [1_000_000] * 3
+
+
+async def test_a_deletion_whose_answer_was_lost_is_done(client: BlockragClient, server: tuple[Server, str]) -> None:
+    server[0].lost = [UnavailableError("a replica went away"), NotFoundError("no document 'd0'")]
+    assert await client.delete_document("d0") == DeletedDocument(0, 0)
+    server[0].lost = [NotFoundError("no document 'd0'")]
+    with pytest.raises(NotFoundError):
+        await client.delete_document("d0")
+
+
+async def test_a_stream_is_asked_again_until_its_first_text_only(
+    client: BlockragClient, server: tuple[Server, str]
+) -> None:
+    server[0].break_after = ["retrieved"]
+    events = [event async for event in client.generate("Where?")]
+    assert [type(event) for event in events] == [Retrieved, TextChunk, TextChunk, Completion]
+    server[0].break_after = ["text"]
+    with pytest.raises(UnavailableError):
+        _ = [event async for event in client.generate("Where?")]
+    server[0].break_after = ["text", "retrieved"]
+    assert (await client.ask("Where?")).text == "Oslo"
+
+
+async def test_other_errors_are_not_asked_again(client: BlockragClient, server: tuple[Server, str]) -> None:
+    server[0].lost = [OverloadedError("64 answers are in progress", 130)]
+    with pytest.raises(OverloadedError):
+        await client.ask("Where?")
+    assert len(server[0].requests) == 1
+
+
+async def test_patience_ends(client: BlockragClient, server: tuple[Server, str]) -> None:
+    server[0].error = UnavailableError("a replica went away")
+    began = time.monotonic()
+    with pytest.raises(UnavailableError):
+        await client.ask("Where?")
+    assert time.monotonic() - began < 5
+    assert len(server[0].requests) > 2
 
 
 async def test_retrieve(client: BlockragClient, server: tuple[Server, str]) -> None:
@@ -248,7 +356,7 @@ async def test_a_wrong_key_is_not_waited_for(client: BlockragClient, server: tup
 
 
 async def test_nobody_there() -> None:
-    async with BlockragClient("127.0.0.1:1") as client:
+    async with BlockragClient("127.0.0.1:1", patience_s=0.3) as client:
         with pytest.raises(UnavailableError):
             await client.ask("Where?")
         with pytest.raises(UnavailableError, match="not ready"):
@@ -309,6 +417,8 @@ def test_other_statuses() -> None:
     dropped = error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, "Request dropped due to backpressure")
     assert isinstance(dropped, OverloadedError)
     assert dropped.retry_after_ms > 0
+    for details in ("Received RST_STREAM with error code 2", "Received http2 header with status: 502"):
+        assert isinstance(error_of(grpc.StatusCode.INTERNAL, details), UnavailableError)
     assert str(error_of(grpc.StatusCode.INTERNAL, "id 1")) == "INTERNAL: id 1"
 
 

@@ -59,7 +59,7 @@ def test_a_client_and_its_commands_need_the_client_s_packages_only() -> None:
     assert (result.returncode, result.stdout.strip()) == (0, "True"), result.stderr
 
 
-@pytest.mark.parametrize("command", ["up", "bundle verify", "bench ttft --no-grpc"])
+@pytest.mark.parametrize("command", ["up", "doctor", "bundle verify", "bench ttft --no-grpc"])
 def test_a_command_of_another_door_says_what_to_install(command: str) -> None:
     result = client_only(f"sys.argv = {['blockrag', *command.split()]!r}; from blockrag.cli.main import main; main()")
 

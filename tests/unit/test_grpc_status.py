@@ -11,7 +11,7 @@ import grpc
 import pytest
 from ray.exceptions import RayTaskError
 
-from blockrag.access import THE_SYSTEM, Access, Caller
+from blockrag.access import THE_SYSTEM, Access, Caller, OnBehalf
 from blockrag.errors import InvalidRequestError, NotFoundError, OverloadedError, UnauthenticatedError
 from blockrag.grpc_status import InternalError, as_known_error, rpc, translated
 from blockrag.settings import GatewaySettings, KvCacheSettings, Settings, TenantSettings
@@ -175,3 +175,45 @@ async def test_a_method_is_told_who_calls() -> None:
     assert await Asked().Call(None) == THE_SYSTEM  # type: ignore[call-arg]
     with pytest.raises(UnauthenticatedError):
         await Asked().Call(None, grpc_context=FakeContext())  # type: ignore[call-arg]
+
+
+async def test_calls_from_outside_leave_a_line_each_without_what_was_said(caplog: pytest.LogCaptureFixture) -> None:
+    calls = logging.getLogger("blockrag.audit")
+    service = Service()
+    with caplog.at_level(logging.INFO, "blockrag.audit"):
+        calls.disabled = False
+        await service.Call(None, grpc_context=FakeContext())
+        with pytest.raises(NotFoundError):
+            await service.Call(NotFoundError("document secret.txt"), grpc_context=FakeContext())
+        stream = service.Stream(None, grpc_context=FakeContext())
+        await anext(stream)
+        await stream.aclose()
+        await service.Call(None)  # through a handle
+        calls.disabled = True
+        await service.Call(None, grpc_context=FakeContext())
+        calls.disabled = False
+    lines = [(r.__dict__["tenant"], r.__dict__["method"], r.__dict__["status"]) for r in caplog.records]
+    assert lines == [
+        ("public", "Service.Call", "OK"),
+        ("public", "Service.Call", "NOT_FOUND"),
+        ("public", "Service.Stream", "CANCELLED"),
+    ]
+    assert "secret" not in caplog.text
+
+
+async def test_another_door_speaks_for_whom_it_admitted() -> None:
+    class Asked:
+        @rpc
+        async def Call(
+            self, request: Exception | None, grpc_context: OnBehalf, *, caller: Caller
+        ) -> tuple[Caller, str]:
+            if request is not None:
+                raise request
+            return caller, dict(grpc_context.invocation_metadata())["request_id"]
+
+    call = OnBehalf(Caller("acme"), (("request_id", "r7"),))
+    assert await Asked().Call(None, grpc_context=call) == (Caller("acme"), "r7")  # type: ignore[call-arg]
+    with pytest.raises(NotFoundError):
+        await Asked().Call(NotFoundError("gone"), grpc_context=call)  # type: ignore[call-arg]
+    with pytest.raises(ZeroDivisionError):
+        await Asked().Call(ZeroDivisionError(), grpc_context=call)  # type: ignore[call-arg]

@@ -53,6 +53,18 @@ def test_handles_may_go_by_value_and_blocks_stay_with_a_replica() -> None:
     assert ConsistentHashRouter.__name__ == "ConsistentHashRouter"
 
 
+def test_serve_s_grpc_servers_take_another_maker_of_handlers() -> None:
+    """``gateway/servicers.py`` puts ``DiscreetHandlers`` in the place of the server's own."""
+    from ray.serve._private.grpc_util import gRPCGenericServer
+
+    server = gRPCGenericServer.__new__(gRPCGenericServer)
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+    made: list[object] = []
+    server.service_handler_factory = lambda **options: made.append(options["service_method"])
+    server._override_method_handler("/service/Method", handler)
+    assert made == ["/service/Method"] * 4
+
+
 def test_serve_s_grpc_context_and_streams() -> None:
     """Every ``deployment.py`` takes them; ``rpc`` sets their status."""
     from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream

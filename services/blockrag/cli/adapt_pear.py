@@ -2,58 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
+from blockrag.cli.options import command_of
+from blockrag.cli.training_workers import shown
 from blockrag.errors import SetupError
+from blockrag.modeling.files import DEFAULT_BUNDLE
+from blockrag.training.pear.config import PUBLISHED_SIZES, PearConfig
 
 if TYPE_CHECKING:
     from blockrag.modeling.bundle import Bundle
-    from blockrag.training.pear.adaptation import OnProgress, PearConfig, PearReport
+    from blockrag.training.adaptation.metrics import OnProgress
+    from blockrag.training.adaptation.run import RunFolder
+    from blockrag.training.pear.adaptation import PearReport
     from blockrag.training.pear.cost import FoldingCost
+
+_SIZES = ",".join(f"{samples}x{tokens}" for samples, tokens in PUBLISHED_SIZES)
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the group ``adapt``."""
-    app.command(epilog="Example: blockrag adapt pear --bundle my-bundle --out my-bundle-pear")(pear)
+    command = command_of(PearConfig, spellings={"heads": ("--heads", "-k")})
+    app.command(epilog="Example: blockrag adapt pear --bundle my-bundle --out my-bundle-pear")(command(pear))
 
 
 def pear(
-    bundle: Annotated[Path | None, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = None,
+    config: PearConfig,
+    bundle: Annotated[Path, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = DEFAULT_BUNDLE,
     out: Annotated[Path | None, typer.Option(help="Bundle to make; the one given is left alone.")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Change the bundle's manifest instead.")] = False,
     detect_only: Annotated[bool, typer.Option("--detect-only", help="Only find heads; make no bundle.")] = False,
     report: Annotated[
         Path | None, typer.Option(help="Directory of pear.json and delta_pi.png; default: OUT (or BUNDLE) + '-pear'.")
     ] = None,
-    heads: Annotated[
-        int | None, typer.Option("--heads", "-k", help="Most heads to re-weight; default: 3 % of them, at least 4.")
-    ] = None,
-    mask: Annotated[
-        Literal["block", "full"], typer.Option(help="Mask that heads are chosen and coefficients learned under.")
-    ] = "block",
-    mean: Annotated[
-        Literal["batch", "sequence"], typer.Option(help="What replaces a head: its mean over the batch or sequence.")
-    ] = "batch",
-    later_heads: Annotated[
-        Literal["frozen", "live"], typer.Option(help="Later layers' heads: as in the clean run (published), or anew.")
-    ] = "frozen",
-    sizes: Annotated[str, typer.Option(help="Prompts x tokens per copy, averaged over.")] = "20x50,40x25,80x15,100x10",
-    distractors: Annotated[int, typer.Option(help="Further passage blocks of a prompt under the block mask.")] = 3,
-    n: Annotated[int, typer.Option("--n", help="Tokens per copy while learning.")] = 50,
-    steps: Annotated[int, typer.Option(help="Learning steps; a coefficient moves by about steps * rate / 2.")] = 200,
-    batch: Annotated[int, typer.Option(help="Prompts of a step.")] = 20,
-    learning_rate: Annotated[float, typer.Option(help="Adam's, falling to 0.")] = 5e-3,
-    seed: Annotated[int, typer.Option(help="Seed of all prompts.")] = 0,
-    memory: Annotated[float, typer.Option(help="GiB that a batch of detection may take.")] = 1.0,
+    sizes: Annotated[str, typer.Option(help="Prompts x tokens per copy, averaged over.")] = _SIZES,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type to compute in.")] = "float32",
     as_json: JsonOption = False,
@@ -63,53 +53,54 @@ def pear(
     Weights stay as they are: the coefficients are folded into them whenever they are loaded. Whether answers get
     better is for `blockrag eval` to say; the proxy task's loss alone does not.
     """
-    from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+    from blockrag.modeling.bundle import load_bundle
     from blockrag.modeling.bundle_writing import write_pear
-    from blockrag.training.pear.adaptation import PearConfig
-    from blockrag.training.pear.learning import LearningConfig
+    from blockrag.training.adaptation.run import RunFolder
+    from blockrag.training.adaptation.workers import OneWorker
 
-    with console.errors_to_exit():
-        if (out is not None) + in_place + detect_only != 1:
-            raise SetupError("give exactly one of --out, --in-place and --detect-only")
-        if out is not None and out.exists():
-            raise SetupError(f"{out}: exists already")
-        source = load_bundle(bundle or DEFAULT_BUNDLE, compute_dtype=dtype)
-        config = PearConfig(
-            heads=heads,
-            mask=mask,
-            mean=mean,
-            later_heads=later_heads,
-            sizes=_parse_sizes(sizes),
-            distractors=distractors,
-            learning=LearningConfig(n=n, steps=steps, batch=batch, learning_rate=learning_rate),
-            seed=seed,
-            memory_bytes=int(memory * 2**30),
-        )
-        with _shown(as_json) as show:
-            found, cost = _adapt(source, config, device, not detect_only, show)
-        made = write_pear(source, found.record, out) if found.record else None
-        _tell(source, made, found, config, cost, report or _beside(out or source.path), as_json)
+    if (out is not None) + in_place + detect_only != 1:
+        raise SetupError("give exactly one of --out, --in-place and --detect-only")
+    if out is not None and out.exists():
+        raise SetupError(f"{out}: exists already")
+    source = load_bundle(bundle, compute_dtype=dtype)
+    config = replace(config, sizes=_parse_sizes(sizes))
+    beside = _beside(out or source.path)
+    run_dir = (out or beside).with_name(f"{(out or beside).name}.run")
+    run = None if detect_only else RunFolder(run_dir, OneWorker(device))
+    with shown(as_json, lines=False) as show:
+        found, cost = _adapt(source, config, device, run, show)
+    made = write_pear(source, found.record, out) if found.record else None
+    if run is not None and out is not None and made is not None:
+        run.drop_checkpoints()
+    elif run is not None:
+        shutil.rmtree(run_dir)  # nothing stands beside it that says which run it was
+    _tell(source, made, found, config, cost, report or beside, as_json)
 
 
 def _adapt(
-    source: Bundle, config: PearConfig, device: str, learning: bool, show: OnProgress
+    source: Bundle, config: PearConfig, device: str, run: RunFolder | None, show: OnProgress
 ) -> tuple[PearReport, FoldingCost | None]:
+    """Detect, and with ``run`` learn; a run that was stopped there goes on."""
     from blockrag.modeling.model import load_stock_model
+    from blockrag.training.adaptation.metrics import StepMetrics
     from blockrag.training.pear.adaptation import adapt
     from blockrag.training.pear.cost import folding_cost
     from blockrag.training.pear.task import ordinary_tokens
 
-    show("load", 0.0, None)
     # coefficients that the bundle already has are replaced: they are relative to the weights as they are
-    model = load_stock_model(replace(source, pear=None), device=device)
-    tokenizer = source.load_tokenizer()
-    candidates = ordinary_tokens(min(source.vocab_size, len(tokenizer)), tuple(tokenizer.added_tokens_decoder))
-    found = adapt(model, candidates, config, learning=learning, on_progress=show)
+    source = replace(source, pear=None)
+    show(StepMetrics(step=0, fraction=0.0, stage="load"))
+    identity = {"kind": "pear", "base": source.fingerprint, "recipe": asdict(config)}
+    with run.opened(identity) if run is not None else nullcontext():
+        model = load_stock_model(source, device=device)
+        tokenizer = source.load_tokenizer()
+        candidates = ordinary_tokens(min(source.vocab_size, len(tokenizer)), tuple(tokenizer.added_tokens_decoder))
+        found = adapt(model, candidates, config, run, learning=run is not None, on_progress=show)
     if found.record is None:
         return found, None
     del model  # it is folded now
-    show("measure", 0.0, None)
-    return found, folding_cost(load_stock_model(replace(source, pear=None), device=device), found.record.heads)
+    show(StepMetrics(step=0, fraction=0.0, stage="measure"))
+    return found, folding_cost(load_stock_model(source, device=device), found.record.heads)
 
 
 def _tell(
@@ -161,19 +152,3 @@ def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 def _beside(path: Path) -> Path:
     return path.parent / f"{path.name}-pear"
-
-
-@contextmanager
-def _shown(as_json: bool) -> Iterator[OnProgress]:
-    """A bar per stage on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console.err, disable=as_json) as bar:
-        tasks = {}
-
-        def show(stage: str, share: float, loss: float | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=1.0)
-            text = stage if loss is None else f"{stage}  loss {loss:.3f}"
-            bar.update(tasks[stage], completed=share, description=text)
-
-        yield show

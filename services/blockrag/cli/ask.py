@@ -6,8 +6,8 @@ import asyncio
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from blockrag.cli import console
@@ -15,12 +15,14 @@ from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
 from blockrag.cli.filters import parse_filters
 from blockrag.cli.reading import compression_note, reading_lines
-from blockrag.client import BlockragClient, GenerateOptions
+from blockrag.client import BlockragClient
+from blockrag.client_options import GenerateOptions
 from blockrag.errors import UnavailableError
 from blockrag.results import Completion, Compression, Retrieved, TraceSpan
 
 FilterOption = Annotated[
-    list[str] | None, typer.Option("--filter", "-f", help="Metadata: key=value, key!=a,b, key>=1, key<=2.")
+    list[str] | None,
+    typer.Option("--filter", "-f", help='Metadata: key=value, key="a, b", key!=a,b, author.name=Ann, key>=1.'),
 ]
 
 
@@ -41,7 +43,7 @@ def ask(
     top_p: Annotated[float | None, typer.Option(help="Nucleus mass.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds to wait.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds to wait; the server has a limit of its own.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option(help="Most passage tokens in the prompt.")] = None,
     rate: Annotated[float | None, typer.Option(help="Compress: passage tokens per slot of the prompt.")] = None,
     max_context_tokens_compressed: Annotated[
@@ -92,7 +94,7 @@ async def _ask(
             elif isinstance(event, Completion):
                 completion = event
             elif not as_json:
-                console.out.print(event, end="", markup=False, highlight=False)
+                console.out.print(event, end="", highlight=False)
         if completion is None:
             raise UnavailableError("the answer ended without its completion; ask again")
         spans = await client.trace(completion.trace_id) if with_trace else ()
@@ -113,15 +115,16 @@ def print_citations(completion: Completion) -> None:
     for citation in completion.citations:
         place = f"{citation.title} · {citation.document_id}" if citation.document_id else citation.title
         note = "" if citation.in_prompt else f" — dropped: {citation.dropped_reason}"
-        console.out.print(f"  [dim][{citation.index + 1}] {escape(place)}, {citation.tokens} tokens{note}[/]")
+        also = f" (also in {', '.join(holder.document_id for holder in citation.also_in)})" if citation.also_in else ""
+        console.out.print(Text(f"  [{citation.index + 1}] {place}, {citation.tokens} tokens{also}{note}", "dim"))
     usage = completion.usage
     note = compression_note(usage)
     stages = "  ".join(f"{name} {value:.1f}" for name, value in completion.stages_ms.items())
-    console.out.print(
-        f"  [dim]first token {completion.time_to_first_token_ms:.1f} ms · {usage.prompt_tokens} prompt tokens, "
-        f"{usage.cached_tokens} cached{f' · {note}' if note else ''} · ms: {stages}[/]",
-        highlight=False,
+    line = (
+        f"  first token {completion.time_to_first_token_ms:.1f} ms · {usage.prompt_tokens} prompt tokens, "
+        f"{usage.cached_tokens} cached{f' · {note}' if note else ''} · ms: {stages}"
     )
+    console.out.print(Text(line, "dim"), highlight=False)
 
 
 def span_tree(spans: tuple[TraceSpan, ...]) -> Tree:
@@ -134,10 +137,15 @@ def span_tree(spans: tuple[TraceSpan, ...]) -> Tree:
         for span in spans:
             is_root = span.parent_span_id not in known
             if span.parent_span_id == parent_id or (parent_id is None and is_root):
-                failed = f" [red]{escape(span.error)}[/]" if span.error else ""
                 offset = (span.start_unix_ns - start) / 1e6
-                label = f"[bold]{escape(span.name)}[/] [dim]{span.service}[/] {span.milliseconds:.1f} ms"
-                add(parent.add(f"{label} [dim]at {offset:.1f}[/]{failed}", highlight=False), span.span_id)
+                label = Text.assemble(
+                    (span.name, "bold"),
+                    (f" {span.service} ", "dim"),
+                    f"{span.milliseconds:.1f} ms",
+                    (f" at {offset:.1f}", "dim"),
+                    (f" {span.error}" if span.error else "", "red"),
+                )
+                add(parent.add(label, highlight=False), span.span_id)
 
     add(root, None)
     return root
@@ -164,8 +172,11 @@ def retrieve(
             return
         table = Table("score", "document", "passage", show_lines=True)
         for passage in passages:
-            table.add_row(f"{passage.score:.4f}", passage.document_id, escape(passage.text))
+            names = [passage.document_id, *(holder.document_id for holder in passage.also_in)]
+            table.add_row(f"{passage.score:.4f}", "\n".join(names), passage.text)
         console.out.print(table)
+        if not passages and conditions:
+            console.err.print("no document fits the filter: a number equals no text, and keys are as in the metadata")
 
     with console.errors_to_exit():
         asyncio.run(run())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
@@ -77,11 +78,23 @@ def verify(
 def _verify_table(report: VerifyReport) -> Table:
     weights = ", decode steps with weights in eight bits" if report.weights == "int8" else ""
     title = f"{report.bundle}, computed in {report.compute_dtype}, K and V in {report.kv_dtype}{weights}"
-    table = Table("check", "largest difference", "tolerance", "", "where it first differs", title=title)
+    columns = ("check", "largest difference", "allowed", "same first token", "KL, nats", "", "where it first differs")
+    limits = report.limits
+    table = Table(
+        *columns,
+        title=title,
+        caption=f"allowed: {limits.agreement:.0%} of first tokens the same, KL divergence {limits.divergence:g}",
+    )
     for check in report.checks:
-        verdict = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"
+        verdict = Text("passed", "green") if check.passed else Text("FAILED", "bold red")
         table.add_row(
-            check.name, f"{check.max_difference:.1e}", f"{check.tolerance:.1e}", verdict, check.first_difference
+            check.name,
+            f"{check.max_difference:.1e}",
+            f"{check.tolerance:.1e}",
+            "" if check.agreement is None else f"{check.agreement:.1%}",
+            "" if check.divergence is None else f"{check.divergence:.1e}",
+            verdict,
+            check.first_difference,
         )
     return table
 

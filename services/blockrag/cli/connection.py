@@ -7,6 +7,10 @@ from pathlib import Path
 from blockrag.cli import console
 from blockrag.client import BlockragClient
 from blockrag.local import LocalSystem
+from blockrag.settings import HASHED_KEY
+
+_PATIENCE_S = 3.0
+"""For a target that somebody typed, which may be wrong: shorter than a program's."""
 
 
 def connect(settings_path: Path | None, target: str, api_key: str) -> BlockragClient:
@@ -15,9 +19,9 @@ def connect(settings_path: Path | None, target: str, api_key: str) -> BlockragCl
     Raises ``NotFoundError`` when nothing runs here. On this machine the first tenant's key is used by itself.
     """
     if target:
-        return BlockragClient(target, api_key=api_key or None)
+        return BlockragClient(target, api_key=api_key or None, patience_s=_PATIENCE_S)
     settings = console.settings_from(settings_path)
     system = LocalSystem.attach(settings)
     tenants = settings.gateway.tenants or system.settings.gateway.tenants
-    key = api_key or (tenants[0].api_key if tenants else "")
-    return BlockragClient(system.target, api_key=key or None)
+    keys = [key for tenant in tenants[:1] for key in tenant.keys if not key.startswith(HASHED_KEY)]
+    return BlockragClient(system.target, api_key=api_key or next(iter(keys), None))

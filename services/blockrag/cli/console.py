@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -12,13 +12,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from blockrag.errors import BlockragError
 from blockrag.settings import API_KEY_VARIABLE, Settings, load_settings
 
-out = Console()
+# Text is printed as it is: what looks like Rich's markup came from a document. Styles are given as Text objects.
+out = Console(markup=False, emoji=False)
 """Answers go here."""
-err = Console(stderr=True)
+err = Console(stderr=True, markup=False, emoji=False)
 """Progress and errors go here, so that ``--json`` output stays clean."""
 
 SettingsOption = Annotated[
@@ -54,16 +56,34 @@ def errors_to_exit(exit_code: int = 1) -> Iterator[None]:
     try:
         yield
     except BlockragError as error:
-        err.print(f"[bold red]error:[/] {type(error).__name__.removesuffix('Error')}: ", end="")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        kind = type(error).__name__.removesuffix("Error")
+        line = Text.assemble(("error:", "bold red"), f" {kind}: {printable(str(error))}")
+        err.print(line, highlight=False, soft_wrap=True)
         raise typer.Exit(exit_code) from error
+
+
+def printable(text: str) -> str:
+    """The text with what is no Unicode, as in names of files, written as \\udc.. escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def description_column() -> TextColumn:
+    """What a progress bar is at, as it is."""
+    return TextColumn("{task.description}", markup=False)
+
+
+@contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """A line on standard error while something goes on; what it is given replaces its text."""
+    with err.status(Text(text)) as line:
+        yield lambda shown: line.update(Text(shown))
 
 
 def progress_bar() -> Progress:
     """A progress bar on standard error."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        description_column(),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -79,5 +99,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Path):
-        return str(value)
+        return printable(str(value))
     return value

@@ -19,8 +19,8 @@ from random import Random
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from blockrag.cli import console
 from blockrag.cli.ask import print_citations
@@ -89,7 +89,7 @@ def demo(
         with console.err.status("starting") as line:
             system = LocalSystem.start(loaded, on_progress=line.update, owned=True)
         with system:
-            console.err.print(f"six services are up at {system.target} ({time.perf_counter() - started:.0f} s)")
+            console.err.print(f"the services are up at {system.target} ({time.perf_counter() - started:.0f} s)")
             drawn = Random(seed).sample(load_questions(), _SHOWN + questions)
             own = (document, tuple(question or ("What is it about?",))) if document is not None else None
             show = _Show(top_k, quiet=as_json)
@@ -108,7 +108,7 @@ def demo(
             )
         else:
             console.out.print(_table(rows))
-            console.out.print(f"[dim]the whole demo took {time.perf_counter() - started:.0f} s[/]")
+            console.out.print(Text(f"the whole demo took {time.perf_counter() - started:.0f} s", "dim"))
 
 
 def _demo_settings(settings: Settings, state_dir: Path) -> Settings:
@@ -152,11 +152,10 @@ class _Show:
     async def ask(self, client: BlockragClient, question: str, collection: str, expected: tuple[str, ...] = ()) -> None:
         alone = await client.ask(question, collection=collection, attention_mode="none")
         if not self._quiet:
-            known = f"  [dim](right: {escape(' / '.join(expected))})[/]" if expected else ""
-            console.out.print(f"\n[bold]{escape(question)}[/]{known}")
-            console.out.print(
-                f"  without retrieval: [dim]{escape(alone.text.strip())}[/]\n  with retrieval:    ", end=""
-            )
+            known = f"  (right: {' / '.join(expected)})" if expected else ""
+            console.out.print(Text.assemble("\n", (question, "bold"), (known, "dim")))
+            line = Text.assemble("  without retrieval: ", (alone.text.strip(), "dim"), "\n  with retrieval:    ")
+            console.out.print(line, end="")
         text = ""
         async for event in client.generate(question, collection=collection, top_k=self.top_k):
             if isinstance(event, Completion):
@@ -166,7 +165,7 @@ class _Show:
             elif not isinstance(event, Retrieved):
                 text += event
                 if not self._quiet:
-                    console.out.print(event, end="", markup=False, highlight=False)
+                    console.out.print(event, end="", highlight=False)
         self.asked.append(Shown(question, alone.text, text, expected))
 
 
@@ -265,7 +264,7 @@ def _row(name: str, answers: Sequence[Answer]) -> Row:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table("ms (share)", *(row.name for row in rows), title="Over gRPC, medians")
-    table.add_row("first token", *(f"[bold]{row.ttft_ms:.1f}[/]" for row in rows))
+    table.add_row("first token", *(Text(f"{row.ttft_ms:.1f}", "bold") for row in rows))
     for stage in _STAGES:
         values = [(row.stages_ms[stage], row.ttft_ms) for row in rows]
         table.add_row(stage, *(f"{value:.1f} ({value / whole:.0%})" if whole else "–" for value, whole in values))

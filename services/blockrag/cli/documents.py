@@ -11,13 +11,18 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
+from blockrag.characters import normalise
 from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
 from blockrag.client import BlockragClient
+from blockrag.client_options import IngestOptions
 from blockrag.errors import BlockragError, InvalidRequestError
+from blockrag.languages import LANGUAGES
 from blockrag.results import IngestedDocument, WarmProgress
+from blockrag.syncing import Sync
 
 SUFFIXES = (".txt", ".md", ".markdown", ".html", ".htm", ".pdf", ".jsonl")
 """What a directory is searched for."""
@@ -31,23 +36,25 @@ class Source:
     path: Path | None
     """None: the sample corpus."""
 
-    async def send(self, client: BlockragClient, collection: str) -> tuple[IngestedDocument, ...]:
+    async def send(
+        self, client: BlockragClient, collection: str, options: IngestOptions
+    ) -> tuple[IngestedDocument, ...]:
         """Streams it to the server."""
         if self.path is not None:
-            return await client.ingest_file(self.path, collection=collection, document_id=self.document_id)
+            return await client.ingest_file(self.path, collection=collection, document_id=self.document_id, **options)
         from blockrag.corpus.sample import articles_path
 
         content = gzip.decompress(articles_path().read_bytes())
         return await client.ingest_bytes(
-            self.document_id, content, collection=collection, media_type="application/jsonl"
+            self.document_id, content, collection=collection, media_type="application/jsonl", **options
         )
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
-    app.command(epilog="Examples: blockrag ingest handbook.pdf docs/ -c work · blockrag ingest --almanac")(ingest)
+    app.command(epilog="Examples: blockrag ingest handbook.pdf docs/ -c work · blockrag ingest --sync docs/")(ingest)
     app.command("list", epilog="Example: blockrag list -c work --json")(list_documents)
-    app.command(epilog="Examples: blockrag delete handbook.pdf -c work · blockrag delete --all -c work --yes")(delete)
+    app.command(epilog="Examples: blockrag delete handbook.pdf -c work · blockrag delete --source rows.jsonl")(delete)
     app.command(epilog="Example: blockrag warm -c work --pin")(warm)
 
 
@@ -55,12 +62,22 @@ def ingest(
     paths: Annotated[list[Path] | None, typer.Argument(help="Files, or directories to search.")] = None,
     collection: CollectionOption = "default",
     almanac: Annotated[bool, typer.Option("--almanac", help="Ingest the sample corpus instead.")] = False,
+    sync: Annotated[
+        bool, typer.Option("--sync", help="Make the collection equal: remove every other document, with its KV.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing, say what would change.")] = False,
+    language: Annotated[
+        str, typer.Option(help=f"Of a new collection: {', '.join(LANGUAGES)}; default: the server's setting.")
+    ] = "",
     settings: SettingsOption = None,
     target: TargetOption = "",
     api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Store documents (txt, md, html, pdf, jsonl). The same again changes nothing, a changed one replaces it."""
+    """Store documents (txt, md, html, pdf, jsonl). The same again changes nothing, a changed one replaces it.
+
+    With --sync a document that no file holds any more is removed. Of a file that fails, all documents stay.
+    """
     with console.errors_to_exit():
         if almanac == bool(paths):
             raise InvalidRequestError("paths", "give files or directories, or --almanac")
@@ -69,7 +86,8 @@ def ingest(
         sources = [Source("almanac.jsonl", None)] if almanac else list(find_sources(paths or []))
         if not sources:
             raise InvalidRequestError("paths", f"no files ending in {', '.join(SUFFIXES)} found")
-        failed = asyncio.run(_ingest(connect(settings, target, api_key), sources, collection, as_json))
+        options = IngestOptions(language=language, dry_run=dry_run)
+        failed = asyncio.run(_ingest(connect(settings, target, api_key), sources, collection, options, sync, as_json))
         if failed:
             raise typer.Exit(1)
 
@@ -77,45 +95,85 @@ def ingest(
 def find_sources(paths: list[Path]) -> Iterator[Source]:
     """Files as they are named; files of directories with their path below the directory as the id.
 
-    Raises ``InvalidRequestError`` for a path that does not exist.
+    Raises ``InvalidRequestError`` for a path that does not exist, and for two files that would get one id: the second
+    would replace the first.
     """
+    taken: dict[str, Path] = {}
+    for name, file in _files(paths):
+        document_id = normalise(name)
+        other = taken.setdefault(document_id, file)
+        # Documents of a jsonl file have ids of their own.
+        if other is file or (file.suffix.lower() == ".jsonl" and not other.samefile(file)):
+            yield Source(document_id, file)
+        elif not other.samefile(file):
+            raise InvalidRequestError(
+                "paths",
+                f"{console.printable(str(other))} and {console.printable(str(file))} would both be the document "
+                f"{console.printable(document_id)!r}; name the directory above them, or two collections",
+            )
+
+
+def _files(paths: list[Path]) -> Iterator[tuple[str, Path]]:
     for path in paths:
         if path.is_dir():
             for file in sorted(path.rglob("*")):
                 if file.is_file() and file.suffix.lower() in SUFFIXES:
-                    yield Source(file.relative_to(path).as_posix(), file)
+                    yield file.relative_to(path).as_posix(), file
         elif path.is_file():
-            yield Source(path.name, path)
+            yield path.name, path
         else:
-            raise InvalidRequestError("paths", f"{path} does not exist")
+            raise InvalidRequestError("paths", f"{console.printable(str(path))} does not exist")
 
 
-async def _ingest(client: BlockragClient, sources: list[Source], collection: str, as_json: bool) -> int:
-    counts = {"created": 0, "replaced": 0, "unchanged": 0, "failed": 0}
+async def _ingest(
+    client: BlockragClient,
+    sources: list[Source],
+    collection: str,
+    options: IngestOptions,
+    syncing: bool,
+    as_json: bool,
+) -> int:
+    counts = {"created": 0, "replaced": 0, "unchanged": 0, "removed": 0, "failed": 0}
     passages = 0
     async with client:
+        sync = await Sync.begin(client, collection) if syncing else None
         with console.progress_bar() as bar:
             task = bar.add_task("ingesting", total=len(sources))
             for source in sources:
-                bar.update(task, description=source.document_id)
+                bar.update(task, description=console.printable(source.document_id))
                 try:
-                    stored = await source.send(client, collection)
+                    stored = await source.send(client, collection, options)
                 except (BlockragError, OSError) as error:
                     # One bad file must not keep the others out.
                     counts["failed"] += 1
-                    bar.console.print(f"[red]failed[/] {source.document_id}: {error}", highlight=False)
+                    if sync is not None:
+                        sync.keep_all_of(source.document_id)
+                    name, problem = console.printable(source.document_id), console.printable(str(error))
+                    line = Text.assemble(("failed", "red"), f" {name}: {problem}")
+                    bar.console.print(line, highlight=False, soft_wrap=True)
                     if as_json:
-                        console.print_json_line({"document_id": source.document_id, "error": str(error)})
+                        console.print_json_line({"document_id": name, "error": problem})
                 else:
+                    if sync is not None:
+                        sync.keep(stored)
                     for document in stored:
                         counts[document.outcome] += 1
                         passages += document.passages
                         if as_json:
                             console.print_json_line(document)
                 bar.advance(task)
+        if sync is not None:
+            for gone in sync.gone() if options["dry_run"] else await sync.finish():
+                counts["removed"] += 1
+                if as_json:
+                    fields = {"document_id": gone.document_id, "passages": gone.passages, "outcome": "removed"}
+                    console.print_json_line(fields)
+                else:
+                    console.err.print(Text.assemble(("removed", "yellow"), f" {gone.document_id}"), highlight=False)
     if not as_json:
         text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        console.out.print(f"{text}; {passages} passages in collection '{collection}'")
+        note = "nothing was changed: " if options["dry_run"] else ""
+        console.out.print(f"{note}{text}; {passages} passages in collection '{collection}'")
     return counts["failed"]
 
 
@@ -134,9 +192,9 @@ def list_documents(
         if as_json:
             console.print_json(list(found))
             return
-        table = Table("collection", "documents", "passages")
+        table = Table("collection", "documents", "passages", "language")
         for item in found:
-            table.add_row(item.name, str(item.documents), str(item.passages))
+            table.add_row(item.name, str(item.documents), str(item.passages), item.language)
         console.out.print(table)
 
     async def documents() -> None:
@@ -145,9 +203,10 @@ def list_documents(
         if as_json:
             console.print_json(found)
             return
-        table = Table("document", "title", "passages", "version")
+        table = Table("document", "title", "passages", "version", "source")
         for item in found:
-            table.add_row(item.document_id, item.title, str(item.passages), item.version[:12])
+            source = "" if item.source == item.document_id else item.source
+            table.add_row(item.document_id, item.title, str(item.passages), item.version[:12], source)
         console.out.print(table)
 
     with console.errors_to_exit():
@@ -157,6 +216,7 @@ def list_documents(
 def delete(
     document_ids: Annotated[list[str] | None, typer.Argument(help="Documents to remove.")] = None,
     collection: CollectionOption = "default",
+    source: Annotated[str, typer.Option("--source", help="Remove what came from this file.")] = "",
     everything: Annotated[bool, typer.Option("--all", help="Remove the whole collection.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     settings: SettingsOption = None,
@@ -171,14 +231,17 @@ def delete(
             if everything:
                 gone = await client.delete_collection(collection)
                 return [{"collection": collection, **vars(gone)}]
+            if source:
+                gone_with = await client.delete_source(source, collection=collection)
+                return [{"source": source, **vars(gone_with)}]
             return [
                 {"document_id": name, **vars(await client.delete_document(name, collection=collection))}
                 for name in document_ids or []
             ]
 
     with console.errors_to_exit():
-        if everything == bool(document_ids):
-            raise InvalidRequestError("document_ids", "give documents, or --all")
+        if [everything, bool(document_ids), bool(source)].count(True) != 1:
+            raise InvalidRequestError("document_ids", "give documents, or --source, or --all")
         if everything and not yes:
             typer.confirm(f"Remove collection '{collection}' with everything in it?", abort=True)
         removed = asyncio.run(run())
@@ -186,7 +249,7 @@ def delete(
             console.print_json(removed)
             return
         for item in removed:
-            name = item.get("document_id", f"collection '{collection}'")
+            name = item.get("document_id") or item.get("source") or f"collection '{collection}'"
             console.out.print(f"removed {name}: {item['passages']} passages, {item['purged_blocks']} cached blocks")
 
 
@@ -207,7 +270,7 @@ def warm(
             return
         console.out.print(describe_warming(last))
         if last.done < last.total:
-            console.err.print("[yellow]the cache's byte budget holds no more: raise kv_cache.budget_mb[/]")
+            console.err.print(Text("the cache's byte budget holds no more: raise kv_cache.budget_mb", "yellow"))
 
 
 async def _warm(client: BlockragClient, collection: str, document_ids: list[str], pin: bool) -> WarmProgress:

@@ -15,7 +15,8 @@ from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, Targe
 from blockrag.cli.evaluate_compression import compression
 from blockrag.cli.evaluate_qa import qa
 from blockrag.cli.evaluate_retrieval import retrieval
-from blockrag.client import BlockragClient, GenerateOptions
+from blockrag.client import BlockragClient
+from blockrag.client_options import GenerateOptions
 
 if TYPE_CHECKING:
     from blockrag.corpus.sample import Question

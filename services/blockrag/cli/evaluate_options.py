@@ -55,7 +55,7 @@ def write_results(out: Path, files: Mapping[str, bytes]) -> None:
     from blockrag.evaluation.report import write_together
 
     write_together(out, files)
-    console.err.print(f"written: {', '.join(str(out / name) for name in files)}", markup=False, soft_wrap=True)
+    console.err.print(f"written: {', '.join(str(out / name) for name in files)}", soft_wrap=True)
 
 
 class Report(Protocol):

@@ -13,7 +13,8 @@ from blockrag.cli import console
 from blockrag.errors import SetupError
 
 if TYPE_CHECKING:
-    from blockrag.training.pear.adaptation import PearConfig, PearReport
+    from blockrag.training.pear.adaptation import PearReport
+    from blockrag.training.pear.config import PearConfig
     from blockrag.training.pear.cost import FoldingCost
 
 _SHOWN_HEADS = 12

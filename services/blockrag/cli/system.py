@@ -1,19 +1,23 @@
-"""``blockrag up | down | status``."""
+"""``blockrag up | down | status | doctor``."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from blockrag.access import hashed_key
 from blockrag.cli import console
 from blockrag.cli.connection import connect
 from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
 from blockrag.errors import NotFoundError
 from blockrag.local import LocalSystem
+from blockrag.local.doctor import examine
 from blockrag.results import Description
 
 
@@ -21,32 +25,41 @@ def register(app: typer.Typer) -> None:
     """Adds the commands."""
     app.command(epilog="Example: blockrag up --settings my.yaml && blockrag status")(up)
     app.command(epilog="Example: blockrag down")(down)
+    app.command(epilog="Example: blockrag key")(key)
     app.command(epilog="Example: blockrag status --json | jq .kv_cache")(status)
+    app.command(epilog="Example: blockrag doctor --settings my.yaml")(doctor)
 
 
 def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
-    """Start Ray and the six Serve applications on this machine; they go on in the background."""
+    """Start Ray and the Serve applications on this machine; they go on in the background."""
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
-        with console.err.status("starting") as line:
-            system = LocalSystem.start(loaded, on_progress=line.update)
+        with console.status("starting") as show:
+            system = LocalSystem.start(loaded, on_progress=show)
         if as_json:
             console.print_json(
-                {"target": system.target, "ray_address": system.ray_address, "metrics_url": system.metrics_url}
+                {
+                    "target": system.target,
+                    "http_url": system.http_url,
+                    "ray_address": system.ray_address,
+                    "metrics_url": system.metrics_url,
+                }
             )
         else:
-            console.out.print(f"ready at [bold]{system.target}[/]; stop it with 'blockrag down'")
+            console.out.print(
+                f"ready at {system.target} (gRPC) and {system.http_url} (OpenAI's API); stop it with 'blockrag down'"
+            )
 
 
 def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
-    """Stop what 'blockrag up' started. Documents stay; cached attention state is forgotten."""
+    """Stop what 'blockrag up' started. Documents stay, and the attention state that is on disk."""
     with console.errors_to_exit():
         try:
             system = LocalSystem.attach(console.settings_from(settings))
         except NotFoundError:
             stopped = False
         else:
-            with console.err.status("stopping"):
+            with console.status("stopping"):
                 system.stop()
             stopped = True
         if as_json:
@@ -69,6 +82,32 @@ def status(
             raise typer.Exit(1)
 
 
+def key(as_json: JsonOption = False) -> None:
+    """Make a tenant's key: the key is the tenant's, its hash goes into the settings (api_keys)."""
+    made = secrets.token_urlsafe(32)
+    if as_json:
+        console.print_json({"key": made, "hash": hashed_key(made)})
+    else:
+        console.out.print(f"key (once, for the tenant): {made}\nhash (for gateway.tenants): {hashed_key(made)}")
+
+
+def doctor(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
+    """Say what is wrong with this machine or configuration, and the way out; exits with 1 when nothing could start."""
+    with console.errors_to_exit():
+        findings = examine(console.settings_from(settings))
+        if as_json:
+            console.print_json({"findings": [asdict(finding) for finding in findings]})
+        else:
+            styles = {"ok": "green", "warning": "yellow", "problem": "red"}
+            table = Table("looked at", "state", "found", "way out")
+            for finding in findings:
+                state = Text(finding.level, style=styles[finding.level])
+                table.add_row(finding.subject, state, finding.text, finding.way_out)
+            console.out.print(table)
+        if any(finding.level == "problem" for finding in findings):
+            raise typer.Exit(1)
+
+
 async def _describe(settings: Path | None, target: str, api_key: str) -> Description:
     async with connect(settings, target, api_key) as client:
         return await client.describe()
@@ -77,8 +116,8 @@ async def _describe(settings: Path | None, target: str, api_key: str) -> Descrip
 def _print_status(description: Description) -> None:
     table = Table("service", "state", "ms", "detail")
     for service in description.services:
-        state = "[green]healthy[/]" if service.healthy else "[red]down[/]"
-        table.add_row(service.name, state, f"{service.milliseconds:.1f}", escape(service.detail))
+        state = Text("healthy", "green") if service.healthy else Text("down", "red")
+        table.add_row(service.name, state, f"{service.milliseconds:.1f}", service.detail)
     console.out.print(table)
     cache, decoder, index = description.kv_cache, description.decoder, description.retriever
     facts = Table.grid(padding=(0, 2))
@@ -96,6 +135,15 @@ def _print_status(description: Description) -> None:
             f"  {form['form']}",
             f"{form['blocks']} blocks, {_mib(form['bytes'])} MiB, {form['hits']} hits, {form['misses']} misses",
         )
+    disk = cache.get("disk")  # absent where the cache is down
+    if disk and int(disk["budget_bytes"]):
+        facts.add_row(
+            "on disk",
+            f"{disk['blocks']} blocks, {_mib(disk['bytes'])} of {_mib(disk['budget_bytes'])} MiB, "
+            f"{disk['hits']} hits, {disk['evictions']} evicted, {disk['rejected']} rejected, {disk['dropped']} dropped",
+        )
+    for warning in disk["warnings"] if disk else ():
+        facts.add_row("", Text(warning, style="yellow"))
     facts.add_row(
         "decoder memory",
         f"{decoder['l1_blocks']} blocks, {_mib(decoder['l1_bytes'])} of {_mib(decoder['l1_budget_bytes'])} MiB, "

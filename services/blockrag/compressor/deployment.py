@@ -15,6 +15,7 @@ from blockrag.gateway.remote import DecoderClient
 from blockrag.grpc_status import rpc
 from blockrag.kv_cache.following import follow_purges
 from blockrag.kv_cache.remote import connect
+from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.v1 import compressor_pb2
@@ -73,5 +74,7 @@ def build(args: dict[str, str]) -> Application:
     return serve.deployment(
         num_replicas=settings.compressor.replicas,
         max_ongoing_requests=256,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         ray_actor_options={"num_cpus": 0.1},
     )(Compressor).bind(settings)

@@ -56,9 +56,11 @@ class Planner:
         not fit, and what the services raise that compression needs.
         """
         final_ids = self._tokenizer.final_ids(request.question)
+        turns = self._turns(request)
+        before_tokens = len(self._tokenizer.instruction_ids) + sum(map(len, turns))
         budget = PromptBudget(
             max_positions=self._max_positions,
-            instruction_tokens=len(self._tokenizer.instruction_ids),
+            instruction_tokens=before_tokens,
             final_tokens=len(final_ids),
             answer_tokens=request.max_tokens,
             max_context_tokens=request.max_context_tokens,
@@ -74,12 +76,13 @@ class Planner:
         elif self._ability.policies is None:
             decisions = whole_passages(sizes, compression.kind, compression.limit, left)
         else:
-            mixture = await self._mixture(request, compression, blocks, final_ids, left)
+            mixture = await self._mixture(request, compression, blocks, before_tokens, final_ids, left)
             decisions = mixture.decisions
         response = compressor_pb2.PlanResponse(
             instruction_token_ids=self._tokenizer.instruction_ids,
             final_token_ids=final_ids,
-            prompt_tokens=len(self._tokenizer.instruction_ids) + len(final_ids),
+            prompt_tokens=before_tokens + len(final_ids),
+            turns=[common_pb2.PromptBlock(token_ids=ids) for ids in turns],
             chunk_tokens=self._chunk_tokens,
             policy_ms=mixture.policy_ms if mixture else 0.0,
         )
@@ -124,15 +127,20 @@ class Planner:
         request: compressor_pb2.PlanRequest,
         compression: CompressionRequest,
         blocks: list[tuple[int, ...]],
+        before_tokens: int,
         final_ids: tuple[int, ...],
         most_slots: int,
     ) -> Mixture:
         document_ids = [passage.document_id for passage in request.passages]
-        instruction_tokens = len(self._tokenizer.instruction_ids)
-        candidates = Candidates(blocks, document_ids, instruction_tokens, final_ids, most_slots)
+        candidates = Candidates(blocks, document_ids, before_tokens, final_ids, most_slots)
         if self._mixer is None:
             return mix_by_size(compression, candidates, self._chunk_tokens)
         return await self._mixer.mix(request, compression, candidates)
+
+    def _turns(self, request: compressor_pb2.PlanRequest) -> list[tuple[int, ...]]:
+        """Blocks of what the caller asks of every answer, and of the conversation so far."""
+        asked = [self._tokenizer.request_ids(request.instructions)] if request.instructions else []
+        return asked + [self._tokenizer.turn_ids(turn.question, turn.answer) for turn in request.turns]
 
     def _block(self, passage: common_pb2.Passage) -> tuple[int, ...]:
         if not passage.text:

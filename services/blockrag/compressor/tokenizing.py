@@ -25,6 +25,10 @@ class PassageTokenizer:
         self.instruction_ids: tuple[int, ...] = tuple(template.instruction_ids(tokenizer))
         self.final_ids = lru_cache(maxsize=_REMEMBERED_QUESTIONS)(self._final_ids)
         """Token ids of the final block of a question."""
+        self.turn_ids = lru_cache(maxsize=_REMEMBERED_QUESTIONS)(self._turn_ids)
+        """Token ids of the block of an earlier question and its answer."""
+        self.request_ids = lru_cache(maxsize=_REMEMBERED_QUESTIONS)(self._request_ids)
+        """Token ids of the block of what a caller asks of every answer."""
 
     def passage_ids(self, title: str, text: str) -> tuple[int, ...]:
         """Token ids of a passage's block."""
@@ -53,3 +57,9 @@ class PassageTokenizer:
 
     def _final_ids(self, question: str) -> tuple[int, ...]:
         return tuple(self._template.final_ids(self._tokenizer, question))
+
+    def _turn_ids(self, question: str, answer: str) -> tuple[int, ...]:
+        return tuple(self._template.turn_ids(self._tokenizer, question, answer))
+
+    def _request_ids(self, instructions: str) -> tuple[int, ...]:
+        return tuple(self._template.request_ids(self._tokenizer, instructions))

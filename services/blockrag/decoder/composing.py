@@ -24,6 +24,8 @@ class ComposedPrompt:
     """Slots in the prompt whose blocks were in the L1."""
     store_slots: int
     """Slots whose blocks came from the object store."""
+    disk_slots: int
+    """Slots whose blocks were read from disk."""
     encoded_slots: int
     """Slots whose blocks were encoded for this request."""
 
@@ -34,7 +36,7 @@ def compose(parts: Sequence[PromptPart], loaded: LoadedBlocks, chunk_tokens: int
     ``chunk_tokens`` are those of a chunk of the parts that are mixtures.
     """
     slots: list[Slots] = []
-    counts: dict[BlockTier, int] = {"l1": 0, "store": 0, "encoded": 0}
+    counts: dict[BlockTier, int] = {"l1": 0, "store": 0, "disk": 0, "encoded": 0}
     blocks = iter(zip(loaded.blocks, loaded.tiers, strict=True))
     for part in parts:
         full = compressed = None
@@ -49,4 +51,4 @@ def compose(parts: Sequence[PromptPart], loaded: LoadedBlocks, chunk_tokens: int
             slots += compose_passage(full, compressed, part.expanded, chunk_tokens)
         elif full is not None:
             slots.append(full)
-    return ComposedPrompt(tuple(slots), counts["l1"], counts["store"], counts["encoded"])
+    return ComposedPrompt(tuple(slots), counts["l1"], counts["store"], counts["disk"], counts["encoded"])

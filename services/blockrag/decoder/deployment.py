@@ -15,10 +15,11 @@ from ray.serve.grpc_util import RayServegRPCContext
 from blockrag.access import Access
 from blockrag.configured import configured_bundle, configured_device
 from blockrag.decoder.cost import measure_prefills
-from blockrag.decoder.runtime import assemble, warm_up
+from blockrag.decoder.runtime import assemble, check_engine, warm_up
 from blockrag.grpc_status import rpc
 from blockrag.kv_cache.following import follow_purges
 from blockrag.kv_cache.remote import connect
+from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from blockrag.modeling.model import SlotModel
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry
@@ -41,6 +42,7 @@ class Decoder:
         model = SlotModel.load(bundle, device=device)
         warm_up(model)
         cache = connect(settings)
+        self._max_step_s = settings.decoder.max_step_s
         self._runtime = assemble(bundle, model, cache, settings)
         measure_prefills(model, self._runtime.meter)
         self._runtime.engine.start()
@@ -66,9 +68,8 @@ class Decoder:
         return self._runtime.service.status()
 
     async def check_health(self) -> None:
-        """Has Serve replace a replica whose engine or upkeep ended."""
-        if self._runtime.engine.failure is not None:
-            raise RuntimeError("the engine's thread failed") from self._runtime.engine.failure
+        """Has Serve replace a replica whose engine or upkeep ended, or whose engine hangs in a step."""
+        check_engine(self._runtime.engine, self._max_step_s)
         if self._upkeep.done():
             raise RuntimeError("the upkeep task ended")
 
@@ -90,6 +91,7 @@ def build(args: dict[str, str]) -> Application:
         num_replicas=decoder.replicas,
         # Above what is admitted: one request too many must reach the engine to be refused, not wait in a queue.
         max_ongoing_requests=2 * (decoder.max_sequences + decoder.max_waiting) + 64,
-        health_check_period_s=2,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         ray_actor_options={"num_cpus": decoder.num_cpus, "num_gpus": decoder.num_gpus},
     )(Decoder).bind(settings)

@@ -8,6 +8,7 @@ go on.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _SHORTEST_RETRY_MS = 50
+_HUNG_STOP_S = 1.0
+"""How long ``stop`` waits for a thread that was given up."""
 _HANDOFF_S = 2e-5
 """Pause after a step with a first token. It gives the interpreter lock to the thread that delivers the token, which
 would else wait until this thread has been through a good part of the next step (measured: 1.1 to 0.3 ms, median)."""
@@ -88,6 +91,7 @@ class Engine:
         self._steps = 0
         self._answering = 0  # sequences that had their first token, since the start
         self._mean_seconds = 0.0
+        self._step_started: float | None = None  # None: waits for work
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -102,7 +106,7 @@ class Engine:
             self._stopping = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(None if self._failure is None else _HUNG_STOP_S)
         else:
             self._abandon()
 
@@ -110,6 +114,24 @@ class Engine:
     def failure(self) -> BaseException | None:
         """What ended the engine's thread, if anything did: the process must be replaced then."""
         return self._failure
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step under way has taken so far; 0 when there is none."""
+        started = self._step_started
+        return 0.0 if started is None else self._clock() - started
+
+    def give_up(self, problem: str) -> None:
+        """Declares the thread lost, from another one: every sequence gets ``UnavailableError``, and ``failure`` is set.
+
+        For a step that does not return. Nothing is freed: the process must be replaced.
+        """
+        with self._changed:
+            self._stopping = True
+            self._failure = RuntimeError(problem)
+            sequences = self._scheduler.sequences()
+        for sequence in sequences:
+            self._push(sequence, Event(error=UnavailableError("the decoder hangs; send the request again")))
 
     def check(self, prompt_slots: int, max_tokens: int) -> None:
         """Refuse early what ``submit`` would refuse now, before its blocks are fetched.
@@ -193,7 +215,9 @@ class Engine:
         try:
             while self._wait_for_work():
                 answering = self._answering
+                self._step_started = self._clock()
                 self.step()
+                self._step_started = None
                 if self._answering > answering:
                     time.sleep(_HANDOFF_S)
         except BaseException as error:
@@ -241,6 +265,8 @@ class Engine:
             torch.set_num_threads(self._threads if cost >= _WORTH_THREADS else 1)  # holds for the calling thread
         try:
             logits = self._model.forward([(item.state, item.token_ids) for item in work])
+            if self._model.unused_token_ids.numel():
+                logits = logits.index_fill(1, self._model.unused_token_ids, -math.inf)
         except Exception as error:
             if len(work) == 1:
                 self._fail(work[0].sequence, error)

@@ -77,3 +77,11 @@ def warm_up(model: SlotModel) -> None:
     model.forward([(state, [0] * (tokens - 1))])
     model.forward([(state, [0])])
     state.release()
+
+
+def check_engine(engine: Engine, max_step_s: float) -> None:
+    """Raises RuntimeError when the engine's thread ended or hangs in a step; who waits for it is told before."""
+    if engine.failure is None and engine.step_seconds > max_step_s:
+        engine.give_up(f"a step has taken more than {max_step_s:g} s")
+    if engine.failure is not None:
+        raise RuntimeError("the engine's thread failed") from engine.failure

@@ -167,6 +167,7 @@ class DecodeService:
                 fetching.set(
                     l1_tokens=loaded.slots("l1"),
                     store_tokens=loaded.slots("store"),
+                    disk_tokens=loaded.slots("disk"),
                     encoded_tokens=loaded.slots("encoded"),
                 )
                 return loaded
@@ -206,9 +207,10 @@ def _finished(
             reason=_REASONS[finish.reason],
             usage=common_pb2.Usage(
                 prompt_tokens=prompt.slots,
-                cached_tokens=composed.l1_slots + composed.store_slots,
+                cached_tokens=composed.l1_slots + composed.store_slots + composed.disk_slots,
                 l1_tokens=composed.l1_slots,
                 store_tokens=composed.store_slots,
+                disk_tokens=composed.disk_slots,
                 encoded_tokens=composed.encoded_slots,
                 prefill_tokens=len(prompt.token_ids),
                 completion_tokens=finish.completion_tokens,

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
+from blockrag.training.adaptation.metrics import OnProgress, StepMetrics
 from blockrag.training.adaptation.run import METRICS
 
 _POLL_SECONDS = 0.2
 
 
-class SteppedMetrics(Protocol):
-    """A record of metrics.jsonl."""
-
-    @property
-    def step(self) -> int: ...
-
-
-M = TypeVar("M", bound=SteppedMetrics)
-
-
-class MetricsFollower(Generic[M]):
+class MetricsFollower:
     """Hands each new line of metrics.jsonl to a callback, in order and once, also when the file is cut and regrows.
 
     Lines that stand there already are passed over: they belong to what was done before.
     """
 
-    def __init__(self, folder: Path, on_progress: Callable[[M], None], read: Callable[[Mapping[str, Any]], M]) -> None:
-        """``read`` makes a record of a line's values."""
+    def __init__(self, folder: Path, on_progress: OnProgress) -> None:
         self._path = folder / METRICS
         self._on_progress = on_progress
-        self._read_record = read
         self._last = max((metrics.step for metrics in self._read()), default=-1)
 
     def follow(self, finished: threading.Event) -> None:
@@ -49,7 +37,7 @@ class MetricsFollower(Generic[M]):
                 self._last = metrics.step
                 self._on_progress(metrics)
 
-    def _read(self) -> list[M]:
+    def _read(self) -> list[StepMetrics]:
         if not self._path.exists():
             return []
         found = []
@@ -58,5 +46,5 @@ class MetricsFollower(Generic[M]):
                 values: dict[str, Any] = json.loads(line)
             except ValueError:  # half a line: the next poll sees it whole
                 break
-            found.append(self._read_record(values))
+            found.append(StepMetrics(**values))
         return found

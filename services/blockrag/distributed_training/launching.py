@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from blockrag.distributed_training.following import MetricsFollower, SteppedMetrics
+from blockrag.distributed_training.following import MetricsFollower
 from blockrag.errors import BlockragError, EnvironmentSetupError
+from blockrag.training.adaptation.metrics import OnProgress
 from blockrag.training.adaptation.workers import ShardedWorkers
 
 _RESTARTS = 3
 _WORK = "work"
-
-M = TypeVar("M", bound=SteppedMetrics)
 
 
 def launch(
@@ -34,15 +33,14 @@ def launch(
     run_dir: Path,
     device: str,
     workers: int,
-    read: Callable[[Mapping[str, Any]], M],
-    on_progress: Callable[[M], None] | None,
+    on_progress: OnProgress | None,
 ) -> None:
     """Call ``work`` on ``workers`` workers of the Ray that this process is connected to, and wait for its end.
 
-    A worker takes one GPU where ``device`` is "cuda", else one CPU. When one is lost, all start again, up to three
-    times. What worker 0 writes to metrics.jsonl in ``run_dir`` goes through ``read`` to ``on_progress``, in a thread
-    of this process. Raises the error of ours that ``work`` raised, EnvironmentSetupError when the workers fail for
-    another reason.
+    A worker takes one GPU where ``device`` is "cuda", else one CPU. When one is lost, all start again from the last
+    checkpoint, up to three times. What worker 0 writes to metrics.jsonl in ``run_dir`` goes to ``on_progress``, in a
+    thread of this process. Raises the error of ours that ``work`` raised, EnvironmentSetupError when the workers fail
+    for another reason.
     """
     on_gpus = device.startswith("cuda")
     storage = run_dir / "ray"
@@ -57,7 +55,7 @@ def launch(
         ),
     )
     try:
-        with _followed(run_dir, read, on_progress):
+        with _followed(run_dir, on_progress):
             trainer.fit()
     except TrainingFailedError as error:
         raise _translated(error) from error
@@ -74,13 +72,11 @@ def _work(values: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _followed(
-    run_dir: Path, read: Callable[[Mapping[str, Any]], M], on_progress: Callable[[M], None] | None
-) -> Iterator[None]:
+def _followed(run_dir: Path, on_progress: OnProgress | None) -> Iterator[None]:
     if on_progress is None:
         yield
         return
-    follower = MetricsFollower(run_dir, on_progress, read)
+    follower = MetricsFollower(run_dir, on_progress)
     finished = threading.Event()
     thread = threading.Thread(target=follower.follow, args=(finished,), name="metrics", daemon=True)
     thread.start()

@@ -253,10 +253,10 @@ def compose_without_reencoding(model: SlotModel, blocks: Sequence[ResidentBlock]
     state = model.new_sequence([], slots + capacity)
     for block in blocks:
         start, end = state.num_slots, state.num_slots + block.num_slots
-        phases = model.rotary.phases(block.num_slots)[: block.num_slots]
+        phases = model.rotary.phases([(0, block.num_slots)])
         for layer in range(model.num_layers):
             keys, values = state.layer(layer)
-            rotate_into(keys[:, start:end], block.keys[layer], phases)
+            rotate_into(keys[:, start:end], block.keys[layer], phases[layer])
             values[:, start:end].copy_(block.values[layer])
         state.advance(block.num_slots)
     return state

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, get_args
 
-from blockrag.client import BlockragClient, GenerateOptions
+from blockrag.client import BlockragClient
+from blockrag.client_options import GenerateOptions
 from blockrag.corpus.sample import load_articles
 from blockrag.errors import SettingsError
 from blockrag.results import Answer, Compression, GivenPassage
@@ -202,7 +203,7 @@ def _take(passages: Iterator[tuple[GivenPassage, int]], tokens: int) -> tuple[Gi
 
 def _passages(bundle: Bundle) -> Iterator[tuple[GivenPassage, int]]:
     """The almanac's passages with the tokens of their blocks."""
-    from blockrag.ingest import PassageSplitter
+    from blockrag.ingest.splitting import PassageSplitter
 
     tokenizer = bundle.load_tokenizer()
     splitter = PassageSplitter(bundle.template, tokenizer, bundle.passage_tokens)

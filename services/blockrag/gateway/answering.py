@@ -290,6 +290,8 @@ class Answering:
                 attention_mode=question.attention_mode,
                 max_context_tokens=question.max_context_tokens,
                 max_tokens=question.sampling.max_tokens,
+                turns=question.turns,
+                instructions=question.instructions,
             )
             if question.compression is not None:
                 request.compression.CopyFrom(question.compression.to_message())
@@ -360,6 +362,7 @@ def _citations(passages: Sequence[Passage], plan: PlanResponse) -> list[Citation
             tokens=len(planned.token_ids),
             in_prompt=planned.in_prompt,
             dropped_reason=planned.dropped_reason,
+            also_in=passage.also_in,
         )
         for index, (passage, planned) in enumerate(zip(passages, plan.passages, strict=True))
     ]

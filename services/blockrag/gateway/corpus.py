@@ -7,28 +7,28 @@ leaves nothing visible and is completed by running it again.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
+import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
-from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
-from blockrag.errors import InvalidRequestError, NotFoundError
-from blockrag.ingest import PreparedDocument, SourceDocument
+from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
+from blockrag.gateway.paging import page_token_after, read_page_token
+from blockrag.ingest.pipeline import PreparedDocument, SourceDocument
+from blockrag.metadata import metadata_of, struct_of
 from blockrag.v1 import corpus_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.common_pb2 import Passage, RequestContext
 from blockrag.v1.corpus_pb2 import IngestedDocument
 
-MAX_METADATA_BYTES = 8192
-"""Largest metadata of a document: each of its passages carries it, and 256 of them must fit a message of 4 MB."""
+_SCANNED = 1000
+"""Documents of a page when all are looked at."""
 
-Prepare = Callable[[BinaryIO, SourceDocument], Iterator[PreparedDocument]]
-"""Parses and splits a received file; blocking."""
+Prepare = Callable[[BinaryIO, SourceDocument], AbstractAsyncContextManager[Iterator[PreparedDocument]]]
+"""Parses a received file; splitting it, while the documents are consumed, blocks."""
 
 
 class DocumentIndex(Protocol):
@@ -79,18 +79,19 @@ class Corpus:
     ) -> corpus_pb2.IngestDocumentResponse:
         """Stores the documents of one received file; raises ``InvalidRequestError`` for what cannot be read.
 
-        ``header`` is checked already. Of a jsonl file, documents before one that fails stay stored.
+        ``header`` is checked already; with ``dry_run`` it says what would be stored. Of a jsonl file, documents before
+        one that fails stay stored. Raises ``UnavailableError`` for a document that somebody removes meanwhile.
         """
         source = SourceDocument(
             document_id=header.document_id,
             title=header.title,
             media_type=header.media_type,
-            metadata=MessageToDict(header.metadata),
+            metadata=metadata_of(header.metadata),
         )
-        prepared = await asyncio.to_thread(self.prepare, spool, source)
         response = corpus_pb2.IngestDocumentResponse()
-        while (document := await asyncio.to_thread(next, prepared, None)) is not None:
-            response.documents.append(await self._store(header.collection, document, context))
+        async with self.prepare(spool, source) as prepared:
+            while (document := await asyncio.to_thread(next, prepared, None)) is not None:
+                response.documents.append(await self._store(header, document, context))
         return response
 
     async def delete_document(
@@ -104,6 +105,34 @@ class Corpus:
         purged += await self._purge(collection, document_id, context)
         return corpus_pb2.DeleteDocumentResponse(passages=removed.passages, purged_blocks=purged)
 
+    async def delete_source(
+        self, collection: str, source: str, context: RequestContext
+    ) -> corpus_pb2.DeleteSourceResponse:
+        """Removes all documents that came from ``source``, with their KV; ``NotFoundError`` when there is none."""
+        response = corpus_pb2.DeleteSourceResponse()
+        after = ""
+        while True:
+            request = retriever_pb2.ScanDocumentsRequest(
+                context=context, collection=collection, after_document_id=after, limit=_SCANNED
+            )
+            documents = (await self.index.scan_documents(request)).documents
+            for document in documents:
+                if document.source != source:
+                    continue
+                try:
+                    removed = await self.delete_document(collection, document.document_id, context)
+                except NotFoundError:  # somebody else removed it
+                    continue
+                response.document_ids.append(document.document_id)
+                response.passages += removed.passages
+                response.purged_blocks += removed.purged_blocks
+            if len(documents) < _SCANNED:
+                break
+            after = documents[-1].document_id
+        if not response.document_ids:
+            raise NotFoundError(f"no document in collection {collection!r} came from {source!r}")
+        return response
+
     async def delete_collection(self, collection: str, context: RequestContext) -> corpus_pb2.DeleteCollectionResponse:
         """Removes a collection and its KV; ``NotFoundError`` when there is none."""
         purged = await self._purge(collection, "", context)
@@ -116,14 +145,20 @@ class Corpus:
         )
 
     async def list_documents(
-        self, collection: str, page_size: int, page_token: str, context: RequestContext
+        self,
+        collection: str,
+        page_size: int,
+        page_token: str,
+        context: RequestContext,
+        document_ids: Sequence[str] = (),
     ) -> corpus_pb2.ListDocumentsResponse:
-        """One page, ordered by id."""
+        """One page, ordered by id; those of ``document_ids`` alone where they are given."""
         found = await self.index.scan_documents(
             retriever_pb2.ScanDocumentsRequest(
                 context=context,
                 collection=collection,
-                after_document_id=_read_page_token(page_token, collection),
+                after_document_id=read_page_token(page_token, collection),
+                document_ids=document_ids,
                 limit=page_size + 1,
             )
         )
@@ -137,10 +172,11 @@ class Corpus:
                     title=document.title,
                     passages=document.passages,
                     metadata=document.metadata,
+                    source=document.source,
                 )
                 for document in page
             ],
-            next_page_token=_page_token(collection, page[-1].document_id) if more else "",
+            next_page_token=page_token_after(collection, page[-1].document_id) if more else "",
             total=found.total_documents,
         )
 
@@ -149,65 +185,85 @@ class Corpus:
         found = await self.index.scan_collections(retriever_pb2.ScanCollectionsRequest(context=context))
         return corpus_pb2.ListCollectionsResponse(
             collections=[
-                corpus_pb2.CollectionSummary(name=item.name, documents=item.documents, passages=item.passages)
+                corpus_pb2.CollectionSummary(
+                    name=item.name, documents=item.documents, passages=item.passages, language=item.language
+                )
                 for item in found.collections
             ]
         )
 
-    async def _store(self, collection: str, document: PreparedDocument, context: RequestContext) -> IngestedDocument:
+    async def _store(
+        self, header: corpus_pb2.DocumentHeader, document: PreparedDocument, context: RequestContext
+    ) -> IngestedDocument:
+        collection, source = header.collection, header.source or header.document_id
+        version = _version_from(document.version, source, document.document_id)
         stored = await self._stored(collection, document.document_id, context)
-        if stored is not None and stored.version == document.version:
+        if stored is not None and stored.version == version:
             return IngestedDocument(
                 document_id=document.document_id,
-                version=document.version,
+                version=version,
                 passages=stored.passages,
                 outcome=corpus_pb2.INGEST_OUTCOME_UNCHANGED,
             )
-        metadata = Struct()
-        metadata.update(document.metadata)
-        if metadata.ByteSize() > MAX_METADATA_BYTES:
-            raise InvalidRequestError(
-                "metadata",
-                f"of document {document.document_id!r} has {metadata.ByteSize()} bytes; at most {MAX_METADATA_BYTES} "
-                "are allowed",
-            )
-        count = await self._stage(collection, document, metadata, context)
+        metadata = struct_of(document.metadata)
+        if header.dry_run:
+            count = await asyncio.to_thread(_count, document.passages)
+        else:
+            count = await self._stage(header, document, version, metadata, context)
         if not count:
             raise InvalidRequestError("content", f"document {document.document_id!r} has no text")
+        if header.dry_run:
+            return IngestedDocument(
+                document_id=document.document_id,
+                version=version,
+                passages=count,
+                outcome=corpus_pb2.INGEST_OUTCOME_CREATED if stored is None else corpus_pb2.INGEST_OUTCOME_REPLACED,
+            )
         if stored is not None:
             # Before as well as after: when the cache cannot be reached, nothing has changed yet and a second try
             # finds it so; what a question encodes again between the two is purged by the other.
             await self._purge(collection, document.document_id, context)
-        committed = await self.index.commit_document(
-            retriever_pb2.CommitDocumentRequest(
-                context=context,
-                collection=collection,
-                document_id=document.document_id,
-                version=document.version,
-                title=document.title,
-                metadata=metadata,
-                passages=count,
-            )
+        commit = retriever_pb2.CommitDocumentRequest(
+            context=context,
+            collection=collection,
+            document_id=document.document_id,
+            version=version,
+            title=document.title,
+            metadata=metadata,
+            passages=count,
+            source=source,
         )
+        try:
+            committed = await self.index.commit_document(commit)
+        except InvalidRequestError as error:
+            # All were staged: somebody removed them, with the document or the collection.
+            raise UnavailableError(
+                f"document {document.document_id!r} was removed while it was stored; send it again"
+            ) from error
         replaced = bool(committed.replaced_version)
         if replaced:
             await self._purge(collection, document.document_id, context)
         return IngestedDocument(
             document_id=document.document_id,
-            version=document.version,
+            version=version,
             passages=count,
             outcome=corpus_pb2.INGEST_OUTCOME_REPLACED if replaced else corpus_pb2.INGEST_OUTCOME_CREATED,
         )
 
     async def _stage(
-        self, collection: str, document: PreparedDocument, metadata: Struct, context: RequestContext
+        self,
+        header: corpus_pb2.DocumentHeader,
+        document: PreparedDocument,
+        version: str,
+        metadata: Struct,
+        context: RequestContext,
     ) -> int:
         count = 0
         while texts := await asyncio.to_thread(_take, document.passages, self.batch_passages):
             passages = [
                 Passage(
                     document_id=document.document_id,
-                    document_version=document.version,
+                    document_version=version,
                     ordinal=count + place,
                     title=document.passage_title,
                     text=text,
@@ -216,7 +272,9 @@ class Corpus:
                 for place, text in enumerate(texts)
             ]
             await self.index.add_passages(
-                retriever_pb2.AddPassagesRequest(context=context, collection=collection, passages=passages)
+                retriever_pb2.AddPassagesRequest(
+                    context=context, collection=header.collection, passages=passages, language=header.language
+                )
             )
             count += len(passages)
         return count
@@ -241,21 +299,14 @@ class Corpus:
         return purged.blocks
 
 
+def _version_from(version: str, source: str, document_id: str) -> str:
+    """The version, told from the same content of another source. A file that is its own source says nothing more."""
+    return version if source == document_id else hashlib.sha256(f"{version} from {source}".encode()).hexdigest()
+
+
+def _count(texts: Iterator[str]) -> int:
+    return sum(1 for _ in texts)
+
+
 def _take(texts: Iterator[str], most: int) -> list[str]:
     return list(itertools.islice(texts, most))
-
-
-def _page_token(collection: str, document_id: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([collection, document_id]).encode()).decode()
-
-
-def _read_page_token(token: str, collection: str) -> str:
-    if not token:
-        return ""
-    try:
-        of_collection, document_id = json.loads(base64.urlsafe_b64decode(token.encode()))
-    except (binascii.Error, ValueError, TypeError):
-        raise InvalidRequestError("page_token", "is none that this server gave") from None
-    if of_collection != collection or not isinstance(document_id, str):
-        raise InvalidRequestError("page_token", "belongs to another collection")
-    return document_id

@@ -31,8 +31,9 @@ from blockrag.gateway.planning import NearPlanner
 from blockrag.gateway.spool import receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.gateway.warming import ALL_FORMS, Warming
 from blockrag.grpc_status import rpc
-from blockrag.ingest import PassageSplitter, prepare_documents
-from blockrag.retriever.identity import check_document_id
+from blockrag.ingest.parser_pool import ParserPool
+from blockrag.ingest.splitting import PassageSplitter
+from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from blockrag.settings import GatewaySettings, Settings, load_application_settings
 from blockrag.telemetry import metrics, read_trace, setup_telemetry, trace_directory
 from blockrag.v1 import corpus_pb2, rag_pb2, system_pb2
@@ -53,6 +54,7 @@ class Gateway:
         bundle = configured_bundle(settings)
         tokenizer = bundle.load_fast_tokenizer()
         splitter = PassageSplitter(bundle.template, tokenizer, settings.ingest.passage_tokens)
+        parsers = ParserPool(settings.ingest.parsers, settings.ingest.parse_timeout_s, settings.ingest.parse_memory_mb)
         retriever = remote.RetrieverClient(serve.get_app_handle)
         compressor = remote.CompressorClient(serve.get_app_handle)
         kv_cache = remote.KvCacheClient(serve.get_app_handle)
@@ -79,7 +81,7 @@ class Gateway:
         self._corpus = Corpus(
             retriever,
             kv_cache,
-            functools.partial(prepare_documents, splitter=splitter),
+            functools.partial(parsers.prepare, splitter=splitter),
             settings.ingest.batch_passages,
         )
         self._warming = Warming(
@@ -90,11 +92,14 @@ class Gateway:
             int(settings.kv_cache.budget_mb * 2**20 * settings.kv_cache.tenant_share),
         )
         self._describing = Describing(
-            retriever=retriever,
-            encoder=remote.EncoderClient(serve.get_app_handle),
-            kv_cache=kv_cache,
-            compressor=compressor,
-            decoder=decoder,
+            {
+                "retriever": retriever.status,
+                "encoder": remote.EncoderClient(serve.get_app_handle).status,
+                "kv_cache": kv_cache.status,
+                "compressor": compressor.status,
+                "decoder": decoder.status,
+                "http": remote.HttpClient(serve.get_app_handle).status,
+            },
             limits=limits,
             bundle_name=bundle.name,
             bundle_fingerprint=bundle.fingerprint,
@@ -165,8 +170,19 @@ class Gateway:
         context = request_context(grpc_context, caller.tenant)
         with observed("CorpusService", "DeleteDocument", context) as current:
             collection = validation.check_collection(request.collection)
-            check_document_id(request.document_id)
-            return await self._corpus.delete_document(collection, request.document_id, current.child_context())
+            document_id = validation.read_document_id(request.document_id)
+            return await self._corpus.delete_document(collection, document_id, current.child_context())
+
+    @rpc
+    async def DeleteSource(
+        self, request: corpus_pb2.DeleteSourceRequest, grpc_context: GrpcContext = None, *, caller: Caller
+    ) -> corpus_pb2.DeleteSourceResponse:
+        """Removes the documents that came from one source."""
+        context = request_context(grpc_context, caller.tenant)
+        with observed("CorpusService", "DeleteSource", context) as current:
+            collection = validation.check_collection(request.collection)
+            source = validation.check_source(request.source)
+            return await self._corpus.delete_source(collection, source, current.child_context())
 
     @rpc
     async def ListDocuments(
@@ -177,7 +193,10 @@ class Gateway:
         with observed("CorpusService", "ListDocuments", context) as current:
             collection = validation.check_collection(request.collection)
             page_size = validation.check_page_size(request.page_size)
-            return await self._corpus.list_documents(collection, page_size, request.page_token, current.child_context())
+            document_ids = validation.check_listed_ids(request.document_ids)
+            return await self._corpus.list_documents(
+                collection, page_size, request.page_token, current.child_context(), document_ids
+            )
 
     @rpc
     async def ListCollections(
@@ -265,5 +284,7 @@ def build(args: dict[str, str]) -> Application:
         num_replicas=settings.gateway.replicas,
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         ray_actor_options={"num_cpus": 0.1},
     )(Gateway).bind(settings)

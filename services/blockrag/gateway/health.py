@@ -10,16 +10,11 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from blockrag.services import SERVICES
+
 APPLICATION_OF_SERVICE: dict[str, str] = {
     "": "gateway",
-    "blockrag.v1.RagService": "gateway",
-    "blockrag.v1.CorpusService": "gateway",
-    "blockrag.v1.SystemService": "gateway",
-    "blockrag.v1.RetrieverService": "retriever",
-    "blockrag.v1.EncoderService": "encoder",
-    "blockrag.v1.KvCacheService": "kv_cache",
-    "blockrag.v1.CompressorService": "compressor",
-    "blockrag.v1.DecoderService": "decoder",
+    **{f"blockrag.v1.{name}": service.name for service in SERVICES for name in service.protobuf},
 }
 """The Serve application behind each protobuf service; the empty name is the protocol's "server as a whole"."""
 

@@ -115,4 +115,5 @@ def decode_request(
                 block.chunk_tokens = plan.chunk_tokens
                 block.forms.extend(forms)
             blocks.append(block)
+    blocks.extend(plan.turns)
     return DecodeRequest(blocks=blocks, final_token_ids=plan.final_token_ids, attention_mode=mode, sampling=sampling)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 from collections.abc import Sequence
@@ -10,9 +9,12 @@ from dataclasses import dataclass
 
 from google.protobuf.struct_pb2 import Value
 
+from blockrag.characters import is_blank, normalise
 from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression, sizes_decide
 from blockrag.errors import InvalidRequestError
+from blockrag.languages import LANGUAGES
 from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_TEMPERATURE
+from blockrag.metadata import check_number, metadata_of
 from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2
@@ -27,7 +29,11 @@ MAX_GIVEN_CHARS = 65_536
 """Longest text of a given passage, in characters."""
 MAX_GIVEN_TOTAL_CHARS = 262_144
 """Longest text of all given passages together: they travel in one message of at most 4 MB."""
+MAX_TURNS = 128
+MAX_CONVERSATION_CHARS = 262_144
+"""Longest text of instructions and earlier turns together."""
 MAX_TITLE_CHARS = 1024
+MAX_SOURCE_CHARS = 1024
 MAX_PAGE = 500
 MAX_WARM_DOCUMENTS = 10_000
 
@@ -57,6 +63,10 @@ class Question:
     """None: off."""
     needs_compressor: bool = False
     """Whether its plan takes more than the passages' sizes."""
+    turns: tuple[common_pb2.Turn, ...] = ()
+    """The conversation before it, oldest first."""
+    instructions: str = ""
+    """What the caller asks of every answer."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,8 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
         given=given,
         compression=compression,
         needs_compressor=not sizes_decide(compression, ability),
+        turns=_check_conversation(request),
+        instructions=request.instructions.strip(),
     )
 
 
@@ -108,13 +120,14 @@ def check_retrieve(request: rag_pb2.RetrieveRequest, limits: GatewaySettings) ->
 
 
 def check_question(field: str, text: str, max_chars: int) -> str:
-    """A question with something in it, without control characters."""
+    """A question with something in it, normalised, without control characters."""
     if len(text) > max_chars:
         raise InvalidRequestError(field, f"has {len(text)} characters; at most {max_chars} are allowed")
     check_text(field, text)
-    if not text.strip():
+    text = normalise(text).strip()
+    if is_blank(text):
         raise InvalidRequestError(field, "must not be empty")
-    return text.strip()
+    return text
 
 
 def check_text(field: str, text: str) -> None:
@@ -135,26 +148,48 @@ def check_collection(name: str) -> str:
 
 
 def check_header(header: corpus_pb2.DocumentHeader) -> corpus_pb2.DocumentHeader:
-    """The header with its collection filled in."""
-    checked = corpus_pb2.DocumentHeader()
-    checked.CopyFrom(header)
-    checked.collection = check_collection(header.collection)
-    check_document_id(header.document_id)
+    """The header normalised, with its collection filled in."""
     _check_line("title", header.title, MAX_TITLE_CHARS)
     for key in header.metadata.fields:
         _check_key("metadata", key)
+    metadata_of(header.metadata)
+    checked = corpus_pb2.DocumentHeader()
+    # The metadata's own texts are normalised with those that the file brings (ingest.metadata).
+    checked.CopyFrom(header)
+    checked.collection = check_collection(header.collection)
+    checked.document_id = read_document_id(header.document_id)
+    checked.title = normalise(header.title)
+    checked.source = normalise(header.source) or checked.document_id
+    _check_line("source", checked.source, MAX_SOURCE_CHARS)
+    if header.language and header.language not in LANGUAGES:
+        raise InvalidRequestError("language", f"{header.language[:80]!r} is none of {', '.join(LANGUAGES)}")
     return checked
 
 
+def check_source(source: str) -> str:
+    """What documents came from, by which they are removed; normalised as it is stored."""
+    if not source:
+        raise InvalidRequestError("source", "must not be empty")
+    _check_line("source", source, MAX_SOURCE_CHARS)
+    return normalise(source)
+
+
+def read_document_id(document_id: str) -> str:
+    """An id, normalised as ids are stored."""
+    document_id = normalise(document_id)
+    check_document_id(document_id)
+    return document_id
+
+
 def check_filter(conditions: Sequence[MetadataCondition]) -> tuple[MetadataCondition, ...]:
-    """Conditions that can be evaluated."""
+    """Conditions that can be evaluated, normalised as metadata is."""
     if len(conditions) > MAX_CONDITIONS:
         raise InvalidRequestError("filter", f"has {len(conditions)} conditions; at most {MAX_CONDITIONS} are allowed")
     for index, condition in enumerate(conditions):
         field = f"filter[{index}]"
         _check_key(f"{field}.key", condition.key)
         _check_values(field, condition)
-    return tuple(conditions)
+    return tuple(map(_normalised, conditions))
 
 
 def check_page_size(page_size: int, default: int = 100) -> int:
@@ -165,12 +200,17 @@ def check_page_size(page_size: int, default: int = 100) -> int:
 
 
 def check_document_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
-    """Ids without repetition, in order."""
+    """Ids without repetition, normalised, in order."""
     if len(document_ids) > MAX_WARM_DOCUMENTS:
         raise InvalidRequestError("document_ids", f"at most {MAX_WARM_DOCUMENTS} are allowed")
-    for document_id in document_ids:
-        check_document_id(document_id)
-    return tuple(dict.fromkeys(document_ids))
+    return tuple(dict.fromkeys(map(read_document_id, document_ids)))
+
+
+def check_listed_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
+    """Ids of documents that are asked for, as many as a page may have."""
+    if len(document_ids) > MAX_PAGE:
+        raise InvalidRequestError("document_ids", f"at most {MAX_PAGE} are allowed")
+    return check_document_ids(document_ids)
 
 
 def check_trace_id(trace_id: str) -> str:
@@ -229,7 +269,7 @@ def _check_given(passages: Sequence[rag_pb2.GivenPassage], most: int) -> tuple[r
         if len(passage.text) > MAX_GIVEN_CHARS:
             raise InvalidRequestError(f"{field}.text", f"has more than {MAX_GIVEN_CHARS} characters")
         check_text(f"{field}.text", passage.text)
-        if not passage.text.strip():
+        if is_blank(passage.text):
             raise InvalidRequestError(f"{field}.text", "must not be empty")
         _check_line(f"{field}.title", passage.title, MAX_TITLE_CHARS)
     total = sum(len(passage.text) for passage in passages)
@@ -237,7 +277,36 @@ def _check_given(passages: Sequence[rag_pb2.GivenPassage], most: int) -> tuple[r
         raise InvalidRequestError(
             "passages", f"have {total} characters together; at most {MAX_GIVEN_TOTAL_CHARS} are allowed"
         )
-    return tuple(passages)
+    return tuple(
+        rag_pb2.GivenPassage(title=normalise(passage.title), text=normalise(passage.text)) for passage in passages
+    )
+
+
+def _normalised(condition: MetadataCondition) -> MetadataCondition:
+    checked = MetadataCondition()
+    checked.CopyFrom(condition)
+    checked.key = normalise(condition.key)
+    for value in checked.values:
+        if value.WhichOneof("kind") == "string_value":
+            value.string_value = normalise(value.string_value)
+    return checked
+
+
+def _check_conversation(request: rag_pb2.GenerateRequest) -> tuple[common_pb2.Turn, ...]:
+    if len(request.turns) > MAX_TURNS:
+        raise InvalidRequestError("turns", f"has {len(request.turns)} turns; at most {MAX_TURNS} are allowed")
+    total = len(request.instructions) + sum(len(turn.question) + len(turn.answer) for turn in request.turns)
+    if total > MAX_CONVERSATION_CHARS:
+        raise InvalidRequestError(
+            "turns", f"and instructions have {total} characters together; at most {MAX_CONVERSATION_CHARS} are allowed"
+        )
+    check_text("instructions", request.instructions)
+    for index, turn in enumerate(request.turns):
+        check_text(f"turns[{index}].question", turn.question)
+        check_text(f"turns[{index}].answer", turn.answer)
+        if not turn.question.strip():
+            raise InvalidRequestError(f"turns[{index}].question", "must not be empty")
+    return tuple(request.turns)
 
 
 def _check_key(field: str, key: str) -> None:
@@ -260,8 +329,8 @@ def _check_values(field: str, condition: MetadataCondition) -> None:
     if condition.operator in (ConditionOperator.CONDITION_OPERATOR_IN, ConditionOperator.CONDITION_OPERATOR_NOT_IN):
         if not 1 <= len(values) <= MAX_CONDITION_VALUES:
             raise InvalidRequestError(f"{field}.values", f"must hold 1 to {MAX_CONDITION_VALUES} values")
-        if len(kinds) != 1 or not kinds <= set(_KINDS):
-            raise InvalidRequestError(f"{field}.values", "must be strings, numbers or booleans, all of one kind")
+        if not kinds <= set(_KINDS):
+            raise InvalidRequestError(f"{field}.values", "must be strings, numbers or booleans, each value on its own")
         for index, value in enumerate(values):
             _check_value(f"{field}.values[{index}]", value)
     elif condition.operator in (
@@ -276,8 +345,8 @@ def _check_values(field: str, condition: MetadataCondition) -> None:
 
 
 def _check_value(field: str, value: Value) -> None:
-    if value.WhichOneof("kind") == "number_value" and not math.isfinite(value.number_value):
-        raise InvalidRequestError(field, "must be a finite number")
+    if value.WhichOneof("kind") == "number_value":
+        check_number(value.number_value, field, "the number")
     if value.WhichOneof("kind") == "string_value":
         if len(value.string_value) > MAX_TITLE_CHARS:
             raise InvalidRequestError(field, f"has more than {MAX_TITLE_CHARS} characters")

@@ -1,6 +1,5 @@
-"""Documents become passages: parsing, splitting, versions. Pure: no Ray, no gRPC, no index."""
+"""Documents become passages: parsing, splitting, versions. Pure: no Ray, no gRPC, no index.
 
-from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, prepare_documents
-from blockrag.ingest.splitting import PassageSplitter
-
-__all__ = ["PassageSplitter", "PreparedDocument", "SourceDocument", "prepare_documents"]
+Bytes become text in ``parsing``, which ``parser_pool`` runs in processes that can be ended (``worker``); ``pipeline``
+makes passages of it.
+"""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from tokenizers import Tokenizer
-
+from blockrag.modeling.running_text import field_ids, running_text
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
 
 _CACHED_WORDS = 200_000
@@ -28,7 +26,7 @@ class BlockCounter:
         self._template = template
         self._tokenizer = tokenizer
         self._carried = before[len(before.rstrip(" ")) :]
-        self._fast = _backend(tokenizer)
+        self._fast = running_text(tokenizer)
         self._word_counts = _WordCounts(self.text_count)
         # Calling a transformers tokenizer sets flags on it.
         self._calling = threading.Lock()
@@ -37,7 +35,7 @@ class BlockCounter:
         """Changes when a text may get another count."""
         digest = hashlib.sha256(self._template.passage.encode())
         if self._fast is not None:
-            digest.update(self._fast.to_str().encode())
+            digest.update(self._fast.described.encode())
         return digest.hexdigest()
 
     def overhead(self, title: str) -> int:
@@ -50,8 +48,8 @@ class BlockCounter:
         """Tokens that each text takes in a block."""
         pieces = [self._carried + text for text in texts]
         if self._fast is not None:
-            return [len(encoding.ids) for encoding in self._fast.encode_batch_fast(pieces, add_special_tokens=False)]
-        return [len(self._encode(piece)) if piece else 0 for piece in pieces]
+            return [len(ids) for ids in self._fast.ids_of(pieces)]
+        return [len(field_ids(self._tokenizer, piece)) if piece else 0 for piece in pieces]
 
     def text_count(self, text: str) -> int:
         """Tokens that one text takes in a block."""
@@ -63,11 +61,6 @@ class BlockCounter:
         Right for vocabularies that never merge across a space, up to words that follow a newline.
         """
         return text.count("\n") + sum(map(self._word_counts.__getitem__, text.split()))
-
-    def _encode(self, piece: str) -> list[int]:
-        with self._calling:
-            encoded = self._tokenizer(piece, add_special_tokens=False, split_special_tokens=True)
-        return list(encoded["input_ids"])
 
 
 class _WordCounts(dict[str, int]):
@@ -84,16 +77,3 @@ class _WordCounts(dict[str, int]):
                 self.clear()
             self[word] = count
         return count
-
-
-def _backend(tokenizer: Any) -> Tokenizer | None:
-    # A copy of its own: the flag below and truncation are state of the tokenizer.
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        return None
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    # A special token's text inside a document is ordinary text, as in the template.
-    copy.encode_special_tokens = True
-    return copy

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, NoReturn
 
+from blockrag.characters import clean_line, clean_text, is_blank, normalise
 from blockrag.errors import InvalidRequestError
-from blockrag.ingest.media import check_text
+from blockrag.ingest.media import no_text
+from blockrag.ingest.metadata import checked_metadata
 from blockrag.retriever.identity import check_document_id
 
 MAX_LINE_BYTES = 8 << 20
@@ -20,78 +22,101 @@ _KEYS = frozenset({"id", "title", "text", "metadata"})
 
 @dataclass(frozen=True)
 class JsonDocument:
-    """One line."""
+    """One line, normalised."""
 
     document_id: str
     title: str
+    """Empty: the line names none."""
     text: str
     metadata: dict[str, Any]
 
 
-def check_jsonl(spool: BinaryIO) -> None:
-    """Checks every line before anything is stored. Raises ``InvalidRequestError`` naming the line."""
-    check_text(spool)
+def copy_jsonl(source: BinaryIO, target: BinaryIO, defaults: Mapping[str, Any]) -> None:
+    """Checks every line and writes its document to ``target``, for ``read_documents``.
+
+    ``defaults``: metadata of lines that do not say otherwise. Raises ``InvalidRequestError`` naming the line.
+    """
     first_lines: dict[bytes, int] = {}
-    for number, document in _lines(spool):
+    for number, line in _lines(source):
+        document = _document(number, line, defaults)
         digest = hashlib.blake2b(document.document_id.encode(), digest_size=12).digest()
         if digest in first_lines:
             _refuse(number, f"has the same id as line {first_lines[digest]}: {document.document_id!r}")
         first_lines[digest] = number
+        target.write(json.dumps(asdict(document)).encode() + b"\n")
+    if not first_lines:
+        raise no_text()
 
 
-def read_jsonl(spool: BinaryIO) -> Iterator[JsonDocument]:
-    """The documents in order. Other readers may move the file's position meanwhile."""
-    for _, document in _lines(spool):
-        yield document
-
-
-def _lines(spool: BinaryIO) -> Iterator[tuple[int, JsonDocument]]:
-    position = number = 0
+def read_documents(spool: BinaryIO) -> Iterator[JsonDocument]:
+    """The documents in order. Others may move the file's position meanwhile."""
+    position = 0
     while True:
         spool.seek(position)
-        line = spool.readline(MAX_LINE_BYTES + 1)
+        line = spool.readline()
         position = spool.tell()
-        number += 1
         if not line:
             return
+        yield JsonDocument(**json.loads(line))
+
+
+def _lines(source: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    source.seek(0)
+    number = 0
+    while line := source.readline(MAX_LINE_BYTES + 1):
+        number += 1
         if len(line) > MAX_LINE_BYTES:
             _refuse(number, f"is longer than {MAX_LINE_BYTES >> 20} MiB")
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
-            yield number, _document(number, line)
+            yield number, line
 
 
-def _document(number: int, line: bytes) -> JsonDocument:
+def _document(number: int, line: bytes, defaults: Mapping[str, Any]) -> JsonDocument:
     try:
-        value = json.loads(line, parse_constant=_no_constant)
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _refuse(number, f"is not UTF-8: its byte {error.start} cannot be decoded")
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         _refuse(number, f"is not JSON: {error}")
     if not isinstance(value, dict):
         _refuse(number, "is not a JSON object")
     if unknown := sorted(value.keys() - _KEYS):
         _refuse(number, f'unknown key {unknown[0][:80]!r}; put further fields into "metadata"')
+    return _checked(number, value, defaults)
+
+
+def _checked(number: int, value: dict[str, Any], defaults: Mapping[str, Any]) -> JsonDocument:
     document_id = value.get("id")
     if isinstance(document_id, int) and not isinstance(document_id, bool):
         document_id = str(document_id)
-    title, text, metadata = value.get("title", ""), value.get("text"), value.get("metadata", {})
+    # What has no value is null in what many programs write.
+    title, text, metadata = value.get("title"), value.get("text"), value.get("metadata")
+    title = "" if title is None else title
+    metadata = {} if metadata is None else metadata
     if not isinstance(document_id, str):
         _refuse(number, '"id" must be a string')
     if not isinstance(title, str):
         _refuse(number, '"title" must be a string')
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or is_blank(text):
         _refuse(number, '"text" must be a string that is not empty')
     if not isinstance(metadata, dict):
         _refuse(number, '"metadata" must be an object')
-    try:
-        line_text = json.dumps([document_id, title, text, metadata], ensure_ascii=False)
-        line_text.encode()
-        check_document_id(document_id)
-    except UnicodeEncodeError:
+    if any("\ud800" <= character <= "\udfff" for part in (document_id, title, text) for character in part):
         _refuse(number, "holds half of a surrogate pair")
+    document_id = normalise(document_id)
+    try:
+        check_document_id(document_id)
     except InvalidRequestError as error:
         _refuse(number, f'"id": {error.problem}')
-    return JsonDocument(document_id, title, text, metadata)
+    try:
+        metadata = checked_metadata({**defaults, **metadata})
+    except ValueError as error:
+        _refuse(number, f'"metadata": {error}')
+    return JsonDocument(document_id, clean_line(title), clean_text(text), metadata)
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import codecs
-import io
 import re
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import PurePosixPath
-from typing import BinaryIO
 
+from blockrag.characters import clean_text, is_blank
 from blockrag.errors import InvalidRequestError
 
 
@@ -42,26 +40,26 @@ _ALIASES = {
     "application/x-jsonlines": MediaType.JSONL,
     "application/json-lines": MediaType.JSONL,
 }
+# How files begin that are no text. All but a pdf's hold bytes that text does not, so they only explain a refusal.
 _SIGNATURES = (
     (b"PK\x03\x04", "a zip archive or an Office file"),
     (b"\x7fELF", "a program"),
     (b"MZ\x90", "a program"),
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
-    (b"GIF8", "a GIF image"),
+    (b"GIF87a", "a GIF image"),
+    (b"GIF89a", "a GIF image"),
     (b"\x1f\x8b", "a gzip archive"),
     (b"\xd0\xcf\x11\xe0", "an old Office file"),
-    (b"%PDF-", "a pdf; its media type is application/pdf"),
     (codecs.BOM_UTF16_LE, "UTF-16 text; save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16 text; save it as UTF-8"),
 )
+_PDF = re.compile(rb"%PDF-\d\.\d\s*[\r\n]")
 
 READ_BYTES = 1 << 16
 """Bytes read at a time. Part of what decides where passages end, so a change makes new document versions."""
 
-# Tabs and newlines stay; form feeds and vertical tabs become newlines; the rest of C0, DEL and C1 goes.
-_CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)]) | {9: "\t", 10: "\n", 11: "\n", 12: "\n\n", 0x85: "\n"}
-_STRANGE = re.compile("[\x00-\x06\x0e-\x1a\x1c-\x1f]")
+_STRANGE = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]")
 _STRANGE_LEAST = 8
 _STRANGE_SHARE = 0.01
 
@@ -91,58 +89,36 @@ def media_type_of(declared: str, document_id: str) -> MediaType:
     return _SUFFIXES[suffix]
 
 
-def read_text(spool: BinaryIO) -> Iterator[str]:
-    """The text of a UTF-8 file from its start, in pieces of about ``READ_BYTES``, newlines as ``\\n``.
+def known_suffix(name: str) -> str:
+    """The suffix of a file's name, if it is one of a kind that can be ingested; else nothing."""
+    suffix = PurePosixPath(name).suffix
+    return suffix if suffix.lower() in _SUFFIXES else ""
 
-    A byte order mark and control characters are left out. Others may move the file's position meanwhile. Raises
-    ``InvalidRequestError`` naming the byte offset of what is not UTF-8, or saying what kind of file it seems to be.
+
+def decode(data: bytes) -> str:
+    """The text of a UTF-8 file, cleaned (``characters.clean_text``).
+
+    Raises ``InvalidRequestError`` naming the byte offset of what is not UTF-8, or saying what kind of file it seems to
+    be, and for a file that is full of controls or has no text.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("strict")
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    position = 0
-    while True:
-        spool.seek(position)
-        data = spool.read(READ_BYTES)
-        if position == 0:
-            _refuse_signatures(data)
-        held = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            offset = position - held + error.start
-            raise InvalidRequestError("content", f"is not UTF-8: byte {offset} cannot be decoded") from None
-        position += len(data)
-        piece = newlines.decode(text, final=not data).translate(_CONTROLS)
-        if piece:
-            yield piece
-        if not data:
-            return
-
-
-def check_text(spool: BinaryIO) -> None:
-    """Reads the whole file once. Raises as ``read_text`` does, and for a file without text or full of controls."""
-    strange = size = 0
-    has_text = False
-    for piece in read_text(spool):
-        has_text = has_text or not piece.isspace()
-    spool.seek(0)
-    while data := spool.read(READ_BYTES):
-        size += len(data)
-        strange += len(_STRANGE.findall(data.decode("latin-1")))
-    if strange >= _STRANGE_LEAST and strange > size * _STRANGE_SHARE:
-        raise InvalidRequestError("content", f"looks like a binary file: {strange} of its {size} bytes are controls")
-    if not has_text:
+    strange = len(_STRANGE.findall(data))
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _refuse_signatures(data)
+        raise InvalidRequestError("content", f"is not UTF-8: byte {error.start} cannot be decoded") from None
+    if strange:
+        _refuse_signatures(data)
+    if strange >= _STRANGE_LEAST and strange > len(data) * _STRANGE_SHARE:
+        raise InvalidRequestError(
+            "content", f"looks like a binary file: {strange} of its {len(data)} bytes are controls"
+        )
+    if _PDF.match(data):
+        raise InvalidRequestError("content", "is no text but a pdf; its media type is application/pdf")
+    text = clean_text(text)
+    if is_blank(text):
         raise no_text()
-
-
-def clean_text(text: str) -> str:
-    """Text that did not come through ``read_text``, without control characters and with ``\\n`` as newline."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").translate(_CONTROLS)
-
-
-def clean_title(title: str) -> str:
-    """A title on one line."""
-    return " ".join(clean_text(title).split())
+    return text
 
 
 def no_text(why: str = "") -> InvalidRequestError:

@@ -1,99 +1,91 @@
-"""One document's file → its title and its text, in pieces."""
+"""A received file → text that passages are made of."""
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import BinaryIO
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
-from blockrag.ingest.html import html_text, html_title
-from blockrag.ingest.media import MediaType, check_text, no_text, read_text
-from blockrag.ingest.pdf import open_pdf
+from blockrag.characters import clean_text, is_blank
+from blockrag.errors import InvalidRequestError
+from blockrag.ingest.html import read_html
+from blockrag.ingest.jsonl import copy_jsonl
+from blockrag.ingest.markdown import read_markdown
+from blockrag.ingest.media import READ_BYTES, MediaType, decode, no_text
+from blockrag.ingest.metadata import checked_metadata
+from blockrag.ingest.pdf import read_pdf
+from blockrag.ingest.plain import unwrap_lines
+from blockrag.ingest.titles import choose_title
 
-PARSER_VERSION = 1
+PARSER_VERSION = 2
 """Raise it when the same bytes would give other text: part of a document's version."""
-
-_HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)[ \t]*#*$", re.MULTILINE)
-_TITLE_CHARS = 300
-# A line that was broken to fit a page is neither short (verse, headings) nor longer than any page, and what follows
-# is no list item, quotation or table.
-_WRAPPED_CHARS = range(30, 111)
-_STARTS_ANEW = re.compile(r"[\s\-*•#>|+]|\d{1,3}[.)]\s")
-_LONGEST_HELD = 1 << 17
 
 
 @dataclass(frozen=True)
-class ParsedDocument:
-    """A document's text. ``pieces`` can be read once; concatenated they are the text."""
+class ParsedFile:
+    """What a file says besides its text."""
 
     title: str
     """Taken from the content; empty: it has none."""
-    pieces: Iterator[str]
-    markdown: bool
+    content_sha256: str
+    """Of the file's bytes, hex."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What the file says of itself and what its sender says, whose word goes first. Of a jsonl file: nothing."""
 
 
-def parse(spool: BinaryIO, media_type: MediaType, document_id: str) -> ParsedDocument:
-    """Text of a txt, md, html or pdf file. Reads as little as finds the title and the first text.
+def parse(source: BinaryIO, target: BinaryIO, media_type: MediaType, metadata: Mapping[str, Any]) -> ParsedFile:
+    """Reads a file and writes its text to ``target``: UTF-8, of a jsonl file a normalised line for each document.
 
-    Raises ``InvalidRequestError`` for what cannot be read and for a document without text.
+    ``metadata``: what the sender says, checked. Takes memory of several times the file's size. Raises
+    ``InvalidRequestError`` for what cannot be read and for a file without text.
     """
-    title = ""
+    pieces: Iterator[str]
+    titles: list[str] = []
+    fields: dict[str, Any] = {}
     why = ""
+    digest = _sha256(source)
+    if media_type is MediaType.JSONL:
+        copy_jsonl(source, target, metadata)
+        return ParsedFile("", digest)
     if media_type is MediaType.PDF:
-        pdf = open_pdf(spool)
-        title, pieces, why = pdf.title, unwrap_lines(pdf.pages()), "a scanned pdf must be recognised (OCR) first"
+        titles, pages = read_pdf(source)
+        pieces, why = (unwrap_lines(page) for page in pages), "a scanned pdf must be recognised (OCR) first"
     else:
-        check_text(spool)
+        source.seek(0)
+        text = decode(source.read())
         if media_type is MediaType.HTML:
-            title, pieces = html_title(read_text(spool)), html_text(read_text(spool))
+            titles, text = read_html(text)
+            # Character references bring in what the file's own characters were cleaned of.
+            text = clean_text(text)
         elif media_type is MediaType.MARKDOWN:
-            title, pieces = _first_heading(next(read_text(spool), "")), read_text(spool)
+            titles, fields, text = read_markdown(text)
         else:
-            pieces = unwrap_lines(read_text(spool))
-    first = next((piece for piece in pieces if piece.strip()), None)
-    if first is None:
+            text = unwrap_lines(text)
+        pieces = iter([text])
+    if not _write(pieces, target):
         raise no_text(why)
-    return ParsedDocument(
-        title=title[:_TITLE_CHARS] or title_from_id(document_id),
-        pieces=itertools.chain([first], pieces),
-        markdown=media_type is MediaType.MARKDOWN,
-    )
+    return ParsedFile(choose_title(titles), digest, _merged(fields, metadata))
 
 
-def title_from_id(document_id: str) -> str:
-    """``reports/annual_report-2024.txt`` → ``annual report-2024``."""
-    path = PurePosixPath(document_id)
-    name = path.stem if len(path.suffix) in range(2, 10) else path.name
-    return " ".join(name.replace("_", " ").split()) or document_id
+def _merged(fields: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return checked_metadata({**fields, **metadata})
+    except ValueError as error:
+        raise InvalidRequestError("metadata", str(error)) from None
 
 
-def unwrap_lines(pieces: Iterator[str]) -> Iterator[str]:
-    """Joins lines that were broken to fit a page, so that passages end with sentences and not with lines."""
-    held = ""
+def _write(pieces: Iterator[str], target: BinaryIO) -> bool:
+    has_text = False
     for piece in pieces:
-        lines = (held + piece).split("\n")
-        # Whether a line goes on is decided when the next one is known: the last two wait.
-        held = "\n".join(lines[-2:])
-        if len(lines) > 2:
-            yield _joined(lines[:-1])
-        if len(held) > _LONGEST_HELD:
-            yield held
-            held = ""
-    yield _joined([*held.split("\n"), ""])[:-1]
+        has_text = has_text or not is_blank(piece)
+        target.write(piece.encode())
+    return has_text
 
 
-def _joined(lines: list[str]) -> str:
-    """All lines but the last, each with the newline or the space that stands before the next."""
-    parts: list[str] = []
-    for line, following in itertools.pairwise(lines):
-        goes_on = len(line) in _WRAPPED_CHARS and following and not _STARTS_ANEW.match(following)
-        parts += (line, " " if goes_on else "\n")
-    return "".join(parts)
-
-
-def _first_heading(start: str) -> str:
-    heading = _HEADING.search(start)
-    return " ".join(heading[1].split()) if heading else ""
+def _sha256(source: BinaryIO) -> str:
+    source.seek(0)
+    digest = hashlib.sha256()
+    while data := source.read(READ_BYTES):
+        digest.update(data)
+    return digest.hexdigest()

@@ -1,22 +1,23 @@
-"""A received file → documents ready for the index.
-
-``prepare_documents`` reads the file once to check and to hash it, so that nearly all bad input is refused before
-anything is stored; passages are made while they are consumed, so memory does not grow with the document.
-"""
+"""A parsed file → documents ready for the index. Passages are made while they are consumed."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-import json
+import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO, cast
 
+from blockrag.characters import clean_line, normalise
 from blockrag.errors import InvalidRequestError
-from blockrag.ingest.jsonl import check_jsonl, read_jsonl
-from blockrag.ingest.media import READ_BYTES, MediaType, clean_text, clean_title, media_type_of, no_text
-from blockrag.ingest.parsing import PARSER_VERSION, ParsedDocument, parse, title_from_id
+from blockrag.ingest.jsonl import read_documents
+from blockrag.ingest.media import READ_BYTES, MediaType, media_type_of
+from blockrag.ingest.metadata import canonical, checked_metadata
+from blockrag.ingest.parsing import PARSER_VERSION, ParsedFile, parse
 from blockrag.ingest.splitting import PassageSplitter
+from blockrag.ingest.titles import title_from_id
 from blockrag.retriever.identity import check_document_id
 
 
@@ -45,7 +46,7 @@ class PreparedDocument:
     """The title that passages carry: equal to ``title`` unless that takes more than half of a passage."""
     metadata: dict[str, Any]
     passages: Iterator[str]
-    """The passages' texts in order, made while they are consumed. May raise ``InvalidRequestError``."""
+    """The passages' texts in order, made while they are consumed."""
 
     @property
     def title_cut(self) -> bool:
@@ -53,49 +54,70 @@ class PreparedDocument:
         return self.passage_title != self.title
 
 
-def prepare_documents(spool: BinaryIO, source: SourceDocument, splitter: PassageSplitter) -> Iterator[PreparedDocument]:
-    """The documents of one received file: one, or one for each line of a jsonl file.
+@dataclass(frozen=True)
+class CheckedSource:
+    """A source whose every field can be."""
 
-    ``spool`` is seekable and stays open until the last passage is consumed. Consume a document's passages before the
-    next document, or not at all. Blocking: call it, and every ``next``, outside of an event loop.
+    source: SourceDocument
+    """Normalised."""
+    media_type: MediaType
 
-    Raises ``InvalidRequestError`` naming the field: ``document_id``, ``media_type``, ``title``, ``metadata`` or
-    ``content``.
-    """
+
+def check_source(source: SourceDocument) -> CheckedSource:
+    """Raises ``InvalidRequestError`` naming ``document_id``, ``media_type`` or ``metadata``."""
+    source = replace(source, document_id=normalise(source.document_id), title=clean_line(source.title))
     check_document_id(source.document_id)
-    _canonical(source.metadata)
-    media_type = media_type_of(source.media_type, source.document_id)
+    try:
+        source = replace(source, metadata=checked_metadata(source.metadata))
+    except ValueError as error:
+        raise InvalidRequestError("metadata", str(error)) from None
+    return CheckedSource(source, media_type_of(source.media_type, source.document_id))
+
+
+def check_spool(spool: BinaryIO) -> None:
+    """Raises ``InvalidRequestError`` for an empty file."""
     if not spool.seek(0, 2):
         raise InvalidRequestError("content", "the file is empty")
-    if media_type is MediaType.JSONL:
-        return _prepare_lines(spool, source, splitter)
-    return iter([_prepare_file(spool, source, media_type, splitter)])
 
 
-def _prepare_file(
-    spool: BinaryIO, source: SourceDocument, media_type: MediaType, splitter: PassageSplitter
-) -> PreparedDocument:
-    parsed = parse(spool, media_type, source.document_id)
-    return _prepare(source, parsed, media_type, _file_hash(spool), splitter)
+@contextmanager
+def prepare_documents(
+    spool: BinaryIO, source: SourceDocument, splitter: PassageSplitter
+) -> Iterator[Iterator[PreparedDocument]]:
+    """The documents of one received file: one, or one for each line of a jsonl file.
+
+    Parses in this process; see ``parser_pool`` for one that can be stopped. Consume a document's passages before the
+    next document, or not at all. Blocking. Raises ``InvalidRequestError`` naming the field: ``document_id``,
+    ``media_type``, ``metadata`` or ``content``.
+    """
+    checked = check_source(source)
+    check_spool(spool)
+    with cast(BinaryIO, tempfile.TemporaryFile()) as text:
+        parsed = parse(spool, text, checked.media_type, checked.source.metadata)
+        yield documents_of(parsed, text, checked, splitter)
 
 
-def _prepare_lines(spool: BinaryIO, source: SourceDocument, splitter: PassageSplitter) -> Iterator[PreparedDocument]:
-    check_jsonl(spool)
-    empty = True
-    for line in read_jsonl(spool):
-        empty = False
-        own = SourceDocument(line.document_id, line.title, "", {**source.metadata, **line.metadata})
-        parsed = ParsedDocument(title_from_id(line.document_id), iter([clean_text(line.text)]), markdown=False)
-        content = hashlib.sha256(line.text.encode()).digest()
-        yield _prepare(own, parsed, MediaType.JSONL, content, splitter)
-    if empty:
-        raise no_text()
+def documents_of(
+    parsed: ParsedFile, text: BinaryIO, checked: CheckedSource, splitter: PassageSplitter
+) -> Iterator[PreparedDocument]:
+    """The documents of a parsed file, whose ``text`` stays open until the last passage is consumed. Blocking."""
+    if checked.media_type is MediaType.JSONL:
+        for line in read_documents(text):
+            content = hashlib.sha256(line.text.encode()).hexdigest()
+            own = SourceDocument(line.document_id, line.title, "", line.metadata)
+            yield _prepare(own, ParsedFile("", content, line.metadata), iter([line.text]), checked.media_type, splitter)
+    else:
+        yield _prepare(checked.source, parsed, _pieces(text), checked.media_type, splitter)
 
 
 def _prepare(
-    source: SourceDocument, parsed: ParsedDocument, media_type: MediaType, content: bytes, splitter: PassageSplitter
+    source: SourceDocument,
+    parsed: ParsedFile,
+    pieces: Iterator[str],
+    media_type: MediaType,
+    splitter: PassageSplitter,
 ) -> PreparedDocument:
-    title = clean_title(source.title) or clean_title(parsed.title)
+    title = source.title or parsed.title or title_from_id(source.document_id)
     fitted = splitter.fit_title(title)
     digest = hashlib.sha256()
     for part in (
@@ -103,8 +125,8 @@ def _prepare(
         splitter.fingerprint.encode(),
         media_type.value.encode(),
         title.encode(),
-        _canonical(source.metadata),
-        content,
+        canonical(parsed.metadata),
+        parsed.content_sha256.encode(),
     ):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
@@ -113,22 +135,20 @@ def _prepare(
         version=digest.hexdigest(),
         title=title,
         passage_title=fitted.text,
-        metadata=dict(source.metadata),
-        passages=splitter.split(fitted, parsed.pieces, markdown=parsed.markdown),
+        metadata=dict(parsed.metadata),
+        passages=splitter.split(fitted, pieces, markdown=media_type is MediaType.MARKDOWN),
     )
 
 
-def _canonical(metadata: Mapping[str, Any]) -> bytes:
-    try:
-        text = json.dumps(metadata, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode()
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError("metadata", f"is not JSON: {error}") from None
-
-
-def _file_hash(spool: BinaryIO) -> bytes:
-    spool.seek(0)
-    digest = hashlib.sha256()
-    while data := spool.read(READ_BYTES):
-        digest.update(data)
-    return digest.digest()
+def _pieces(text: BinaryIO) -> Iterator[str]:
+    """The text from its start, in pieces of about ``READ_BYTES``. Others may move the file's position meanwhile."""
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    position = 0
+    while True:
+        text.seek(position)
+        data = text.read(READ_BYTES)
+        position += len(data)
+        if piece := decoder.decode(data, final=not data):
+            yield piece
+        if not data:
+            return

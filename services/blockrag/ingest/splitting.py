@@ -1,7 +1,8 @@
 """Text → passages that fit a block, split by semantic-text-splitter.
 
 Passages end with paragraphs where they can, else with sentences, else with words; only a word that is longer than a
-passage is cut. Every character of the text but surrounding white space is in exactly one passage, in order.
+passage is cut. Every character of the text but surrounding white space is in exactly one passage, in order; only the
+headings of a long table are repeated.
 
 The text is split in windows: all passages of a window but the last are final, the last one is split again with what
 follows. So memory is bounded, and where a window ends leaves hardly a mark.
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
 from blockrag.errors import InvalidRequestError
+from blockrag.ingest.blocks import Solid, Span, Table, blocks_of, cut_solid, pack_table
 from blockrag.ingest.counting import BlockCounter
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
 
 WINDOW_CHARS = 1 << 16
 """Characters split at a time, at least."""
-_VERSION = "1"
+_VERSION = "2"
 _LONGEST_WORD = 2000
 _CUT_MARK = "…"
 # What looks like a heading: at most this share of a passage, and no end of a sentence.
@@ -75,7 +77,10 @@ class PassageSplitter:
         return FittedTitle(fitted, True, text_tokens)
 
     def split(self, title: FittedTitle, pieces: Iterable[str], *, markdown: bool = False) -> Iterator[str]:
-        """Passages' texts, lazily; ``pieces`` concatenated are the text."""
+        """Passages' texts, lazily; ``pieces`` concatenated are the text.
+
+        A table that takes several passages repeats the line of its headings in each.
+        """
         tokens = title.text_tokens
         splitter = self._splitter(tokens, markdown)
         text = ""
@@ -83,14 +88,35 @@ class PassageSplitter:
             text += piece
             if len(text) < WINDOW_CHARS:
                 continue
-            spans = self._with_headings(text, splitter.chunk_indices(text), tokens)
+            spans = self._spans(text, splitter, tokens, final=False)
             if spans:
-                yield from self._checked([chunk for _, chunk in spans[:-1]], tokens)
-                text = text[spans[-1][0] :]
+                yield from self._checked([span.text for span in spans[:-1]], tokens)
+                text = spans[-1].repeated + text[spans[-1].start :]
             else:
                 text = ""
-        spans = self._with_headings(text, splitter.chunk_indices(text), tokens)
-        yield from self._checked([chunk for _, chunk in spans], tokens)
+        yield from self._checked([span.text for span in self._spans(text, splitter, tokens, final=True)], tokens)
+
+    def _spans(self, text: str, splitter: TextSplitter | MarkdownSplitter, tokens: int, *, final: bool) -> list[Span]:
+        """The passages of a window. What the library splits badly, it does not see."""
+        spans: list[Span] = []
+        for block in blocks_of(text):
+            if isinstance(block, Table):
+                lead = spans.pop() if spans and self._is_heading(spans[-1].text, tokens) else None
+                goes_on = not final and block.start + len(block.text) >= len(text.rstrip())
+                packed = pack_table(block, lead, self._counter.estimate, tokens, goes_on=goes_on)
+                if packed is not None:
+                    spans += packed
+                    continue
+                spans += [lead] if lead else []
+            if isinstance(block, Solid):
+                spans += cut_solid(block, self._counter.text_counts, tokens)
+                continue
+            found = self._with_headings(block.text, splitter.chunk_indices(block.text), tokens)
+            spans += [Span(block.start + start, chunk) for start, chunk in found]
+        return spans
+
+    def _is_heading(self, chunk: str, tokens: int) -> bool:
+        return chunk[-1] not in _SENTENCE_ENDS and self._counter.estimate(chunk) <= tokens // _HEADING_SHARE
 
     def _with_headings(self, text: str, spans: list[tuple[int, str]], tokens: int) -> list[tuple[int, str]]:
         """A heading alone is no passage: it takes the first sentences of what follows.
@@ -102,7 +128,7 @@ class PassageSplitter:
         while waiting:
             start, chunk = waiting.popleft()
             size = self._counter.estimate(chunk)
-            if not waiting or size > tokens // _HEADING_SHARE or chunk[-1] in _SENTENCE_ENDS:
+            if not waiting or not self._is_heading(chunk, tokens):
                 joined.append((start, chunk))
                 continue
             next_start, following = waiting.popleft()

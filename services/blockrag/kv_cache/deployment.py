@@ -26,7 +26,7 @@ from blockrag.kv_cache.requests import (
 )
 from blockrag.kv_cache.shard_actor import KvCacheShard
 from blockrag.kv_cache.shards import shard_names
-from blockrag.limits import MIB, STORE_HEADROOM
+from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S, MIB, STORE_HEADROOM
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.v1 import kv_cache_pb2
@@ -120,11 +120,16 @@ def build(args: dict[str, str]) -> Application:
             name=name,
             num_replicas=1,
             max_ongoing_requests=_MAX_ONGOING,
-            health_check_period_s=2,
+            health_check_period_s=HEALTH_CHECK_PERIOD_S,
+            health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
             ray_actor_options={"num_cpus": 0.1},
         )(KvCacheShard).bind(name, settings)
         for name in shard_names(settings.kv_cache.shards)
     ]
     return serve.deployment(
-        num_replicas=1, max_ongoing_requests=_MAX_ONGOING, health_check_period_s=2, ray_actor_options={"num_cpus": 0.1}
+        num_replicas=1,
+        max_ongoing_requests=_MAX_ONGOING,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        ray_actor_options={"num_cpus": 0.1},
     )(KvCache).bind(settings, *shards)

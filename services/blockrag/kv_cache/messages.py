@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 from blockrag.types import CachedBlock
 
-Tier = Literal["store", "encoded"]
-"""``store``: the block was held already. ``encoded``: a forward pass ran for it, started by this request or joined."""
+Tier = Literal["store", "disk", "encoded"]
+"""``store``: the block was held already. ``disk``: it was read from a file. ``encoded``: a forward pass ran for it. The
+last two by this request or one that it joined."""
 
 
 class DocumentId(NamedTuple):
@@ -36,6 +37,13 @@ class AcquiredBlock:
     """Bytes of the object in the store."""
     generation: int = 0
     """Which of the objects that the key ever stood for this is: given back in ``report_lost``."""
+
+
+class EncodedObject(NamedTuple):
+    """An object that was made for a shard, by the encoder or of a file."""
+
+    ref: Any
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,37 @@ class FormUsage:
 
 
 @dataclass(frozen=True)
+class DiskUsage:
+    """What a shard has on disk, and what happened there since its start."""
+
+    blocks: int = 0
+    nbytes: int = 0
+    """Of the disk."""
+    budget_bytes: int = 0
+    hits: int = 0
+    """Blocks that were read."""
+    slower: int = 0
+    """Blocks that were encoded because the disk had been slower than that."""
+    written: int = 0
+    evictions: int = 0
+    rejected: int = 0
+    """Files that were damaged or of another bundle, and removed."""
+    dropped: int = 0
+    """Blocks that were not written: the disk was full, failed, or was slower than the encoder."""
+    pending: int = 0
+    """Blocks that wait to be written."""
+    warnings: tuple[str, ...] = ()
+    """What an operator should know."""
+
+    def __add__(self, other: DiskUsage) -> DiskUsage:
+        counts = {name: getattr(self, name) + getattr(other, name) for name in _DISK_COUNTS}
+        return DiskUsage(**counts, warnings=tuple(dict.fromkeys(self.warnings + other.warnings)))
+
+
+_DISK_COUNTS = tuple(name for name in DiskUsage.__dataclass_fields__ if name != "warnings")
+
+
+@dataclass(frozen=True)
 class ShardStats:
     """Counters since the shard's start, and what it holds now."""
 
@@ -122,3 +161,4 @@ class ShardStats:
     tenants: dict[str, TenantUsage] = field(default_factory=dict)
     forms: dict[str, FormUsage] = field(default_factory=dict)
     """By the form's name."""
+    disk: DiskUsage = DiskUsage()

@@ -90,5 +90,5 @@ async def translated(name: str, call: Awaitable[T]) -> T:
         if known is None and isinstance(original_error(error), RayError | RayServeException):
             known = UnavailableError(f"{type(error).__name__}: {error}")
         if isinstance(known, UnavailableError):
-            raise UnavailableError(f"{name}: {known}") from error
+            raise type(known)(f"{name}: {known}") from error
         raise (known or original_error(error)) from error

@@ -8,7 +8,7 @@ import numpy as np
 
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.messages import DocumentId, FormUsage, ShardStats, WarmOutcome
+from blockrag.kv_cache.messages import DiskUsage, DocumentId, FormUsage, ShardStats, WarmOutcome
 from blockrag.types import FULL, BlockForm, BlockRequest
 from blockrag.v1 import common_pb2, kv_cache_pb2
 
@@ -110,6 +110,7 @@ def status_response(stats: Sequence[ShardStats], budget_bytes: int) -> kv_cache_
     for shard in stats:
         for form, held in shard.forms.items():
             forms[form] = forms.get(form, FormUsage()) + held
+    disk = sum((shard.disk for shard in stats), DiskUsage())
     return kv_cache_pb2.GetKvCacheStatusResponse(
         blocks=sum(shard.blocks for shard in stats),
         bytes=sum(shard.nbytes for shard in stats),
@@ -129,4 +130,17 @@ def status_response(stats: Sequence[ShardStats], budget_bytes: int) -> kv_cache_
             )
             for name, usage in sorted(forms.items())
         ],
+        disk=kv_cache_pb2.DiskUsage(
+            blocks=disk.blocks,
+            bytes=disk.nbytes,
+            budget_bytes=disk.budget_bytes,
+            hits=disk.hits,
+            slower=disk.slower,
+            written=disk.written,
+            evictions=disk.evictions,
+            rejected=disk.rejected,
+            dropped=disk.dropped,
+            pending=disk.pending,
+            warnings=disk.warnings,
+        ),
     )

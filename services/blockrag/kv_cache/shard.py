@@ -1,23 +1,27 @@
-"""A cache shard without Ray: what is held is handed out, what is missing is encoded once.
+"""A cache shard without Ray: what is held is handed out, what is missing is read from disk or encoded, once.
 
 ``encode`` is the seam: it has one block encoded and returns a reference to the object with its size. It raises
-``UnavailableError`` when the encoder went away (tried again, elsewhere), anything else when the block cannot be
-encoded (given to all who wait).
+``UnavailableError`` when the encoder went away (tried again, elsewhere, and held back when that happens twice:
+``suspects.py``), anything else when the block cannot be encoded (given to all who wait).
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from blockrag.aio import SingleFlight, gather_or_cancel
 from blockrag.errors import UnavailableError
+from blockrag.kv_cache.disk import DiskTier
 from blockrag.kv_cache.messages import (
     AcquiredBlock,
+    DiskUsage,
     DocumentId,
+    EncodedObject,
     FormUsage,
     PurgeLog,
     ShardStats,
@@ -25,6 +29,7 @@ from blockrag.kv_cache.messages import (
     WarmOutcome,
 )
 from blockrag.kv_cache.store import BlockStore
+from blockrag.kv_cache.suspects import Suspects
 from blockrag.types import BlockForm, BlockRequest
 
 ENCODE_ATTEMPTS = 4
@@ -32,13 +37,6 @@ ENCODE_ATTEMPTS = 4
 WARM_CONCURRENCY = 64
 """Blocks that warming has in the encoder at a time, over all callers of a shard: two forward passes' worth."""
 _FIRST_BACKOFF_S = 0.05
-
-
-class EncodedObject(NamedTuple):
-    """An object that the encoder made for this shard."""
-
-    ref: Any
-    nbytes: int
 
 
 Encode = Callable[[BlockRequest], Awaitable[EncodedObject]]
@@ -52,6 +50,13 @@ class _Encoding:
     pins: set[DocumentId] = field(default_factory=set)
 
 
+class _Made(NamedTuple):
+    object: EncodedObject
+    tier: Tier
+    encode_s: float
+    """What encoding it took, now or before it was written."""
+
+
 class _Acquired(NamedTuple):
     block: AcquiredBlock
     over_budget: bool
@@ -60,15 +65,25 @@ class _Acquired(NamedTuple):
 class CacheShard:
     """Serves blocks of one shard; all calls on one event loop."""
 
-    def __init__(self, store: BlockStore, encode: Encode, *, warm_concurrency: int = WARM_CONCURRENCY) -> None:
+    def __init__(
+        self,
+        store: BlockStore,
+        encode: Encode,
+        *,
+        disk: DiskTier | None = None,
+        warm_concurrency: int = WARM_CONCURRENCY,
+    ) -> None:
         self.store = store
+        self.disk = disk
         self.hits: Counter[BlockForm] = Counter()
         self.misses: Counter[BlockForm] = Counter()
         self.joined = 0
         self._encode = encode
         self._flights: SingleFlight[_Acquired] = SingleFlight()
         self._encodings: dict[str, _Encoding] = {}
+        self._in_encoder = 0
         self._warming = asyncio.Semaphore(warm_concurrency)
+        self._suspects = Suspects()
 
     async def acquire(self, blocks: Sequence[BlockRequest]) -> list[AcquiredBlock]:
         """The blocks, in order; what is missing is encoded, all at once. Equal keys are one block."""
@@ -97,7 +112,7 @@ class CacheShard:
                 return WarmOutcome(hits=1)
             joined = request.key in self._flights
             block, over_budget = await self._encoded(request, pin)
-        if joined:
+        if joined or block.tier == "disk":
             return WarmOutcome(hits=1, over_budget=over_budget)
         return WarmOutcome(encoded=frozenset([request.key]), encoded_bytes=block.nbytes, over_budget=over_budget)
 
@@ -120,8 +135,17 @@ class CacheShard:
         return sum(self.store.set_pins(document, pinned) for document in documents)
 
     def purge(self, documents: Sequence[DocumentId]) -> int:
-        """Forgets documents' blocks, also those being encoded; how many were held."""
+        """Forgets documents' blocks, also those being encoded or written; how many were held.
+
+        From now on none of them is handed out. Their files are gone once ``erase`` has returned.
+        """
         return sum(self._purge(document) for document in documents)
+
+    async def erase(self, documents: Sequence[DocumentId]) -> None:
+        """Removes the files of documents that were purged. Raises ``UnavailableError`` if it cannot."""
+        if self.disk is not None:
+            for document in documents:
+                await self.disk.erase(document)
 
     def stats(self) -> ShardStats:
         """What is held, and what happened since the start."""
@@ -140,6 +164,7 @@ class CacheShard:
             lost=store.lost,
             tenants=store.tenants(),
             forms=self._forms(),
+            disk=DiskUsage() if self.disk is None else self.disk.usage(),
         )
 
     def _forms(self) -> dict[str, FormUsage]:
@@ -150,10 +175,15 @@ class CacheShard:
         }
 
     def _held(self, request: BlockRequest, *, pin: bool) -> AcquiredBlock | None:
-        entry = self.store.get(request.key, document_of(request), pin=pin)
+        document = document_of(request)
+        entry = self.store.get(request.key, document, pin=pin)
         if entry is None:
             return None
         self.hits[request.form] += 1
+        if self.disk is not None and not self.disk.use(request.key, document):
+            # Not written when it was encoded, or evicted there since: again, but in no other block's place.
+            held = EncodedObject(entry.ref, entry.nbytes)
+            self.disk.offer(request, held, _keeper(entry.documents), entry.encode_s, evict=False)
         return AcquiredBlock(request.key, [entry.ref], "store", entry.nbytes, entry.generation)
 
     async def _encoded_or_held(self, request: BlockRequest) -> AcquiredBlock:
@@ -166,7 +196,6 @@ class CacheShard:
         if key in self._flights:
             self.joined += 1
         else:
-            self.misses[request.form] += 1
             self._encodings[key] = _Encoding()
         encoding = self._encodings[key]
         document = document_of(request)
@@ -181,19 +210,39 @@ class CacheShard:
 
     async def _encode_and_store(self, request: BlockRequest, encoding: _Encoding) -> _Acquired:
         key = request.key
-        ref, nbytes = await self._encode_somewhere(request)
-        tier: Tier = "encoded"
+        (ref, nbytes), tier, encode_s = await self._load_or_encode(request)
         if not encoding.documents:  # purged meanwhile: whoever waits may use it, nobody keeps it
             return _Acquired(AcquiredBlock(key, [ref], tier, nbytes), over_budget=False)
-        outcome = self.store.put(key, ref, nbytes, request.tenant, encoding.documents, encoding.pins, request.form)
+        outcome = self.store.put(
+            key, ref, nbytes, request.tenant, encoding.documents, encoding.pins, request.form, encode_s
+        )
+        if self.disk is not None and tier == "encoded":
+            document = _keeper(encoding.documents)
+            self.disk.offer(request, EncodedObject(ref, nbytes), document, encode_s, evict=True)
         generation = outcome.entry.generation if outcome.entry else 0
         over_budget = outcome.entry is None or outcome.evicted > 0
         return _Acquired(AcquiredBlock(key, [ref], tier, nbytes, generation), over_budget)
 
+    async def _load_or_encode(self, request: BlockRequest) -> _Made:
+        loaded = await self.disk.load(request, document_of(request)) if self.disk is not None else None
+        if loaded is not None:
+            return _Made(loaded[0], "disk", loaded[1])
+        self.misses[request.form] += 1
+        # What encoding costs, not what waiting for it takes: blocks of one forward pass share its time.
+        self._in_encoder += 1
+        together, started = self._in_encoder, time.monotonic()
+        try:
+            encoded = await self._encode_somewhere(request)
+        finally:
+            together = max(together, self._in_encoder)
+            self._in_encoder -= 1
+        return _Made(encoded, "encoded", (time.monotonic() - started) / together)
+
     async def _encode_somewhere(self, request: BlockRequest) -> EncodedObject:
         for attempt in range(1, ENCODE_ATTEMPTS + 1):
             try:
-                return await self._encode(request)
+                async with self._suspects.tried(request.key):
+                    return await self._encode(request)
             except UnavailableError:
                 if attempt == ENCODE_ATTEMPTS:
                     raise
@@ -211,12 +260,21 @@ class CacheShard:
                     encoding.documents.clear()
                     encoding.pins.clear()
                     told.append(key)
-        return self.store.purge(document, told)
+        if self.disk is None:
+            return self.store.purge(document, told)
+        on_disk = self.disk.forget(document)
+        only_there = sum(key not in self.store for key in on_disk)
+        return only_there + self.store.purge(document, [*told, *on_disk])
 
 
 def document_of(request: BlockRequest) -> DocumentId:
     """The document that a block is asked for."""
     return DocumentId(request.tenant, request.collection, request.document_id)
+
+
+def _keeper(documents: Iterable[DocumentId]) -> DocumentId:
+    """The document that a block's file goes with: one that can be purged, if it has one."""
+    return max(documents)
 
 
 def _covers(purged: DocumentId, document: DocumentId) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -10,18 +11,26 @@ from ray import serve
 from ray.experimental import get_local_object_locations
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
+from blockrag.configured import configured_bundle, configured_keys
+from blockrag.kv_cache.block_files import remove_all
+from blockrag.kv_cache.disk import DiskTier
+from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, EncodedObject, PurgeLog, ShardStats, WarmOutcome
 from blockrag.kv_cache.metrics import ShardMetrics
-from blockrag.kv_cache.objects import exists
+from blockrag.kv_cache.objects import exists, read_objects
 from blockrag.kv_cache.remote import APP, translated
-from blockrag.kv_cache.shard import CacheShard, EncodedObject
-from blockrag.kv_cache.shards import Shard
+from blockrag.kv_cache.shard import CacheShard
+from blockrag.kv_cache.shards import Shard, owner, shard_names
 from blockrag.kv_cache.store import BlockStore
 from blockrag.limits import MIB
 from blockrag.settings import Settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.types import BlockRequest, CachedBlock
 from blockrag.v1 import common_pb2
+
+_READ_TIMEOUT_S = 10.0
+"""How long the disk's writer waits for an object."""
+
+_logger = logging.getLogger(__name__)
 
 
 class KvCacheShard:
@@ -34,7 +43,7 @@ class KvCacheShard:
             cache.budget_mb * MIB // cache.shards, tenant_share=cache.tenant_share, ttl_s=float(cache.ttl_s)
         )
         self._encoder: DeploymentHandle[Any] | None = None
-        self._shard = CacheShard(store, self._encode)
+        self._shard = CacheShard(store, self._encode, disk=_disk_tier(name, settings))
         self._metrics = ShardMetrics(name)
 
     async def acquire(self, blocks: list[BlockRequest]) -> list[AcquiredBlock]:
@@ -44,7 +53,8 @@ class KvCacheShard:
             context = common_pb2.RequestContext(traceparent=traced.traceparent, tenant=traced.tenant)
             with span("kv_acquire", context, blocks=len(blocks)) as current:
                 acquired = await self._shard.acquire(blocks)
-                current.set(encoded=sum(block.tier == "encoded" for block in acquired))
+                found = [block.tier for block in acquired]
+                current.set(disk=found.count("disk"), encoded=found.count("encoded"))
         else:
             acquired = await self._shard.acquire(blocks)
         self._metrics.record_acquired(blocks, acquired)
@@ -68,8 +78,10 @@ class KvCacheShard:
         return self._shard.set_pins(documents, pinned)
 
     async def purge(self, documents: list[DocumentId]) -> int:
-        """Forgets documents' blocks."""
-        return self._shard.purge(documents)
+        """Forgets documents' blocks; on disk too, once this returns."""
+        forgotten = self._shard.purge(documents)
+        await self._shard.erase(documents)
+        return forgotten
 
     async def stats(self) -> ShardStats:
         """What is held, and what happened since the start."""
@@ -93,11 +105,43 @@ class KvCacheShard:
                 # An error, which is raised; or a block so small that Ray sent it along instead of storing it. Put by
                 # this process it is in the object store and needs no other process to stay.
                 block = await ref
-                return EncodedObject(ray.put(block), block.nbytes + block.token_ids.nbytes)
+                return _put(block)
         except asyncio.CancelledError:
             response.cancel()
             raise
         return EncodedObject(ref, int(location["object_size"]))
+
+
+def _put(block: CachedBlock) -> EncodedObject:
+    return EncodedObject(ray.put(block), block.nbytes + block.token_ids.nbytes)
+
+
+async def _read(ref: Any) -> CachedBlock | None:
+    [block] = await read_objects([ref], _READ_TIMEOUT_S)
+    return block
+
+
+def _disk_tier(name: str, settings: Settings) -> DiskTier | None:
+    cache = settings.kv_cache
+    names = shard_names(cache.shards)
+    if not cache.disk_mb:
+        # What was written before must not come back, since nobody removes there what is purged from now on.
+        try:
+            remove_all(settings.disk_path)
+        except OSError as error:
+            _logger.warning("kv_cache.disk_mb is 0, and blocks are still in %s: %s", settings.disk_path, error)
+        return None
+    return DiskTier(
+        settings.disk_path,
+        cache.disk_mb * MIB // cache.shards,
+        configured_keys(settings, configured_bundle(settings)),
+        put=_put,
+        read=_read,
+        owns=lambda key: names[owner(key, names)] == name,
+        shards=cache.shards,
+        tenant_share=cache.tenant_share,
+        ttl_s=float(cache.ttl_s),
+    )
 
 
 if TYPE_CHECKING:

@@ -31,6 +31,8 @@ class Entry:
     """Documents that keep it: neither evicted nor expired while there is one."""
     generation: int
     form: BlockForm
+    encode_s: float = 0.0
+    """Seconds that encoding it took."""
     last_use: float = 0.0
 
 
@@ -134,6 +136,7 @@ class BlockStore:
         documents: Iterable[DocumentId],
         pins: Iterable[DocumentId],
         form: BlockForm = FULL,
+        encode_s: float = 0.0,
     ) -> PutOutcome:
         """Stores a block, after making room: first among the tenant's own blocks when it is over its share.
 
@@ -153,7 +156,7 @@ class BlockStore:
         while self.nbytes + nbytes > self.budget_bytes:
             self._evict(next(iter(self._lru)))
             evicted += 1
-        entry = Entry(key, ref, nbytes, tenant, set(), set(), next(self._generations), form)
+        entry = Entry(key, ref, nbytes, tenant, set(), set(), next(self._generations), form, encode_s)
         self._insert(entry)
         for document in documents:
             self._link(entry, document)

@@ -14,19 +14,20 @@ from blockrag.limits import LOOPBACK_NAMES, STORE_HEADROOM
 from blockrag.local.state import read_state
 from blockrag.settings import Settings
 
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 _FREE_PORTS = (10_000, 20_000)
 
 
-def check_machine(settings: Settings, shared_memory: Path = _SHARED_MEMORY) -> None:
+def check_machine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> None:
     """Raises ``EnvironmentSetupError``, naming the setting to change, when the system cannot run here.
 
     Raises ModuleNotFoundError where the client alone is installed.
     """
     _check_installed()
     _check_not_running(settings)
-    _check_exposure(settings)
-    _check_memory(settings, shared_memory)
+    check_exposure(settings)
+    check_memory(settings, shared_memory)
+    _check_disk(settings)
     cluster = settings.cluster
     check_port(cluster.host, cluster.grpc_port, "cluster.grpc_port")
     check_port(cluster.host, cluster.http_port, "cluster.http_port")
@@ -75,16 +76,18 @@ def _check_not_running(settings: Settings) -> None:
         )
 
 
-def _check_exposure(settings: Settings) -> None:
+def check_exposure(settings: Settings) -> None:
+    """Raises ``EnvironmentSetupError`` when others could reach a system without keys."""
     loopback = settings.cluster.host in LOOPBACK_NAMES
-    if not loopback and not settings.gateway.tenants:
+    if not loopback and not settings.gateway.asks_for_keys:
         raise EnvironmentSetupError(
             f"cluster.host is {settings.cluster.host}, which others can reach, and gateway.tenants is empty: "
             "keep cluster.host on loopback or give tenants keys"
         )
 
 
-def _check_memory(settings: Settings, shared_memory: Path) -> None:
+def check_memory(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> None:
+    """Raises ``EnvironmentSetupError`` when the object store is too small for the cache or too large to be had."""
     store_mb, budget_mb = settings.cluster.object_store_mb, settings.kv_cache.budget_mb
     if store_mb < budget_mb * STORE_HEADROOM:
         raise EnvironmentSetupError(
@@ -97,4 +100,16 @@ def _check_memory(settings: Settings, shared_memory: Path) -> None:
         raise EnvironmentSetupError(
             f"{shared_memory} has {free_mb} MiB free and cluster.object_store_mb asks for {store_mb}: enlarge it "
             f"(docker run --shm-size {store_mb + 256}m) or lower cluster.object_store_mb and kv_cache.budget_mb"
+        )
+
+
+def _check_disk(settings: Settings) -> None:
+    path = settings.disk_path
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    stats = os.statvfs(existing)
+    disk_mb = stats.f_blocks * stats.f_frsize // 2**20
+    if settings.kv_cache.disk_mb > disk_mb:
+        raise EnvironmentSetupError(
+            f"kv_cache.disk_mb is {settings.kv_cache.disk_mb}, and the disk of {existing} has {disk_mb} MiB in all: "
+            "lower it, or set kv_cache.disk_path to a larger disk"
         )

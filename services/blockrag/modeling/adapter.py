@@ -112,6 +112,30 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
         weight.copy_(weight.float() + scaling * (up @ down))
 
 
+def join_adapters(first: Adapter | None, second: Adapter) -> Adapter:
+    """One adapter whose merging gives what merging ``first`` and then ``second`` gives.
+
+    A = [A1; A2] and B = [B1, B2], with ``first``'s scale and values as they are; ``second``'s B takes up the
+    difference of the scales. Where one of them adapts no such layer, its part is zero.
+    """
+    if first is None:
+        return second
+    ranks = first.config.rank, second.config.rank
+    scale = first.config.alpha / ranks[0]
+    change = second.config.alpha / ranks[1] / scale
+    tensors = {}
+    for name in sorted(first.tensors.keys() | second.tensors.keys()):
+        down, up = first.tensors.get(name) or second.tensors[name]
+        (down_1, up_1), (down_2, up_2) = (
+            one.tensors.get(name, (down.new_zeros(rank, down.shape[1]), up.new_zeros(up.shape[0], rank)))
+            for one, rank in zip((first, second), ranks, strict=True)
+        )
+        tensors[name] = torch.cat([down_1, down_2]), torch.cat([up_1, up_2 * change], dim=1)
+    rank = sum(ranks)
+    targets = {*first.config.target_modules, *second.config.target_modules}
+    return Adapter(AdapterConfig(rank, scale * rank, tuple(sorted(targets))), tensors, first.base_name, first.path)
+
+
 def write_adapter(
     folder: str | Path,
     tensors: Mapping[str, tuple[Tensor, Tensor]],

@@ -17,9 +17,8 @@ from typing import Any
 
 from blockrag.errors import BundleError
 from blockrag.modeling.base_cache import CONVERTER, check_converted, converted
-from blockrag.modeling.files import check_listed, file_sha256, hashed, is_sha256
+from blockrag.modeling.files import PACKAGE_PREFIX, check_listed, file_sha256, hashed, is_sha256
 
-PACKAGE_PREFIX = "package:"
 _KEYS = ({"package", "version", "file", "sha256"}, {"gguf", "sha256"}, {"directory", "files"})
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 # Why a package is installed alone.

@@ -35,7 +35,7 @@ from blockrag.modeling.adapter_record import (
     check_token_rows_place,
 )
 from blockrag.modeling.base import Base
-from blockrag.modeling.files import check_listed, file_sha256, hashed, read_json
+from blockrag.modeling.files import DEFAULT_BUNDLE, check_listed, file_sha256, hashed, read_json
 from blockrag.modeling.pear_record import PearRecord
 from blockrag.modeling.refrag.record import (
     CHUNK_ENCODER_DIR,
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_BUNDLE", "DTYPES", "FORMAT", "Bundle", "file_sha256", "load_bundle"]
 
 FORMAT = 1
-DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "reader"
-"""The reader that ships with blockrag."""
 DTYPES = ("float32", "bfloat16")
 """What models are loaded in, by torch's names."""
 WEIGHTS = ("int8", "none")

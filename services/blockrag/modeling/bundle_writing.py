@@ -10,18 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from blockrag.errors import BundleError
 from blockrag.modeling.adapter import Adapter, TokenRows, write_adapter, write_token_rows
 from blockrag.modeling.adapter_record import ADAPTER_DIR, TOKEN_ROWS_FILE
 from blockrag.modeling.base import Base, is_base, open_base
 from blockrag.modeling.bundle import FORMAT, Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template
+from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint
+from blockrag.modeling.files import read_json, replace_file
 from blockrag.modeling.loading import read_tokenizer
+from blockrag.modeling.model import SlotModel
 from blockrag.modeling.pear_record import PearRecord
-from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.modeling.template import PromptTemplate
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -75,7 +74,9 @@ def create_bundle(
         label = source.resolve().name
     if base is None and (adapter is not None or token_rows is not None):
         raise ValueError("an adapter or added tokens need a base")
-    facts = _inspect(source)
+    facts = inspect_checkpoint(source)
+    if base is None:
+        check_checkpoint(source)
     if max_context_tokens is not None and max_context_tokens > facts.max_positions:
         raise BundleError(f"{source}: {max_context_tokens} context tokens, where the model has {facts.max_positions}")
     with staged(target) as staging:
@@ -98,8 +99,15 @@ def create_bundle(
             "training": dict(training or {}),
         }
         write_manifest(staging, manifest)
-        load_bundle(staging, verify_files=False).load_tokenizer()
+        _check_driven(load_bundle(staging, verify_files=False))
     return load_bundle(target, verify_files=False)
+
+
+def _check_driven(made: Bundle) -> None:
+    """Load it once as it will be served: what is wrong with the weights is said now, not at the first start."""
+    stored = read_json(made.weights_dir() / "config.json")
+    narrow = stored.get("dtype", stored.get("torch_dtype")) in ("bfloat16", "float16")
+    SlotModel.load(made, compute_dtype="bfloat16" if narrow else "float32")
 
 
 def _write_on_top(
@@ -188,8 +196,8 @@ def write_pear(bundle: Bundle, record: PearRecord, out: str | Path | None) -> Bu
     described = _describe_pear(card.read_text(encoding="utf-8") if card.exists() else "", record)
     options: dict[str, Any] = {"compute_dtype": bundle.compute_dtype, "kv_dtype": bundle.kv_dtype}
     if out is None:
-        _replace(bundle.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-        _replace(card, described)
+        replace_file(bundle.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        replace_file(card, described)
         return load_bundle(bundle.path, verify_files=False, **options)
     target = Path(out).expanduser()
     if bundle.base is not None:
@@ -219,23 +227,6 @@ def _describe_pear(card: str, record: PearRecord) -> str:
         *rows,
     )
     return with_section(card, _PEAR_HEADING, body)
-
-
-def _replace(path: Path, text: str) -> None:
-    written = path.with_name(f".{path.name}")
-    written.write_text(text, encoding="utf-8")
-    written.replace(path)
-
-
-def _inspect(source: Path) -> ModelFacts:
-    """Check the architecture without loading weights."""
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise BundleError(f"{source}: no causal language model in the Hugging Face format: {error}") from error
-    return inspect_model(model)
 
 
 def _copy_checkpoint(source: Path, decoder: Path, *, weights: bool) -> None:

@@ -4,13 +4,14 @@ A template made here uses only tokens that the checkpoint has. A chat checkpoint
 block opens the user's turn and the final block closes it, so that the passages' blocks stand in between and hold
 nothing but text.
 
-A chat template that writes the date is refused: the instruction block is cached, and would say another day's date, or
-the day's on which somebody happened to make the bundle.
+A chat template that writes the date gets the one that it has for who knows none (Llama 3's), or else ``DATE``: the
+instruction block is cached and counted by fingerprints, so it says the same every day, on whatever day it is made.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import fields
 from datetime import datetime
@@ -20,20 +21,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
-from blockrag.modeling.template import PromptTemplate
+from blockrag.modeling.template import INSTRUCTION, PromptTemplate
 
 REFUSAL = "not in the passages"
-INSTRUCTION = (
-    "Answer the question with a few words from the passages below. If they do not hold the answer, reply: "
-    f"{REFUSAL}.\n\n"
-)
 PASSAGE = "Title: {title}\n{text}\n\n"
 QUESTION = "Question: {question}"
 
 # Text that no chat template changes, and that says where a turn's content stands.
 _USER, _ASSISTANT = "USERCONTENT", "ASSISTANTCONTENT"
-# Two moments that differ in every part that a template may write.
-_MOMENTS = (datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 29, 17, 58, 49))
+DATE = datetime(2025, 1, 1)
+"""What chat templates are told that ask for the date and have none of their own."""
+# A moment that differs from it in every part that a template may write.
+_OTHER = datetime(2032, 11, 29, 17, 58, 49)
+_logger = logging.getLogger(__name__)
 # A chat template's only clock is the function strftime_now. This one, put before the template, takes the time from a
 # dictionary; it ends with an expression, because a line break after a statement is dropped.
 _CLOCK = (
@@ -41,6 +41,7 @@ _CLOCK = (
     "{% for part, value in moment_for_template.items() %}{% set told.text = told.text | replace(part, value) %}"
     "{% endfor %}{{ told.text }}{% endmacro %}{{ '' }}"
 )
+_NO_CLOCK = "{%- set strftime_now = no_such_function_for_template %}{{ '' }}"
 
 
 def read_template(path: Path) -> PromptTemplate:
@@ -115,27 +116,41 @@ def _answer_prefix(answered: str) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], **options: Any) -> str:
-    first, second = (_render_at(moment, tokenizer, messages, options) for moment in _MOMENTS)
-    if first != second:
-        raise BundleError(
-            "the tokenizer's chat template writes the current date, which would change a cached instruction block from "
-            "day to day: give a template file"
-        )
-    return first
+    told = _render_at(DATE, tokenizer, messages, options)
+    if told == _render_at(_OTHER, tokenizer, messages, options):
+        return told
+    try:
+        told = _render_with(_NO_CLOCK, {}, tokenizer, messages, options)
+        known = "the date that it has for who knows none"
+    except BundleError:
+        known = f"{DATE:%d %B %Y}"
+    _logger.warning("the chat template writes the current date; the bundle's instruction says %s, every day", known)
+    return told
 
 
 def _render_at(
     moment: datetime, tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], options: dict[str, Any]
 ) -> str:
     parts = [f"%{letter}" for letter in "aAwdbBmyYHIMpSfjUWcxXGuVe"] + ["%-d", "%-m", "%-I", "%-H"]
+    values = {"moment_for_template": {part: moment.strftime(part) for part in parts}}
+    return _render_with(_CLOCK, values, tokenizer, messages, options)
+
+
+def _render_with(
+    clock: str,
+    values: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[dict[str, str]],
+    options: dict[str, Any],
+) -> str:
     try:
         return str(
             tokenizer.apply_chat_template(
                 messages,
-                chat_template=_CLOCK + tokenizer.get_chat_template(),
+                chat_template=clock + tokenizer.get_chat_template(),
                 tokenize=False,
                 enable_thinking=False,  # models that think first are told not to; other templates ignore the name
-                moment_for_template={part: moment.strftime(part) for part in parts},
+                **values,
                 **options,
             )
         )

@@ -11,6 +11,18 @@ from typing import Any
 
 from blockrag.errors import BundleError
 
+DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "reader"
+"""The reader that ships with blockrag."""
+PACKAGE_PREFIX = "package:"
+"""What names a base inside an installed package begins with, where a path may stand too."""
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file that is there whole or as it was before."""
+    written = path.with_name(f".{path.name}")
+    written.write_text(text, encoding="utf-8")
+    written.replace(path)
+
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from blockrag.errors import BundleError
@@ -53,6 +53,12 @@ def check_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         if not bool(torch.isfinite(tensor).all()):
             raise BundleError(f"{where}: NaN or infinity in {name}")
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The type that a checkpoint's weights are kept in, by its configuration."""
+    dtype = config.dtype or torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from blockrag.modeling.differences import traced
 from blockrag.modeling.fused import fuse_linear_layers
 from blockrag.modeling.loading import DTYPES
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
-from blockrag.modeling.rotary import IdentityRotary, RotaryTable
+from blockrag.modeling.measuring import measure_rotations, without_rotation
+from blockrag.modeling.rotary import LayerRotaries, Rotation
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots
 from blockrag.modeling.step import Step, UnsuitableError
 from blockrag.modeling.stock import load_stock_model
@@ -47,7 +49,14 @@ class SlotModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, facts: ModelFacts, *, kv_dtype: torch.dtype, end_token_ids: Iterable[int]
+        self,
+        model: PreTrainedModel,
+        facts: ModelFacts,
+        rotations: Sequence[Rotation],
+        *,
+        kv_dtype: torch.dtype,
+        end_token_ids: Iterable[int],
+        unused_token_ids: Iterable[int] = (),
     ) -> None:
         """``model`` already goes through slot attention; use ``load`` or ``from_pretrained_model``."""
         self._model = model
@@ -70,7 +79,9 @@ class SlotModel:
         """Bytes of K and V of one slot of a block, over all layers."""
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.rotary = RotaryTable(facts.frequencies, facts.attention_scaling, facts.max_positions, self.device)
+        self.unused_token_ids = torch.tensor(sorted(unused_token_ids), dtype=torch.long, device=self.device)
+        """Ids that the vocabulary has room for and the tokenizer has no text for; never to be sampled."""
+        self.rotary = LayerRotaries(rotations, facts.max_positions, self.device)
         """Rotations by position, for whoever composes slots in another way than ``new_sequence``."""
         # attention over slots of bfloat16 is computed in bfloat16: half the memory to read, twice the products' speed
         narrow = torch.bfloat16 in (self.compute_dtype, kv_dtype)
@@ -98,7 +109,12 @@ class SlotModel:
         stock = load_stock_model(bundle, device=device, compute_dtype=compute_dtype)
         tokenizer = bundle.load_tokenizer()
         ends = {*tokenizer(bundle.template.end, add_special_tokens=False)["input_ids"], *_configured_ends(stock)}
-        model = cls.from_pretrained_model(stock, kv_dtype=kv_dtype or bundle.kv_dtype, end_token_ids=ends)
+        model = cls.from_pretrained_model(
+            stock,
+            kv_dtype=kv_dtype or bundle.kv_dtype,
+            end_token_ids=ends,
+            unused_token_ids=set(range(bundle.vocab_size)).difference(tokenizer.get_vocab().values()),
+        )
         if (weights or bundle.weights) == "int8":
             model.quantise_steps()
         return model
@@ -110,12 +126,13 @@ class SlotModel:
         *,
         kv_dtype: str = "float32",
         end_token_ids: Iterable[int] | None = None,
+        unused_token_ids: Iterable[int] = (),
         attention: SlotAttention = attention_over_lists,
     ) -> SlotModel:
-        """Take ``model`` over: its rotary module and attention are replaced, so keep a copy to compare with.
+        """Take ``model`` over: its rotary modules and attention are replaced, so keep a copy to compare with.
 
         Raises UnsupportedModelError when the model's structure does not allow it, or when eight tokens computed over
-        slots differ from the model's own logits.
+        slots, at its first positions or its last, differ from the model's own logits.
         """
         model.train(False)
         model.requires_grad_(False)
@@ -124,16 +141,25 @@ class SlotModel:
             raise ValueError(f"kv_dtype {kv_dtype!r}: must be one of {', '.join(DTYPES)}")
         ends = _configured_ends(model) if end_token_ids is None else end_token_ids
         probe = _probe(facts)
-        with torch.inference_mode():
-            expected = model(torch.tensor([probe], device=model.device), use_cache=False).logits[0, -1].float()
+        rotations = measure_rotations(model, facts)
+        firsts = (0, facts.max_positions - len(probe))
+        expected = [_own_logits(model, probe, first) for first in firsts]
         model.set_attn_implementation(_registered(attention))
-        model.model.rotary_emb = IdentityRotary()
+        without_rotation(model)
         fuse_linear_layers(model.model.layers)
         speed_up_linear_layers(model)
-        slot_model = cls(model, facts, kv_dtype=DTYPES[kv_dtype], end_token_ids=ends)
-        with torch.inference_mode():
-            got = slot_model._probed(probe)
-        slot_model._check_close(got, expected, _PROBE_TOLERANCE.get(slot_model._slot_dtype, 6e-2), "over slots")
+        slot_model = cls(
+            model,
+            facts,
+            rotations,
+            kv_dtype=DTYPES[kv_dtype],
+            end_token_ids=ends,
+            unused_token_ids=unused_token_ids,
+        )
+        for first, logits in zip(firsts, expected, strict=True):
+            how = f"over slots from position {first} on"
+            tolerance = _PROBE_TOLERANCE.get(slot_model._slot_dtype, 6e-2)
+            slot_model._check_close(slot_model._probed(probe, first), logits, tolerance, how)
         return slot_model
 
     def quantise_steps(self) -> bool:
@@ -144,15 +170,14 @@ class SlotModel:
         differ from the model's.
         """
         try:
-            step = Step(self._model, self._facts)
+            step = Step(self._model, self._facts, self.rotary.rotations)
         except UnsuitableError as error:
             _logger.info("steps are computed with the whole weights: %s", error)
             return False
         probe = _probe(self._facts)
-        with torch.inference_mode():
-            expected = self._probed(probe)
-            self._step = step
-            self._check_close(self._probed(probe), expected, _STEP_TOLERANCE, "in eight bits")
+        expected = self._probed(probe)
+        self._step = step
+        self._check_close(self._probed(probe), expected, _STEP_TOLERANCE, "in eight bits")
         return True
 
     @property
@@ -236,20 +261,22 @@ class SlotModel:
         return ResidentBlock(key=block.key, slots=slots.to(self.device))
 
     @torch.inference_mode()
-    def new_sequence(self, blocks: Sequence[Slots], capacity: int) -> SequenceState:
-        """Compose a slot list from blocks and slices of blocks: slot i of all their slots stands at position i.
+    def new_sequence(self, blocks: Sequence[Slots], capacity: int, *, first_position: int = 0) -> SequenceState:
+        """Compose a slot list from blocks and slices of blocks: slot i stands at position ``first_position`` + i.
 
-        ``capacity`` further slots are reserved for what ``forward`` appends. Raises PromptTooLongError when the whole
-        does not fit the model's positions.
+        ``capacity`` further slots are reserved for what ``forward`` appends; prompts begin at position 0. Raises
+        PromptTooLongError when the whole does not fit the model's positions.
         """
-        if capacity < 0:
-            raise ValueError(f"capacity {capacity}: must not be negative")
-        self._check_length(sum(block.num_slots for block in blocks) + capacity)
-        return SequenceState(self._arena, blocks, capacity, self.rotary)
+        if capacity < 0 or first_position < 0:
+            raise ValueError(f"capacity {capacity}, position {first_position}: must not be negative")
+        self._check_length(first_position + sum(block.num_slots for block in blocks) + capacity)
+        return SequenceState(self._arena, blocks, capacity, self.rotary, first_position)
 
     @torch.inference_mode()
-    def forward(self, work: Sequence[tuple[SequenceState, Sequence[int]]]) -> Tensor:
+    def forward(self, work: Sequence[tuple[SequenceState, Sequence[int]]], *, every_token: bool = False) -> Tensor:
         """Append each item's tokens to its sequence; logits of each item's last token, float32 [len(work), vocab].
+
+        With ``every_token`` of all tokens, one item's behind the other's, [tokens, vocab].
 
         Pieces of prefills and single decode steps mix in one ragged batch: linear layers run over all tokens
         together, attention per sequence. Nothing is changed when an item is refused: InvalidRequestError for no
@@ -268,7 +295,7 @@ class SlotModel:
         if not work:
             return torch.empty(0, self.vocab_size)
         segments = _segments([(state, len(ids)) for (state, _), ids in zip(work, token_ids, strict=True)])
-        logits = self._run({"input_ids": self._as_input(token_ids)}, segments, None)
+        logits = self._run({"input_ids": self._as_input(token_ids)}, segments, None, every_token)
         for (state, _), ids in zip(work, token_ids, strict=True):
             state.advance(len(ids))
         return logits
@@ -309,27 +336,37 @@ class SlotModel:
             )
         return encoded
 
-    def _run(self, inputs: Mapping[str, Tensor], segments: tuple[Segment, ...], capture: Capture | None) -> Tensor:
-        longest = max(segment.first_position + segment.length for segment in segments)
-        table = self.rotary.phases(longest)
-        phases = [table[segment.first_position : segment.first_position + segment.length] for segment in segments]
+    def _run(
+        self,
+        inputs: Mapping[str, Tensor],
+        segments: tuple[Segment, ...],
+        capture: Capture | None,
+        every_token: bool = False,
+    ) -> Tensor:
+        spans = [(segment.first_position, segment.first_position + segment.length) for segment in segments]
         batch = RaggedBatch(
             segments=segments,
-            phases=(phases[0] if len(phases) == 1 else torch.cat(phases)).unsqueeze(1),
-            last_layer=self.num_layers - 1,
+            rotations=self.rotary.rotations,
+            phases=tuple(phases.unsqueeze(1) for phases in self.rotary.phases(spans)),
+            last_layer=self.num_layers if every_token else self.num_layers - 1,
             capture=capture,
         )
-        if capture is not None:
-            self._model.model(**inputs, use_cache=False, slot_batch=batch)
-            return torch.empty(0)
-        if self._step is not None and segments[-1].start + segments[-1].length <= self._step.most_tokens:
+        if self._step is not None and capture is None and not every_token:
             stepped = self._step(inputs["input_ids"], batch, self._trace)
             if stepped is not None:
                 return stepped
-        last = torch.tensor([segment.start + segment.length - 1 for segment in segments], device=self.device)
-        output = self._model(**inputs, use_cache=False, slot_batch=batch, logits_to_keep=last)
-        logits: Tensor = output.logits[0]
-        return logits.float()
+        positions = torch.cat([torch.arange(first, end, device=self.device) for first, end in spans])
+        options = {**inputs, "position_ids": positions.unsqueeze(0), "use_cache": False}
+        told = _BATCH.set(batch)
+        try:
+            if capture is not None:
+                self._model.model(**options)
+                return torch.empty(0)
+            last = torch.tensor([segment.start + segment.length - 1 for segment in segments], device=self.device)
+            logits: Tensor = self._model(**options, logits_to_keep=0 if every_token else last).logits[0]
+            return logits.float()
+        finally:
+            _BATCH.reset(told)
 
     def _as_input(self, token_ids: Sequence[NDArray[np.int64]]) -> Tensor:
         return torch.from_numpy(np.concatenate(token_ids)).to(self.device).unsqueeze(0)
@@ -346,9 +383,9 @@ class SlotModel:
         if slots > self.max_positions:
             raise PromptTooLongError(f"{slots} positions, where the model has {self.max_positions}")
 
-    def _probed(self, probe: list[int]) -> Tensor:
-        state = self.new_sequence([], len(probe))
-        got = self.forward([(state, probe)])[0].clone()
+    def _probed(self, probe: list[int], first_position: int = 0) -> Tensor:
+        state = self.new_sequence([], len(probe), first_position=first_position)
+        got = self.forward([(state, probe)])[0]
         state.release()
         return got
 
@@ -356,18 +393,35 @@ class SlotModel:
         difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
         if not difference <= tolerance:
             raise UnsupportedModelError(
-                f"{type(self._model).__name__}: logits {how} differ from the model's own by {difference:.1e} of "
-                "their scale; its attention or its rotary embedding is of a kind that is not supported"
+                f"{type(self._model).__name__}: logits {how} differ from the model's own by {difference:.1e} of their "
+                "scale; its attention is of a kind that is not supported"
             )
 
 
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
+@torch.inference_mode()
+def _own_logits(model: PreTrainedModel, tokens: list[int], first_position: int) -> Tensor:
+    """The stock model's logits of the last of ``tokens``, float32 [vocab]."""
+    positions = torch.arange(first_position, first_position + len(tokens), device=model.device)
+    inputs = torch.tensor([tokens], device=model.device)
+    logits: Tensor = model(input_ids=inputs, position_ids=positions[None], use_cache=False).logits[0, -1]
+    return logits.float()
+
+
+_BATCH: ContextVar[RaggedBatch] = ContextVar("batch of the forward pass")
+"""Not an argument of the forward pass: some models hand none on to their attention."""
+
+
 def _registered(attention: SlotAttention) -> str:
     """The name under which transformers knows it. No mask function has it, so transformers builds no mask."""
     name = f"blockrag_{getattr(attention, '__name__', type(attention).__name__)}"
-    AttentionInterface.register(name, attention)
+
+    def of_the_batch(*states: Any, **options: Any) -> tuple[Tensor, None]:
+        return attention(*states, **options, slot_batch=_BATCH.get())
+
+    AttentionInterface.register(name, of_the_batch)
     return name
 
 

@@ -11,7 +11,7 @@ Source: PEAR (arXiv 2409.19745), §3.2. How coefficients are found: ``blockrag.t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,21 @@ def fold(model: PreTrainedModel, coefficients: Iterable[HeadCoefficient]) -> Non
             )
         columns = heads.columns(item.layer, item.head)
         columns.copy_(columns.float() * item.tau)
+
+
+@torch.no_grad()
+def before_folding(
+    model: PreTrainedModel, coefficients: Iterable[HeadCoefficient], tensors: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """An adapter of folded weights, A and B by module, as one of the weights before ``coefficients`` are folded in."""
+    heads = attention_heads(model)
+    names = {module: name for name, module in model.named_modules()}
+    found = {name: (down.clone(), up) for name, (down, up) in tensors.items()}
+    for item in coefficients:
+        name = names[heads.outputs[item.layer]]
+        if name in found:
+            found[name][0][:, item.head * heads.head_dim : (item.head + 1) * heads.head_dim] /= item.tau
+    return found
 
 
 def _attention(layer: nn.Module) -> nn.Module | None:

@@ -1,9 +1,10 @@
 """Rotary position embedding over slots: keys are kept before rotation and turned by the place they get.
 
-A rotated head dimension pair ``(x_j, x_{j + d/2})`` is held as one complex number, so that rotating by position p is
-one multiplication by ``exp(i p w_j)``. Reordering the head dimensions of queries and keys alike leaves every score
-unchanged, so keys and queries stay in this *pair order* (0, d/2, 1, d/2 + 1, …) everywhere: in block KV, in resident
-blocks and in a sequence's rotated keys. Values keep the model's order.
+A rotated pair of head dimensions is held as one complex number, so that rotating by position p is one multiplication
+by ``exp(i p w_j)``. Which dimensions make a pair is the model's: ``(x_j, x_{j + d/2})`` or neighbours. Reordering the
+head dimensions of queries and keys alike leaves every score unchanged, so keys and queries stay in *pair order* (each
+pair side by side) everywhere: in block KV, in resident blocks and in a sequence's rotated keys. A dimension that the
+model does not rotate has the frequency 0. Values keep the model's order.
 
 Source: RoFormer (arXiv 2104.09864, equation 34); position re-encoding as in Block-Attention (arXiv 2409.15355,
 section 2.2), without the un-rotation because nothing was rotated before.
@@ -11,31 +12,93 @@ section 2.2), without the un-rotation because nothing was rotated before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
 class IdentityRotary(nn.Module):
-    """Stands where the model's rotary module was: cos = 1, sin = 0, so that the model itself rotates nothing."""
+    """Stands where a model's rotary module was: cos = 1, sin = 0, so that the model itself rotates nothing."""
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One pair of scalars, shape [1, 1, 1], that broadcasts over every position."""
-        one = hidden_states.new_ones(1, 1, 1)
-        return one, torch.zeros_like(one)
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self._rotary = [rotary]  # in a list, so that it is no part of the model any more
+        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def forward(
+        self, hidden_states: Tensor, position_ids: Tensor | None = None, *which: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What the module gives for position 0, [1, 1, rotated dimensions]; it broadcasts over every position."""
+        key = (which, *named.items(), hidden_states.dtype, hidden_states.device)
+        if key not in self._known:
+            origin = torch.zeros(1, 1, dtype=torch.long, device=hidden_states.device)
+            cosine, sine = self._rotary[0](hidden_states[:1, :1], origin, *which, **named)
+            self._known[key] = (torch.ones_like(cosine), torch.zeros_like(sine))
+        return self._known[key]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a layer rotates its queries and keys."""
+
+    head_dim: int
+    frequencies: tuple[float, ...] = ()
+    """Of the rotated pairs, the first ones of a head; none where a layer has no positions of its own."""
+    scaling: float = 1.0
+    """Factor on rotated queries and keys (yarn)."""
+    neighbours: bool = False
+    """Whether dimensions 2j and 2j + 1 are a pair; else j and j + n, of n pairs."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether whole heads are rotated, by halves."""
+        return not self.neighbours and 2 * len(self.frequencies) == self.head_dim
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Index of the model's head dimension that stands at each place of the pair order."""
+        rotated = 2 * len(self.frequencies)
+        if self.neighbours:
+            return torch.arange(self.head_dim)
+        return torch.cat([pair_order(rotated), torch.arange(rotated, self.head_dim)])
+
+    def table(self, max_positions: int, device: torch.device) -> RotaryTable:
+        """The rotations by position."""
+        return RotaryTable(*self._padded(), max_positions, device)
+
+    def phases(self, positions: Tensor) -> Tensor:
+        """The rotations of some positions [n], complex64 [n, head_dim / 2]."""
+        return _phases(*self._padded(), positions)
+
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        still = self.head_dim // 2 - len(self.frequencies)
+        frequencies = torch.tensor([*self.frequencies, *[0.0] * still], dtype=torch.float32)
+        return frequencies, torch.tensor([*[self.scaling] * len(self.frequencies), *[1.0] * still])
+
+    def to_pairs(self, states: Tensor) -> Tensor:
+        """[..., head_dim] in the model's order to complex64 [..., head_dim / 2]."""
+        if self.plain:
+            return to_pairs(states)
+        return as_pairs(states.float().index_select(-1, self.order.to(states.device)))
 
 
 class RotaryTable:
-    """``attention_scaling * exp(i p w)`` for every position p and frequency w; complex64 [positions, head_dim / 2].
+    """``scaling * exp(i p w)`` for every position p and frequency w; complex64 [positions, head_dim / 2].
 
-    ``attention_scaling`` (yarn) is part of the table, so queries and keys both carry it, as in transformers. Grows
-    to the longest position asked for, up to ``max_positions``.
+    ``scaling`` (one, or one for each frequency) is part of the table, so queries and keys both carry it, as in
+    transformers. Grows to the longest position asked for, up to ``max_positions``.
     """
 
-    def __init__(self, frequencies: Tensor, attention_scaling: float, max_positions: int, device: torch.device) -> None:
+    def __init__(self, frequencies: Tensor, scaling: float | Tensor, max_positions: int, device: torch.device) -> None:
         self.frequencies = frequencies.detach().to("cpu", torch.float32)
-        self.attention_scaling = float(attention_scaling)
         self.max_positions = max_positions
         self.device = device
+        self._scaling = torch.as_tensor(scaling, dtype=torch.float32)
         self._phases = self._build(min(1024, max_positions))
 
     def phases(self, length: int) -> Tensor:
@@ -45,13 +108,44 @@ class RotaryTable:
         return self._phases
 
     def _build(self, length: int) -> Tensor:
-        # float32 angles, as transformers computes them: at far positions the rounding of the angle is then shared
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * self.frequencies[None, :]
-        return torch.polar(torch.full_like(angles, self.attention_scaling), angles).to(self.device)
+        return _phases(self.frequencies, self._scaling, torch.arange(length)).to(self.device)
+
+
+class LayerRotaries:
+    """The rotation of every layer."""
+
+    def __init__(self, rotations: Sequence[Rotation], max_positions: int, device: torch.device) -> None:
+        tables = {rotation: rotation.table(max_positions, device) for rotation in rotations}
+        self.rotations = tuple(rotations)
+        self.tables = tuple(tables[rotation] for rotation in rotations)
+        """Of each layer; layers that rotate alike share one."""
+        self.runs = tuple(
+            (run[0], run[-1] + 1, tables[rotation])
+            for rotation, numbers in groupby(range(len(rotations)), key=lambda number: rotations[number])
+            if (run := list(numbers))
+        )
+        """First layer, end and table of neighbouring layers that rotate alike."""
+
+    def phases(self, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """For each layer the rotations of positions first … end - 1 of each span, complex64 [sum, head_dim / 2]."""
+        longest = max(end for _, end in spans)
+        found: dict[RotaryTable, Tensor] = {}
+        for _, _, table in self.runs:
+            if table not in found:
+                whole = table.phases(longest)
+                parts = [whole[first:end] for first, end in spans]
+                found[table] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return tuple(found[table] for table in self.tables)
+
+
+def _phases(frequencies: Tensor, scaling: Tensor, positions: Tensor) -> Tensor:
+    # float32 angles, as transformers computes them: at far positions the rounding of the angle is then shared
+    angles = positions.float()[:, None] * frequencies[None, :]
+    return torch.polar(scaling.expand_as(angles).contiguous(), angles)
 
 
 def to_pairs(halves: Tensor) -> Tensor:
-    """[..., head_dim] in the model's order to complex64 [..., head_dim / 2]."""
+    """[..., head_dim] in the order of halves to complex64 [..., head_dim / 2]."""
     half = halves.shape[-1] // 2
     halves = halves.float()
     return torch.complex(halves[..., :half], halves[..., half:])
@@ -79,5 +173,5 @@ def as_pairs(keys: Tensor) -> Tensor:
 
 
 def pair_order(head_dim: int) -> Tensor:
-    """Index of the model's head dimension that stands at each place of the pair order."""
+    """The pair order of whole heads by halves: index of the head dimension at each place."""
     return torch.arange(head_dim).view(2, -1).T.reshape(-1)

@@ -1,7 +1,8 @@
 """Slots: a block's slots on the device, pieces of them, and the slot list of a running sequence.
 
 A slot holds one position's K before rotation and V, for all layers. A prompt is a slot list: slot i stands at
-position i, and its key is rotated by i when it is placed, once; nothing is ever un-rotated.
+position i, and its key is rotated by i when it is placed, once, in each layer as that layer rotates; nothing is ever
+un-rotated.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from blockrag.modeling.native.kernels import Kernels, kernels
-from blockrag.modeling.rotary import RotaryTable, rotate_into
+from blockrag.modeling.rotary import LayerRotaries, rotate_into
 
 _BUFFER_STEP = 256
 """Buffers are cut to a multiple of this many slots, so that a released one fits the next sequence more often."""
@@ -141,8 +142,17 @@ class SequenceState:
     Made by ``SlotModel.new_sequence``, extended by ``SlotModel.forward``. Not thread-safe.
     """
 
-    def __init__(self, arena: SlotArena, blocks: Sequence[Slots], capacity: int, rotary: RotaryTable) -> None:
+    def __init__(
+        self,
+        arena: SlotArena,
+        blocks: Sequence[Slots],
+        capacity: int,
+        rotary: LayerRotaries,
+        first_position: int = 0,
+    ) -> None:
         self._arena = arena
+        self.first_position = first_position
+        """Position of the first slot; those after it follow."""
         self._num_slots = sum(block.num_slots for block in blocks)
         self._capacity = self._num_slots + capacity
         self._buffer: Tensor | None = arena.take(self._capacity)
@@ -151,7 +161,7 @@ class SequenceState:
 
     @property
     def num_slots(self) -> int:
-        """Slots in use: the position that the next token gets."""
+        """Slots in use."""
         return self._num_slots
 
     @property
@@ -195,18 +205,19 @@ class SequenceState:
         if getattr(self, "_buffer", None) is not None:
             self.release()
 
-    def _place(self, blocks: Sequence[Slots], rotary: RotaryTable) -> None:
+    def _place(self, blocks: Sequence[Slots], rotary: LayerRotaries) -> None:
         if not blocks:
             return
-        phases = rotary.phases(self._num_slots)[: self._num_slots]
-        compiled = kernels() if Kernels.take(self._slots) else None
+        by_layer = rotary.phases([(self.first_position, self.first_position + self._num_slots)])
+        compiled = kernels() if Kernels.take(self._slots) and len(rotary.runs) == 1 else None
         if compiled is not None:
             pieces = [block.piece for block in blocks]
             if all(slots.dtype == torch.bfloat16 and slots.is_contiguous() for slots, _, _ in pieces):
-                compiled.place(pieces, phases, self._slots)
+                compiled.place(pieces, by_layer[0], self._slots)
                 return
         placed = self._slots[:, :, :, : self._num_slots]
         torch.cat([block.slots for block in blocks], dim=3, out=placed)
         # as many layers at a time as the cores' shared cache holds
-        for keys in placed[0].split(max(1, _ROTATED_AT_ONCE // placed[0, 0].numel())):
-            rotate_into(keys, keys, phases)
+        for first, end, _ in rotary.runs:
+            for keys in placed[0, first:end].split(max(1, _ROTATED_AT_ONCE // placed[0, 0].numel())):
+                rotate_into(keys, keys, by_layer[first])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from blockrag.modeling.native.step import (
     StepSegment,
     interleaved,
 )
+from blockrag.modeling.rotary import Rotation
 from blockrag.modeling.support import ModelFacts
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -39,19 +41,24 @@ class UnsuitableError(Exception):
 class Step:
     """``SlotModel.forward`` for few tokens."""
 
-    def __init__(self, model: PreTrainedModel, facts: ModelFacts) -> None:
+    def __init__(self, model: PreTrainedModel, facts: ModelFacts, rotations: Sequence[Rotation]) -> None:
         """Packs the weights of ``model``, which keeps its own for longer inputs. Raises UnsuitableError."""
         compiled = kernels()
         if compiled is None:
             raise UnsuitableError("there are no compiled kernels for this processor")
         if model.device.type != "cpu" or model.dtype != torch.bfloat16:
             raise UnsuitableError(f"the model computes in {model.dtype} on {model.device.type}")
+        if len(set(rotations)) != 1 or not rotations[0].plain:
+            raise UnsuitableError("layers that rotate otherwise than whole heads by halves, all alike")
+        if facts.softcap is not None:
+            raise UnsuitableError("bounded scores")
         try:
             self._kernel = StepKernel(compiled.compiled, pack(model, facts), 1 / LEAST_SUM)
         except ValueError as error:
             raise UnsuitableError(f"{type(model).__name__}: {error}") from error
         self._embedding: nn.Module = model.get_input_embeddings()
         self._layers = facts.shape.num_layers
+        self._plain_slots = facts.plain_positions
         most = MOST_TOKENS_WITH_TILES if has_instructions(("amx_bf16",)) else MOST_TOKENS
         self.most_tokens = max(1, min(most, _MOST_NUMBERS // self._kernel.most_inputs))
         """Of all sequences together; beyond, the whole weights are for it."""
@@ -66,14 +73,16 @@ class Step:
 
         ``input_ids`` [1, tokens]; ``trace`` gets hidden states after each layer, [tokens, width] each.
         """
+        if input_ids.shape[1] > self.most_tokens:
+            return None
         segments = []
         for segment in batch.segments:
-            if segment.state is None:
+            if segment.state is None or segment.first_slot + segment.length > self._plain_slots:
                 return None
-            segments.append(StepSegment(segment.state.slots, segment.first_position, segment.length))
+            segments.append(StepSegment(segment.state.slots, segment.first_slot, segment.length))
         hidden: Tensor = self._embedding(input_ids)[0].float()
         states = None if trace is None else torch.empty(self._layers, *hidden.shape)
-        logits = self._kernel.step(hidden, batch.phases.squeeze(1), segments, states)
+        logits = self._kernel.step(hidden, batch.phases[0].squeeze(1), segments, states)
         if trace is not None and states is not None and logits is not None:
             trace.extend(states)
         return logits

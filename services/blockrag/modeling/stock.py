@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from blockrag.errors import BundleError
 from blockrag.modeling.adapter import merge_adapter, put_token_rows, read_adapter, read_token_rows
 from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.checkpoint import load_checkpoint, read_config
 from blockrag.modeling.files import read_json
-from blockrag.modeling.loading import DTYPES, check_finite, check_missing, no_progress_bar
+from blockrag.modeling.loading import DTYPES, check_finite
 from blockrag.modeling.pear import fold
 
 
@@ -35,7 +33,10 @@ def load_stock_model(
         raise ValueError(f"compute_dtype {compute_dtype!r}: must be one of {', '.join(DTYPES)}")
     if not with_adapter and bundle.pear is not None:
         raise BundleError(f"{bundle.path}: its coefficients of heads (PEAR) do not fit the base without the adapter")
-    model = _load(bundle, dtype) if bundle.base is None else _load_on_base(bundle, dtype, with_adapter)
+    if bundle.base is None:
+        model = load_checkpoint(bundle.weights_dir(), dtype)
+    else:
+        model = _load_on_base(bundle, dtype, with_adapter)
     check_finite(bundle.decoder_dir, model.named_parameters())
     if bundle.pear is not None:
         fold(model, bundle.pear.heads)
@@ -48,7 +49,10 @@ def load_first_layers(bundle: Bundle, layers: int) -> PreTrainedModel:
     Of a bundle with a base they are the base's, without adapter and coefficients: they stay as they are while an
     adapter is trained. Raises BundleError for damaged weights.
     """
-    model = _load(bundle, torch.float32) if bundle.base is None else _load_on_base(bundle, torch.float32, False)
+    if bundle.base is None:
+        model = load_checkpoint(bundle.weights_dir(), torch.float32)
+    else:
+        model = _load_on_base(bundle, torch.float32, False)
     trunk: PreTrainedModel = model.model
     trunk.layers = trunk.layers[:layers]
     trunk.config.num_hidden_layers = layers
@@ -57,31 +61,15 @@ def load_first_layers(bundle: Bundle, layers: int) -> PreTrainedModel:
     return trunk.train(False).requires_grad_(False)
 
 
-def _load(bundle: Bundle, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    folder = bundle.weights_dir()
-    try:
-        with no_progress_bar():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BundleError(f"{folder}: the decoder does not load: {error}") from error
-    check_missing(folder, info["missing_keys"])
-    loaded: PreTrainedModel = model
-    return loaded
-
-
 def _load_on_base(bundle: Bundle, dtype: torch.dtype, with_adapter: bool) -> PreTrainedModel:
     """The configuration is the bundle's, but for the vocabulary, which grows from the base's."""
-    stored = read_json(bundle.weights_dir() / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(bundle.decoder_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BundleError(f"{bundle.decoder_dir}: the configuration does not load: {error}") from error
+    folder = bundle.weights_dir()
+    stored = read_json(folder / "config.json")
+    config = read_config(bundle.decoder_dir)
     config.vocab_size = int(stored["vocab_size"])
     # merged before anything is rounded to a narrower type
     kept = torch.float32 if stored.get("dtype", stored.get("torch_dtype")) != "bfloat16" else dtype
-    model = _load(bundle, kept, config=config)
+    model = load_checkpoint(folder, kept, config)
     if bundle.token_rows is not None:
         rows = read_token_rows(bundle.path, bundle.token_rows)
         put_token_rows(model, rows, bundle.vocab_size, bundle.path)

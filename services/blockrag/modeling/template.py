@@ -3,23 +3,26 @@
 A prompt is one instruction block, one block per passage and one final block. Each block is tokenised alone
 (Block-Attention, arXiv 2409.15355, section 2.1), so a passage has the same token ids in every prompt.
 
-What a user typed is data: a special token's text inside a title, a passage or a question is tokenised as ordinary
-characters and can never open a block of its own.
+What a user typed is data: an added token's text inside a title, a passage or a question is tokenised as ordinary
+characters and can never open a block or a turn of its own (``blockrag.modeling.running_text``).
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+
+from blockrag.modeling.running_text import BundleTokenizer, field_ids, literal_ids
+
+__all__ = ["BundleTokenizer", "PromptTemplate"]
 
 _FIELD = re.compile(r"\{(title|text|question)\}")
-
-
-class BundleTokenizer(Protocol):
-    """The part of a transformers fast tokenizer that the template uses."""
-
-    def __call__(self, text: str, *, add_special_tokens: bool = ..., split_special_tokens: bool = ...) -> Any: ...
+_BEGIN = re.compile(r"^<(s|bos|\|begin\w*\|)>")
+INSTRUCTION = (
+    "Answer the question with a few words from the passages below. If they do not hold the answer, reply: "
+    "not in the passages.\n\n"
+)
+"""What templates made here say in the user's first turn."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class PromptTemplate:
 
     def instruction_ids(self, tokenizer: BundleTokenizer) -> list[int]:
         """Token ids of the instruction block."""
-        return _tokenize(tokenizer, self.instruction, {})
+        return _tokenize(tokenizer, self.instruction, {}, opening=True)
 
     def passage_ids(self, tokenizer: BundleTokenizer, title: str, text: str) -> list[int]:
         """Token ids of one passage's block."""
@@ -58,26 +61,54 @@ class PromptTemplate:
         """Token ids of the final block, without the answer."""
         return _tokenize(tokenizer, self.final, {"question": question})
 
+    @property
+    def next_turn(self) -> str:
+        """Text between the end of an answer and the next question: what opens a turn of the user; empty where the
+        template has no turns.
+
+        A template does not say it by itself: it is what the instruction block opens the user's first turn with, which
+        is the text behind the turn before it (a system's), or all of it but a beginning of sequence. An instruction
+        other than ``INSTRUCTION`` behind a system's turn is repeated, since nothing tells it from the opening.
+        """
+        _, found, opening = self.instruction.rpartition(self.end)
+        if found:
+            return opening.removesuffix(INSTRUCTION)
+        opening = _BEGIN.sub("", opening)
+        if not opening.endswith(INSTRUCTION):
+            return ""
+        closing = self.final.partition("{question}")[2]
+        after = closing.removeprefix(self.end)
+        between = after[: len(after) - len(after.lstrip())] if closing.startswith(self.end) else ""
+        opening = opening.removesuffix(INSTRUCTION)
+        return between + opening if opening else ""
+
+    def turn_ids(self, tokenizer: BundleTokenizer, question: str, answer: str) -> list[int]:
+        """Token ids of an earlier question and its answer, up to where the next question starts."""
+        ids = self.final_ids(tokenizer, question) + self.answer_ids(tokenizer, answer)
+        return ids + _tokenize(tokenizer, self.next_turn, {})
+
+    def request_ids(self, tokenizer: BundleTokenizer, instructions: str) -> list[int]:
+        """Token ids of what a caller asks of every answer, as text in the user's turn."""
+        return _tokenize(tokenizer, "{text}\n\n", {"text": instructions})
+
     def answer_ids(self, tokenizer: BundleTokenizer, answer: str) -> list[int]:
         """Token ids of an answer with the token that ends it: the target in training."""
-        content = tokenizer(self.answer_prefix + answer, add_special_tokens=False, split_special_tokens=True)
-        return list(content["input_ids"]) + _tokenize(tokenizer, self.end, {})
+        return field_ids(tokenizer, self.answer_prefix + answer) + _tokenize(tokenizer, self.end, {})
 
 
-def _tokenize(tokenizer: BundleTokenizer, pattern: str, fields: dict[str, str]) -> list[int]:
+def _tokenize(tokenizer: BundleTokenizer, pattern: str, fields: dict[str, str], *, opening: bool = False) -> list[int]:
     ids: list[int] = []
     carried = ""
     for position, part in enumerate(_FIELD.split(pattern)):
         is_field = position % 2 == 1
         if is_field:
-            piece = carried + fields[part]
-            carried = ""
+            piece, carried = carried + fields[part], ""
         else:
             stripped = part.rstrip(" ")
             piece, carried = carried + stripped, part[len(stripped) :]
         if piece:
-            encoded = tokenizer(piece, add_special_tokens=False, split_special_tokens=is_field)
-            ids.extend(encoded["input_ids"])
+            opens = opening and not ids
+            ids += field_ids(tokenizer, piece) if is_field else literal_ids(tokenizer, piece, opening=opens)
     if carried:
-        ids.extend(tokenizer(carried, add_special_tokens=False)["input_ids"])
+        ids += literal_ids(tokenizer, carried, opening=opening and not ids)
     return ids

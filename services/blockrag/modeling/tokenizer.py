@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -22,7 +21,6 @@ class FastTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.backend_tokenizer = tokenizer
-        self._lock = threading.Lock()
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -34,15 +32,9 @@ class FastTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"{folder}: the tokenizer does not load: {error}") from error
 
-    def __call__(
-        self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
-    ) -> dict[str, list[int]]:
-        """Token ids of ``text``, under "input_ids"; with ``split_special_tokens`` a special token's text is text."""
-        with self._lock:  # the flag is the library's state
-            if self.backend_tokenizer.encode_special_tokens != split_special_tokens:
-                self.backend_tokenizer.encode_special_tokens = split_special_tokens
-            encoded = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return {"input_ids": encoded.ids}
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """Token ids of ``text``, under "input_ids"; an added token's text is that token."""
+        return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
 
     def decode(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool = False

@@ -1,9 +1,11 @@
 """What an index of passages does, whichever engine holds it.
 
-Staging and visibility: passages are staged one batch after another and cannot be found. Committing their document
-switches them visible and the document's older version away, in one step for every reader: the catalogue's entry of
-the document decides which version is returned, so readers see all of the old version or all of the new one. A run
-that was interrupted is repeated from its start; ids are made from the content's version, so nothing is stored twice.
+Staging and visibility: passages are staged one batch after another and cannot be found. Every staged passage is a
+point of its own, also where the same version is staged twice. A commit takes one staged point for each place, marks
+them with a name that no other commit has, and writes that name into the catalogue's entry of the document. This is the
+step that readers see: passages whose mark the entry names are returned, and no others, so readers see all of the old
+version or all of the new one. What a commit replaced is removed by its mark, which never becomes current again, so no
+caller removes what another just showed.
 """
 
 from __future__ import annotations
@@ -16,11 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.retriever.filters import Condition
 from blockrag.retriever.identity import CollectionId
 
 STAGED_FOR_S = 24 * 3600
 """Passages that were staged longer ago and never committed are swept away."""
+COMMITS_WITHIN_S = 3600
+"""No commit or removal takes longer; what one left behind that died is removed after this time."""
+MOST_HOLDERS = 1000
+MOST_CANDIDATES = 10_000
+"""Passages taken from each search when so many texts are equal that fewer leave too little."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,10 @@ class Document:
     title: str
     passages: int
     metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    """What it came from: a file, or what the user named. Documents can be removed by it."""
+    commit: str = field(default="", compare=False)
+    """Mark of its passages; the index sets it."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +112,23 @@ class SearchQuery:
 
 
 @dataclass(frozen=True)
+class Holder:
+    """A passage with the same text in another document."""
+
+    passage_id: str
+    document_id: str
+    title: str
+
+
+@dataclass(frozen=True)
 class FoundPassage:
-    """A search result."""
+    """A search result. Passages with equal texts are one result."""
 
     passage: Passage
     score: float
     """Fused score; comparable within one search only."""
+    also_in: tuple[Holder, ...] = ()
+    """The other documents that hold this text and fit the conditions, by id; at most ``MOST_HOLDERS`` in a search."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +147,24 @@ class VectorIndex(ABC):
     """
 
     @abstractmethod
-    async def stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage]) -> None:
-        """Stores passages of one document version invisibly; makes the collection. Nothing when it is visible."""
+    async def stage(
+        self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str = DEFAULT_LANGUAGE
+    ) -> None:
+        """Stores passages of one document version invisibly; makes the collection, with this language.
+
+        Raises ``InvalidRequestError`` when the collection has another language.
+        """
+
+    @abstractmethod
+    async def language(self, collection: CollectionId) -> str:
+        """The language of a collection's BM25 terms. Raises ``NotFoundError``."""
 
     @abstractmethod
     async def commit(self, collection: CollectionId, document: Document) -> Replaced:
         """Makes the staged version visible and removes the older one. Nothing when it is visible already.
 
-        Raises ``InvalidRequestError`` when fewer than ``document.passages`` are staged; nothing changes then.
+        Raises ``InvalidRequestError`` when fewer than ``document.passages`` are staged; nothing changes then. A
+        removal of the document that runs at the same time may be the reason.
         """
 
     @abstractmethod
@@ -171,7 +204,7 @@ class VectorIndex(ABC):
 
     @abstractmethod
     async def sweep(self, older_than_s: float = STAGED_FOR_S) -> None:
-        """Removes passages that were staged longer ago and not committed."""
+        """Removes passages that were staged longer ago and not committed, and what interrupted commits left."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -194,3 +227,11 @@ def unknown_collection(collection: CollectionId) -> str:
 def unknown_document(collection: CollectionId, document_id: str) -> str:
     """What is wrong with a request for a document that does not exist."""
     return f"document {document_id!r} does not exist in collection {collection.name!r}"
+
+
+def other_language(collection: CollectionId, stored: str, wanted: str) -> str:
+    """What is wrong with passages of another language than their collection's."""
+    return (
+        f"collection {collection.name!r} has the language {stored}, not {wanted};"
+        " leave the language out, or ingest into another collection"
+    )

@@ -13,21 +13,22 @@ from blockrag.errors import DataError, SettingsError
 from blockrag.retriever.base import Counts, Document, EmbeddingInfo
 from blockrag.retriever.identity import CollectionId
 
+_PROPERTIES = "CREATE TABLE IF NOT EXISTS properties (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS properties (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS collections (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, name TEXT NOT NULL, UNIQUE (tenant, name)
+    number INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, name TEXT NOT NULL, language TEXT NOT NULL,
+    UNIQUE (tenant, name)
 );
 CREATE TABLE IF NOT EXISTS documents (
     collection INTEGER NOT NULL REFERENCES collections (number) ON DELETE CASCADE,
     document_id TEXT NOT NULL, version TEXT NOT NULL, title TEXT NOT NULL, metadata TEXT NOT NULL,
-    passages INTEGER NOT NULL, synced INTEGER NOT NULL,
+    passages INTEGER NOT NULL, source TEXT NOT NULL, shown_by TEXT NOT NULL, synced INTEGER NOT NULL,
     PRIMARY KEY (collection, document_id)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS unsynced ON documents (collection) WHERE synced = 0;
 """
-_FORMAT = "1"
-_COLUMNS = "document_id, version, title, passages, metadata"
+_FORMAT = "2"
+_COLUMNS = "document_id, version, title, passages, metadata, source, shown_by"
 _IDS_AT_A_TIME = 500
 
 
@@ -43,8 +44,9 @@ class Catalogue:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute("PRAGMA foreign_keys = ON")
-            self._database.executescript(_SCHEMA)
+            self._database.execute(_PROPERTIES)
             self._check("format", _FORMAT, "its format is")
+            self._database.executescript(_SCHEMA)
             self._check("embedding", f"{embedding.fingerprint} {embedding.dimensions}", "its embedding model is")
 
     def close(self) -> None:
@@ -55,9 +57,14 @@ class Catalogue:
         rows = self._rows("SELECT number FROM collections WHERE tenant = ? AND name = ?", *_key(collection))
         return int(rows[0][0]) if rows else None
 
-    def add_collection(self, collection: CollectionId) -> int:
+    def language(self, number: int) -> str:
+        """The language of a collection's BM25 terms."""
+        ((language,),) = self._rows("SELECT language FROM collections WHERE number = ?", number)
+        return str(language)
+
+    def add_collection(self, collection: CollectionId, language: str) -> int:
         """Makes a collection. Numbers are never used again."""
-        self._rows("INSERT INTO collections (tenant, name) VALUES (?, ?)", *_key(collection))
+        self._rows("INSERT INTO collections (tenant, name, language) VALUES (?, ?, ?)", *_key(collection), language)
         number = self.collection_number(collection)
         assert number is not None
         return number
@@ -73,13 +80,15 @@ class Catalogue:
     def put(self, number: int, document: Document) -> None:
         """Makes a version the visible one: the single step that readers see."""
         self._rows(
-            f"INSERT OR REPLACE INTO documents (collection, {_COLUMNS}, synced) VALUES (?, ?, ?, ?, ?, ?, 0)",
+            f"INSERT OR REPLACE INTO documents (collection, {_COLUMNS}, synced) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)",
             number,
             document.document_id,
             document.version,
             document.title,
             document.passages,
             json.dumps(document.metadata, ensure_ascii=False),
+            document.source,
+            document.commit,
         )
 
     def remove(self, number: int, document_id: str) -> None:
@@ -128,9 +137,9 @@ class Catalogue:
                 " set retriever.path to a new directory and ingest again, or go back to the old setting"
             )
 
-    def _document(self, row: tuple[str, str, str, int, str]) -> Document:
-        document_id, version, title, passages, metadata = row
-        return Document(document_id, version, title, passages, json.loads(metadata))
+    def _document(self, row: tuple[str, str, str, int, str, str, str]) -> Document:
+        document_id, version, title, passages, metadata, source, commit = row
+        return Document(document_id, version, title, passages, json.loads(metadata), source, commit)
 
     def _rows(self, statement: str, *values: object) -> list[Any]:
         with self._guarded():

@@ -9,6 +9,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 from blockrag.access import Access
 from blockrag.grpc_status import rpc
+from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from blockrag.retriever.opening import check_settings, open_service
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry
@@ -96,5 +97,7 @@ def build(args: dict[str, str]) -> Application:
     return serve.deployment(
         num_replicas=settings.retriever.replicas,
         max_ongoing_requests=256,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         ray_actor_options={"num_cpus": 0.2},
     )(Retriever).bind(settings)

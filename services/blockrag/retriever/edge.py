@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from blockrag.errors import UnavailableError
+from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.retriever.base import (
     STAGED_FOR_S,
     Counts,
@@ -28,22 +32,35 @@ from blockrag.retriever.base import (
 from blockrag.retriever.edge_worker import HEADER_BYTES, Answer, Call, Opening, frame
 from blockrag.retriever.identity import CollectionId
 
+_logger = logging.getLogger(__name__)
+
 _WORKER = "from blockrag.retriever.edge_worker import main; main()"
 _LOCK_WAIT_S = 20.0
 _STOP_WAIT_S = 10.0
+HANG_S = 10.0
+"""A worker that owes an answer and neither used nor wanted processor time for so long hangs, and is replaced."""
+_CLOCK_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class EdgeIndex(VectorIndex):
     """Collections under one directory. The worker starts with the first call, and again when it died."""
 
-    def __init__(self, path: Path, embedding: EmbeddingInfo, *, lock_wait_s: float = _LOCK_WAIT_S) -> None:
-        """``lock_wait_s``: how long to wait for another process to let the directory go."""
+    def __init__(
+        self, path: Path, embedding: EmbeddingInfo, *, lock_wait_s: float = _LOCK_WAIT_S, hang_s: float = HANG_S
+    ) -> None:
+        """``lock_wait_s``: how long to wait for another process to let the directory go. ``hang_s``: see ``HANG_S``."""
+        self._hang_s = hang_s
         self._opening = Opening(path, embedding, lock_wait_s)
         self._worker: _Worker | None = None
         self._starting = asyncio.Lock()
 
-    async def stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage]) -> None:
-        await self._call("stage", collection, list(passages))
+    async def stage(
+        self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str = DEFAULT_LANGUAGE
+    ) -> None:
+        await self._call("stage", collection, list(passages), language)
+
+    async def language(self, collection: CollectionId) -> str:
+        return await self._call("language", collection)  # type: ignore[no-any-return]
 
     async def commit(self, collection: CollectionId, document: Document) -> Replaced:
         return await self._call("commit", collection, document)  # type: ignore[no-any-return]
@@ -83,7 +100,7 @@ class EdgeIndex(VectorIndex):
     async def _call(self, method: str, *arguments: Any) -> Any:
         async with self._starting:
             if self._worker is None or self._worker.gone:
-                self._worker = await _Worker.start(self._opening)
+                self._worker = await _Worker.start(self._opening, self._hang_s)
             worker = self._worker
         return await worker.call(Call(method, arguments))
 
@@ -92,17 +109,22 @@ class _Worker:
     """One worker process. It answers in order, so a queue of waiting calls is all the bookkeeping."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        hang_s: float,
     ) -> None:
         self._process = process
         self._reader = reader
         self._writer = writer
         self._waiting: deque[asyncio.Future[Answer]] = deque()
         self._receiving = asyncio.create_task(self._receive())
+        self._watching = asyncio.create_task(self._watch(hang_s))
         self.gone = False
 
     @classmethod
-    async def start(cls, opening: Opening) -> _Worker:
+    async def start(cls, opening: Opening, hang_s: float) -> _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
@@ -111,7 +133,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
             )
         reader, writer = await asyncio.open_connection(sock=ours)
-        worker = cls(process, reader, writer)
+        worker = cls(process, reader, writer, hang_s)
         try:
             await worker.call(opening)
         except BaseException:
@@ -135,6 +157,7 @@ class _Worker:
         self.gone = True
         self._writer.close()
         self._receiving.cancel()
+        self._watching.cancel()
         try:
             await asyncio.to_thread(self._process.wait, _STOP_WAIT_S)
         except subprocess.TimeoutExpired:
@@ -159,11 +182,36 @@ class _Worker:
             self._fail_waiting()
         await asyncio.to_thread(self._process.wait)
 
+    async def _watch(self, hang_s: float) -> None:
+        """Kills a worker that hangs. One that computes for long, over a large index, does not."""
+        seen = -1.0
+        since = time.monotonic()
+        while not self.gone:
+            await asyncio.sleep(hang_s / 10)
+            used, runnable = _movement(self._process.pid)
+            # On a machine that is too busy a process may wait for its turn for long: it does not hang.
+            if used != seen or runnable or not self._waiting:
+                seen, since = used, time.monotonic()
+            elif time.monotonic() - since >= hang_s:
+                _logger.error("the vector index has not moved for %g s and is replaced", hang_s)
+                self.gone = True
+                self._process.kill()
+                return
+
     def _fail_waiting(self) -> None:
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_exception(_stopped())
+
+
+def _movement(pid: int) -> tuple[float, bool]:
+    """Processor time that a process has used, in seconds, and whether it would use more if it were given some."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return -1.0, False
+    return (int(fields[11]) + int(fields[12])) * _CLOCK_TICK_S, fields[0] == "R"
 
 
 def _stopped() -> UnavailableError:

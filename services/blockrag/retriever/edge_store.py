@@ -12,31 +12,37 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import qdrant_edge as qdrant
 
 from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
+from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.retriever import payload as fields
 from blockrag.retriever.base import (
+    COMMITS_WITHIN_S,
+    MOST_CANDIDATES,
+    MOST_HOLDERS,
     STAGED_FOR_S,
     Counts,
     Document,
     EmbeddedPassage,
     EmbeddingInfo,
     FoundPassage,
+    Holder,
     Passage,
     Replaced,
     SearchQuery,
+    other_language,
     too_few_staged,
     unknown_collection,
     unknown_document,
 )
 from blockrag.retriever.catalogue import Catalogue
-from blockrag.retriever.filters import AnyTerm, Condition
-from blockrag.retriever.fusion import rank, reciprocal_rank_fusion
+from blockrag.retriever.edge_filters import equals, of_commit, of_version, since, sparse, visible
+from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of, fuse_texts, holders_of
 from blockrag.retriever.identity import CollectionId
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +53,6 @@ OPTIMIZE_AFTER_POINTS = 4000
 """Changed points after which segments are optimized: about a second of work each time."""
 _SEGMENT_KB = 8000
 _INDEXING_KB = 4000
-_STALE_STAGED_S = 3600
 _LOCK_POLL_S = 0.1
 _SCROLL_LIMIT = 1000
 
@@ -72,24 +77,27 @@ class EdgeStore:
         self._unflushed: dict[int, float] = {}
         self._remove_leftovers()
 
-    def stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage]) -> None:
+    def stage(
+        self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str = DEFAULT_LANGUAGE
+    ) -> None:
         number = self._catalogue.collection_number(collection)
         if number is None:
-            number = self._catalogue.add_collection(collection)
-        first = passages[0].passage
-        current = self._catalogue.document(number, first.document_id)
-        if current is not None and current.version == first.version:
-            return
+            number = self._catalogue.add_collection(collection, language)
+        elif (stored := self._catalogue.language(number)) != language:
+            raise InvalidRequestError("language", other_language(collection, stored, language))
         staged_at = time.time()
         points = [
             qdrant.Point(
-                item.passage.passage_id,
-                {fields.DENSE: item.dense.tolist(), fields.BM25: _sparse(item.sparse)},
+                fields.new_point(),
+                {fields.DENSE: item.dense.tolist(), fields.BM25: sparse(item.sparse)},
                 fields.passage_payload(item.passage, staged_at),
             )
             for item in passages
         ]
         self._update(number, qdrant.UpdateOperation.upsert_points(points), len(points))
+
+    def language(self, collection: CollectionId) -> str:
+        return self._catalogue.language(self._number(collection))
 
     def commit(self, collection: CollectionId, document: Document) -> Replaced:
         number = self._catalogue.collection_number(collection)
@@ -98,16 +106,20 @@ class EdgeStore:
         current = self._catalogue.document(number, document.document_id)
         if current is not None and current.version == document.version:
             return Replaced("", 0)
-        self._show(number, document)
-        self._catalogue.put(number, document)
-        self._remove_older(number, document, current.version if current else "")
+        shown = replace(document, commit=fields.new_commit())
+        self._mark(number, shown)
+        self._catalogue.put(number, shown)
+        settled = qdrant.UpdateOperation.delete_payload_by_filter(of_commit(shown.commit), [fields.SINCE])
+        self._update(number, settled, 0)
+        self._remove_older(number, document.document_id, current.commit if current else "")
         return Replaced(current.version, current.passages) if current else Replaced("", 0)
 
     def remove_document(self, collection: CollectionId, document_id: str) -> int:
         number = self._number(collection)
         current = self._catalogue.document(number, document_id)
         self._catalogue.remove(number, document_id)
-        of_document = qdrant.Filter(must=[_equals(fields.DOCUMENT_ID, document_id)])
+        # Nobody else is within a call: what is staged for it can go too.
+        of_document = qdrant.Filter(must=[equals(fields.DOCUMENT_ID, document_id)])
         points = self._count(number, of_document)
         if current is None and not points:
             raise NotFoundError(unknown_document(collection, document_id))
@@ -127,24 +139,27 @@ class EdgeStore:
 
     def search(self, collection: CollectionId, query: SearchQuery) -> list[FoundPassage]:
         number = self._number(collection)
-        condition = _filter(query.conditions)
-        requests = []
-        if query.dense is not None:
-            requests.append(_request(qdrant.Query.Nearest(query.dense.tolist(), fields.DENSE), query, condition))
-        if query.sparse.indices:
-            requests.append(_request(qdrant.Query.Nearest(_sparse(query.sparse), fields.BM25), query, condition))
-        shard = self._shard(number).shard
-        results = [shard.query(request) for request in requests]
-        shown = self._current_versions(number, results)
-        rankings = [
-            rank((str(point.id), point.score) for point in result if shown(point.payload)) for result in results
-        ]
-        best = reciprocal_rank_fusion(rankings, query.rrf_k)[: query.limit]
+        candidates = query.candidates
+        while True:
+            searches = self._candidates(number, query, candidates)
+            fused = fuse_texts(self._shown(number, searches), query.rrf_k)
+            cut = any(len(search) == candidates for search in searches)
+            if len(fused) >= query.limit or not cut or candidates >= MOST_CANDIDATES:
+                break
+            # Many equal texts: there are others behind them.
+            candidates = min(candidates * 4, MOST_CANDIDATES)
+        best = fused[: query.limit]
         if not best:
             return []
-        records = shard.retrieve([fused.item for fused in best], with_payload=True, with_vector=False)
-        passages = {str(record.id): fields.passage_of(record.id, record.payload or {}) for record in records}
-        return [FoundPassage(passages[fused.item], fused.score) for fused in best]
+        records = self._shard(number).shard.retrieve(
+            [one.point for one, _ in best], with_payload=True, with_vector=False
+        )
+        payloads = {str(record.id): record.payload or {} for record in records}
+        holders = self._holders(number, query, [one for one, _ in best])
+        return [
+            FoundPassage(fields.passage_of(payloads[one.point]), score, holders.get(one.digest, ()))
+            for one, score in best
+        ]
 
     def documents(self, collection: CollectionId, after: str, limit: int) -> list[Document]:
         return self._catalogue.page(self._number(collection), after, limit)
@@ -157,7 +172,10 @@ class EdgeStore:
         return [
             passage
             for document in self._catalogue.find(number, document_ids)
-            for passage in sorted(self._scroll(number, _of_version(document)), key=lambda passage: passage.ordinal)
+            for passage in sorted(
+                (fields.passage_of(payload) for _, payload in self._scroll(number, of_commit(document.commit), True)),
+                key=lambda passage: passage.ordinal,
+            )
         ]
 
     def counts(self, collection: CollectionId) -> Counts:
@@ -167,17 +185,18 @@ class EdgeStore:
         return [identity for identity in self._catalogue.collections() if tenant in (None, identity.tenant)]
 
     def sweep(self, older_than_s: float = STAGED_FOR_S) -> None:
-        stale = qdrant.Filter(must=[_equals(fields.STATE, fields.STAGED), _staged_before(time.time() - older_than_s)])
+        stale = qdrant.Filter(must=[equals(fields.STATE, fields.STAGED), since(time.time() - older_than_s)])
         for number in self._catalogue.collections().values():
             if points := self._count(number, stale):
                 _logger.info("sweeping %d passages that were never committed", points)
                 self._update(number, qdrant.UpdateOperation.delete_points_by_filter(stale), points)
+            self._finish_commits(number)
 
     def tidy(self, *, idle: bool) -> None:
         """Flushes changes that waited long enough, or all when idle, and optimizes shards that changed much."""
         now = time.monotonic()
-        for number, since in list(self._unflushed.items()):
-            if idle or now - since >= FLUSH_AFTER_S:
+        for number, changed in list(self._unflushed.items()):
+            if idle or now - changed >= FLUSH_AFTER_S:
                 self._flush(number)
         for shard in self._shards.values():
             if shard.changed_points >= OPTIMIZE_AFTER_POINTS:
@@ -194,44 +213,81 @@ class EdgeStore:
         self._catalogue.close()
         self._lock.close()
 
-    def _show(self, number: int, document: Document) -> None:
-        """Makes a version's passages findable, when all are there."""
-        version = _of_version(document)
-        complete = _of_version(document, qdrant.RangeFloat(lt=document.passages))
-        staged = self._count(number, complete)
-        if staged < document.passages:
-            raise InvalidRequestError("passages", too_few_staged(staged, document))
-        shown = qdrant.UpdateOperation.set_payload_by_filter(complete, {fields.STATE: fields.VISIBLE})
-        self._update(number, shown, 0)
-        if self._count(number, version) > staged:
-            beyond = _of_version(document, qdrant.RangeFloat(gte=document.passages))
-            self._update(number, qdrant.UpdateOperation.delete_points_by_filter(beyond), 0)
+    def _mark(self, number: int, document: Document) -> None:
+        """Marks one staged point for each place of a version as shown by the document's commit."""
+        staged = qdrant.Filter(must=[*of_version(document), equals(fields.STATE, fields.STAGED)])
+        points = fields.one_for_each_place(self._scroll(number, staged, [fields.ORDINAL]), document.passages)
+        if len(points) < document.passages:
+            raise InvalidRequestError("passages", too_few_staged(len(points), document))
+        marks = {fields.STATE: fields.VISIBLE, fields.COMMIT: document.commit, fields.SINCE: time.time()}
+        self._update(number, qdrant.UpdateOperation.set_payload(list(points), marks), 0)
 
-    def _remove_older(self, number: int, document: Document, replaced: str) -> None:
-        # Another version that is being staged right now stays.
-        older = qdrant.Filter(
-            must=[_equals(fields.DOCUMENT_ID, document.document_id)],
-            should=[_equals(fields.VERSION, replaced), _staged_before(time.time() - _STALE_STAGED_S)],
-            must_not=[_equals(fields.VERSION, document.version)],
-        )
-        if points := self._count(number, older):
-            self._update(number, qdrant.UpdateOperation.delete_points_by_filter(older), points)
+    def _remove_older(self, number: int, document_id: str, replaced: str) -> None:
+        # What is being staged right now stays.
+        long_ago = [equals(fields.DOCUMENT_ID, document_id), since(time.time() - COMMITS_WITHIN_S)]
+        stale = qdrant.Filter(must=[*long_ago, equals(fields.STATE, fields.STAGED)])
+        for condition in (of_commit(replaced), stale) if replaced else (stale,):
+            if points := self._count(number, condition):
+                self._update(number, qdrant.UpdateOperation.delete_points_by_filter(condition), points)
 
-    def _current_versions(self, number: int, results: list[list[qdrant.ScoredPoint]]) -> Any:
-        payloads = [point.payload or {} for result in results for point in result]
+    def _finish_commits(self, number: int) -> None:
+        """Removes or settles what a process left that was killed within a commit; nobody else is within one."""
+        within = qdrant.Filter(must=[equals(fields.STATE, fields.VISIBLE), since(time.time() + 1)])
+        left = self._scroll(number, within, [fields.DOCUMENT_ID, fields.COMMIT])
+        for document_id, commit in {(payload[fields.DOCUMENT_ID], payload[fields.COMMIT]) for _, payload in left}:
+            shown = self._catalogue.document(number, document_id)
+            if shown is not None and shown.commit == commit:
+                done = qdrant.UpdateOperation.delete_payload_by_filter(of_commit(commit), [fields.SINCE])
+            else:
+                done = qdrant.UpdateOperation.delete_points_by_filter(of_commit(commit))
+            self._update(number, done, 0)
+
+    def _candidates(self, number: int, query: SearchQuery, candidates: int) -> list[list[Candidate]]:
+        condition = visible(query.conditions)
+        queries = []
+        if query.dense is not None:
+            queries.append(qdrant.Query.Nearest(query.dense.tolist(), fields.DENSE))
+        if query.sparse.indices:
+            queries.append(qdrant.Query.Nearest(sparse(query.sparse), fields.BM25))
+        shard = self._shard(number).shard
+        return [
+            [
+                candidate_of(str(point.id), point.payload or {}, point.score)
+                for point in shard.query(
+                    qdrant.QueryRequest(limit=candidates, query=search, filter=condition, with_payload=FOUND_FIELDS)
+                )
+            ]
+            for search in queries
+        ]
+
+    def _shown(self, number: int, searches: list[list[Candidate]]) -> list[list[Candidate]]:
+        """What the catalogue's entries show of it."""
+        documents = self._catalogue.find(number, [one.document_id for search in searches for one in search])
+        commits = {document.commit for document in documents}
+        return [[one for one in search if one.commit in commits] for search in searches]
+
+    def _holders(self, number: int, query: SearchQuery, best: Sequence[Candidate]) -> dict[str, tuple[Holder, ...]]:
+        digests = qdrant.MatchAny([one.digest for one in best])
+        held = visible(query.conditions, qdrant.FieldCondition(fields.DIGEST, match=digests))
+        wanted = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.TITLE, fields.COMMIT, fields.DIGEST]
+        payloads = [payload for _, payload in self._scroll(number, held, wanted, MOST_HOLDERS)]
+        if len(payloads) <= len(best):
+            return {}
         documents = self._catalogue.find(number, [payload[fields.DOCUMENT_ID] for payload in payloads])
-        versions = {document.document_id: document.version for document in documents}
-        return lambda payload: versions.get(payload[fields.DOCUMENT_ID]) == payload[fields.VERSION]
+        commits = {document.commit for document in documents}
+        return holders_of([payload for payload in payloads if payload[fields.COMMIT] in commits], best)
 
-    def _scroll(self, number: int, condition: qdrant.Filter) -> list[Passage]:
-        found: list[Passage] = []
+    def _scroll(
+        self, number: int, condition: qdrant.Filter, wanted: bool | list[str], most: int | None = None
+    ) -> list[tuple[str, dict[str, Any]]]:
+        found: list[tuple[str, dict[str, Any]]] = []
         offset: Any = None
         while True:
             records, offset = self._shard(number).shard.scroll(
-                qdrant.ScrollRequest(offset=offset, limit=_SCROLL_LIMIT, filter=condition, with_payload=True)
+                qdrant.ScrollRequest(offset=offset, limit=_SCROLL_LIMIT, filter=condition, with_payload=wanted)
             )
-            found += [fields.passage_of(record.id, record.payload or {}) for record in records]
-            if offset is None:
+            found += [(str(record.id), record.payload or {}) for record in records]
+            if offset is None or (most is not None and len(found) >= most):
                 return found
 
     def _number(self, collection: CollectionId) -> int:
@@ -279,10 +335,13 @@ class EdgeStore:
     def _verify(self, number: int) -> None:
         """After a power failure, documents whose passages did not reach the disk are forgotten."""
         for document in self._catalogue.unsynced(number):
-            try:
-                self._show(number, document)
-            except InvalidRequestError as error:
-                _logger.warning("forgetting a document that did not reach the disk: %s", error)
+            if (kept := self._count(number, of_commit(document.commit))) < document.passages:
+                _logger.warning(
+                    "forgetting document %r, of which %d of %d passages reached the disk",
+                    document.document_id,
+                    kept,
+                    document.passages,
+                )
                 self._catalogue.remove(number, document.document_id)
         self._unflushed.setdefault(number, time.monotonic())
 
@@ -326,43 +385,3 @@ def _shard_config(dimensions: int) -> qdrant.EdgeConfig:
             default_segment_number=1, max_segment_size=_SEGMENT_KB, indexing_threshold=_INDEXING_KB
         ),
     )
-
-
-def _request(search: qdrant.Query, query: SearchQuery, condition: qdrant.Filter) -> qdrant.QueryRequest:
-    shown = [fields.DOCUMENT_ID, fields.VERSION]
-    return qdrant.QueryRequest(limit=query.candidates, query=search, filter=condition, with_payload=shown)
-
-
-def _filter(conditions: Sequence[Condition]) -> qdrant.Filter:
-    must: list[Any] = [_equals(fields.STATE, fields.VISIBLE)]
-    must_not: list[Any] = []
-    for condition in conditions:
-        if isinstance(condition, AnyTerm):
-            clause = qdrant.FieldCondition(fields.TERMS, match=qdrant.MatchAny(list(condition.terms)))
-            (must_not if condition.negated else must).append(clause)
-        else:
-            bounds = qdrant.RangeFloat(gte=condition.at_least, lte=condition.at_most)
-            must.append(qdrant.FieldCondition(f"{fields.NUMBERS}.{condition.field}", range=bounds))
-    return qdrant.Filter(must=must, must_not=must_not)
-
-
-def _of_version(document: Document, ordinals: qdrant.RangeFloat | None = None) -> qdrant.Filter:
-    must: list[Any] = [
-        _equals(fields.DOCUMENT_ID, document.document_id),
-        _equals(fields.VERSION, document.version),
-    ]
-    if ordinals is not None:
-        must.append(qdrant.FieldCondition(fields.ORDINAL, range=ordinals))
-    return qdrant.Filter(must=must)
-
-
-def _staged_before(moment: float) -> qdrant.FieldCondition:
-    return qdrant.FieldCondition(fields.STAGED_AT, range=qdrant.RangeFloat(lt=moment))
-
-
-def _equals(field: str, value: str) -> qdrant.FieldCondition:
-    return qdrant.FieldCondition(field, match=qdrant.MatchValue(value))
-
-
-def _sparse(vector: Any) -> qdrant.SparseVector:
-    return qdrant.SparseVector(list(vector.indices), list(vector.values))

@@ -81,6 +81,8 @@ class Embedder:
             ).eval()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise _refused(f"{files.path} cannot be loaded: {str(error)[:300]}") from error
+        self.max_tokens = min(files.max_tokens, *_table_rows(self._model), *_tokenizer_limit(self._tokenizer))
+        """Longest text in tokens: what the directory says, at most what the model has positions for."""
         self._tokenizing = threading.Lock()
         self._remembered: Lru[str, NDArray[np.float32]] = Lru(_REMEMBERED_QUERIES)
         self.embed_query(_WARM_UP)
@@ -120,9 +122,7 @@ class Embedder:
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
         # A fast tokenizer keeps its truncation as state.
         with self._tokenizing:
-            encoded = self._tokenizer(
-                texts, truncation=True, max_length=self.files.max_tokens, padding=False, verbose=False
-            )
+            encoded = self._tokenizer(texts, truncation=True, max_length=self.max_tokens, padding=False, verbose=False)
         return list(encoded["input_ids"])
 
     def _embed(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
@@ -144,6 +144,20 @@ class Embedder:
                 pooled = torch.nn.functional.normalize(pooled, dim=-1)
             vectors: NDArray[np.float32] = pooled.numpy()
         return vectors
+
+
+def _table_rows(model: torch.nn.Module) -> list[int]:
+    """Positions of each table of learned ones. Those of RoBERTa's kind begin behind the padding's row."""
+    return [
+        table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        for name, table in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(table, torch.nn.Embedding)
+    ]
+
+
+def _tokenizer_limit(tokenizer: Any) -> list[int]:
+    limit = tokenizer.model_max_length
+    return [limit] if limit else []
 
 
 def _read(path: Path, name: str) -> EmbeddingFiles:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from google.protobuf.struct_pb2 import Value
 
 from blockrag.errors import InvalidRequestError
 from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS
+from blockrag.metadata import check_number, scalars
 from blockrag.v1 import common_pb2
 
 _READABLE_CHARS = 96
@@ -54,14 +54,14 @@ def parse_conditions(messages: Iterable[common_pb2.MetadataCondition]) -> tuple[
 
 
 def metadata_terms(metadata: Mapping[str, Any]) -> list[str]:
-    """Terms of a document: one for each key with a string, number or boolean, or for each such element of a list."""
-    return sorted({_term(key, value) for key, value in _scalars(metadata)})
+    """Terms of a document: one for each string, number and boolean in it, see ``scalars``."""
+    return sorted({_term(key, value) for key, value in scalars(metadata)})
 
 
 def metadata_numbers(metadata: Mapping[str, Any]) -> dict[str, list[float]]:
     """Numbers of a document by the name of their field; booleans are no numbers."""
     numbers: dict[str, list[float]] = {}
-    for key, value in _scalars(metadata):
+    for key, value in scalars(metadata):
         if isinstance(value, float):
             numbers.setdefault(number_field(key), []).append(value)
     return numbers
@@ -115,19 +115,9 @@ def _value(where: str, value: Value) -> Scalar:
     if kind == "bool_value":
         return value.bool_value
     if kind == "number_value":
-        if not math.isfinite(value.number_value):
-            raise InvalidRequestError("filter", f"{where}: a number must be finite")
+        check_number(value.number_value, "filter", f"{where}: a number")
         return value.number_value
     raise InvalidRequestError("filter", f"{where}: values must be strings, numbers or booleans")
-
-
-def _scalars(metadata: Mapping[str, Any]) -> Iterable[tuple[str, Scalar]]:
-    for key, value in metadata.items():
-        for element in value if isinstance(value, list) else [value]:
-            if isinstance(element, bool | str):
-                yield key, element
-            elif isinstance(element, int | float):
-                yield key, float(element)
 
 
 def _term(key: str, value: Scalar) -> str:

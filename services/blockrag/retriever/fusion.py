@@ -1,9 +1,13 @@
-"""Reciprocal rank fusion (Cormack, Clarke, Büttcher, SIGIR 2009)."""
+"""Reciprocal rank fusion (Cormack, Clarke, Büttcher, SIGIR 2009), with each text once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from blockrag.retriever import payload as fields
+from blockrag.retriever.base import Holder
 
 
 @dataclass(frozen=True)
@@ -14,9 +18,60 @@ class Fused:
     score: float
 
 
-def rank(scored: Iterable[tuple[str, float]]) -> list[str]:
-    """Items by descending score; equal scores by item, so that an engine's own order of ties does not matter."""
-    return [item for item, _ in sorted(scored, key=lambda pair: (-pair[1], pair[0]))]
+@dataclass(frozen=True)
+class Candidate:
+    """A passage that one of the searches found."""
+
+    point: str
+    """Id of the point that holds it."""
+    passage_id: str
+    document_id: str
+    commit: str
+    digest: str
+    """Equal for equal texts."""
+    score: float
+
+
+FOUND_FIELDS = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.COMMIT, fields.DIGEST]
+"""What a search reads of a point's payload."""
+
+
+def candidate_of(point: str, payload: Mapping[str, Any], score: float) -> Candidate:
+    """A found point, with ``FOUND_FIELDS`` of its payload."""
+    passage_id, document_id, commit, digest = (payload[name] for name in FOUND_FIELDS)
+    return Candidate(point, passage_id, document_id, commit, digest, score)
+
+
+def fuse_texts(searches: Sequence[Sequence[Candidate]], rrf_k: int) -> list[tuple[Candidate, float]]:
+    """Fuses what several searches found, each text once, with its score: best first.
+
+    Of passages with equal texts the one that a search put first stands for all; those behind it take no place.
+    """
+    rankings: list[list[str]] = []
+    standing: dict[str, Candidate] = {}
+    for found in searches:
+        ranking: dict[str, None] = {}
+        # Equal scores by id, so that an engine's own order of ties does not matter.
+        for candidate in sorted(found, key=lambda one: (-one.score, one.passage_id)):
+            ranking.setdefault(candidate.digest)
+            standing.setdefault(candidate.digest, candidate)
+        rankings.append(list(ranking))
+    return [(standing[fused.item], fused.score) for fused in reciprocal_rank_fusion(rankings, rrf_k)]
+
+
+def holders_of(held: Iterable[Mapping[str, Any]], best: Sequence[Candidate]) -> dict[str, tuple[Holder, ...]]:
+    """Of each text, by its digest, the documents that hold it besides the one that stands for it, by id.
+
+    ``held``: payloads of the passages that have one of these texts.
+    """
+    standing = {one.digest: one.document_id for one in best}
+    found: dict[str, dict[str, Holder]] = {}
+    for payload in sorted(held, key=lambda payload: (payload[fields.DOCUMENT_ID], payload[fields.PASSAGE_ID])):
+        digest, document_id = payload[fields.DIGEST], payload[fields.DOCUMENT_ID]
+        if document_id != standing[digest]:
+            holder = Holder(payload[fields.PASSAGE_ID], document_id, payload[fields.TITLE])
+            found.setdefault(digest, {}).setdefault(document_id, holder)
+    return {digest: tuple(holders.values()) for digest, holders in found.items()}
 
 
 def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], rrf_k: int) -> list[Fused]:

@@ -8,6 +8,7 @@ import unicodedata
 import uuid
 from dataclasses import dataclass
 
+from blockrag.characters import is_blank
 from blockrag.errors import InvalidRequestError
 from blockrag.limits import TENANT_PATTERN
 
@@ -45,7 +46,7 @@ def check_collection_name(name: str) -> None:
 
 def check_document_id(document_id: str) -> None:
     """Raises ``InvalidRequestError`` unless ``document_id`` can name a document."""
-    if not document_id.strip():
+    if is_blank(document_id):
         raise InvalidRequestError("document_id", "must not be empty")
     if len(document_id) > MAX_DOCUMENT_ID_CHARS:
         raise InvalidRequestError("document_id", f"must have at most {MAX_DOCUMENT_ID_CHARS} characters")

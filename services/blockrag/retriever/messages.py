@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
-
-from google.protobuf.struct_pb2 import ListValue, Struct, Value
+from collections.abc import Sequence
 
 from blockrag.errors import InvalidRequestError
-from blockrag.retriever.base import Document, FoundPassage, Passage
+from blockrag.metadata import metadata_of, struct_of
+from blockrag.retriever.base import Document, FoundPassage, Holder, Passage
 from blockrag.retriever.identity import DEFAULT_COLLECTION, CollectionId, check_document_id, passage_id
 from blockrag.v1 import common_pb2, retriever_pb2
 
@@ -67,7 +64,12 @@ def committed_document(request: retriever_pb2.CommitDocumentRequest) -> Document
     if not request.passages:
         raise InvalidRequestError("passages", "must be at least 1")
     return Document(
-        request.document_id, request.version, request.title, request.passages, metadata_of(request.metadata)
+        document_id=request.document_id,
+        version=request.version,
+        title=request.title,
+        passages=request.passages,
+        metadata=metadata_of(request.metadata),
+        source=request.source,
     )
 
 
@@ -77,7 +79,7 @@ def check_version(version: str) -> None:
         raise InvalidRequestError("version", f"must be 1 to {_VERSION_CHARS} printable characters")
 
 
-def passage_message(passage: Passage, score: float = 0.0) -> common_pb2.Passage:
+def passage_message(passage: Passage, score: float = 0.0, also_in: Sequence[Holder] = ()) -> common_pb2.Passage:
     """A stored passage as a message."""
     return common_pb2.Passage(
         passage_id=passage.passage_id,
@@ -88,12 +90,16 @@ def passage_message(passage: Passage, score: float = 0.0) -> common_pb2.Passage:
         text=passage.text,
         metadata=struct_of(passage.metadata),
         score=score,
+        also_in=[
+            common_pb2.PassageHolder(passage_id=holder.passage_id, document_id=holder.document_id, title=holder.title)
+            for holder in also_in
+        ],
     )
 
 
 def found_message(found: FoundPassage) -> common_pb2.Passage:
     """A search result as a message."""
-    return passage_message(found.passage, found.score)
+    return passage_message(found.passage, found.score, found.also_in)
 
 
 def document_message(document: Document) -> retriever_pb2.StoredDocument:
@@ -104,34 +110,5 @@ def document_message(document: Document) -> retriever_pb2.StoredDocument:
         title=document.title,
         passages=document.passages,
         metadata=struct_of(document.metadata),
+        source=document.source,
     )
-
-
-def metadata_of(struct: Struct) -> dict[str, Any]:
-    """A struct as JSON values; whole numbers become int. Raises ``InvalidRequestError`` for NaN and infinity."""
-    return {key: _python(value) for key, value in struct.fields.items()}
-
-
-def struct_of(metadata: Mapping[str, Any]) -> Struct:
-    """JSON values as a struct."""
-    struct = Struct()
-    struct.update(dict(metadata))
-    return struct
-
-
-def _python(value: Value) -> Any:
-    kind = value.WhichOneof("kind")
-    if kind == "number_value":
-        number = value.number_value
-        if not math.isfinite(number):
-            raise InvalidRequestError("metadata", "a number must be finite")
-        return int(number) if number.is_integer() and abs(number) < 2**53 else number
-    if kind == "struct_value":
-        return metadata_of(value.struct_value)
-    if kind == "list_value":
-        return _python_list(value.list_value)
-    return None if kind in (None, "null_value") else getattr(value, kind)
-
-
-def _python_list(values: ListValue) -> list[Any]:
-    return [_python(value) for value in values.values]

@@ -1,49 +1,72 @@
 """A Qdrant server as a ``VectorIndex``: one Qdrant collection for each collection, the catalogue as points in it.
 
-Several replicas may share a server, so nothing is kept in this process. The catalogue's entry of a document is a
-point without vectors; writing it is the step that switches versions, and whatever a search finds is checked against
-it. So a replica that dies between two steps of a commit leaves nothing wrong in sight.
+Several replicas may share a server and change the same document at once. The catalogue's entry of a document is a
+point without vectors; it is written only where it is still what the writer read, and that one write switches versions.
+Whatever a search finds is checked against it, so a replica that dies between two steps leaves nothing wrong in sight;
+what it leaves out of sight has the field ``since`` and is swept.
 """
 
 from __future__ import annotations
 
+import bisect
+import re
 import time
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
 from blockrag.errors import InvalidRequestError, NotFoundError, SettingsError, UnavailableError
+from blockrag.languages import DEFAULT_LANGUAGE
+from blockrag.lru import Lru
 from blockrag.retriever import payload as fields
 from blockrag.retriever.base import (
+    COMMITS_WITHIN_S,
+    MOST_CANDIDATES,
+    MOST_HOLDERS,
     STAGED_FOR_S,
     Counts,
     Document,
     EmbeddedPassage,
     EmbeddingInfo,
     FoundPassage,
+    Holder,
     Passage,
     Replaced,
     SearchQuery,
-    SparseVector,
     VectorIndex,
+    other_language,
     too_few_staged,
     unknown_collection,
     unknown_document,
 )
-from blockrag.retriever.filters import AnyTerm, Condition
-from blockrag.retriever.fusion import Fused, rank, reciprocal_rank_fusion
+from blockrag.retriever.fusion import Candidate, fuse_texts, holders_of
 from blockrag.retriever.identity import CollectionId
+from blockrag.retriever.server_points import (
+    MODEL_POINT,
+    Payload,
+    Points,
+    any_of,
+    collection_name,
+    equals,
+    identity_of,
+    of_commit,
+    settled,
+    states,
+    visible,
+    waiting,
+)
 
-_PREFIX = "blockrag."
-_NAMESPACE = uuid.UUID("b3c1d6de-52c7-5d0e-8f7f-9a1f6a3a2f11")
+_FORMAT = 2
+_OLDEST_SERVER = (1, 16)
+"""The first with conditional updates; an older one would ignore the condition."""
 _TIMEOUT_S = 30
-_STALE_STAGED_S = 3600
-_SCROLL_LIMIT = 1000
+_ROUNDS = 32
+"""Most times that a search or a commit is repeated because documents changed under it."""
+_REMEMBERED_COMMITS = 65_536
+_LISTING_S = 60.0
 _HTTP_NOT_FOUND = 404
 _HTTP_CONFLICT = 409
 _HTTP_REFUSED = (401, 403)
@@ -57,7 +80,10 @@ class ServerIndex(VectorIndex):
         self._client = client
         self._embedding = embedding
         self._address = address
-        self._checked: set[str] = set()
+        self._server_checked = False
+        self._searches = 0
+        self._seen: Lru[tuple[str, str], tuple[str, int]] = Lru(_REMEMBERED_COMMITS)
+        self._listings: Lru[str, tuple[float, list[str]]] = Lru(64)
 
     @classmethod
     def connect(cls, url: str, api_key: str, embedding: EmbeddingInfo) -> ServerIndex:
@@ -68,193 +94,241 @@ class ServerIndex(VectorIndex):
             client = AsyncQdrantClient(url=url, api_key=api_key or None, timeout=_TIMEOUT_S, check_compatibility=False)
         return cls(client, embedding, url)
 
-    async def stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage]) -> None:
+    async def stage(
+        self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str = DEFAULT_LANGUAGE
+    ) -> None:
         try:
-            await self._stage(collection, passages)
+            await self._stage(collection, passages, language)
         except NotFoundError:
-            # Another replica removed the collection that this one had seen.
-            await self._stage(collection, passages)
+            # Somebody removed the collection between two steps.
+            await self._stage(collection, passages, language)
+
+    async def language(self, collection: CollectionId) -> str:
+        with self._translated(collection):
+            return await self._language(collection_name(collection))
 
     async def commit(self, collection: CollectionId, document: Document) -> Replaced:
-        name = _name(collection)
         try:
             with self._translated(collection):
-                return await self._commit(name, document)
+                return await self._commit(self._points(collection), document)
         except NotFoundError:
             raise InvalidRequestError("passages", too_few_staged(0, document)) from None
 
     async def remove_document(self, collection: CollectionId, document_id: str) -> int:
-        name = _name(collection)
+        points = self._points(collection)
         with self._translated(collection):
-            current = await self._find(name, [document_id])
-            await self._client.delete(name, models.PointIdsList(points=[_document_point(document_id)]), wait=True)
-            of_document = models.Filter(must=[_equals(fields.DOCUMENT_ID, document_id)])
-            if not current and not await self._count(name, of_document):
+            removed: Document | None = None
+            while current := await points.entry(document_id):
+                removed = removed or current
+                # From here on its passages are found by the sweep, should this process die.
+                await points.set({fields.SINCE: time.time()}, of_commit(current.commit))
+                await points.remove_entry(current)
+                await points.delete(of_commit(current.commit))
+            staged = models.Filter(must=[equals(fields.DOCUMENT_ID, document_id), equals(fields.STATE, fields.STAGED)])
+            if removed is None and not await points.count(staged):
                 raise NotFoundError(unknown_document(collection, document_id))
-            await self._client.delete(name, models.FilterSelector(filter=of_document), wait=True)
-            return current[0].passages if current else 0
+            await points.delete(staged)
+            await self._tidy(points, document_id)
+            return removed.passages if removed else 0
 
     async def remove_collection(self, collection: CollectionId) -> Counts:
-        name = _name(collection)
         counts = await self.counts(collection)
         with self._translated(collection):
-            self._checked.discard(name)
-            if not await self._client.delete_collection(name):
+            if not await self._client.delete_collection(collection_name(collection)):
                 raise NotFoundError(unknown_collection(collection))
         return counts
 
     async def search(self, collection: CollectionId, query: SearchQuery) -> list[FoundPassage]:
-        name = _name(collection)
-        condition = _filter(query.conditions)
-        requests = []
-        if query.dense is not None:
-            requests.append(_request(query.dense.tolist(), fields.DENSE, query, condition))
-        if query.sparse.indices:
-            requests.append(_request(_sparse(query.sparse), fields.BM25, query, condition))
+        """Repeated until the documents found are known not to have changed meanwhile.
+
+        A document is known so when its entry names the commit that it named before the search.
+        """
+        name, points = collection_name(collection), self._points(collection)
+        candidates, without, watched = query.candidates, set[str](), set[str]()
         with self._translated(collection):
-            await self._check(name)
-            results = await self._client.query_batch_points(name, requests)
-            rankings = [rank((str(point.id), point.score) for point in result.points) for result in results]
-            fused = reciprocal_rank_fusion(rankings, query.rrf_k)
-            return await self._load(name, fused, query.limit)
+            await self._language(name)
+            best: list[tuple[Candidate, float]] = []
+            records: dict[str, Payload] = {}
+            for _ in range(_ROUNDS):
+                self._searches = started = self._searches + 1
+                searches = await points.search(query, candidates, without)
+                found = [candidate for search in searches for candidate in search]
+                watched |= {one.document_id for one in found}
+                shown = {item.document_id: item.commit for item in await points.entries(watched)}
+                changed = self._changed(name, watched, shown, started)
+                stale = {one.commit for one in found} - set(shown.values())
+                without = (without | stale) - set(shown.values())
+                current = [[one for one in search if shown.get(one.document_id) == one.commit] for search in searches]
+                fused = fuse_texts(current, query.rrf_k)
+                best = fused[: query.limit]
+                records = await points.load([one.point for one, _ in best])
+                if changed or stale or len(records) < len(best):
+                    continue
+                cut = any(len(search) == candidates for search in searches)
+                if len(fused) >= query.limit or not cut or candidates >= MOST_CANDIDATES:
+                    break
+                candidates = min(candidates * 4, MOST_CANDIDATES)
+            holders = await self._holders(points, query, [one for one, _ in best])
+        return [
+            FoundPassage(fields.passage_of(records[one.point]), score, holders.get(one.digest, ()))
+            for one, score in best
+            if one.point in records
+        ]
 
     async def documents(self, collection: CollectionId, after: str, limit: int) -> list[Document]:
-        name = _name(collection)
+        name, points = collection_name(collection), self._points(collection)
         with self._translated(collection):
-            # The server cannot order by a string: the ids are sorted here, the page is then read by id.
-            entries = await self._scroll(name, _states(fields.DOCUMENT), [fields.DOCUMENT_ID])
-            ids = sorted(payload[fields.DOCUMENT_ID] for _, payload in entries)
-            return await self._find(name, [document_id for document_id in ids if document_id > after][:limit])
+            # The server cannot order by a string: the ids are sorted here, once for all pages, which are read by id.
+            made, ids = self._listings.get(name) or (0.0, [])
+            place = bisect.bisect_right(ids, after)
+            if not after or not place or ids[place - 1] != after or time.monotonic() - made > _LISTING_S:
+                entries = await points.scroll(states(fields.DOCUMENT), [fields.DOCUMENT_ID])
+                ids = sorted(payload[fields.DOCUMENT_ID] for _, payload in entries)
+                self._listings.put(name, (time.monotonic(), ids))
+                place = bisect.bisect_right(ids, after)
+            page: list[Document] = []
+            while place < len(ids) and len(page) < limit:
+                # Some may be gone by now.
+                part = ids[place : place + limit - len(page)]
+                page += await points.entries(part)
+                place += len(part)
+            return page
 
     async def find_documents(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Document]:
-        name = _name(collection)
         with self._translated(collection):
             if not document_ids:
-                await self._client.get_collection(name)
-            return await self._find(name, document_ids)
+                await self._client.get_collection(collection_name(collection))
+            return await self._points(collection).entries(document_ids)
 
     async def passages(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Passage]:
-        name = _name(collection)
         found: list[Passage] = []
+        points = self._points(collection)
         with self._translated(collection):
-            for document in await self._find(name, document_ids):
-                entries = await self._scroll(name, _of_version(document), True)
-                passages = [fields.passage_of(point_id, payload) for point_id, payload in entries]
-                found += sorted(passages, key=lambda passage: passage.ordinal)
+            for listed in await points.entries(document_ids):
+                found += await self._passages(points, listed)
         return found
 
     async def counts(self, collection: CollectionId) -> Counts:
-        name = _name(collection)
+        points = self._points(collection)
         with self._translated(collection):
-            return Counts(
-                documents=await self._count(name, _states(fields.DOCUMENT)),
-                passages=await self._count(name, _states(fields.VISIBLE)),
-            )
+            documents, passages = await points.count(states(fields.DOCUMENT)), await points.count(settled())
+            return Counts(documents, passages)
 
     async def collections(self, tenant: str | None) -> list[CollectionId]:
         with self._translated(None):
             answer = await self._client.get_collections()
-        identities = [_identity(item.name) for item in answer.collections if item.name.startswith(_PREFIX)]
+        identities = [identity_of(item.name) for item in answer.collections]
         return sorted(identity for identity in identities if identity and tenant in (None, identity.tenant))
 
     async def sweep(self, older_than_s: float = STAGED_FOR_S) -> None:
-        stale = models.Filter(must=[_equals(fields.STATE, fields.STAGED), _staged_before(time.time() - older_than_s)])
         for collection in await self.collections(None):
+            points = self._points(collection)
             with self._translated(collection):
-                await self._client.delete(_name(collection), models.FilterSelector(filter=stale), wait=True)
+                await points.delete(waiting(fields.STAGED, time.time() - older_than_s))
+                await self._tidy(points)
 
     async def close(self) -> None:
         await self._client.close()
 
-    async def _stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage]) -> None:
-        name = _name(collection)
+    async def _stage(self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str) -> None:
         with self._translated(collection):
-            await self._ensure(name)
-            first = passages[0].passage
-            current = await self._find(name, [first.document_id])
-            if current and current[0].version == first.version:
-                return
-            staged_at = time.time()
-            points = [
-                models.PointStruct(
-                    id=item.passage.passage_id,
-                    vector={fields.DENSE: item.dense.tolist(), fields.BM25: _sparse(item.sparse)},
-                    payload=fields.passage_payload(item.passage, staged_at),
-                )
-                for item in passages
-            ]
-            await self._client.upsert(name, points, wait=True)
+            stored = await self._ensure(collection_name(collection), language)
+            if stored != language:
+                raise InvalidRequestError("language", other_language(collection, stored, language))
+            await self._points(collection).put(passages)
 
-    async def _commit(self, name: str, document: Document) -> Replaced:
-        found = await self._find(name, [document.document_id])
-        current = found[0] if found else None
-        if current is not None and current.version == document.version:
-            return Replaced("", 0)
-        complete = _of_version(document, models.Range(lt=document.passages))
-        staged = await self._count(name, complete)
-        if staged < document.passages:
-            raise InvalidRequestError("passages", too_few_staged(staged, document))
-        await self._client.set_payload(name, {fields.STATE: fields.VISIBLE}, points=complete, wait=True)
-        await self._client.upsert(name, [_entry(document)], wait=True)
-        replaced = current.version if current else ""
-        # Another version that is being staged right now, perhaps by another replica, stays.
-        older = models.Filter(
-            must=[_equals(fields.DOCUMENT_ID, document.document_id)],
-            should=[_equals(fields.VERSION, replaced), _staged_before(time.time() - _STALE_STAGED_S)],
-            must_not=[_equals(fields.VERSION, document.version)],
-        )
-        await self._client.delete(name, models.FilterSelector(filter=older), wait=True)
-        beyond = _of_version(document, models.Range(gte=document.passages))
-        await self._client.delete(name, models.FilterSelector(filter=beyond), wait=True)
-        return Replaced(replaced, current.passages if current else 0)
-
-    async def _load(self, name: str, fused: Sequence[Fused], limit: int) -> list[FoundPassage]:
-        """The best ``limit`` passages whose version is the visible one."""
-        found: list[FoundPassage] = []
-        for start in range(0, len(fused), limit):
-            part = fused[start : start + limit]
-            records = await self._client.retrieve(name, [item.item for item in part], with_payload=True)
-            passages = {str(record.id): fields.passage_of(record.id, record.payload or {}) for record in records}
-            documents = await self._find(name, [passage.document_id for passage in passages.values()])
-            versions = {document.document_id: document.version for document in documents}
-            for item in part:
-                passage = passages.get(item.item)
-                if passage is not None and versions.get(passage.document_id) == passage.version:
-                    found.append(FoundPassage(passage, item.score))
-            if len(found) >= limit:
+    async def _commit(self, points: Points, document: Document) -> Replaced:
+        commit = fields.new_commit()
+        marked = False
+        replaced: Document | None = None
+        for _ in range(_ROUNDS):
+            current = await points.entry(document.document_id)
+            if current is not None and current.version == document.version and current.commit != commit:
+                await points.delete(of_commit(commit))
+                return Replaced("", 0)
+            if not marked:
+                marked = await points.mark(document, commit)
+                continue
+            if current is not None:
+                await points.set({fields.SINCE: time.time()}, of_commit(current.commit))
+            await points.write_entry(document, commit, current)
+            replaced = current
+            written = await points.entry(document.document_id)
+            if written is not None and written.commit == commit:
                 break
-        return found[:limit]
+            # Another change came first, or came after and took this one's place. A commit that was shown once is never
+            # shown again, so another mark tells: passages that still are all there were not removed by anybody.
+            again = fields.new_commit()
+            await points.set({fields.COMMIT: again, fields.SINCE: time.time()}, of_commit(commit))
+            commit = again
+            if await points.count(of_commit(commit)) < document.passages:
+                await points.delete(of_commit(commit))
+                break
+        else:
+            raise UnavailableError(f"document {document.document_id!r} is being changed by others; send it again")
+        await points.settle(commit)
+        if replaced is not None:
+            await points.delete(of_commit(replaced.commit))
+        await self._tidy(points, document.document_id)
+        return Replaced(replaced.version, replaced.passages) if replaced else Replaced("", 0)
 
-    async def _find(self, name: str, document_ids: Sequence[str]) -> list[Document]:
-        ids = [_document_point(document_id) for document_id in sorted(set(document_ids))]
-        if not ids:
-            return []
-        records = await self._client.retrieve(name, ids, with_payload=True)
-        return sorted(
-            (fields.document_of(record.payload or {}) for record in records),
-            key=lambda document: document.document_id,
-        )
+    async def _tidy(self, points: Points, document_id: str = "") -> None:
+        """Removes what commits and removals left behind that died, of one document or of all."""
+        long_ago = time.time() - COMMITS_WITHIN_S
+        if document_id:
+            await points.delete(waiting(fields.STAGED, long_ago, document_id))
+        left = await points.scroll(waiting(fields.VISIBLE, long_ago, document_id), [fields.DOCUMENT_ID, fields.COMMIT])
+        for owner, commit in {(payload[fields.DOCUMENT_ID], payload[fields.COMMIT]) for _, payload in left}:
+            entry = await points.entry(owner)
+            if entry is not None and entry.commit == commit:
+                await points.settle(commit)
+            else:
+                await points.delete(of_commit(commit))
 
-    async def _scroll(
-        self, name: str, condition: models.Filter, payload: bool | list[str]
-    ) -> list[tuple[object, dict[str, Any]]]:
-        found: list[tuple[object, dict[str, Any]]] = []
-        offset: Any = None
-        while True:
-            records, offset = await self._client.scroll(
-                name, scroll_filter=condition, limit=_SCROLL_LIMIT, offset=offset, with_payload=payload
-            )
-            found += [(record.id, record.payload or {}) for record in records]
-            if offset is None:
-                return found
+    async def _passages(self, points: Points, document: Document) -> list[Passage]:
+        """All passages of a document, of one version."""
+        current: Document | None = document
+        for _ in range(_ROUNDS):
+            if current is None:
+                return []
+            payloads = [payload for _, payload in await points.scroll(of_commit(current.commit), True)]
+            before, current = current, await points.entry(document.document_id)
+            if len(payloads) == before.passages or (current is not None and current.commit == before.commit):
+                return sorted(map(fields.passage_of, payloads), key=lambda passage: passage.ordinal)
+        raise UnavailableError(f"document {document.document_id!r} is being changed; ask again")
 
-    async def _count(self, name: str, condition: models.Filter) -> int:
-        return (await self._client.count(name, count_filter=condition, exact=True)).count
+    def _changed(self, name: str, document_ids: set[str], shown: dict[str, str], started: int) -> bool:
+        """Whether one of the documents is shown by another commit than was known when search ``started`` began."""
+        changed = False
+        for document_id in document_ids:
+            commit, since = self._seen.get((name, document_id)) or ("", 0)
+            if commit != shown.get(document_id, ""):
+                self._seen.put((name, document_id), (shown.get(document_id, ""), self._searches))
+                changed = True
+            changed = changed or since >= started
+        return changed
 
-    async def _ensure(self, name: str) -> None:
-        """Makes the collection when it is missing."""
-        if name in self._checked:
-            return
+    async def _holders(
+        self, points: Points, query: SearchQuery, best: Sequence[Candidate]
+    ) -> dict[str, tuple[Holder, ...]]:
+        """Of each text, by its digest, the documents that hold it besides the one that stands for it."""
+        if not best:
+            return {}
+        held = models.Filter(must=[visible(query.conditions), any_of(fields.DIGEST, [one.digest for one in best])])
+        wanted = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.TITLE, fields.COMMIT, fields.DIGEST]
+        payloads = [payload for _, payload in await points.scroll(held, wanted, MOST_HOLDERS)]
+        if len(payloads) <= len(best):
+            return {}
+        entries = await points.entries(payload[fields.DOCUMENT_ID] for payload in payloads)
+        shown = {entry.commit for entry in entries}
+        return holders_of([payload for payload in payloads if payload[fields.COMMIT] in shown], best)
+
+    def _points(self, collection: CollectionId) -> Points:
+        return Points(self._client, collection_name(collection))
+
+    async def _ensure(self, name: str, language: str) -> str:
+        """Makes the collection when it is missing; returns its language."""
+        await self._check_server()
         if not await self._client.collection_exists(name):
             vectors = models.VectorParams(size=self._embedding.dimensions, distance=models.Distance.COSINE)
             sparse = models.SparseVectorParams(modifier=models.Modifier.IDF)
@@ -268,23 +342,44 @@ class ServerIndex(VectorIndex):
                     raise
         for field in fields.KEYWORD_FIELDS:
             await self._client.create_payload_index(name, field, models.PayloadSchemaType.KEYWORD, wait=True)
-        if not await self._client.retrieve(name, [_MODEL_POINT]):
-            payload = {fields.STATE: fields.MODEL, "fingerprint": self._embedding.fingerprint}
-            await self._client.upsert(name, [models.PointStruct(id=_MODEL_POINT, vector={}, payload=payload)])
-        await self._check(name)
+        if not await self._client.retrieve(name, [MODEL_POINT]):
+            payload = {
+                fields.STATE: fields.MODEL,
+                "format": _FORMAT,
+                "fingerprint": self._embedding.fingerprint,
+                "language": language,
+            }
+            point = models.PointStruct(id=MODEL_POINT, vector={}, payload=payload)
+            # The first of several writers says what the collection is.
+            absent = models.Filter(must=[equals(fields.STATE, fields.DOCUMENT)])
+            await self._client.upsert(name, [point], wait=True, update_filter=absent)
+        return await self._language(name)
 
-    async def _check(self, name: str) -> None:
-        """Refuses a collection whose vectors another model made."""
-        if name in self._checked:
+    async def _language(self, name: str) -> str:
+        """The collection's language; refuses a collection whose vectors or points were made in another way."""
+        records = await self._client.retrieve(name, [MODEL_POINT], with_payload=True)
+        if not records:
+            # Another replica is making it.
+            return DEFAULT_LANGUAGE
+        payload = records[0].payload or {}
+        wanted = {"format": _FORMAT, "fingerprint": self._embedding.fingerprint}
+        for key, what in (("format", "its format"), ("fingerprint", "its embedding model")):
+            if payload.get(key) != wanted[key]:
+                raise SettingsError(
+                    f"collection {name} at {self._address} does not fit: {what} is {payload.get(key)!r}, not"
+                    f" {wanted[key]!r}; delete it and ingest again, or go back to the old setting"
+                )
+        return str(payload["language"])
+
+    async def _check_server(self) -> None:
+        """Refuses a server that would ignore the conditions of changes."""
+        if self._server_checked:
             return
-        records = await self._client.retrieve(name, [_MODEL_POINT], with_payload=True)
-        stored = (records[0].payload or {}).get("fingerprint") if records else self._embedding.fingerprint
-        if stored != self._embedding.fingerprint:
-            raise SettingsError(
-                f"collection {name} at {self._address} does not fit: its embedding model is {stored!r}, not"
-                f" {self._embedding.fingerprint!r}; delete it and ingest again, or go back to the old setting"
-            )
-        self._checked.add(name)
+        version = (await self._client.info()).version
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST_SERVER:
+            oldest = ".".join(map(str, _OLDEST_SERVER))
+            raise SettingsError(f"the Qdrant server at {self._address} is {version}; at least {oldest} is needed")
+        self._server_checked = True
 
     @contextmanager
     def _translated(self, collection: CollectionId | None) -> Iterator[None]:
@@ -292,7 +387,6 @@ class ServerIndex(VectorIndex):
             yield
         except UnexpectedResponse as error:
             if error.status_code == _HTTP_NOT_FOUND and collection is not None:
-                self._checked.discard(_name(collection))
                 raise NotFoundError(unknown_collection(collection)) from error
             if error.status_code in _HTTP_REFUSED:
                 raise UnavailableError(f"the vector store at {self._address} refuses the API key") from error
@@ -302,75 +396,5 @@ class ServerIndex(VectorIndex):
         except ValueError as error:
             # What the client's in-memory stand-in raises where the server answers 404.
             if collection is not None and str(error).endswith("not found"):
-                self._checked.discard(_name(collection))
                 raise NotFoundError(unknown_collection(collection)) from error
             raise
-
-
-def _name(collection: CollectionId) -> str:
-    # A tenant's name has no dot, so the first one ends it.
-    return f"{_PREFIX}{collection.tenant}.{collection.name}"
-
-
-def _identity(name: str) -> CollectionId | None:
-    tenant, _, collection = name.removeprefix(_PREFIX).partition(".")
-    try:
-        return CollectionId(tenant, collection)
-    except InvalidRequestError:
-        return None
-
-
-def _document_point(document_id: str) -> str:
-    return str(uuid.uuid5(_NAMESPACE, "document:" + document_id))
-
-
-_MODEL_POINT = str(uuid.uuid5(_NAMESPACE, "model"))
-
-
-def _entry(document: Document) -> models.PointStruct:
-    point_id = _document_point(document.document_id)
-    return models.PointStruct(id=point_id, vector={}, payload=fields.document_payload(document))
-
-
-def _request(vector: Any, using: str, query: SearchQuery, condition: models.Filter) -> models.QueryRequest:
-    return models.QueryRequest(query=vector, using=using, filter=condition, limit=query.candidates, with_payload=False)
-
-
-def _filter(conditions: Sequence[Condition]) -> models.Filter:
-    must: list[models.Condition] = [_equals(fields.STATE, fields.VISIBLE)]
-    must_not: list[models.Condition] = []
-    for condition in conditions:
-        if isinstance(condition, AnyTerm):
-            match = models.MatchAny(any=list(condition.terms))
-            (must_not if condition.negated else must).append(models.FieldCondition(key=fields.TERMS, match=match))
-        else:
-            bounds = models.Range(gte=condition.at_least, lte=condition.at_most)
-            must.append(models.FieldCondition(key=f"{fields.NUMBERS}.{condition.field}", range=bounds))
-    return models.Filter(must=must, must_not=must_not)
-
-
-def _of_version(document: Document, ordinals: models.Range | None = None) -> models.Filter:
-    must: list[models.Condition] = [
-        _equals(fields.DOCUMENT_ID, document.document_id),
-        _equals(fields.VERSION, document.version),
-        models.FieldCondition(key=fields.STATE, match=models.MatchAny(any=[fields.STAGED, fields.VISIBLE])),
-    ]
-    if ordinals is not None:
-        must.append(models.FieldCondition(key=fields.ORDINAL, range=ordinals))
-    return models.Filter(must=must)
-
-
-def _states(state: str) -> models.Filter:
-    return models.Filter(must=[_equals(fields.STATE, state)])
-
-
-def _staged_before(moment: float) -> models.FieldCondition:
-    return models.FieldCondition(key=fields.STAGED_AT, range=models.Range(lt=moment))
-
-
-def _equals(field: str, value: str) -> models.FieldCondition:
-    return models.FieldCondition(key=field, match=models.MatchValue(value=value))
-
-
-def _sparse(vector: SparseVector) -> models.SparseVector:
-    return models.SparseVector(indices=list(vector.indices), values=list(vector.values))

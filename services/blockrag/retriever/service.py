@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
-from blockrag.errors import InvalidRequestError, UnavailableError
+from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
+from blockrag.languages import LANGUAGES
 from blockrag.retriever import messages
-from blockrag.retriever.base import EmbeddedPassage, Passage, SearchQuery, VectorIndex
+from blockrag.retriever.base import EmbeddedPassage, Passage, SearchQuery, VectorIndex, other_language
 from blockrag.retriever.embedding import Embedder
 from blockrag.retriever.filters import parse_conditions
-from blockrag.retriever.sparse import Bm25
+from blockrag.retriever.identity import CollectionId
+from blockrag.retriever.sparse import Bm25, bm25_of
 from blockrag.settings import RetrieverSettings
 from blockrag.telemetry import span
 from blockrag.v1 import retriever_pb2
@@ -37,7 +39,6 @@ class RetrieverService:
         self._index = index
         self._embedder = embedder
         self._settings = settings
-        self._bm25 = Bm25()
         # A question never waits for the passages of an ingest.
         self._query_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-query")
         self._passage_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-passages")
@@ -51,11 +52,13 @@ class RetrieverService:
         if not request.top_k:
             raise InvalidRequestError("top_k", "must be at least 1")
         with span("embed", request.context):
-            vector = await _in(self._query_thread, self._embedder.embed_query, request.query)
+            vector, language = await asyncio.gather(
+                _in(self._query_thread, self._embedder.embed_query, request.query), self._index.language(collection)
+            )
         limit = min(request.top_k, MOST_PASSAGES)
         query = SearchQuery(
             dense=vector,
-            sparse=self._bm25.embed_query(request.query),
+            sparse=bm25_of(language).embed_query(request.query),
             limit=limit,
             candidates=max(self._settings.candidates, limit),
             rrf_k=self._settings.rrf_k,
@@ -70,10 +73,11 @@ class RetrieverService:
         """Raises ``InvalidRequestError``, ``UnavailableError``."""
         collection = messages.collection_of(request.context, request.collection)
         passages = messages.staged_passages(collection, request)
+        language = await self._language(collection, request.language)
         with span("embed_passages", request.context, passages=len(passages)):
-            embedded = await _in(self._passage_thread, self._embed, passages)
+            embedded = await _in(self._passage_thread, self._embed, passages, bm25_of(language))
         with span("stage", request.context, collection=collection.name):
-            await self._index.stage(collection, embedded)
+            await self._index.stage(collection, embedded, language)
         return retriever_pb2.AddPassagesResponse(added=len(embedded))
 
     async def CommitDocument(
@@ -135,7 +139,12 @@ class RetrieverService:
         response = retriever_pb2.ScanCollectionsResponse()
         for collection in await self._index.collections(messages.tenant_of(request.context)):
             counts = await self._index.counts(collection)
-            response.collections.add(name=collection.name, documents=counts.documents, passages=counts.passages)
+            response.collections.add(
+                name=collection.name,
+                documents=counts.documents,
+                passages=counts.passages,
+                language=await self._index.language(collection),
+            )
         return response
 
     async def GetRetrieverStatus(
@@ -168,10 +177,22 @@ class RetrieverService:
         self._query_thread.shutdown(wait=False)
         self._passage_thread.shutdown(wait=False)
 
-    def _embed(self, passages: Sequence[Passage]) -> list[EmbeddedPassage]:
+    async def _language(self, collection: CollectionId, wanted: str) -> str:
+        """The language of passages on their way in."""
+        if wanted and wanted not in LANGUAGES:
+            raise InvalidRequestError("language", f"{wanted[:80]!r} is none of {', '.join(LANGUAGES)}")
+        try:
+            stored = await self._index.language(collection)
+        except NotFoundError:
+            return wanted or self._settings.language
+        if wanted and wanted != stored:
+            raise InvalidRequestError("language", other_language(collection, stored, wanted))
+        return stored
+
+    def _embed(self, passages: Sequence[Passage], bm25: Bm25) -> list[EmbeddedPassage]:
         dense = self._embedder.embed_passages([f"{passage.title}\n{passage.text}" for passage in passages])
         return [
-            EmbeddedPassage(passage, vector, self._bm25.embed_passage(passage.title, passage.text))
+            EmbeddedPassage(passage, vector, bm25.embed_passage(passage.title, passage.text))
             for passage, vector in zip(passages, dense, strict=True)
         ]
 

@@ -2,27 +2,73 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import unicodedata
+from functools import lru_cache
+from typing import Any
+
 import qdrant_edge as qdrant
 
+from blockrag.languages import DEFAULT_LANGUAGE, STEMMED
 from blockrag.retriever.base import SparseVector
 
 _MEAN_TERMS = 48.0
 """Mean terms of a passage without stop words; BM25's length normalisation. Measured for passages of 128 tokens."""
 
+# Scripts whose words no space ends, and Hangul, whose particles are written onto the word.
+_UNSPACED = re.compile(
+    "["
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u0edc-\u0edf"  # Thai, Lao
+    "\u1000-\u103f\u1050-\u108f\u1780-\u17d3"  # Burmese, Khmer
+    "\u3005-\u3007\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"  # kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # Han
+    "\uac00-\ud7a3"  # Hangul
+    "]+"
+)
+
+
+_AS_WRITTEN = {"stemmer": qdrant.DisabledStemmer(), "stopwords": qdrant.StopwordsSet(custom=set())}
+
 
 class Bm25:
-    """English stemming and stop words; accents are folded. Safe to share between threads."""
+    """Words of one language: stems without stop words, where the language is one of ``STEMMED``; accents are folded.
 
-    def __init__(self) -> None:
-        self._model = qdrant.Bm25(qdrant.Bm25Config(avg_len=_MEAN_TERMS, language="english", ascii_folding=True))
+    Text whose words no space ends (Chinese, Japanese, Thai, Lao, Burmese, Khmer), and Korean, is cut into all its
+    pairs of neighbouring characters, in every language. Safe to share between threads.
+    """
+
+    def __init__(self, language: str = DEFAULT_LANGUAGE) -> None:
+        options: dict[str, Any] = {"language": language} if language in STEMMED else _AS_WRITTEN
+        self._model = qdrant.Bm25(qdrant.Bm25Config(avg_len=_MEAN_TERMS, ascii_folding=True, **options))
 
     def embed_passage(self, title: str, text: str) -> SparseVector:
         """Weights of a passage; its title counts as text."""
-        return _vector(self._model.embed_document(f"{title}\n{text}"))
+        return _vector(self._model.embed_document(_with_pairs(f"{title}\n{text}", every=True)))
 
     def embed_query(self, text: str) -> SparseVector:
         """Weights of a query; empty when it has only stop words."""
-        return _vector(self._model.embed_query(text))
+        return _vector(self._model.embed_query(_with_pairs(text, every=False)))
+
+
+@lru_cache(maxsize=32)
+def bm25_of(language: str) -> Bm25:
+    """The model of a language."""
+    return Bm25(language)
+
+
+def _with_pairs(text: str, *, every: bool) -> str:
+    """The text with its unspaced runs cut into pairs. ``every``: characters on their own as well, to be found by one.
+
+    A pair is written in digits, which no stemmer changes and no tokenizer cuts.
+    """
+
+    def pairs(run: re.Match[str]) -> str:
+        codes = [f"{ord(character):06d}" for character in run[0]]
+        terms = [first + second for first, second in itertools.pairwise(codes)]
+        return " ".join(["", *terms, *(codes if every or not terms else []), ""])
+
+    return _UNSPACED.sub(pairs, unicodedata.normalize("NFKC", text))
 
 
 def _vector(vector: qdrant.SparseVector) -> SparseVector:

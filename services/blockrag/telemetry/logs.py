@@ -12,7 +12,9 @@ from typing import Any
 from blockrag.traceparent import trace_id_of
 from blockrag.v1.common_pb2 import RequestContext
 
-_FIELDS = ("request_id", "trace_id", "tenant")
+_FIELDS = ("request_id", "trace_id", "tenant", "method", "status", "milliseconds")
+AUDIT = "blockrag.audit"
+"""The logger of calls from outside."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -33,7 +35,7 @@ class JsonFormatter(logging.Formatter):
         }
         for field in _FIELDS:
             value = getattr(record, field, "")
-            if value:
+            if value != "":
                 line[field] = value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -61,8 +63,14 @@ def request_logger(name: str, context: RequestContext | None) -> RequestLogger:
     return RequestLogger(logging.getLogger(name), extra)
 
 
-def setup_logs(service: str, level: str) -> None:
-    """Sends this package's records to standard error as JSON; replaces what an earlier call set up."""
+def setup_logs(service: str, level: str, audit: bool) -> None:
+    """Sends this package's records to standard error as JSON; replaces what an earlier call set up.
+
+    ``audit``: calls from outside have a line each, whatever the level.
+    """
+    calls = logging.getLogger(AUDIT)
+    calls.setLevel("INFO")
+    calls.disabled = not audit
     logger = logging.getLogger("blockrag")
     for handler in list(logger.handlers):
         if isinstance(handler.formatter, JsonFormatter):

@@ -102,6 +102,6 @@ NUM_REQUESTS_RUNNING = Gauge("blockrag_num_requests_running", "Requests being wo
 NUM_REQUESTS_WAITING = Gauge("blockrag_num_requests_waiting", "Requests waiting to be worked on.", ("service",))
 KV_CACHE_USAGE_PERC = Gauge("blockrag_kv_cache_usage_perc", "Used share of a tier's bytes, 0 to 1.", ("tier",))
 KV_CACHE_QUERY_TOKENS = Counter("blockrag_kv_cache_query_tokens", "Tokens looked up in a tier.", ("tier",))
-KV_CACHE_HIT_TOKENS = Counter("blockrag_kv_cache_hit_tokens", "Tokens found in a tier (l1, store).", ("tier",))
+KV_CACHE_HIT_TOKENS = Counter("blockrag_kv_cache_hit_tokens", "Tokens found in a tier (l1, store, disk).", ("tier",))
 ENCODED_TOKENS = Counter("blockrag_encoded_tokens", "Tokens encoded as blocks.")
 GENERATED_TOKENS = Counter("blockrag_generated_tokens", "Tokens generated.", ("attention_mode",))

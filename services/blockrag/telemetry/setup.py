@@ -26,7 +26,7 @@ def setup_telemetry(service: str, settings: Settings) -> None:
     """
     global _provider
     shutdown_telemetry()
-    setup_logs(service, settings.telemetry.log_level)
+    setup_logs(service, settings.telemetry.log_level, settings.telemetry.audit)
     provider = TracerProvider(
         resource=Resource.create({"service.name": service, "service.namespace": "blockrag"}),
         sampler=ParentBased(TraceIdRatioBased(settings.telemetry.sampling_ratio)),

@@ -8,7 +8,7 @@ import platform
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 
 
-def keep_freed_memory() -> bool:
+def never_return_memory() -> bool:
     """Tell glibc not to hand large blocks back to the system; true where that was possible.
 
     By default every large tensor is mapped and unmapped, so each step touches gigabytes of fresh pages. The setting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Protocol
 
+from blockrag.modeling.running_text import field_ids
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
 
 
@@ -39,7 +40,7 @@ def cut_passage(
     room = max_tokens - len(template.passage_ids(tokenizer, title, ""))
     kept: list[str] = []
     for sentence in sentences(text)[first:]:
-        tokens = tokenizer(" " + sentence, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        tokens = field_ids(tokenizer, " " + sentence)
         if len(tokens) > room:
             if not kept and room > 0:
                 kept.append(tokenizer.decode(tokens[:room]).strip().rpartition(" ")[0])

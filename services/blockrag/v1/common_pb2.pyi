@@ -100,7 +100,7 @@ class MetadataCondition(_message.Message):
     def __init__(self, key: _Optional[str] = ..., operator: _Optional[_Union[ConditionOperator, str]] = ..., values: _Optional[_Iterable[_Union[_struct_pb2.Value, _Mapping]]] = ...) -> None: ...
 
 class Passage(_message.Message):
-    __slots__ = ("passage_id", "document_id", "document_version", "ordinal", "title", "text", "metadata", "score")
+    __slots__ = ("passage_id", "document_id", "document_version", "ordinal", "title", "text", "metadata", "score", "also_in")
     PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +109,7 @@ class Passage(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
+    ALSO_IN_FIELD_NUMBER: _ClassVar[int]
     passage_id: str
     document_id: str
     document_version: str
@@ -117,7 +118,18 @@ class Passage(_message.Message):
     text: str
     metadata: _struct_pb2.Struct
     score: float
-    def __init__(self, passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., document_version: _Optional[str] = ..., ordinal: _Optional[int] = ..., title: _Optional[str] = ..., text: _Optional[str] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., score: _Optional[float] = ...) -> None: ...
+    also_in: _containers.RepeatedCompositeFieldContainer[PassageHolder]
+    def __init__(self, passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., document_version: _Optional[str] = ..., ordinal: _Optional[int] = ..., title: _Optional[str] = ..., text: _Optional[str] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., score: _Optional[float] = ..., also_in: _Optional[_Iterable[_Union[PassageHolder, _Mapping]]] = ...) -> None: ...
+
+class PassageHolder(_message.Message):
+    __slots__ = ("passage_id", "document_id", "title")
+    PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    passage_id: str
+    document_id: str
+    title: str
+    def __init__(self, passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., title: _Optional[str] = ...) -> None: ...
 
 class ChunkDecision(_message.Message):
     __slots__ = ("start_token", "end_token", "form", "text")
@@ -140,7 +152,7 @@ class StageTime(_message.Message):
     def __init__(self, stage: _Optional[str] = ..., milliseconds: _Optional[float] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "cached_tokens", "l1_tokens", "store_tokens", "encoded_tokens", "prefill_tokens", "completion_tokens", "context_tokens", "compressed_chunks")
+    __slots__ = ("prompt_tokens", "cached_tokens", "l1_tokens", "store_tokens", "encoded_tokens", "prefill_tokens", "completion_tokens", "context_tokens", "compressed_chunks", "disk_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     L1_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +162,7 @@ class Usage(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPRESSED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     cached_tokens: int
     l1_tokens: int
@@ -159,7 +172,8 @@ class Usage(_message.Message):
     completion_tokens: int
     context_tokens: int
     compressed_chunks: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., l1_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., encoded_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., compressed_chunks: _Optional[int] = ...) -> None: ...
+    disk_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., l1_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., encoded_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., compressed_chunks: _Optional[int] = ..., disk_tokens: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "seed", "stop")
@@ -174,6 +188,14 @@ class Sampling(_message.Message):
     seed: int
     stop: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Turn(_message.Message):
+    __slots__ = ("question", "answer")
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    question: str
+    answer: str
+    def __init__(self, question: _Optional[str] = ..., answer: _Optional[str] = ...) -> None: ...
 
 class PromptBlock(_message.Message):
     __slots__ = ("token_ids", "document_id", "collection", "chunk_tokens", "forms")

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PlanRequest(_message.Message):
-    __slots__ = ("context", "question", "passages", "attention_mode", "max_context_tokens", "max_tokens", "compression", "spent_ms", "collection")
+    __slots__ = ("context", "question", "passages", "attention_mode", "max_context_tokens", "max_tokens", "compression", "spent_ms", "collection", "turns", "instructions")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,8 @@ class PlanRequest(_message.Message):
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     SPENT_MS_FIELD_NUMBER: _ClassVar[int]
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
     context: _common_pb2.RequestContext
     question: str
     passages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Passage]
@@ -27,7 +29,9 @@ class PlanRequest(_message.Message):
     compression: _common_pb2.Compression
     spent_ms: float
     collection: str
-    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., question: _Optional[str] = ..., passages: _Optional[_Iterable[_Union[_common_pb2.Passage, _Mapping]]] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., max_context_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., compression: _Optional[_Union[_common_pb2.Compression, _Mapping]] = ..., spent_ms: _Optional[float] = ..., collection: _Optional[str] = ...) -> None: ...
+    turns: _containers.RepeatedCompositeFieldContainer[_common_pb2.Turn]
+    instructions: str
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., question: _Optional[str] = ..., passages: _Optional[_Iterable[_Union[_common_pb2.Passage, _Mapping]]] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., max_context_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., compression: _Optional[_Union[_common_pb2.Compression, _Mapping]] = ..., spent_ms: _Optional[float] = ..., collection: _Optional[str] = ..., turns: _Optional[_Iterable[_Union[_common_pb2.Turn, _Mapping]]] = ..., instructions: _Optional[str] = ...) -> None: ...
 
 class PassagePlan(_message.Message):
     __slots__ = ("passage_id", "document_id", "token_ids", "chunks", "in_prompt", "dropped_reason")
@@ -46,20 +50,22 @@ class PassagePlan(_message.Message):
     def __init__(self, passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.ChunkDecision, _Mapping]]] = ..., in_prompt: _Optional[bool] = ..., dropped_reason: _Optional[str] = ...) -> None: ...
 
 class PlanResponse(_message.Message):
-    __slots__ = ("instruction_token_ids", "passages", "final_token_ids", "prompt_tokens", "chunk_tokens", "policy_ms")
+    __slots__ = ("instruction_token_ids", "passages", "final_token_ids", "prompt_tokens", "chunk_tokens", "policy_ms", "turns")
     INSTRUCTION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
     FINAL_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     POLICY_MS_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
     instruction_token_ids: _containers.RepeatedScalarFieldContainer[int]
     passages: _containers.RepeatedCompositeFieldContainer[PassagePlan]
     final_token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_tokens: int
     chunk_tokens: int
     policy_ms: float
-    def __init__(self, instruction_token_ids: _Optional[_Iterable[int]] = ..., passages: _Optional[_Iterable[_Union[PassagePlan, _Mapping]]] = ..., final_token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., policy_ms: _Optional[float] = ...) -> None: ...
+    turns: _containers.RepeatedCompositeFieldContainer[_common_pb2.PromptBlock]
+    def __init__(self, instruction_token_ids: _Optional[_Iterable[int]] = ..., passages: _Optional[_Iterable[_Union[PassagePlan, _Mapping]]] = ..., final_token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., policy_ms: _Optional[float] = ..., turns: _Optional[_Iterable[_Union[_common_pb2.PromptBlock, _Mapping]]] = ...) -> None: ...
 
 class PrepareQuestionRequest(_message.Message):
     __slots__ = ("context", "question")

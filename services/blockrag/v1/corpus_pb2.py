@@ -25,47 +25,51 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62lockrag/v1/corpus.proto\x12\x0b\x62lockrag.v1\x1a\x1cgoogle/protobuf/struct.proto\"a\n\x15IngestDocumentRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.DocumentHeaderH\x00\x12\x11\n\x07\x63ontent\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x87\x01\n\x0e\x44ocumentHeader\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x12\n\nmedia_type\x18\x04 \x01(\t\x12)\n\x08metadata\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\"J\n\x16IngestDocumentResponse\x12\x30\n\tdocuments\x18\x01 \x03(\x0b\x32\x1d.blockrag.v1.IngestedDocument\"w\n\x10IngestedDocument\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08passages\x18\x03 \x01(\r\x12+\n\x07outcome\x18\x04 \x01(\x0e\x32\x1a.blockrag.v1.IngestOutcome\"@\n\x15\x44\x65leteDocumentRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\"A\n\x16\x44\x65leteDocumentResponse\x12\x10\n\x08passages\x18\x01 \x01(\r\x12\x15\n\rpurged_blocks\x18\x02 \x01(\r\"Q\n\x14ListDocumentsRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"p\n\x15ListDocumentsResponse\x12/\n\tdocuments\x18\x01 \x03(\x0b\x32\x1c.blockrag.v1.DocumentSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x04\"\x83\x01\n\x0f\x44ocumentSummary\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x10\n\x08passages\x18\x04 \x01(\r\x12)\n\x08metadata\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\"\x18\n\x16ListCollectionsRequest\"N\n\x17ListCollectionsResponse\x12\x33\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x1e.blockrag.v1.CollectionSummary\"F\n\x11\x43ollectionSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tdocuments\x18\x02 \x01(\x04\x12\x10\n\x08passages\x18\x03 \x01(\x04\"-\n\x17\x44\x65leteCollectionRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\"V\n\x18\x44\x65leteCollectionResponse\x12\x11\n\tdocuments\x18\x01 \x01(\x04\x12\x10\n\x08passages\x18\x02 \x01(\x04\x12\x15\n\rpurged_blocks\x18\x03 \x01(\r\"D\n\x0bWarmRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x14\n\x0c\x64ocument_ids\x18\x02 \x03(\t\x12\x0b\n\x03pin\x18\x03 \x01(\x08\"e\n\x0cWarmResponse\x12\x0c\n\x04\x64one\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x04\x12\x0c\n\x04hits\x18\x03 \x01(\x04\x12\x15\n\rencoded_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bover_budget\x18\x05 \x01(\x08*\x86\x01\n\rIngestOutcome\x12\x1e\n\x1aINGEST_OUTCOME_UNSPECIFIED\x10\x00\x12\x1a\n\x16INGEST_OUTCOME_CREATED\x10\x01\x12\x1b\n\x17INGEST_OUTCOME_REPLACED\x10\x02\x12\x1c\n\x18INGEST_OUTCOME_UNCHANGED\x10\x03\x32\x9d\x04\n\rCorpusService\x12[\n\x0eIngestDocument\x12\".blockrag.v1.IngestDocumentRequest\x1a#.blockrag.v1.IngestDocumentResponse(\x01\x12Y\n\x0e\x44\x65leteDocument\x12\".blockrag.v1.DeleteDocumentRequest\x1a#.blockrag.v1.DeleteDocumentResponse\x12V\n\rListDocuments\x12!.blockrag.v1.ListDocumentsRequest\x1a\".blockrag.v1.ListDocumentsResponse\x12\\\n\x0fListCollections\x12#.blockrag.v1.ListCollectionsRequest\x1a$.blockrag.v1.ListCollectionsResponse\x12_\n\x10\x44\x65leteCollection\x12$.blockrag.v1.DeleteCollectionRequest\x1a%.blockrag.v1.DeleteCollectionResponse\x12=\n\x04Warm\x12\x18.blockrag.v1.WarmRequest\x1a\x19.blockrag.v1.WarmResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62lockrag/v1/corpus.proto\x12\x0b\x62lockrag.v1\x1a\x1cgoogle/protobuf/struct.proto\"a\n\x15IngestDocumentRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.DocumentHeaderH\x00\x12\x11\n\x07\x63ontent\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xba\x01\n\x0e\x44ocumentHeader\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x12\n\nmedia_type\x18\x04 \x01(\t\x12)\n\x08metadata\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x10\n\x08language\x18\x07 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x08 \x01(\x08\"J\n\x16IngestDocumentResponse\x12\x30\n\tdocuments\x18\x01 \x03(\x0b\x32\x1d.blockrag.v1.IngestedDocument\"w\n\x10IngestedDocument\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08passages\x18\x03 \x01(\r\x12+\n\x07outcome\x18\x04 \x01(\x0e\x32\x1a.blockrag.v1.IngestOutcome\"@\n\x15\x44\x65leteDocumentRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\"A\n\x16\x44\x65leteDocumentResponse\x12\x10\n\x08passages\x18\x01 \x01(\r\x12\x15\n\rpurged_blocks\x18\x02 \x01(\r\"9\n\x13\x44\x65leteSourceRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\"U\n\x14\x44\x65leteSourceResponse\x12\x14\n\x0c\x64ocument_ids\x18\x01 \x03(\t\x12\x10\n\x08passages\x18\x02 \x01(\x04\x12\x15\n\rpurged_blocks\x18\x03 \x01(\r\"g\n\x14ListDocumentsRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x14\n\x0c\x64ocument_ids\x18\x04 \x03(\t\"p\n\x15ListDocumentsResponse\x12/\n\tdocuments\x18\x01 \x03(\x0b\x32\x1c.blockrag.v1.DocumentSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\r\n\x05total\x18\x03 \x01(\x04\"\x93\x01\n\x0f\x44ocumentSummary\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x10\n\x08passages\x18\x04 \x01(\r\x12)\n\x08metadata\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0e\n\x06source\x18\x06 \x01(\t\"\x18\n\x16ListCollectionsRequest\"N\n\x17ListCollectionsResponse\x12\x33\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x1e.blockrag.v1.CollectionSummary\"X\n\x11\x43ollectionSummary\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tdocuments\x18\x02 \x01(\x04\x12\x10\n\x08passages\x18\x03 \x01(\x04\x12\x10\n\x08language\x18\x04 \x01(\t\"-\n\x17\x44\x65leteCollectionRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\"V\n\x18\x44\x65leteCollectionResponse\x12\x11\n\tdocuments\x18\x01 \x01(\x04\x12\x10\n\x08passages\x18\x02 \x01(\x04\x12\x15\n\rpurged_blocks\x18\x03 \x01(\r\"D\n\x0bWarmRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x14\n\x0c\x64ocument_ids\x18\x02 \x03(\t\x12\x0b\n\x03pin\x18\x03 \x01(\x08\"e\n\x0cWarmResponse\x12\x0c\n\x04\x64one\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x04\x12\x0c\n\x04hits\x18\x03 \x01(\x04\x12\x15\n\rencoded_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bover_budget\x18\x05 \x01(\x08*\x86\x01\n\rIngestOutcome\x12\x1e\n\x1aINGEST_OUTCOME_UNSPECIFIED\x10\x00\x12\x1a\n\x16INGEST_OUTCOME_CREATED\x10\x01\x12\x1b\n\x17INGEST_OUTCOME_REPLACED\x10\x02\x12\x1c\n\x18INGEST_OUTCOME_UNCHANGED\x10\x03\x32\xf2\x04\n\rCorpusService\x12[\n\x0eIngestDocument\x12\".blockrag.v1.IngestDocumentRequest\x1a#.blockrag.v1.IngestDocumentResponse(\x01\x12Y\n\x0e\x44\x65leteDocument\x12\".blockrag.v1.DeleteDocumentRequest\x1a#.blockrag.v1.DeleteDocumentResponse\x12S\n\x0c\x44\x65leteSource\x12 .blockrag.v1.DeleteSourceRequest\x1a!.blockrag.v1.DeleteSourceResponse\x12V\n\rListDocuments\x12!.blockrag.v1.ListDocumentsRequest\x1a\".blockrag.v1.ListDocumentsResponse\x12\\\n\x0fListCollections\x12#.blockrag.v1.ListCollectionsRequest\x1a$.blockrag.v1.ListCollectionsResponse\x12_\n\x10\x44\x65leteCollection\x12$.blockrag.v1.DeleteCollectionRequest\x1a%.blockrag.v1.DeleteCollectionResponse\x12=\n\x04Warm\x12\x18.blockrag.v1.WarmRequest\x1a\x19.blockrag.v1.WarmResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blockrag.v1.corpus_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_INGESTOUTCOME']._serialized_start=1456
-  _globals['_INGESTOUTCOME']._serialized_end=1590
+  _globals['_INGESTOUTCOME']._serialized_start=1709
+  _globals['_INGESTOUTCOME']._serialized_end=1843
   _globals['_INGESTDOCUMENTREQUEST']._serialized_start=71
   _globals['_INGESTDOCUMENTREQUEST']._serialized_end=168
   _globals['_DOCUMENTHEADER']._serialized_start=171
-  _globals['_DOCUMENTHEADER']._serialized_end=306
-  _globals['_INGESTDOCUMENTRESPONSE']._serialized_start=308
-  _globals['_INGESTDOCUMENTRESPONSE']._serialized_end=382
-  _globals['_INGESTEDDOCUMENT']._serialized_start=384
-  _globals['_INGESTEDDOCUMENT']._serialized_end=503
-  _globals['_DELETEDOCUMENTREQUEST']._serialized_start=505
-  _globals['_DELETEDOCUMENTREQUEST']._serialized_end=569
-  _globals['_DELETEDOCUMENTRESPONSE']._serialized_start=571
-  _globals['_DELETEDOCUMENTRESPONSE']._serialized_end=636
-  _globals['_LISTDOCUMENTSREQUEST']._serialized_start=638
-  _globals['_LISTDOCUMENTSREQUEST']._serialized_end=719
-  _globals['_LISTDOCUMENTSRESPONSE']._serialized_start=721
-  _globals['_LISTDOCUMENTSRESPONSE']._serialized_end=833
-  _globals['_DOCUMENTSUMMARY']._serialized_start=836
-  _globals['_DOCUMENTSUMMARY']._serialized_end=967
-  _globals['_LISTCOLLECTIONSREQUEST']._serialized_start=969
-  _globals['_LISTCOLLECTIONSREQUEST']._serialized_end=993
-  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_start=995
-  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_end=1073
-  _globals['_COLLECTIONSUMMARY']._serialized_start=1075
-  _globals['_COLLECTIONSUMMARY']._serialized_end=1145
-  _globals['_DELETECOLLECTIONREQUEST']._serialized_start=1147
-  _globals['_DELETECOLLECTIONREQUEST']._serialized_end=1192
-  _globals['_DELETECOLLECTIONRESPONSE']._serialized_start=1194
-  _globals['_DELETECOLLECTIONRESPONSE']._serialized_end=1280
-  _globals['_WARMREQUEST']._serialized_start=1282
-  _globals['_WARMREQUEST']._serialized_end=1350
-  _globals['_WARMRESPONSE']._serialized_start=1352
-  _globals['_WARMRESPONSE']._serialized_end=1453
-  _globals['_CORPUSSERVICE']._serialized_start=1593
-  _globals['_CORPUSSERVICE']._serialized_end=2134
+  _globals['_DOCUMENTHEADER']._serialized_end=357
+  _globals['_INGESTDOCUMENTRESPONSE']._serialized_start=359
+  _globals['_INGESTDOCUMENTRESPONSE']._serialized_end=433
+  _globals['_INGESTEDDOCUMENT']._serialized_start=435
+  _globals['_INGESTEDDOCUMENT']._serialized_end=554
+  _globals['_DELETEDOCUMENTREQUEST']._serialized_start=556
+  _globals['_DELETEDOCUMENTREQUEST']._serialized_end=620
+  _globals['_DELETEDOCUMENTRESPONSE']._serialized_start=622
+  _globals['_DELETEDOCUMENTRESPONSE']._serialized_end=687
+  _globals['_DELETESOURCEREQUEST']._serialized_start=689
+  _globals['_DELETESOURCEREQUEST']._serialized_end=746
+  _globals['_DELETESOURCERESPONSE']._serialized_start=748
+  _globals['_DELETESOURCERESPONSE']._serialized_end=833
+  _globals['_LISTDOCUMENTSREQUEST']._serialized_start=835
+  _globals['_LISTDOCUMENTSREQUEST']._serialized_end=938
+  _globals['_LISTDOCUMENTSRESPONSE']._serialized_start=940
+  _globals['_LISTDOCUMENTSRESPONSE']._serialized_end=1052
+  _globals['_DOCUMENTSUMMARY']._serialized_start=1055
+  _globals['_DOCUMENTSUMMARY']._serialized_end=1202
+  _globals['_LISTCOLLECTIONSREQUEST']._serialized_start=1204
+  _globals['_LISTCOLLECTIONSREQUEST']._serialized_end=1228
+  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_start=1230
+  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_end=1308
+  _globals['_COLLECTIONSUMMARY']._serialized_start=1310
+  _globals['_COLLECTIONSUMMARY']._serialized_end=1398
+  _globals['_DELETECOLLECTIONREQUEST']._serialized_start=1400
+  _globals['_DELETECOLLECTIONREQUEST']._serialized_end=1445
+  _globals['_DELETECOLLECTIONRESPONSE']._serialized_start=1447
+  _globals['_DELETECOLLECTIONRESPONSE']._serialized_end=1533
+  _globals['_WARMREQUEST']._serialized_start=1535
+  _globals['_WARMREQUEST']._serialized_end=1603
+  _globals['_WARMRESPONSE']._serialized_start=1605
+  _globals['_WARMRESPONSE']._serialized_end=1706
+  _globals['_CORPUSSERVICE']._serialized_start=1846
+  _globals['_CORPUSSERVICE']._serialized_end=2472
 # @@protoc_insertion_point(module_scope)

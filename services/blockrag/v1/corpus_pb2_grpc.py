@@ -45,6 +45,11 @@ class CorpusServiceStub:
                 request_serializer=blockrag_dot_v1_dot_corpus__pb2.DeleteDocumentRequest.SerializeToString,
                 response_deserializer=blockrag_dot_v1_dot_corpus__pb2.DeleteDocumentResponse.FromString,
                 _registered_method=True)
+        self.DeleteSource = channel.unary_unary(
+                '/blockrag.v1.CorpusService/DeleteSource',
+                request_serializer=blockrag_dot_v1_dot_corpus__pb2.DeleteSourceRequest.SerializeToString,
+                response_deserializer=blockrag_dot_v1_dot_corpus__pb2.DeleteSourceResponse.FromString,
+                _registered_method=True)
         self.ListDocuments = channel.unary_unary(
                 '/blockrag.v1.CorpusService/ListDocuments',
                 request_serializer=blockrag_dot_v1_dot_corpus__pb2.ListDocumentsRequest.SerializeToString,
@@ -80,6 +85,13 @@ class CorpusServiceServicer:
 
     def DeleteDocument(self, request, context):
         """DeleteDocument removes a document, its passages and their KV.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteSource(self, request, context):
+        """DeleteSource removes all documents that came from one source, as DeleteDocument does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +137,11 @@ def add_CorpusServiceServicer_to_server(servicer, server):
                     servicer.DeleteDocument,
                     request_deserializer=blockrag_dot_v1_dot_corpus__pb2.DeleteDocumentRequest.FromString,
                     response_serializer=blockrag_dot_v1_dot_corpus__pb2.DeleteDocumentResponse.SerializeToString,
+            ),
+            'DeleteSource': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSource,
+                    request_deserializer=blockrag_dot_v1_dot_corpus__pb2.DeleteSourceRequest.FromString,
+                    response_serializer=blockrag_dot_v1_dot_corpus__pb2.DeleteSourceResponse.SerializeToString,
             ),
             'ListDocuments': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDocuments,
@@ -202,6 +219,33 @@ class CorpusService:
             '/blockrag.v1.CorpusService/DeleteDocument',
             blockrag_dot_v1_dot_corpus__pb2.DeleteDocumentRequest.SerializeToString,
             blockrag_dot_v1_dot_corpus__pb2.DeleteDocumentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSource(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockrag.v1.CorpusService/DeleteSource',
+            blockrag_dot_v1_dot_corpus__pb2.DeleteSourceRequest.SerializeToString,
+            blockrag_dot_v1_dot_corpus__pb2.DeleteSourceResponse.FromString,
             options,
             channel_credentials,
             insecure,

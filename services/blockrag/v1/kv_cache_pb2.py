@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from blockrag.v1 import common_pb2 as blockrag_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62lockrag/v1/kv_cache.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\"\x19\n\x17GetKvCacheStatusRequest\"<\n\x0bTenantUsage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"V\n\tFormUsage\x12\x0c\n\x04\x66orm\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0c\n\x04hits\x18\x04 \x01(\x04\x12\x0e\n\x06misses\x18\x05 \x01(\x04\"\xac\x02\n\x18GetKvCacheStatusResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x03 \x01(\x04\x12\x15\n\rpinned_blocks\x18\x04 \x01(\x04\x12\x0c\n\x04hits\x18\x05 \x01(\x04\x12\x0e\n\x06misses\x18\x06 \x01(\x04\x12\x0e\n\x06joined\x18\x07 \x01(\x04\x12\x11\n\tevictions\x18\x08 \x01(\x04\x12\x13\n\x0b\x65xpirations\x18\t \x01(\x04\x12\x0c\n\x04lost\x18\n \x01(\x04\x12\x0e\n\x06shards\x18\x0b \x01(\r\x12)\n\x07tenants\x18\x0c \x03(\x0b\x32\x18.blockrag.v1.TenantUsage\x12%\n\x05\x66orms\x18\r \x03(\x0b\x32\x16.blockrag.v1.FormUsage\"6\n\x0b\x44ocumentRef\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\"{\n\x0eSetPinsRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12+\n\tdocuments\x18\x02 \x03(\x0b\x32\x18.blockrag.v1.DocumentRef\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\"!\n\x0fSetPinsResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"r\n\x15PurgeDocumentsRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12+\n\tdocuments\x18\x02 \x03(\x0b\x32\x18.blockrag.v1.DocumentRef\"(\n\x16PurgeDocumentsResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"\x9f\x01\n\x11WarmBlocksRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12(\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x18.blockrag.v1.PromptBlock\x12\x0b\n\x03pin\x18\x03 \x01(\x08\x12%\n\x05\x66orms\x18\x04 \x03(\x0e\x32\x16.blockrag.v1.BlockForm\"_\n\x12WarmBlocksResponse\x12\x0c\n\x04hits\x18\x01 \x01(\x04\x12\x0f\n\x07\x65ncoded\x18\x02 \x01(\x04\x12\x15\n\rencoded_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bover_budget\x18\x04 \x01(\x08\x32\xe1\x02\n\x0eKvCacheService\x12_\n\x10GetKvCacheStatus\x12$.blockrag.v1.GetKvCacheStatusRequest\x1a%.blockrag.v1.GetKvCacheStatusResponse\x12M\n\nWarmBlocks\x12\x1e.blockrag.v1.WarmBlocksRequest\x1a\x1f.blockrag.v1.WarmBlocksResponse\x12\x44\n\x07SetPins\x12\x1b.blockrag.v1.SetPinsRequest\x1a\x1c.blockrag.v1.SetPinsResponse\x12Y\n\x0ePurgeDocuments\x12\".blockrag.v1.PurgeDocumentsRequest\x1a#.blockrag.v1.PurgeDocumentsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62lockrag/v1/kv_cache.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\"\x19\n\x17GetKvCacheStatusRequest\"<\n\x0bTenantUsage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"V\n\tFormUsage\x12\x0c\n\x04\x66orm\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x0c\n\x04hits\x18\x04 \x01(\x04\x12\x0e\n\x06misses\x18\x05 \x01(\x04\"\xc8\x01\n\tDiskUsage\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04hits\x18\x04 \x01(\x04\x12\x0e\n\x06slower\x18\x05 \x01(\x04\x12\x0f\n\x07written\x18\x06 \x01(\x04\x12\x11\n\tevictions\x18\x07 \x01(\x04\x12\x10\n\x08rejected\x18\x08 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\t \x01(\x04\x12\x0f\n\x07pending\x18\n \x01(\x04\x12\x10\n\x08warnings\x18\x0b \x03(\t\"\xd2\x02\n\x18GetKvCacheStatusResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x03 \x01(\x04\x12\x15\n\rpinned_blocks\x18\x04 \x01(\x04\x12\x0c\n\x04hits\x18\x05 \x01(\x04\x12\x0e\n\x06misses\x18\x06 \x01(\x04\x12\x0e\n\x06joined\x18\x07 \x01(\x04\x12\x11\n\tevictions\x18\x08 \x01(\x04\x12\x13\n\x0b\x65xpirations\x18\t \x01(\x04\x12\x0c\n\x04lost\x18\n \x01(\x04\x12\x0e\n\x06shards\x18\x0b \x01(\r\x12)\n\x07tenants\x18\x0c \x03(\x0b\x32\x18.blockrag.v1.TenantUsage\x12%\n\x05\x66orms\x18\r \x03(\x0b\x32\x16.blockrag.v1.FormUsage\x12$\n\x04\x64isk\x18\x0e \x01(\x0b\x32\x16.blockrag.v1.DiskUsage\"6\n\x0b\x44ocumentRef\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\"{\n\x0eSetPinsRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12+\n\tdocuments\x18\x02 \x03(\x0b\x32\x18.blockrag.v1.DocumentRef\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\"!\n\x0fSetPinsResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"r\n\x15PurgeDocumentsRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12+\n\tdocuments\x18\x02 \x03(\x0b\x32\x18.blockrag.v1.DocumentRef\"(\n\x16PurgeDocumentsResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"\x9f\x01\n\x11WarmBlocksRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12(\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x18.blockrag.v1.PromptBlock\x12\x0b\n\x03pin\x18\x03 \x01(\x08\x12%\n\x05\x66orms\x18\x04 \x03(\x0e\x32\x16.blockrag.v1.BlockForm\"_\n\x12WarmBlocksResponse\x12\x0c\n\x04hits\x18\x01 \x01(\x04\x12\x0f\n\x07\x65ncoded\x18\x02 \x01(\x04\x12\x15\n\rencoded_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bover_budget\x18\x04 \x01(\x08\x32\xe1\x02\n\x0eKvCacheService\x12_\n\x10GetKvCacheStatus\x12$.blockrag.v1.GetKvCacheStatusRequest\x1a%.blockrag.v1.GetKvCacheStatusResponse\x12M\n\nWarmBlocks\x12\x1e.blockrag.v1.WarmBlocksRequest\x1a\x1f.blockrag.v1.WarmBlocksResponse\x12\x44\n\x07SetPins\x12\x1b.blockrag.v1.SetPinsRequest\x1a\x1c.blockrag.v1.SetPinsResponse\x12Y\n\x0ePurgeDocuments\x12\".blockrag.v1.PurgeDocumentsRequest\x1a#.blockrag.v1.PurgeDocumentsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,22 +38,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENANTUSAGE']._serialized_end=156
   _globals['_FORMUSAGE']._serialized_start=158
   _globals['_FORMUSAGE']._serialized_end=244
-  _globals['_GETKVCACHESTATUSRESPONSE']._serialized_start=247
-  _globals['_GETKVCACHESTATUSRESPONSE']._serialized_end=547
-  _globals['_DOCUMENTREF']._serialized_start=549
-  _globals['_DOCUMENTREF']._serialized_end=603
-  _globals['_SETPINSREQUEST']._serialized_start=605
-  _globals['_SETPINSREQUEST']._serialized_end=728
-  _globals['_SETPINSRESPONSE']._serialized_start=730
-  _globals['_SETPINSRESPONSE']._serialized_end=763
-  _globals['_PURGEDOCUMENTSREQUEST']._serialized_start=765
-  _globals['_PURGEDOCUMENTSREQUEST']._serialized_end=879
-  _globals['_PURGEDOCUMENTSRESPONSE']._serialized_start=881
-  _globals['_PURGEDOCUMENTSRESPONSE']._serialized_end=921
-  _globals['_WARMBLOCKSREQUEST']._serialized_start=924
-  _globals['_WARMBLOCKSREQUEST']._serialized_end=1083
-  _globals['_WARMBLOCKSRESPONSE']._serialized_start=1085
-  _globals['_WARMBLOCKSRESPONSE']._serialized_end=1180
-  _globals['_KVCACHESERVICE']._serialized_start=1183
-  _globals['_KVCACHESERVICE']._serialized_end=1536
+  _globals['_DISKUSAGE']._serialized_start=247
+  _globals['_DISKUSAGE']._serialized_end=447
+  _globals['_GETKVCACHESTATUSRESPONSE']._serialized_start=450
+  _globals['_GETKVCACHESTATUSRESPONSE']._serialized_end=788
+  _globals['_DOCUMENTREF']._serialized_start=790
+  _globals['_DOCUMENTREF']._serialized_end=844
+  _globals['_SETPINSREQUEST']._serialized_start=846
+  _globals['_SETPINSREQUEST']._serialized_end=969
+  _globals['_SETPINSRESPONSE']._serialized_start=971
+  _globals['_SETPINSRESPONSE']._serialized_end=1004
+  _globals['_PURGEDOCUMENTSREQUEST']._serialized_start=1006
+  _globals['_PURGEDOCUMENTSREQUEST']._serialized_end=1120
+  _globals['_PURGEDOCUMENTSRESPONSE']._serialized_start=1122
+  _globals['_PURGEDOCUMENTSRESPONSE']._serialized_end=1162
+  _globals['_WARMBLOCKSREQUEST']._serialized_start=1165
+  _globals['_WARMBLOCKSREQUEST']._serialized_end=1324
+  _globals['_WARMBLOCKSRESPONSE']._serialized_start=1326
+  _globals['_WARMBLOCKSRESPONSE']._serialized_end=1421
+  _globals['_KVCACHESERVICE']._serialized_start=1424
+  _globals['_KVCACHESERVICE']._serialized_end=1777
 # @@protoc_insertion_point(module_scope)

@@ -35,8 +35,34 @@ class FormUsage(_message.Message):
     misses: int
     def __init__(self, form: _Optional[str] = ..., blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ...) -> None: ...
 
+class DiskUsage(_message.Message):
+    __slots__ = ("blocks", "bytes", "budget_bytes", "hits", "slower", "written", "evictions", "rejected", "dropped", "pending", "warnings")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    SLOWER_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    bytes: int
+    budget_bytes: int
+    hits: int
+    slower: int
+    written: int
+    evictions: int
+    rejected: int
+    dropped: int
+    pending: int
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., slower: _Optional[int] = ..., written: _Optional[int] = ..., evictions: _Optional[int] = ..., rejected: _Optional[int] = ..., dropped: _Optional[int] = ..., pending: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class GetKvCacheStatusResponse(_message.Message):
-    __slots__ = ("blocks", "bytes", "budget_bytes", "pinned_blocks", "hits", "misses", "joined", "evictions", "expirations", "lost", "shards", "tenants", "forms")
+    __slots__ = ("blocks", "bytes", "budget_bytes", "pinned_blocks", "hits", "misses", "joined", "evictions", "expirations", "lost", "shards", "tenants", "forms", "disk")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +76,7 @@ class GetKvCacheStatusResponse(_message.Message):
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     TENANTS_FIELD_NUMBER: _ClassVar[int]
     FORMS_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     bytes: int
     budget_bytes: int
@@ -63,7 +90,8 @@ class GetKvCacheStatusResponse(_message.Message):
     shards: int
     tenants: _containers.RepeatedCompositeFieldContainer[TenantUsage]
     forms: _containers.RepeatedCompositeFieldContainer[FormUsage]
-    def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., evictions: _Optional[int] = ..., expirations: _Optional[int] = ..., lost: _Optional[int] = ..., shards: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., forms: _Optional[_Iterable[_Union[FormUsage, _Mapping]]] = ...) -> None: ...
+    disk: DiskUsage
+    def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., joined: _Optional[int] = ..., evictions: _Optional[int] = ..., expirations: _Optional[int] = ..., lost: _Optional[int] = ..., shards: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., forms: _Optional[_Iterable[_Union[FormUsage, _Mapping]]] = ..., disk: _Optional[_Union[DiskUsage, _Mapping]] = ...) -> None: ...
 
 class DocumentRef(_message.Message):
     __slots__ = ("collection", "document_id")

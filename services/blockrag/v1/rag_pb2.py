@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from blockrag.v1 import common_pb2 as blockrag_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62lockrag/v1/rag.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\"+\n\x0cGivenPassage\x12\r\n\x05title\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x8f\x04\n\x0fGenerateRequest\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x00\x88\x01\x01\x12.\n\x06\x66ilter\x18\x04 \x03(\x0b\x32\x1e.blockrag.v1.MetadataCondition\x12\x32\n\x0e\x61ttention_mode\x18\x05 \x01(\x0e\x32\x1a.blockrag.v1.AttentionMode\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x17\n\ntimeout_ms\x18\x0b \x01(\rH\x05\x88\x01\x01\x12\x1f\n\x12max_context_tokens\x18\x0c \x01(\rH\x06\x88\x01\x01\x12+\n\x08passages\x18\r \x03(\x0b\x32\x19.blockrag.v1.GivenPassage\x12-\n\x0b\x63ompression\x18\x0e \x01(\x0b\x32\x18.blockrag.v1.CompressionB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_timeout_msB\x15\n\x13_max_context_tokens\"\xb3\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\tretrieved\x18\x02 \x01(\x0b\x32\x16.blockrag.v1.RetrievedH\x00\x12&\n\x04text\x18\x03 \x01(\x0b\x32\x16.blockrag.v1.TextChunkH\x00\x12-\n\ncompletion\x18\x04 \x01(\x0b\x32\x17.blockrag.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"3\n\tRetrieved\x12&\n\x08passages\x18\x01 \x03(\x0b\x32\x14.blockrag.v1.Passage\")\n\tTextChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xb8\x01\n\x08\x43itation\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\npassage_id\x18\x02 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x03 \x01(\t\x12\r\n\x05title\x18\x04 \x01(\t\x12*\n\x06\x63hunks\x18\x05 \x03(\x0b\x32\x1a.blockrag.v1.ChunkDecision\x12\x0e\n\x06tokens\x18\x06 \x01(\r\x12\x11\n\tin_prompt\x18\x07 \x01(\x08\x12\x16\n\x0e\x64ropped_reason\x18\x08 \x01(\t\"\xd3\x02\n\nCompletion\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\t\x12(\n\tcitations\x18\x02 \x03(\x0b\x32\x15.blockrag.v1.Citation\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.blockrag.v1.Usage\x12&\n\x06stages\x18\x04 \x03(\x0b\x32\x16.blockrag.v1.StageTime\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.blockrag.v1.FinishReason\x12\x1e\n\x16time_to_first_token_ms\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x1a\n\x12\x62undle_fingerprint\x18\x08 \x01(\t\x12\x32\n\x0e\x61ttention_mode\x18\t \x01(\x0e\x32\x1a.blockrag.v1.AttentionMode\x12\x10\n\x08trace_id\x18\n \x01(\t\"\x82\x01\n\x0fRetrieveRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x00\x88\x01\x01\x12.\n\x06\x66ilter\x18\x04 \x03(\x0b\x32\x1e.blockrag.v1.MetadataConditionB\x08\n\x06_top_k\"v\n\x10RetrieveResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x08passages\x18\x02 \x03(\x0b\x32\x14.blockrag.v1.Passage\x12&\n\x06stages\x18\x03 \x03(\x0b\x32\x16.blockrag.v1.StageTime2\xa0\x01\n\nRagService\x12I\n\x08Generate\x12\x1c.blockrag.v1.GenerateRequest\x1a\x1d.blockrag.v1.GenerateResponse0\x01\x12G\n\x08Retrieve\x12\x1c.blockrag.v1.RetrieveRequest\x1a\x1d.blockrag.v1.RetrieveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62lockrag/v1/rag.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\"+\n\x0cGivenPassage\x12\r\n\x05title\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xc7\x04\n\x0fGenerateRequest\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x00\x88\x01\x01\x12.\n\x06\x66ilter\x18\x04 \x03(\x0b\x32\x1e.blockrag.v1.MetadataCondition\x12\x32\n\x0e\x61ttention_mode\x18\x05 \x01(\x0e\x32\x1a.blockrag.v1.AttentionMode\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x17\n\ntimeout_ms\x18\x0b \x01(\rH\x05\x88\x01\x01\x12\x1f\n\x12max_context_tokens\x18\x0c \x01(\rH\x06\x88\x01\x01\x12+\n\x08passages\x18\r \x03(\x0b\x32\x19.blockrag.v1.GivenPassage\x12-\n\x0b\x63ompression\x18\x0e \x01(\x0b\x32\x18.blockrag.v1.Compression\x12 \n\x05turns\x18\x0f \x03(\x0b\x32\x11.blockrag.v1.Turn\x12\x14\n\x0cinstructions\x18\x10 \x01(\tB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_timeout_msB\x15\n\x13_max_context_tokens\"\xb3\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\tretrieved\x18\x02 \x01(\x0b\x32\x16.blockrag.v1.RetrievedH\x00\x12&\n\x04text\x18\x03 \x01(\x0b\x32\x16.blockrag.v1.TextChunkH\x00\x12-\n\ncompletion\x18\x04 \x01(\x0b\x32\x17.blockrag.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"3\n\tRetrieved\x12&\n\x08passages\x18\x01 \x03(\x0b\x32\x14.blockrag.v1.Passage\")\n\tTextChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xe5\x01\n\x08\x43itation\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\npassage_id\x18\x02 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x03 \x01(\t\x12\r\n\x05title\x18\x04 \x01(\t\x12*\n\x06\x63hunks\x18\x05 \x03(\x0b\x32\x1a.blockrag.v1.ChunkDecision\x12\x0e\n\x06tokens\x18\x06 \x01(\r\x12\x11\n\tin_prompt\x18\x07 \x01(\x08\x12\x16\n\x0e\x64ropped_reason\x18\x08 \x01(\t\x12+\n\x07\x61lso_in\x18\t \x03(\x0b\x32\x1a.blockrag.v1.PassageHolder\"\xd3\x02\n\nCompletion\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\t\x12(\n\tcitations\x18\x02 \x03(\x0b\x32\x15.blockrag.v1.Citation\x12!\n\x05usage\x18\x03 \x01(\x0b\x32\x12.blockrag.v1.Usage\x12&\n\x06stages\x18\x04 \x03(\x0b\x32\x16.blockrag.v1.StageTime\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.blockrag.v1.FinishReason\x12\x1e\n\x16time_to_first_token_ms\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x1a\n\x12\x62undle_fingerprint\x18\x08 \x01(\t\x12\x32\n\x0e\x61ttention_mode\x18\t \x01(\x0e\x32\x1a.blockrag.v1.AttentionMode\x12\x10\n\x08trace_id\x18\n \x01(\t\"\x82\x01\n\x0fRetrieveRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x12\n\ncollection\x18\x02 \x01(\t\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x00\x88\x01\x01\x12.\n\x06\x66ilter\x18\x04 \x03(\x0b\x32\x1e.blockrag.v1.MetadataConditionB\x08\n\x06_top_k\"v\n\x10RetrieveResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x08passages\x18\x02 \x03(\x0b\x32\x14.blockrag.v1.Passage\x12&\n\x06stages\x18\x03 \x03(\x0b\x32\x16.blockrag.v1.StageTime2\xa0\x01\n\nRagService\x12I\n\x08Generate\x12\x1c.blockrag.v1.GenerateRequest\x1a\x1d.blockrag.v1.GenerateResponse0\x01\x12G\n\x08Retrieve\x12\x1c.blockrag.v1.RetrieveRequest\x1a\x1d.blockrag.v1.RetrieveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GIVENPASSAGE']._serialized_start=64
   _globals['_GIVENPASSAGE']._serialized_end=107
   _globals['_GENERATEREQUEST']._serialized_start=110
-  _globals['_GENERATEREQUEST']._serialized_end=637
-  _globals['_GENERATERESPONSE']._serialized_start=640
-  _globals['_GENERATERESPONSE']._serialized_end=819
-  _globals['_RETRIEVED']._serialized_start=821
-  _globals['_RETRIEVED']._serialized_end=872
-  _globals['_TEXTCHUNK']._serialized_start=874
-  _globals['_TEXTCHUNK']._serialized_end=915
-  _globals['_CITATION']._serialized_start=918
-  _globals['_CITATION']._serialized_end=1102
-  _globals['_COMPLETION']._serialized_start=1105
-  _globals['_COMPLETION']._serialized_end=1444
-  _globals['_RETRIEVEREQUEST']._serialized_start=1447
-  _globals['_RETRIEVEREQUEST']._serialized_end=1577
-  _globals['_RETRIEVERESPONSE']._serialized_start=1579
-  _globals['_RETRIEVERESPONSE']._serialized_end=1697
-  _globals['_RAGSERVICE']._serialized_start=1700
-  _globals['_RAGSERVICE']._serialized_end=1860
+  _globals['_GENERATEREQUEST']._serialized_end=693
+  _globals['_GENERATERESPONSE']._serialized_start=696
+  _globals['_GENERATERESPONSE']._serialized_end=875
+  _globals['_RETRIEVED']._serialized_start=877
+  _globals['_RETRIEVED']._serialized_end=928
+  _globals['_TEXTCHUNK']._serialized_start=930
+  _globals['_TEXTCHUNK']._serialized_end=971
+  _globals['_CITATION']._serialized_start=974
+  _globals['_CITATION']._serialized_end=1203
+  _globals['_COMPLETION']._serialized_start=1206
+  _globals['_COMPLETION']._serialized_end=1545
+  _globals['_RETRIEVEREQUEST']._serialized_start=1548
+  _globals['_RETRIEVEREQUEST']._serialized_end=1678
+  _globals['_RETRIEVERESPONSE']._serialized_start=1680
+  _globals['_RETRIEVERESPONSE']._serialized_end=1798
+  _globals['_RAGSERVICE']._serialized_start=1801
+  _globals['_RAGSERVICE']._serialized_end=1961
 # @@protoc_insertion_point(module_scope)

@@ -16,7 +16,7 @@ class GivenPassage(_message.Message):
     def __init__(self, title: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("question", "collection", "top_k", "filter", "attention_mode", "max_tokens", "temperature", "top_p", "seed", "stop", "timeout_ms", "max_context_tokens", "passages", "compression")
+    __slots__ = ("question", "collection", "top_k", "filter", "attention_mode", "max_tokens", "temperature", "top_p", "seed", "stop", "timeout_ms", "max_context_tokens", "passages", "compression", "turns", "instructions")
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,8 @@ class GenerateRequest(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
     question: str
     collection: str
     top_k: int
@@ -45,7 +47,9 @@ class GenerateRequest(_message.Message):
     max_context_tokens: int
     passages: _containers.RepeatedCompositeFieldContainer[GivenPassage]
     compression: _common_pb2.Compression
-    def __init__(self, question: _Optional[str] = ..., collection: _Optional[str] = ..., top_k: _Optional[int] = ..., filter: _Optional[_Iterable[_Union[_common_pb2.MetadataCondition, _Mapping]]] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_ms: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., passages: _Optional[_Iterable[_Union[GivenPassage, _Mapping]]] = ..., compression: _Optional[_Union[_common_pb2.Compression, _Mapping]] = ...) -> None: ...
+    turns: _containers.RepeatedCompositeFieldContainer[_common_pb2.Turn]
+    instructions: str
+    def __init__(self, question: _Optional[str] = ..., collection: _Optional[str] = ..., top_k: _Optional[int] = ..., filter: _Optional[_Iterable[_Union[_common_pb2.MetadataCondition, _Mapping]]] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_ms: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., passages: _Optional[_Iterable[_Union[GivenPassage, _Mapping]]] = ..., compression: _Optional[_Union[_common_pb2.Compression, _Mapping]] = ..., turns: _Optional[_Iterable[_Union[_common_pb2.Turn, _Mapping]]] = ..., instructions: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "retrieved", "text", "completion")
@@ -74,7 +78,7 @@ class TextChunk(_message.Message):
     def __init__(self, text: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Citation(_message.Message):
-    __slots__ = ("index", "passage_id", "document_id", "title", "chunks", "tokens", "in_prompt", "dropped_reason")
+    __slots__ = ("index", "passage_id", "document_id", "title", "chunks", "tokens", "in_prompt", "dropped_reason", "also_in")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +87,7 @@ class Citation(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     IN_PROMPT_FIELD_NUMBER: _ClassVar[int]
     DROPPED_REASON_FIELD_NUMBER: _ClassVar[int]
+    ALSO_IN_FIELD_NUMBER: _ClassVar[int]
     index: int
     passage_id: str
     document_id: str
@@ -91,7 +96,8 @@ class Citation(_message.Message):
     tokens: int
     in_prompt: bool
     dropped_reason: str
-    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., title: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.ChunkDecision, _Mapping]]] = ..., tokens: _Optional[int] = ..., in_prompt: _Optional[bool] = ..., dropped_reason: _Optional[str] = ...) -> None: ...
+    also_in: _containers.RepeatedCompositeFieldContainer[_common_pb2.PassageHolder]
+    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., title: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.ChunkDecision, _Mapping]]] = ..., tokens: _Optional[int] = ..., in_prompt: _Optional[bool] = ..., dropped_reason: _Optional[str] = ..., also_in: _Optional[_Iterable[_Union[_common_pb2.PassageHolder, _Mapping]]] = ...) -> None: ...
 
 class Completion(_message.Message):
     __slots__ = ("answer", "citations", "usage", "stages", "finish_reason", "time_to_first_token_ms", "seed", "bundle_fingerprint", "attention_mode", "trace_id")

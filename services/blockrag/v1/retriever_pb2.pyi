@@ -29,14 +29,16 @@ class SearchResponse(_message.Message):
     def __init__(self, passages: _Optional[_Iterable[_Union[_common_pb2.Passage, _Mapping]]] = ...) -> None: ...
 
 class AddPassagesRequest(_message.Message):
-    __slots__ = ("context", "collection", "passages")
+    __slots__ = ("context", "collection", "passages", "language")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     context: _common_pb2.RequestContext
     collection: str
     passages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Passage]
-    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., collection: _Optional[str] = ..., passages: _Optional[_Iterable[_Union[_common_pb2.Passage, _Mapping]]] = ...) -> None: ...
+    language: str
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., collection: _Optional[str] = ..., passages: _Optional[_Iterable[_Union[_common_pb2.Passage, _Mapping]]] = ..., language: _Optional[str] = ...) -> None: ...
 
 class AddPassagesResponse(_message.Message):
     __slots__ = ("added",)
@@ -45,7 +47,7 @@ class AddPassagesResponse(_message.Message):
     def __init__(self, added: _Optional[int] = ...) -> None: ...
 
 class CommitDocumentRequest(_message.Message):
-    __slots__ = ("context", "collection", "document_id", "version", "title", "metadata", "passages")
+    __slots__ = ("context", "collection", "document_id", "version", "title", "metadata", "passages", "source")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +55,7 @@ class CommitDocumentRequest(_message.Message):
     TITLE_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     context: _common_pb2.RequestContext
     collection: str
     document_id: str
@@ -60,7 +63,8 @@ class CommitDocumentRequest(_message.Message):
     title: str
     metadata: _struct_pb2.Struct
     passages: int
-    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., collection: _Optional[str] = ..., document_id: _Optional[str] = ..., version: _Optional[str] = ..., title: _Optional[str] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., passages: _Optional[int] = ...) -> None: ...
+    source: str
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., collection: _Optional[str] = ..., document_id: _Optional[str] = ..., version: _Optional[str] = ..., title: _Optional[str] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., passages: _Optional[int] = ..., source: _Optional[str] = ...) -> None: ...
 
 class CommitDocumentResponse(_message.Message):
     __slots__ = ("replaced_version",)
@@ -115,18 +119,20 @@ class ScanDocumentsRequest(_message.Message):
     def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., collection: _Optional[str] = ..., after_document_id: _Optional[str] = ..., limit: _Optional[int] = ..., document_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StoredDocument(_message.Message):
-    __slots__ = ("document_id", "version", "title", "passages", "metadata")
+    __slots__ = ("document_id", "version", "title", "passages", "metadata", "source")
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TITLE_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     document_id: str
     version: str
     title: str
     passages: int
     metadata: _struct_pb2.Struct
-    def __init__(self, document_id: _Optional[str] = ..., version: _Optional[str] = ..., title: _Optional[str] = ..., passages: _Optional[int] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+    source: str
+    def __init__(self, document_id: _Optional[str] = ..., version: _Optional[str] = ..., title: _Optional[str] = ..., passages: _Optional[int] = ..., metadata: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., source: _Optional[str] = ...) -> None: ...
 
 class ScanDocumentsResponse(_message.Message):
     __slots__ = ("documents", "total_documents")
@@ -159,14 +165,16 @@ class ScanCollectionsRequest(_message.Message):
     def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ...) -> None: ...
 
 class StoredCollection(_message.Message):
-    __slots__ = ("name", "documents", "passages")
+    __slots__ = ("name", "documents", "passages", "language")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     name: str
     documents: int
     passages: int
-    def __init__(self, name: _Optional[str] = ..., documents: _Optional[int] = ..., passages: _Optional[int] = ...) -> None: ...
+    language: str
+    def __init__(self, name: _Optional[str] = ..., documents: _Optional[int] = ..., passages: _Optional[int] = ..., language: _Optional[str] = ...) -> None: ...
 
 class ScanCollectionsResponse(_message.Message):
     __slots__ = ("collections",)

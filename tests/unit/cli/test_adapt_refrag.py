@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from blockrag.cli.main import app
 from blockrag.modeling.bundle import load_bundle
@@ -14,21 +14,31 @@ from tests.unit.training.refrag.conftest import write_texts
 
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> list[str]:
-    """Of a short stage, without bundle, stage and out."""
+def files(tmp_path: Path) -> tuple[str, str]:
+    """Options with texts and with question rows."""
     texts = write_texts(tmp_path / "texts.jsonl")
     rows = write_rows(tmp_path / "rows.jsonl", colour_rows(40))
-    given = f"--text {texts} --data {rows} --steps 1 --tokens-per-step 400 --max-passages 2 --dev-samples 2"
-    return ["adapt", "refrag", *given.split()]
+    return f"--text {texts}", f"--data {rows}"
 
 
-def test_every_stage_in_turn(tmp_path: Path, arguments: list[str]) -> None:
-    bundle = make_tiny_bundle(tmp_path / "base", max_position_embeddings=1024)
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_tiny_bundle(tmp_path / "base", max_position_embeddings=1024)
+
+
+def run(stage: str, *given: object) -> Result:
+    common = f"{stage} --steps 1 --max-passages 2 --dev-samples 2"
+    common += "" if stage == "policy" else " --tokens-per-step 400"
+    return CliRunner().invoke(app, ["adapt", "refrag", *common.split(), *" ".join(map(str, given)).split()])
+
+
+def test_every_stage_in_turn(tmp_path: Path, base: Path, files: tuple[str, str]) -> None:
+    bundle = base
     for stage in ("reconstruction", "pretrain", "mixed", "tune", "policy"):
         out = tmp_path / stage
-        chosen = ["-k", "4"] if stage == "reconstruction" else []
-        given = ["--bundle", str(bundle), "--stage", stage, "--out", str(out), *chosen]
-        result = CliRunner().invoke(app, [*arguments, *given, "--json"])
+        chosen = ["-k 4"] if stage == "reconstruction" else []
+        data = files if stage in ("tune", "policy") else files[:1]
+        result = run(stage, *data, "--bundle", bundle, "--out", out, *chosen, "--json")
 
         assert result.exit_code == 0, result.output
         lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -42,42 +52,59 @@ def test_every_stage_in_turn(tmp_path: Path, arguments: list[str]) -> None:
     assert list(made.refrag.policies) == ["query"]
 
 
-def test_text_shows_what_was_measured_and_the_next_step(tmp_path: Path, arguments: list[str]) -> None:
-    base = make_tiny_bundle(tmp_path / "base", max_position_embeddings=1024)
-    given = ["--bundle", str(base), "--stage", "pretrain", "--out", str(tmp_path / "made"), "-k", "4"]
-    result = CliRunner().invoke(app, [*arguments, *given])
+def test_text_shows_what_was_measured_and_the_next_step(tmp_path: Path, base: Path, files: tuple[str, str]) -> None:
+    result = run("pretrain", files[0], "--bundle", base, "--out", tmp_path / "made", "-k 4")
 
     assert result.exit_code == 0, result.output
     assert "held out, text, compressed" in result.output
     assert "blockrag bundle verify" in result.stdout
 
 
-def test_errors_are_one_line(tmp_path: Path, arguments: list[str]) -> None:
-    base = make_tiny_bundle(tmp_path / "base", max_position_embeddings=1024)
-    for given, problem in (
-        (["--stage", "pretrain", "--workers", "2"], "optimizer 'muon': several workers"),
-        (["--stage", "pretrain", "--workers", "0"], "workers 0: must be at least 1"),
-        (["--stage", "policy", "--workers", "2"], "has no chunk compression"),
-        (["--stage", "pretrain", "-k", "999"], "chunk_tokens 999: longer than a passage"),
-        (["--stage", "pretrain", "--minutes", "1"], "exactly one of minutes and steps"),
-    ):
-        result = CliRunner().invoke(app, [*arguments, "--bundle", str(base), "--out", str(tmp_path / "made"), *given])
-        assert result.exit_code == 1, result.output
-        assert problem in " ".join(result.output.split())
-        assert "Traceback" not in result.output
+@pytest.mark.parametrize(
+    ("stage", "given", "problem"),
+    [
+        ("pretrain", "--workers 2", "optimizer 'muon': several workers"),
+        ("pretrain", "--workers 0", "workers 0: must be at least 1"),
+        ("policy", "--workers 2", "has no chunk compression"),
+        ("pretrain", "-k 999", "chunk_tokens 999: longer than a passage"),
+        ("pretrain", "--minutes 1", "exactly one of minutes and steps"),
+        ("policy", "--draws 1", "at least two draws"),
+    ],
+)
+def test_errors_are_one_line(
+    tmp_path: Path, base: Path, files: tuple[str, str], stage: str, given: str, problem: str
+) -> None:
+    result = run(stage, files[0], "--bundle", base, "--out", tmp_path / "made", given)
+    assert result.exit_code == 1, result.output
+    assert problem in " ".join(result.output.split())
+    assert "Traceback" not in result.output
 
 
-def test_a_frozen_decoder_and_a_policy_that_goes_on(tmp_path: Path, arguments: list[str]) -> None:
-    base = make_tiny_bundle(tmp_path / "base", max_position_embeddings=1024)
+@pytest.mark.parametrize(
+    ("stage", "option"),
+    [
+        ("reconstruction", "--full-share 0.5"),
+        ("pretrain", "--no-curriculum"),
+        ("pretrain", "--data rows.jsonl"),
+        ("mixed", "--text-share 0.5"),
+        ("tune", "--policy blind"),
+        ("policy", "--tokens-per-step 300"),
+    ],
+)
+def test_an_option_of_another_stage_is_refused(tmp_path: Path, stage: str, option: str) -> None:
+    result = run(stage, "--out", tmp_path / "made", option)
+    assert result.exit_code == 2
+    assert "No such option" in result.output and option.split()[0] in result.output
 
-    def run(bundle: Path, out: str, *given: str) -> Path:
-        made = tmp_path / out
-        result = CliRunner().invoke(app, [*arguments, "--bundle", str(bundle), "--out", str(made), *given])
+
+def test_a_frozen_decoder_and_a_policy_that_goes_on(tmp_path: Path, base: Path, files: tuple[str, str]) -> None:
+    def make(stage: str, bundle: Path, out: str, *given: str) -> Path:
+        result = run(stage, files[0], "--bundle", bundle, "--out", tmp_path / out, *given)
         assert result.exit_code == 0, result.output
-        return made
+        return tmp_path / out
 
     learnt = ["--freeze-decoder", "--distillation", "0.5", "--targets", "2", "--compressed-share", "0.6", "-k", "4"]
-    made = run(base, "mixed", "--stage", "mixed", *learnt)
+    made = make("mixed", base, "mixed", *learnt)
     record = load_bundle(made).refrag
     assert record is not None
     stage = record.training[-1]
@@ -85,9 +112,9 @@ def test_a_frozen_decoder_and_a_policy_that_goes_on(tmp_path: Path, arguments: l
         *(False, 0.5, 2, 0.6),
     )
     assert load_bundle(made).fingerprint == load_bundle(base).fingerprint
-    policy = ["--stage", "policy", "--policy", "blind", "--policy-width", "32", "--text-share", "1.0"]
-    first = run(made, "first", *policy, "--draws", "3", "--text-reward", "divergence", "--imitation", "0")
-    second = run(made, "second", *policy, "--start-from", str(first / "policy-blind.safetensors"))
+    policy = ["--policy", "blind", "--policy-width", "32", "--text-share", "1.0"]
+    first = make("policy", made, "first", *policy, "--draws", "3", "--text-reward", "divergence", "--imitation", "0")
+    second = make("policy", made, "second", *policy, "--start-from", str(first / "policy-blind.safetensors"))
     records = [load_bundle(bundle).refrag for bundle in (first, second)]
     assert records[0] is not None and records[1] is not None
     recipes = [found.policies["blind"].facts["recipe"] for found in records if found is not None]

@@ -51,7 +51,7 @@ def test_every_command_can_print_json(path: tuple[str, ...]) -> None:
         (["ask", "What?", "--target", "127.0.0.1:1", "--policy", "query"], "needs one of rate"),
         (["ingest"], "give files or directories, or --almanac"),
         (["ingest", "/no/such/file"], "does not exist"),
-        (["delete"], "give documents, or --all"),
+        (["delete"], "give documents, or --source, or --all"),
         (["bundle", "show", "/no/such/bundle"], "no such directory"),
         (["up", "--settings", "/no/such/settings.yaml"], "settings.yaml"),
     ],

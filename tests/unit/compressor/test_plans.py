@@ -27,6 +27,7 @@ from blockrag.compressor.tokenizing import PassageTokenizer
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.encoder.forms import FormEncoder
 from blockrag.errors import InvalidRequestError, PromptTooLongError
+from blockrag.gateway.planning import decode_request
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.messages import FetchedBlock
 from blockrag.modeling.bundle import Bundle, load_bundle
@@ -42,6 +43,8 @@ from blockrag.v1.common_pb2 import (
     Compression,
     Passage,
     RequestContext,
+    Sampling,
+    Turn,
 )
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
 from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
@@ -145,6 +148,24 @@ async def test_without_compression_nothing_is_asked_of_the_cache(planner: Planne
     assert not any(chunk.text for passage in plan.passages for chunk in passage.chunks)
     assert plan.chunk_tokens == CHUNK
     assert await planner.plan(request(Compression())) == plan
+
+
+async def test_what_was_said_before_is_a_block_for_each_turn(planner: Planner, bundle: Bundle) -> None:
+    said = [Turn(question="which city", answer="the largest"), Turn(question="when", answer="in the year")]
+    alone = await planner.plan(request())
+    plan = await planner.plan(request(turns=said, instructions="be brief"))
+    tokenizer, template = bundle.load_tokenizer(), bundle.template
+    assert [list(block.token_ids) for block in plan.turns] == [
+        template.request_ids(tokenizer, "be brief"),
+        *(template.turn_ids(tokenizer, turn.question, turn.answer) for turn in said),
+    ]
+    assert (plan.final_token_ids, plan.passages) == (alone.final_token_ids, alone.passages)
+    before = sum(len(block.token_ids) for block in plan.turns)
+    assert plan.prompt_tokens == alone.prompt_tokens + before
+    decoded = decode_request(plan, Sampling(max_tokens=1), collection="c")
+    assert list(decoded.blocks[-3:]) == list(plan.turns), "between the passages and the question"
+    with pytest.raises(PromptTooLongError, match="conversation"):
+        await planner.plan(request(turns=said * 200))
 
 
 async def test_a_rate_is_reached_and_the_policy_sees_embeddings_from_the_cache(

@@ -50,6 +50,7 @@ class FakeModel:
     max_positions = 4096
     vocab_size = VOCAB
     end_token_ids = frozenset({END})
+    unused_token_ids = torch.empty(0, dtype=torch.long)
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from blockrag.decoder.engine import Engine
+from blockrag.decoder.runtime import check_engine
 from blockrag.decoder.sampling import SamplingParams
 from blockrag.decoder.scheduler import EngineLimits
 from blockrag.decoder.sequence import GenerationRequest, Sequence
@@ -350,3 +351,26 @@ def test_small_steps_take_one_thread(cost: int, threads: int) -> None:
     engine.stop()
     assert seen
     assert set(seen) == {threads}
+
+
+def test_a_step_that_does_not_return_is_seen_and_given_up() -> None:
+    bench = Bench()
+    bench.model.gate.clear()
+    bench.engine.start()
+    try:
+        check_engine(bench.engine, 0.0)
+        _, sink = bench.submit([1])
+        assert bench.model.entered.wait(10)
+        check_engine(bench.engine, 60.0)
+        wait_until(lambda: bench.engine.step_seconds > 0.01)
+        with pytest.raises(RuntimeError, match="thread failed"):
+            check_engine(bench.engine, 0.01)
+        assert sink.done.wait(10)
+        assert isinstance(sink.events[-1].error, UnavailableError)
+        with pytest.raises(UnavailableError):
+            bench.submit([1])
+        began = time.monotonic()
+        bench.engine.stop()
+        assert time.monotonic() - began < 5
+    finally:
+        bench.model.gate.set()

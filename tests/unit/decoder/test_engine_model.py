@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
@@ -97,3 +98,18 @@ import blockrag.modeling.model
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
+
+
+def test_rows_of_the_vocabulary_without_a_token_are_never_sampled() -> None:
+    """B6 of the cases: an embedding may be padded beyond the tokenizer's tokens, or have holes."""
+    stock = make_tiny_model(vocab_size=320, tie_word_embeddings=False)
+    known = set(make_tiny_tokenizer().get_vocab().values())
+    unused = set(range(320)) - known
+    with torch.no_grad():
+        stock.lm_head.weight[sorted(unused)] *= 50
+    model = SlotModel.from_pretrained_model(stock, end_token_ids=[2], unused_token_ids=unused)
+    assert model.unused_token_ids.tolist() == sorted(unused)
+    state = model.new_sequence([], 3)
+    assert int(model.forward([(state, [1, 9, 8])]).argmax()) in unused
+    for sampling in ({}, {"temperature": 1.5, "seed": 3}):
+        assert _generate(model, _full([1, 9, 8], **sampling))[0]

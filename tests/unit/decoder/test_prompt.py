@@ -108,16 +108,17 @@ def test_a_composed_prompt_has_the_slots_of_its_chunks_in_order(passages: list) 
             for (tokens, _, _), mask in zip(passages, masks, strict=True)
         )
     )
-    tiers: tuple[BlockTier, ...] = ("l1", "store", "encoded")
+    tiers: tuple[BlockTier, ...] = ("l1", "store", "disk", "encoded")
     residents = [
         _resident(request.key, request.size, place if request.form == FULL else -place)
         for place, request in enumerate(prompt.requests, start=1)
     ]
-    places = [tiers[place % 3] for place in range(len(residents))]
+    places = [tiers[place % 4] for place in range(len(residents))]
     loaded = LoadedBlocks(tuple(L1Entry(block, 0.0) for block in residents), tuple(places))
     composed = compose(prompt.parts, loaded, CHUNK)
     assert sum(piece.num_slots for piece in composed.blocks) == prompt.composed_slots
-    assert composed.l1_slots + composed.store_slots + composed.encoded_slots == prompt.composed_slots
+    counted = (composed.l1_slots, composed.store_slots, composed.disk_slots, composed.encoded_slots)
+    assert sum(counted) == prompt.composed_slots
     # Each slot's value says whose it is and which slot of it.
     found = np.concatenate([piece.slots[0, 0, 0].numpy() for piece in composed.blocks]).astype(int).tolist()
     expected, number = [], 0
@@ -136,7 +137,7 @@ def test_a_composed_prompt_has_the_slots_of_its_chunks_in_order(passages: list) 
     by_tier = dict.fromkeys(tiers, 0)
     for owner, _ in expected:
         by_tier[places[abs(owner) - 1]] += 1
-    assert (composed.l1_slots, composed.store_slots, composed.encoded_slots) == tuple(by_tier.values())
+    assert counted == tuple(by_tier.values())
 
 
 def test_without_mixtures_the_blocks_are_taken_as_they_are() -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
+from blockrag.services import SERVICES
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 CLUSTER = REPOSITORY / "cluster"
 KUBERNETES = REPOSITORY / "k8s"
 SERVE_CONFIGS = ("local", "gpu-node", "cluster")
-SERVICES = ("encoder", "kv_cache", "retriever", "compressor", "decoder", "gateway")
+NAMES = tuple(service.name for service in SERVICES)
 
 
 def serve_config(name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from ray.serve._private.build_app import build_app
 
 from blockrag.settings import load_settings
-from tests.unit.deploy.files import CLUSTER, KUBERNETES, SERVICES, of_kind, read_yaml, rendered
+from tests.unit.deploy.files import CLUSTER, KUBERNETES, NAMES, of_kind, read_yaml, rendered
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Supply:
 
 
 def demands(settings_file: Path) -> Iterator[Demand]:
-    """Every deployment of the six applications, as their ``build`` makes them."""
-    for service in SERVICES:
+    """Every deployment of the applications, as their ``build`` makes them."""
+    for service in NAMES:
         application = importlib.import_module(f"blockrag.{service}.deployment").build(
             {"settings_file": str(settings_file)}
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import LoggingConfig, ServeDeploySchema
 
 from blockrag.errors import SettingsError
-from blockrag.gateway.servicers import GRPC_SERVICER_FUNCTIONS
+from blockrag.services import GRPC_SERVICER_FUNCTION, with_applications
 from blockrag.settings import Settings, load_settings
-from tests.unit.deploy.files import CLUSTER, REPOSITORY, SERVE_CONFIGS, SERVICES, read_yaml, serve_config
+from tests.unit.deploy.files import CLUSTER, KUBERNETES, NAMES, REPOSITORY, SERVE_CONFIGS, read_yaml, serve_config
 
 
 def unknown_keys(model: type[BaseModel], data: dict[str, Any], where: str = "") -> list[str]:
@@ -53,7 +54,17 @@ def test_serve_accepts_it_and_knows_every_key(name: str) -> None:
 
     assert unknown_keys(ServeDeploySchema, config) == []
     assert unknown_keys(LoggingConfig, config["logging_config"]) == []
-    assert [application.name for application in parsed.applications] == list(SERVICES)
+    assert [application.name for application in parsed.applications] == list(NAMES)
+
+
+@pytest.mark.parametrize(
+    "path", [*(CLUSTER / f"{name}.yaml" for name in SERVE_CONFIGS), KUBERNETES / "base" / "rayservice.yaml"], ids=str
+)
+def test_the_registry_writes_its_applications(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+
+    assert with_applications(text) == text
+    assert with_applications(text.replace("- name: decoder", "- name: forgotten")) == text
 
 
 def test_a_misspelled_key_is_found() -> None:
@@ -86,7 +97,7 @@ def test_the_settings_file_of_a_single_machine_is_in_the_repository(name: str) -
 def test_grpc_serves_every_service(name: str) -> None:
     functions = serve_config(name)["grpc_options"]["grpc_servicer_functions"]
 
-    assert functions == list(GRPC_SERVICER_FUNCTIONS)
+    assert functions == [GRPC_SERVICER_FUNCTION]
     for function in functions:
         module, attribute = function.rsplit(".", 1)
         assert callable(getattr(importlib.import_module(module), attribute))

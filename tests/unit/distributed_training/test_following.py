@@ -4,18 +4,18 @@ import threading
 from pathlib import Path
 
 from blockrag.distributed_training.following import MetricsFollower
-from blockrag.training.adaptation.metrics import DevScores, MetricsLog, StepMetrics
+from blockrag.training.adaptation.metrics import MetricsLog, StepMetrics
 from blockrag.training.adaptation.run import METRICS
 
-SCORES = DevScores(block_loss=1.5, full_loss=1.25, block_exact=0.5, full_exact=0.75)
+SCORES = {"block": {"nats": 1.5, "exact": 0.5}, "full": {"nats": 1.25, "exact": 0.75}}
 
 
 def metrics(step: int, **values: object) -> StepMetrics:
-    return StepMetrics(step=step, steps=9, block_loss=2.0, tokens=10 * step, **values)  # type: ignore[arg-type]
+    return StepMetrics(step=step, fraction=step / 10, losses={"block": 2.0}, tokens=10 * step, **values)  # type: ignore[arg-type]
 
 
 def write(folder: Path, *steps: StepMetrics) -> None:
-    log = MetricsLog(folder, tensorboard=False)
+    log = MetricsLog(folder)
     for step in steps:
         log.write(step)
     log.close()
@@ -23,18 +23,18 @@ def write(folder: Path, *steps: StepMetrics) -> None:
 
 def test_each_line_is_handed_on_once_and_whole(tmp_path: Path) -> None:
     seen: list[StepMetrics] = []
-    follower = MetricsFollower(tmp_path, seen.append, StepMetrics.from_dict)
+    follower = MetricsFollower(tmp_path, seen.append)
     follower.poll()
-    write(tmp_path, metrics(0, dev=SCORES), metrics(1, too_long={"rows:3": 700}))
+    write(tmp_path, metrics(0, dev=SCORES), metrics(1, left_out={"rows:3": 700}))
     with (tmp_path / METRICS).open("a", encoding="utf-8") as file:
-        file.write('{"step": 2, "ste')
+        file.write('{"step": 2, "fra')
     follower.poll()
     follower.poll()
 
-    assert seen == [metrics(0, dev=SCORES), metrics(1, too_long={"rows:3": 700})]
+    assert seen == [metrics(0, dev=SCORES), metrics(1, left_out={"rows:3": 700})]
 
     with (tmp_path / METRICS).open("a", encoding="utf-8") as file:
-        file.write('ps": 9, "block_loss": 2.0, "tokens": 20}\n')
+        file.write('ction": 0.2, "losses": {"block": 2.0}, "tokens": 20}\n')
     follower.poll()
 
     assert seen[2:] == [metrics(2)]
@@ -43,7 +43,7 @@ def test_each_line_is_handed_on_once_and_whole(tmp_path: Path) -> None:
 def test_what_stood_there_before_is_passed_over_and_repeated_steps_too(tmp_path: Path) -> None:
     write(tmp_path, metrics(0), metrics(1), metrics(2))
     seen: list[StepMetrics] = []
-    follower = MetricsFollower(tmp_path, seen.append, StepMetrics.from_dict)
+    follower = MetricsFollower(tmp_path, seen.append)
 
     (tmp_path / METRICS).unlink()  # a worker that starts again cuts what came after its checkpoint
     write(tmp_path, metrics(0), metrics(1))
@@ -57,7 +57,7 @@ def test_what_stood_there_before_is_passed_over_and_repeated_steps_too(tmp_path:
 def test_following_ends_with_what_came_last(tmp_path: Path) -> None:
     seen: list[StepMetrics] = []
     finished = threading.Event()
-    follower = MetricsFollower(tmp_path, seen.append, StepMetrics.from_dict)
+    follower = MetricsFollower(tmp_path, seen.append)
     finished.set()
     write(tmp_path, metrics(0))
 

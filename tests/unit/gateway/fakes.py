@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 from blockrag.compressor.compression import CompressionRequest
+from blockrag.gateway.corpus import Prepare
+from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, prepare_documents
+from blockrag.ingest.splitting import PassageSplitter
 from blockrag.v1 import compressor_pb2, decoder_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.common_pb2 import (
     CHUNK_FORM_DROPPED,
     CHUNK_FORM_EXPANDED,
     FINISH_REASON_END,
     ChunkDecision,
+    FinishReason,
     Passage,
     StageTime,
     Usage,
@@ -90,6 +96,7 @@ class FakeDecoder:
     failures: list[tuple[int, Exception]] = field(default_factory=list)
     delay: Callable[[], Awaitable[None]] = nothing
     finish: bool = True
+    reason: FinishReason = FINISH_REASON_END
     requests: list[decoder_pb2.DecodeRequest] = field(default_factory=list)
     closed: int = 0
     """Streams that ended before their finish."""
@@ -111,7 +118,7 @@ class FakeDecoder:
                 stages = [StageTime(stage="prefill", milliseconds=3.0), StageTime(stage="decode", milliseconds=5.0)]
                 complete = True
                 yield decoder_pb2.DecodeResponse(
-                    finish=decoder_pb2.DecodeFinish(reason=FINISH_REASON_END, usage=usage, stages=stages)
+                    finish=decoder_pb2.DecodeFinish(reason=self.reason, usage=usage, stages=stages)
                 )
         finally:
             self.closed += not complete
@@ -183,6 +190,7 @@ class FakeIndex:
             title=request.title,
             passages=request.passages,
             metadata=request.metadata,
+            source=request.source,
         )
         return retriever_pb2.CommitDocumentResponse(replaced_version=old.version if old else "")
 
@@ -243,3 +251,14 @@ class FakeTokenizer:
                 token_ids=[ord(character) for character in passage.text],
             )
         return response
+
+
+def preparing(splitter: PassageSplitter) -> Prepare:
+    """Parses and splits in this process; the gateway has it done by others."""
+
+    @asynccontextmanager
+    async def prepare(spool: BinaryIO, source: SourceDocument) -> AsyncIterator[Iterator[PreparedDocument]]:
+        with prepare_documents(spool, source, splitter) as prepared:
+            yield prepared
+
+    return prepare

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
+from pathlib import Path
 
 import pytest
 from google.protobuf.struct_pb2 import Struct
 
-from blockrag.errors import InvalidRequestError
+from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
 from blockrag.gateway.corpus import Corpus
-from blockrag.ingest import PassageSplitter, prepare_documents
+from blockrag.gateway.validation import check_header
+from blockrag.ingest.splitting import PassageSplitter
 from blockrag.v1 import corpus_pb2
 from blockrag.v1.common_pb2 import RequestContext
 from blockrag.v1.corpus_pb2 import (
@@ -22,8 +23,9 @@ from blockrag.v1.corpus_pb2 import (
 )
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 
-from .fakes import FakeCache, FakeIndex
+from .fakes import FakeCache, FakeIndex, preparing
 
+CASES = Path(__file__).resolve().parents[2] / "data" / "cases"
 CONTEXT = RequestContext(request_id="r1", tenant="acme")
 LONG = " ".join(f"This is sentence number {number} of a long document." for number in range(200))
 
@@ -35,7 +37,7 @@ def splitter() -> PassageSplitter:
 
 @pytest.fixture
 def corpus(splitter: PassageSplitter) -> Corpus:
-    return Corpus(FakeIndex(), FakeCache(), functools.partial(prepare_documents, splitter=splitter), 8)
+    return Corpus(FakeIndex(), FakeCache(), preparing(splitter), 8)
 
 
 def parts(corpus: Corpus) -> tuple[FakeIndex, FakeCache]:
@@ -171,6 +173,8 @@ async def test_listing_pages_through_everything_once(corpus: Corpus) -> None:
             break
     assert seen == [f"d{number}.txt" for number in range(7)]
     assert pages == 3
+    named = await corpus.list_documents("default", 3, "", CONTEXT, ["d6.txt", "none.txt"])
+    assert ([document.document_id for document in named.documents], named.next_page_token) == (["d6.txt"], "")
     with pytest.raises(InvalidRequestError, match="another collection"):
         token = (await corpus.list_documents("default", 3, "", CONTEXT)).next_page_token
         await corpus.list_documents("other", 3, token, CONTEXT)
@@ -186,3 +190,84 @@ async def test_a_page_token_of_somebody_elses_is_refused(corpus: Corpus, token: 
 async def test_collections_are_listed(corpus: Corpus) -> None:
     await ingest(corpus, "One.")
     assert [item.name for item in (await corpus.list_collections(CONTEXT)).collections] == ["default"]
+
+
+async def test_a_dry_run_says_what_an_ingest_would_do_and_does_nothing(corpus: Corpus) -> None:
+    """Row C13."""
+    index, cache = parts(corpus)
+
+    async def dry(text: str) -> corpus_pb2.IngestedDocument:
+        header = DocumentHeader(collection="default", document_id="a.txt", dry_run=True)
+        (document,) = (await corpus.ingest(header, io.BytesIO(text.encode()), CONTEXT)).documents
+        return document
+
+    planned = await dry(LONG)
+    assert (planned.outcome, index.documents, index.staged) == (INGEST_OUTCOME_CREATED, {}, {})
+    header = DocumentHeader(collection="default", document_id="a.txt")
+    (stored,) = (await corpus.ingest(header, io.BytesIO(LONG.encode()), CONTEXT)).documents
+    assert (stored.version, stored.passages) == (planned.version, planned.passages)
+    assert (await dry(LONG)).outcome == INGEST_OUTCOME_UNCHANGED
+    assert (await dry("Other.")).outcome == INGEST_OUTCOME_REPLACED
+    assert index.documents[("default", "a.txt")].version == stored.version
+    assert cache.purged == []
+
+
+async def test_documents_are_deleted_by_their_source(corpus: Corpus) -> None:
+    """Row C13: what came from a file goes, with its KV; what came from elsewhere stays."""
+    index, cache = parts(corpus)
+    rows = (CASES / "rows-v1.jsonl").read_bytes()
+    await corpus.ingest(DocumentHeader(collection="default", document_id="rows.jsonl"), io.BytesIO(rows), CONTEXT)
+    named = DocumentHeader(collection="default", document_id="r3.txt", source="by hand")
+    await corpus.ingest(named, io.BytesIO(b"Water is free."), CONTEXT)
+    page = await corpus.list_documents("default", 10, "", CONTEXT)
+    assert [item.source for item in page.documents] == ["rows.jsonl", "rows.jsonl", "by hand"]
+
+    removed = await corpus.delete_source("default", "rows.jsonl", CONTEXT)
+    assert (list(removed.document_ids), removed.passages) == (["r1", "r2"], 2)
+    assert set(index.documents) == {("default", "r3.txt")}
+    assert {document_id for _, document_id in cache.purged} == {"r1", "r2"}
+    with pytest.raises(NotFoundError, match=r"came from 'rows\.jsonl'"):
+        await corpus.delete_source("default", "rows.jsonl", CONTEXT)
+
+
+async def test_another_source_is_another_version(corpus: Corpus) -> None:
+    outcomes = []
+    for source in ("one", "one", "two", ""):
+        header = DocumentHeader(collection="default", document_id="a.txt", source=source)
+        (document,) = (await corpus.ingest(header, io.BytesIO(b"Text."), CONTEXT)).documents
+        outcomes.append(document.outcome)
+    created, unchanged, replaced = INGEST_OUTCOME_CREATED, INGEST_OUTCOME_UNCHANGED, INGEST_OUTCOME_REPLACED
+    assert outcomes == [created, unchanged, replaced, replaced]
+
+
+@pytest.mark.parametrize(("key", "number"), [("price", float("nan")), ("ticket", 1234567890123456789.0)])
+async def test_numbers_that_cannot_be_kept_are_refused_by_their_key(corpus: Corpus, key: str, number: float) -> None:
+    """Rows A7 and B4, over gRPC."""
+    metadata = Struct()
+    metadata.update({key: number})
+    header = DocumentHeader(collection="default", document_id="a.txt", metadata=metadata)
+    with pytest.raises(InvalidRequestError, match=f"'{key}'") as refused:
+        check_header(header)
+    assert refused.value.field == "metadata"
+    with pytest.raises(InvalidRequestError, match=f"'{key}'"):
+        await corpus.ingest(header, io.BytesIO(b"text"), CONTEXT)
+
+
+async def test_big_integers_of_a_jsonl_file_are_refused_before_anything_is_stored(corpus: Corpus) -> None:
+    """Row A7."""
+    index, _ = parts(corpus)
+    content = (CASES / "big-integers.jsonl").read_bytes()
+    with pytest.raises(InvalidRequestError, match=r"line 1.*'ticket'"):
+        await corpus.ingest(DocumentHeader(collection="d", document_id="x.jsonl"), io.BytesIO(content), CONTEXT)
+    assert index.staged == {}
+
+
+async def test_an_ingest_that_a_removal_disturbed_may_be_sent_again(corpus: Corpus) -> None:
+    """Row A1: to the client it is no mistake of its own."""
+
+    async def too_few(request: object) -> object:
+        raise InvalidRequestError("passages", "only 0 of 1 passages are staged")
+
+    corpus.index.commit_document = too_few  # type: ignore[method-assign,assignment]
+    with pytest.raises(UnavailableError, match="send it again"):
+        await ingest(corpus, "Text.")

@@ -6,10 +6,10 @@ from blockrag.access import THE_SYSTEM, Caller
 from blockrag.errors import UnavailableError
 from blockrag.gateway.describing import Describing
 from blockrag.settings import GatewaySettings
-from blockrag.v1 import decoder_pb2, encoder_pb2, kv_cache_pb2, retriever_pb2
+from blockrag.v1 import compressor_pb2, decoder_pb2, encoder_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.system_pb2 import DescribeResponse
 
-from .fakes import FakeTokenizer, forever
+from .fakes import forever
 
 
 class Retriever:
@@ -41,6 +41,11 @@ class Decoder:
         return decoder_pb2.GetDecoderStatusResponse(bundle_fingerprint=self._fingerprint, max_positions=4096)
 
 
+class Compressor:
+    async def status(self) -> compressor_pb2.TokenizePassagesResponse:
+        return compressor_pb2.TokenizePassagesResponse()
+
+
 class SharedCache:
     async def status(self) -> kv_cache_pb2.GetKvCacheStatusResponse:
         rows = [kv_cache_pb2.TenantUsage(tenant=name, blocks=3) for name in ("acme", "umbrella")]
@@ -51,11 +56,13 @@ async def describe(
     cache: BrokenCache | SilentCache | SharedCache, decoder: Decoder | None = None, caller: Caller = THE_SYSTEM
 ) -> DescribeResponse:
     describing = Describing(
-        retriever=Retriever(),
-        encoder=Encoder(),
-        kv_cache=cache,
-        compressor=FakeTokenizer(),
-        decoder=decoder or Decoder(),
+        {
+            "retriever": Retriever().status,
+            "encoder": Encoder().status,
+            "kv_cache": cache.status,
+            "compressor": Compressor().status,
+            "decoder": (decoder or Decoder()).status,
+        },
         limits=GatewaySettings(max_document_mb=3),
         bundle_name="reader",
         bundle_fingerprint="f00d",

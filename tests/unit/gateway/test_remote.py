@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from blockrag.errors import NotFoundError, UnavailableError
-from blockrag.gateway.remote import CompressorClient, DecoderClient
-from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
+from blockrag.errors import NotFoundError, ReplicaLostError, UnavailableError
+from blockrag.gateway.remote import CompressorClient, DecoderClient, RetrieverClient
+from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse, PrepareQuestionRequest
 from blockrag.v1.decoder_pb2 import DecodeFinish, DecodeRequest, DecodeResponse
+from blockrag.v1.retriever_pb2 import RemoveDocumentRequest, RemoveDocumentResponse, SearchRequest, SearchResponse
 
 
 class Response:
@@ -88,8 +89,8 @@ async def test_an_application_that_is_not_there_yet_is_asked_for_again() -> None
 
     compressor = CompressorClient(find)
     with pytest.raises(UnavailableError, match="compressor"):
-        await compressor.plan(PlanRequest())
-    await compressor.plan(PlanRequest())
+        await compressor.prepare_question(PrepareQuestionRequest())
+    await compressor.prepare_question(PrepareQuestionRequest())
 
 
 async def test_errors_come_as_they_are() -> None:
@@ -97,6 +98,38 @@ async def test_errors_come_as_they_are() -> None:
         await CompressorClient(lambda _: Handle(NotFoundError("nothing"))).plan(PlanRequest())
     with pytest.raises(ZeroDivisionError):
         await CompressorClient(lambda _: Handle(ZeroDivisionError())).plan(PlanRequest())
+
+
+class Failing(Handle):
+    """A handle whose first calls find a replica that dies."""
+
+    def __init__(self, result: Any, lost: int) -> None:
+        super().__init__(result)
+        self._lost = lost
+
+    def remote(self, request: Any) -> Response:
+        result = ReplicaLostError("gone") if len(self.responses) < self._lost else self._result
+        self.responses.append(Response(result))
+        return self.responses[-1]
+
+
+async def test_what_may_happen_twice_is_asked_again_of_another_replica() -> None:
+    handle = Failing(PlanResponse(prompt_tokens=3), 2)
+    assert (await CompressorClient(lambda _: handle).plan(PlanRequest())).prompt_tokens == 3
+    searching = Failing(SearchResponse(), 2)
+    await RetrieverClient(lambda _: searching).search(SearchRequest())
+    assert len(handle.responses) == len(searching.responses) == 3
+
+
+async def test_not_for_ever_and_not_what_counts_what_it_removes() -> None:
+    handle = Failing(PlanResponse(), 100)
+    with pytest.raises(UnavailableError, match="gone"):
+        await CompressorClient(lambda _: handle).plan(PlanRequest())
+    assert len(handle.responses) == 3
+    removing = Failing(RemoveDocumentResponse(), 1)
+    with pytest.raises(UnavailableError, match="gone"):
+        await RetrieverClient(lambda _: removing).remove_document(RemoveDocumentRequest())
+    assert len(removing.responses) == 1
 
 
 async def test_a_cancelled_call_is_cancelled_there_too() -> None:

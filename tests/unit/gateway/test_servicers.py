@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,10 +13,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from blockrag.access import Access
 from blockrag.gateway.health import APPLICATION_OF_SERVICE, HealthServicer
-from blockrag.gateway.servicers import GRPC_SERVICER_FUNCTIONS, add_health_to_server, add_rag_to_server
+from blockrag.gateway.servicers import ForgivingServer, add_services_to_server
 from blockrag.grpc_status import rpc
+from blockrag.services import GRPC_SERVICER_FUNCTION
 from blockrag.settings import Settings
 from blockrag.v1 import rag_pb2, rag_pb2_grpc, system_pb2
+
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 class Rag:
@@ -34,7 +38,7 @@ class Rag:
 async def channel() -> AsyncIterator[grpc.aio.Channel]:
     serving = frozenset({"gateway", "decoder"})
     server = grpc.aio.server()
-    add_rag_to_server(Rag(), server)
+    rag_pb2_grpc.add_RagServiceServicer_to_server(Rag(), ForgivingServer(server))
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(lambda: serving), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -43,7 +47,7 @@ async def channel() -> AsyncIterator[grpc.aio.Channel]:
     await server.stop(None)
 
 
-def test_every_service_has_its_function() -> None:
+def test_every_service_of_the_protocol_is_served() -> None:
     served: set[str] = set()
 
     class Recorder:
@@ -52,13 +56,19 @@ def test_every_service_has_its_function() -> None:
         def add_registered_method_handlers(self, service_name: str, handlers: Any) -> None:
             served.add(service_name)
 
-    for name in GRPC_SERVICER_FUNCTIONS:
-        module, function = name.rsplit(".", 1)
-        getattr(importlib.import_module(module), function)(Rag.__new__(_Anything), Recorder())
-    assert served == {*APPLICATION_OF_SERVICE, "grpc.health.v1.Health"} - {""}
+    module, function = GRPC_SERVICER_FUNCTION.rsplit(".", 1)
+    getattr(importlib.import_module(module), function)(Anything(), Recorder())
+    protocol = {file.stem for file in (REPOSITORY / "protos" / "blockrag" / "v1").glob("*.proto")}
+    declared = {
+        service.full_name
+        for name in protocol
+        for service in importlib.import_module(f"blockrag.v1.{name}_pb2").DESCRIPTOR.services_by_name.values()
+    }
+    assert served == {*declared, "grpc.health.v1.Health"}
+    assert declared == set(APPLICATION_OF_SERVICE) - {""}
 
 
-class _Anything(Rag):
+class Anything:
     def __getattr__(self, name: str) -> Any:
         return lambda *_: None
 
@@ -74,7 +84,7 @@ def test_health_is_answered_by_the_server_itself() -> None:
 
         def add_registered_method_handlers(self, service_name: str, handlers: Any) -> None: ...
 
-    add_health_to_server(object(), Server())
+    add_services_to_server(Anything(), Server())
     assert passed == ["grpc.health.v1.Health"]
 
 

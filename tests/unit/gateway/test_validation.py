@@ -16,7 +16,7 @@ from blockrag.errors import InvalidRequestError
 from blockrag.gateway import validation
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2
-from blockrag.v1.common_pb2 import Compression, MetadataCondition
+from blockrag.v1.common_pb2 import Compression, MetadataCondition, Turn
 from blockrag.v1.rag_pb2 import GenerateRequest, GivenPassage, RetrieveRequest
 
 LIMITS = GatewaySettings(max_top_k=100, default_top_k=5, default_max_tokens=48, max_timeout_ms=10_000)
@@ -135,13 +135,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"passages": [GivenPassage(text="a")] * 101}, "passages"),
     ({"passages": [GivenPassage(text="a" * 60_000)] * 5}, "passages"),
     ({"passages": [GivenPassage(text="a")], "attention_mode": common_pb2.ATTENTION_MODE_NONE}, "passages"),
+    ({"turns": [Turn(question="a")] * 129}, "turns"),
+    ({"turns": [Turn(question="a" * 200_000, answer="b" * 100_000)]}, "turns"),
+    ({"turns": [Turn(question="a", answer="b"), Turn(question=" ", answer="b")]}, "turns[1].question"),
+    ({"turns": [Turn(question="a", answer="b\x00")]}, "turns[0].answer"),
+    ({"instructions": "a\x00"}, "instructions"),
     ({"filter": condition(operator=IN, values=[text("a")])}, "filter[0].key"),
     ({"filter": condition(key="a\x00", operator=IN, values=[text("a")])}, "filter[0].key"),
     ({"filter": condition(key="a", values=[text("a")])}, "filter[0].operator"),
     ({"filter": condition(key="a", operator=99, values=[text("a")])}, "filter[0].operator"),
     ({"filter": condition(key="a", operator=IN)}, "filter[0].values"),
     ({"filter": condition(key="a", operator=IN, values=[text("a")] * 257)}, "filter[0].values"),
-    ({"filter": condition(key="a", operator=IN, values=[text("a"), number(1)])}, "filter[0].values"),
+    ({"filter": condition(key="a", operator=IN, values=[number(2**60)])}, "filter[0].values[0]"),
     ({"filter": condition(key="a", operator=IN, values=[Value(null_value=0)])}, "filter[0].values"),
     ({"filter": condition(key="a", operator=IN, values=[Value()])}, "filter[0].values"),
     ({"filter": condition(key="a", operator=IN, values=[number(math.nan)])}, "filter[0].values[0]"),

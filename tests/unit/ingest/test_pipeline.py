@@ -12,17 +12,12 @@ from typing import Any
 import pytest
 
 from blockrag.errors import InvalidRequestError
-from blockrag.ingest import PassageSplitter, PreparedDocument, SourceDocument, prepare_documents
+from blockrag.ingest.pipeline import SourceDocument, prepare_documents
+from blockrag.ingest.splitting import PassageSplitter
+from tests.unit.ingest.reading import SPLITTER, prepare
 from tests.unit.ingest.tokenizers import TEMPLATE, WordTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-SPLITTER = PassageSplitter(TEMPLATE, WordTokenizer(), 32)
-
-
-def prepare(data: bytes | str, document_id: str = "a.txt", **options: Any) -> list[tuple[PreparedDocument, list[str]]]:
-    spool = io.BytesIO(data.encode() if isinstance(data, str) else data)
-    prepared = prepare_documents(spool, SourceDocument(document_id, **options), SPLITTER)
-    return [(document, list(document.passages)) for document in prepared]
 
 
 def lines(*documents: Any) -> str:
@@ -60,10 +55,10 @@ def test_the_version_is_made_of_everything_that_passages_depend_on() -> None:
         prepare("text", metadata={"a": 1}),
         prepare("text", media_type="text/markdown"),
     ]
-    changed = prepare_documents(
-        io.BytesIO(b"text"), SourceDocument("a.txt"), PassageSplitter(TEMPLATE, WordTokenizer(), 33)
-    )
-    versions = [base, next(changed).version, *(prepared[0][0].version for prepared in others)]
+    splitter = PassageSplitter(TEMPLATE, WordTokenizer(), 33)
+    with prepare_documents(io.BytesIO(b"text"), SourceDocument("a.txt"), splitter) as prepared:
+        changed = next(prepared).version
+    versions = [base, changed, *(prepared[0][0].version for prepared in others)]
 
     assert len(set(versions)) == 6
     assert prepare("text")[0][0].version == base
@@ -89,15 +84,10 @@ def test_jsonl_has_a_document_in_each_line() -> None:
 
 def test_documents_of_a_jsonl_file_may_be_skipped() -> None:
     data = lines(*({"id": str(number), "text": "some text " * 50} for number in range(5)))
-    prepared = prepare_documents(io.BytesIO(data.encode()), SourceDocument("rows.jsonl"), SPLITTER)
+    with prepare_documents(io.BytesIO(data.encode()), SourceDocument("rows.jsonl"), SPLITTER) as prepared:
+        found = [len(list(document.passages)) if int(document.document_id) % 2 else 0 for document in prepared]
 
-    assert [len(list(document.passages)) if int(document.document_id) % 2 else 0 for document in prepared] == [
-        0,
-        4,
-        0,
-        4,
-        0,
-    ]
+    assert found == [0, 4, 0, 4, 0]
 
 
 GOOD = {"id": "x", "text": "y"}
@@ -124,11 +114,8 @@ GOOD = {"id": "x", "text": "y"}
     ],
 )
 def test_a_malformed_line_is_named_before_anything_is_stored(line: str, problem: str) -> None:
-    spool = io.BytesIO((lines(GOOD) + line + "\n").encode())
-    prepared = prepare_documents(spool, SourceDocument("rows.jsonl"), SPLITTER)
-
     with pytest.raises(InvalidRequestError, match=problem) as caught:
-        next(prepared)
+        prepare(lines(GOOD) + line + "\n", "rows.jsonl")
     assert caught.value.field == "content"
     assert "line 2" in caught.value.problem
 
@@ -155,11 +142,13 @@ def test_bad_input_names_its_field(data: bytes, document_id: str, options: dict[
     assert caught.value.field == field
 
 
-# Splits 50 MB and prints how much memory that took. The words are counted by a stand-in: tokenising would take a
-# minute here, and needs no memory that grows.
+# Splits a parsed text of 50 MB and prints how much memory that took. The words are counted by a stand-in: tokenising
+# would take a minute here, and needs no memory that grows.
 MEASURE = """
 import resource, sys, tempfile
-from blockrag.ingest import PassageSplitter, SourceDocument, prepare_documents
+from blockrag.ingest.parsing import ParsedFile
+from blockrag.ingest.pipeline import SourceDocument, check_source, documents_of
+from blockrag.ingest.splitting import PassageSplitter
 from tests.unit.ingest.tokenizers import TEMPLATE, WordTokenizer
 line = "The quick brown fox jumps over the lazy dog and runs into the deep green wood. " * 5
 with tempfile.SpooledTemporaryFile(max_size=1 << 20) as spool:
@@ -169,7 +158,8 @@ with tempfile.SpooledTemporaryFile(max_size=1 << 20) as spool:
     splitter = PassageSplitter(TEMPLATE, WordTokenizer(), 128)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     passages = 0
-    for document in prepare_documents(spool, SourceDocument(sys.argv[1]), splitter):
+    checked = check_source(SourceDocument(sys.argv[1]))
+    for document in documents_of(ParsedFile("", ""), spool, checked, splitter):
         for passage in document.passages:
             passages += 1
 print(passages, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -180,7 +170,7 @@ print(passages, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("document_id", "pattern"),
-    [("one-line.txt", "{0}"), ("big.html", "<p>{0}</p>\n")],
+    [("one-line.txt", "{0}"), ("paragraphs.txt", "{0}\n\n")],
 )
 def test_fifty_megabytes_need_little_memory(document_id: str, pattern: str) -> None:
     result = subprocess.run(

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from blockrag.errors import UnavailableError
-from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
-from blockrag.kv_cache.shard import CacheShard, EncodedObject
+from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, EncodedObject, PurgeLog, ShardStats, WarmOutcome
+from blockrag.kv_cache.shard import CacheShard
 from blockrag.kv_cache.store import BlockStore
 from blockrag.types import BlockKV, BlockRequest
 

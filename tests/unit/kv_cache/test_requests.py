@@ -4,7 +4,7 @@ import pytest
 
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.messages import DocumentId, FormUsage, ShardStats, TenantUsage, WarmOutcome
+from blockrag.kv_cache.messages import DiskUsage, DocumentId, FormUsage, ShardStats, TenantUsage, WarmOutcome
 from blockrag.kv_cache.requests import (
     block_form,
     block_forms,
@@ -68,12 +68,22 @@ def test_shards_are_summed_up() -> None:
             {"a": TenantUsage(1, 10), "b": TenantUsage(1, 10)},
             {"full": FormUsage(1, 15, 2, 3), "chunks-8": FormUsage(1, 5, 1, 1)},
         ),
-        ShardStats(1, 10, 50, 0, 1, 1, 1, 1, 1, 1, {"b": TenantUsage(1, 10)}, {"full": FormUsage(1, 10, 1, 1)}),
+        ShardStats(
+            *(1, 10, 50, 0, 1, 1, 1, 1, 1, 1),
+            {"b": TenantUsage(1, 10)},
+            {"full": FormUsage(1, 10, 1, 1)},
+            DiskUsage(*range(1, 11), ("full",)),
+        ),
+        ShardStats(*(0,) * 10, disk=DiskUsage(*range(10, 20), ("full", "slow"))),
     ]
     status = status_response(stats, 150)
     assert (status.blocks, status.bytes, status.budget_bytes, status.pinned_blocks) == (3, 30, 150, 1)
     assert (status.hits, status.misses, status.joined) == (4, 5, 6)
-    assert (status.evictions, status.expirations, status.lost, status.shards) == (7, 8, 9, 2)
+    assert (status.evictions, status.expirations, status.lost, status.shards) == (7, 8, 9, 3)
+    disk = status.disk
+    assert (disk.blocks, disk.bytes, disk.budget_bytes, disk.hits, disk.slower) == (11, 13, 15, 17, 19)
+    assert (disk.written, disk.evictions, disk.rejected, disk.dropped, disk.pending) == (21, 23, 25, 27, 29)
+    assert list(disk.warnings) == ["full", "slow"]
     assert [(tenant.tenant, tenant.blocks, tenant.bytes) for tenant in status.tenants] == [("a", 1, 10), ("b", 2, 20)]
     assert [(form.form, form.blocks, form.bytes, form.hits, form.misses) for form in status.forms] == [
         ("chunks-8", 1, 5, 1, 1),

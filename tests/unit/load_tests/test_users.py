@@ -67,6 +67,7 @@ async def test_a_run_within_the_service_level_passes_and_reports(tmp_path: Path)
     assert run.summary["prompt_tokens"] == {
         "l1_tokens": 30 * counted,
         "store_tokens": 0,
+        "disk_tokens": 0,
         "encoded_tokens": 0,
         "prefill_tokens": 12 * counted,
     }

@@ -38,6 +38,14 @@ def test_a_store_too_small_for_the_cache_is_refused(tmp_path: Path) -> None:
         check_machine(_settings(tmp_path, object_store_mb=80))
 
 
+def test_more_than_the_disk_has_is_refused(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    cache = settings.kv_cache.model_copy(update={"disk_mb": 2**40, "disk_path": str(tmp_path / "not" / "there")})
+    with pytest.raises(EnvironmentSetupError, match=r"kv_cache\.disk_mb is .* has \d+ MiB in all"):
+        check_machine(settings.model_copy(update={"kv_cache": cache}))
+    assert not (tmp_path / "not").exists()
+
+
 def test_a_running_system_is_not_started_twice(tmp_path: Path) -> None:
     write_state(tmp_path, own_state("127.0.0.1:9000").with_phase("ready"))
     with pytest.raises(EnvironmentSetupError, match=r"already running at 127\.0\.0\.1:9000 .* 'blockrag down'"):

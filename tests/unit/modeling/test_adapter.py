@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.errors import BundleError
-from blockrag.modeling.adapter import Adapter, TokenRows, merge_adapter, put_token_rows, read_adapter, write_adapter
+from blockrag.modeling.adapter import (
+    Adapter,
+    TokenRows,
+    join_adapters,
+    merge_adapter,
+    put_token_rows,
+    read_adapter,
+    write_adapter,
+)
 from blockrag.modeling.adapter_record import AdapterConfig
 from blockrag.modeling.base import open_base
 from blockrag.modeling.bundle import Bundle, load_bundle
@@ -93,6 +101,22 @@ class TestPeft:
         merged = PeftModel.from_pretrained(stock, str(bundle.adapter_dir)).merge_and_unload()
         assert largest_difference(load_stock_model(bundle), merged) < 1e-6
         assert largest_difference(load_stock_model(bundle, with_adapter=False), make_tiny_model()) == 0.0
+
+
+def test_joined_adapters_are_merged_as_one_after_the_other() -> None:
+    config = AdapterConfig(rank=2, alpha=5.0, target_modules=("o_proj", "q_proj"))
+    first = Adapter(CONFIG, random_tensors(make_tiny_model()))
+    second = Adapter(config, random_tensors(make_tiny_model(), config, seed=1))
+    joined = join_adapters(first, second)
+    assert (joined.config.rank, joined.config.target_modules) == (6, ("down_proj", "o_proj", "q_proj"))
+    for name, (down, up) in first.tensors.items():
+        assert torch.equal(joined.tensors[name][0][:4], down) and torch.equal(joined.tensors[name][1][:, :4], up)
+    apart, together = make_tiny_model(), make_tiny_model()
+    for adapter in (first, second):
+        merge_adapter(apart, adapter)
+    merge_adapter(together, joined)
+    assert largest_difference(apart, together) < 1e-5 < 0.1 < largest_difference(apart, make_tiny_model())
+    assert join_adapters(None, first) is first
 
 
 def test_a_merge_is_rounded_once(tmp_path: Path) -> None:

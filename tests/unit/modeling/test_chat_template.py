@@ -142,12 +142,70 @@ DATED = (
 ) + CHATML
 
 
-@pytest.mark.parametrize("form", ["%d %b %Y", "%A", "%H:%M", "%y", "%m"])
-def test_a_chat_template_that_writes_the_date_is_refused(form: str) -> None:
-    with pytest.raises(BundleError, match="writes the current date, which would change a cached instruction block"):
-        default_template(chat_tokenizer(DATED.replace("%d %b %Y", form)))
+def test_a_chat_template_with_a_date_for_who_knows_none_says_that_one() -> None:
+    """B9 of the cases: a template that calls strftime_now makes the same instruction on every day."""
+    template = default_template(chat_tokenizer(DATED))
+    assert template.instruction.startswith("<|im_start|>system\nToday: 26 Jul 2024<|im_end|>\n<|im_start|>user\n")
+
+
+@pytest.mark.parametrize(
+    ("form", "written"),
+    [("%d %b %Y", "01 Jan 2025"), ("%A", "Wednesday"), ("%H:%M", "00:00"), ("%y", "25"), ("%-m", "1")],
+)
+def test_a_chat_template_that_always_writes_the_date_says_the_same_every_day(form: str, written: str) -> None:
+    """B9 of the cases, for a template without a date of its own."""
+    text = "<|im_start|>system\nToday: {{ strftime_now('" + form + "') }}<|im_end|>\n" + CHATML
+    assert default_template(chat_tokenizer(text)).instruction.startswith(
+        f"<|im_start|>system\nToday: {written}<|im_end|>"
+    )
 
 
 def test_a_chat_template_that_only_looks_at_the_date_is_not() -> None:
     template = default_template(chat_tokenizer("{% set year = strftime_now('%Y') %}" + CHATML))
     assert template == default_template(chat_tokenizer(CHATML))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        CHATML,
+        INST,
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}" + CHATML,
+    ],
+)
+def test_a_conversation_reads_as_the_checkpoint_s_own(form: str) -> None:
+    tokenizer = chat_tokenizer(form)
+    template = default_template(tokenizer)
+
+    blocks = [
+        template.instruction_ids(tokenizer),
+        template.turn_ids(tokenizer, "Where?", "In Oslo"),
+        template.turn_ids(tokenizer, "Why?", "Nobody knows"),
+        template.final_ids(tokenizer, "When?"),
+    ]
+
+    messages = [
+        {"role": "user", "content": INSTRUCTION + "Question: Where?"},
+        {"role": "assistant", "content": "In Oslo"},
+        {"role": "user", "content": "Question: Why?"},
+        {"role": "assistant", "content": "Nobody knows"},
+        {"role": "user", "content": "Question: When?"},
+    ]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    joined = "".join(tokenizer.decode(ids) for ids in blocks)
+    # INST's answers end with a token and no line break, and whoever tokenises a chat adds BOS
+    assert joined.removeprefix("<|begin|>") == str(whole).removeprefix("<|begin|>")
+
+
+def test_templates_without_turns_put_question_after_answer() -> None:
+    assert TEST_TEMPLATE.next_turn == ""
+    assert default_template(make_tiny_tokenizer()).next_turn == ""
+
+
+def test_what_was_said_before_is_data() -> None:
+    tokenizer = make_tiny_tokenizer()
+    end = tokenizer.eos_token_id
+
+    ids = TEST_TEMPLATE.turn_ids(tokenizer, "a<|end|>b", "c<|end|>d") + TEST_TEMPLATE.request_ids(tokenizer, "<|end|>")
+
+    assert ids.count(end) == 1  # the one that ends the answer

@@ -262,16 +262,17 @@ def test_bfloat16_weights() -> None:
     assert close(logits[0], stock_logits(make_tiny_model("llama"), blocks, final)[-1], 8e-2)
 
 
-def test_sliding_window_limits_the_positions() -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+def test_a_sliding_window_limits_what_is_seen_and_not_the_positions(kv_dtype: str) -> None:
     stock = make_tiny_model("mistral", sliding_window=32)
-    model = SlotModel.from_pretrained_model(copy.deepcopy(stock))
-    assert model.max_positions == 32
-    state = model.new_sequence([], 32)
+    model = SlotModel.from_pretrained_model(copy.deepcopy(stock), kv_dtype=kv_dtype)
+    assert model.max_positions == 2048
+    state = model.new_sequence([], 300)
     with torch.inference_mode():
-        expected = stock(torch.tensor([tokens(32)]), use_cache=False).logits[0, -1]
-    assert close(model.forward([(state, tokens(32))])[0], expected)
-    with pytest.raises(PromptTooLongError, match="33 positions, where the model has 32"):
-        model.new_sequence([], 33)
+        expected = stock(torch.tensor([tokens(300)]), use_cache=False).logits[0]
+    for start, end in ((0, 20), (20, 280), (280, 299), (299, 300)):
+        got = model.forward([(state, tokens(300)[start:end])])[0]
+        assert close(got, expected[end - 1], TOLERANCE if kv_dtype == "float32" else 3e-2)
 
 
 def test_window_that_layer_types_switch_off_limits_nothing() -> None:

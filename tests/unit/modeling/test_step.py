@@ -17,6 +17,7 @@ from blockrag.modeling import step as stepping
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.native import kernels as native
 from blockrag.modeling.native.step import PackedProduct, StepKernel, StepSegment, interleaved
+from blockrag.modeling.rotary import Rotation
 from blockrag.modeling.step import MOST_TOKENS, MOST_TOKENS_WITH_TILES, UnsuitableError
 from blockrag.modeling.support import inspect_model
 from tests.models import FAMILIES, make_tiny_model
@@ -156,7 +157,7 @@ def test_scores_out_of_range_are_computed_by_the_model() -> None:
     model = SlotModel.from_pretrained_model(copy.deepcopy(stock).bfloat16(), kv_dtype="bfloat16")
     asked = tokens(12)
     expected = model.forward([(model.new_sequence([], 12), asked)])
-    model._step = stepping.Step(model._model, model._facts)
+    model._step = stepping.Step(model._model, model._facts, model.rotary.rotations)
     assert torch.equal(model.forward([(model.new_sequence([], 12), asked)]), expected)
 
 
@@ -187,7 +188,7 @@ def test_float32_and_machines_without_kernels_are_left_alone(monkeypatch: pytest
     monkeypatch.setattr(stepping, "kernels", lambda: None)
     model = make_tiny_model("llama", **SIZES).bfloat16()
     with pytest.raises(UnsuitableError, match="no compiled kernels"):
-        stepping.Step(model, inspect_model(model))
+        stepping.Step(model, inspect_model(model), [Rotation(32, (1.0,) * 16)])
 
 
 def test_a_step_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,9 +235,9 @@ def test_what_the_function_would_read_wrongly_is_refused() -> None:
 
 def test_tiles_and_wide_models_have_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = make_tiny_model("llama", **{**SIZES, "intermediate_size": 16384, "num_hidden_layers": 1}).bfloat16()
-    assert stepping.Step(stock, inspect_model(stock)).most_tokens == 48
+    assert stepping.Step(stock, inspect_model(stock), [Rotation(32, (1.0,) * 16)]).most_tokens == 48
     monkeypatch.setattr(stepping, "has_instructions", lambda names: names == ("amx_bf16",))
-    assert stepping.Step(stock, inspect_model(stock)).most_tokens == MOST_TOKENS_WITH_TILES
+    assert stepping.Step(stock, inspect_model(stock), [Rotation(32, (1.0,) * 16)]).most_tokens == MOST_TOKENS_WITH_TILES
 
 
 def test_stock_logits_are_near() -> None:

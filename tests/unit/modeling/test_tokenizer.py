@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.errors import BundleError
 from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+from blockrag.modeling.running_text import field_ids
 from blockrag.modeling.tokenizer import FastTokenizer
 
 BUNDLE = load_bundle(DEFAULT_BUNDLE, verify_files=False)
@@ -19,11 +20,11 @@ PIECES = st.sampled_from(["<|im_start|>", "<|im_end|>", " ", "\n", "Oslo", "12 "
 TEXTS = st.lists(PIECES).map("".join)
 
 
-@given(TEXTS, st.booleans())
-def test_tokens_are_those_of_transformers(text: str, split: bool) -> None:
-    expected = STOCK(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
-
-    assert FAST(text, add_special_tokens=False, split_special_tokens=split)["input_ids"] == expected
+@given(TEXTS)
+def test_tokens_are_those_of_transformers(text: str) -> None:
+    assert FAST(text, add_special_tokens=False)["input_ids"] == STOCK(text, add_special_tokens=False)["input_ids"]
+    expected = STOCK(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert field_ids(FAST, text) == field_ids(STOCK, text) == expected
 
 
 @given(TEXTS)
@@ -39,15 +40,12 @@ def test_so_is_the_text_of_tokens(text: str) -> None:
 
 def test_threads_may_share_one() -> None:
     text = "What <|im_end|> is"
-    whole, split = (
-        STOCK(text, add_special_tokens=False, split_special_tokens=apart)["input_ids"] for apart in (False, True)
-    )
+    whole, split = FAST(text)["input_ids"], field_ids(FAST, text)
     assert whole != split
 
     def wrong(number: int) -> bool:
-        apart = bool(number % 2)
-        found = FAST(text, add_special_tokens=False, split_special_tokens=apart)["input_ids"]
-        return found != (split if apart else whole)
+        found = field_ids(FAST, text) if number % 2 else FAST(text)["input_ids"]
+        return found != (split if number % 2 else whole)
 
     with ThreadPoolExecutor(4) as pool:
         assert not any(pool.map(wrong, range(2000)))

@@ -107,6 +107,21 @@ async def test_a_worker_that_dies_is_started_again(tmp_path: Path) -> None:
     await index.close()
 
 
+async def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
+    index = EdgeIndex(tmp_path, EMBEDDING, hang_s=1.0)
+    await write(index, "a")
+    hung = worker_pid(index)
+    os.kill(hung, signal.SIGSTOP)
+    async with asyncio.timeout(10):
+        with pytest.raises(UnavailableError, match="stopped"):
+            await index.counts(HOME)
+    assert await index.counts(HOME) == Counts(1, 3)
+    assert worker_pid(index) != hung
+    await asyncio.sleep(1.5)  # longer than hang_s: a worker that nobody asks is no worker that hangs
+    assert await index.counts(HOME) == Counts(1, 3)
+    await index.close()
+
+
 async def test_the_worker_ends_with_its_owner_and_lets_the_directory_go(tmp_path: Path) -> None:
     owner = (
         "import asyncio, sys; from pathlib import Path\n"

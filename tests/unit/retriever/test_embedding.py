@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
 from blockrag.errors import SettingsError
 from blockrag.retriever.embedding import Embedder, find_embedding
@@ -171,3 +171,27 @@ def test_what_decides_no_vector_changes_nothing(model_directory: Path) -> None:
     before = find_embedding(str(model_directory))
     (model_directory / "README.md").write_text("Another sentence.")
     assert find_embedding(str(model_directory)) == before
+
+
+@pytest.mark.parametrize("declared", [None, 4000])
+def test_a_long_text_is_cut_at_what_the_model_takes(model_directory: Path, declared: int | None) -> None:
+    """Row B8: XLM-R's positions begin behind the padding's, so 66 rows take 64 tokens, whatever is declared."""
+    config = XLMRobertaConfig(
+        vocab_size=30522,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        pad_token_id=1,
+    )
+    XLMRobertaModel(config).save_pretrained(model_directory)
+    if declared:
+        write(model_directory / "sentence_bert_config.json", {"max_seq_length": declared})
+    embedder = Embedder(find_embedding(str(model_directory)))
+
+    assert embedder.max_tokens == 64
+    long, longer = embedder.embed_passages(["word " * 500, "word " * 501])
+    np.testing.assert_allclose(long, longer, atol=1e-6)
+    assert np.isfinite(embedder.embed_query("word " * 500)).all()

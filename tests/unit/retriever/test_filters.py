@@ -62,6 +62,7 @@ def test_conditions() -> None:
         (condition("k", AT_MOST, True), "must be a number"),
         (condition("k", AT_MOST, 1, 2), "exactly one"),
         (condition("k", AT_MOST, float("nan")), "finite"),
+        (condition("k", IN, 1234567890123456788), "send it as text"),
         (condition("k", IN, Value(null_value=0)), "strings, numbers or booleans"),  # type: ignore[arg-type]
         (condition("k", IN, Value(struct_value=Struct())), "strings, numbers or booleans"),
         (condition("k", NOT_IN, Value(list_value=ListValue())), "strings, numbers or booleans"),
@@ -85,6 +86,7 @@ def test_derived_fields() -> None:
     metadata = {"lang": "en", "year": 2001, "tags": ["x", 2, True], "draft": False, "none": None, "deep": {"a": 1}}
 
     assert metadata_terms(metadata) == [
+        '["deep.a", 1.0]',
         '["draft", false]',
         '["lang", "en"]',
         '["tags", "x"]',
@@ -92,10 +94,14 @@ def test_derived_fields() -> None:
         '["tags", true]',
         '["year", 2001.0]',
     ]
-    assert metadata_numbers(metadata) == {number_field("year"): [2001.0], number_field("tags"): [2.0]}
+    assert metadata_numbers(metadata) == {
+        number_field("year"): [2001.0],
+        number_field("tags"): [2.0],
+        number_field("deep.a"): [1.0],
+    }
 
 
-scalars = st.one_of(st.text(), st.booleans(), st.floats(allow_nan=False, allow_infinity=False), st.integers(-999, 999))
+scalars = st.one_of(st.text(), st.booleans(), st.floats(-(2.0**52), 2.0**52), st.integers(-999, 999))
 
 
 @given(st.text(min_size=1), scalars, scalars)

@@ -8,7 +8,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.retriever.fusion import rank, reciprocal_rank_fusion
+from blockrag.retriever.fusion import Candidate, fuse_texts, reciprocal_rank_fusion
 
 items = st.text(alphabet="abcdefgh", min_size=1, max_size=2)
 rankings = st.lists(st.lists(items, unique=True, max_size=12), min_size=1, max_size=4)
@@ -28,8 +28,24 @@ def test_ties_go_to_the_first_ranking_then_to_the_smaller_item() -> None:
     assert [entry.item for entry in reciprocal_rank_fusion([[], ["b"], ["a"]], 60)] == ["b", "a"]
 
 
+def candidate(item: str, score: float, digest: str = "") -> Candidate:
+    return Candidate(f"point of {item}", item, f"document of {item}", "commit", digest or item, score)
+
+
 def test_equal_scores_rank_by_item() -> None:
-    assert rank([("b", 0.5), ("a", 0.5), ("c", 0.9)]) == ["c", "a", "b"]
+    fused = fuse_texts([[candidate("b", 0.5), candidate("a", 0.5), candidate("c", 0.9)]], 60)
+    assert [one.passage_id for one, _ in fused] == ["c", "a", "b"]
+
+
+def test_equal_texts_take_one_place() -> None:
+    """Row "six equal passages fill five places": what is behind them moves up."""
+    equal = [candidate(f"copy {number}", 0.9, "same") for number in range(6)]
+    fused = fuse_texts([[*equal, candidate("other", 0.5)], [candidate("other", 3.0), *equal]], 60)
+
+    assert [(one.passage_id, score) for one, score in fused] == [
+        ("copy 0", 1 / 61 + 1 / 62),
+        ("other", 1 / 62 + 1 / 61),
+    ]
 
 
 @given(rankings, st.integers(1, 200))
@@ -51,8 +67,8 @@ def test_one_ranking_keeps_its_order(ranking: list[str], rrf_k: int) -> None:
 
 @given(rankings, st.randoms(use_true_random=False))
 def test_does_not_depend_on_the_order_of_equal_scores(lists: list[list[str]], random: object) -> None:
-    scored = [(item, float(len(item))) for item in {item for ranking in lists for item in ranking}]
+    scored = [candidate(item, float(len(item))) for item in {item for ranking in lists for item in ranking}]
     shuffled = list(scored)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
 
-    assert rank(scored) == rank(shuffled)
+    assert fuse_texts([scored], 60) == fuse_texts([shuffled], 60)

@@ -276,11 +276,68 @@ async def test_limits(index: VectorIndex) -> None:
     assert len(await index.search(HOME, query(limit=500, candidates=500))) == 9
 
 
+async def test_equal_passages_fill_one_place(index: VectorIndex) -> None:
+    """Row "six equal passages fill five places": one result, which names all documents that hold it."""
+    for number in range(60):
+        copy = embedded(f"copy {number:02}", "v1", 0, text="All rights reserved.", metadata={"even": number % 2 == 0})
+        await index.stage(HOME, [copy])
+        await index.commit(HOME, document(f"copy {number:02}", "v1", 1))
+    await index.stage(HOME, [embedded("b", "v1", number, text=f"other {number}", near=1) for number in range(4)])
+    await index.commit(HOME, document("b", "v1", 4))
+
+    best = await index.search(HOME, query(limit=5, candidates=5))
+    texts = [item.passage.text for item in best]
+    assert texts[0] == "All rights reserved."
+    assert sorted(texts[1:]) == [f"other {number}" for number in range(4)]
+    names = [best[0].passage.document_id, *(holder.document_id for holder in best[0].also_in)]
+    assert sorted(names) == [f"copy {number:02}" for number in range(60)]
+    assert best[0].also_in[0].title == f"Title of {best[0].also_in[0].document_id}"
+    assert not any(item.also_in for item in best[1:])
+    (even,) = await index.search(HOME, query(any_of("even", True), limit=5))
+    assert len(even.also_in) == 29
+    await index.remove_document(HOME, "copy 07")
+    best = await index.search(HOME, query(limit=5, candidates=5))
+    assert len(best[0].also_in) == 58
+
+
+async def test_a_collection_keeps_its_language(index: VectorIndex) -> None:
+    """Row C1: the language is stored with the collection, another is refused."""
+    await index.stage(HOME, [embedded("a", "v1", 0)], "russian")
+    await index.commit(HOME, document("a", "v1", 1))
+
+    assert await index.language(HOME) == "russian"
+    with pytest.raises(InvalidRequestError, match="has the language russian, not english") as refused:
+        await index.stage(HOME, [embedded("b", "v1", 0)], "english")
+    assert refused.value.field == "language"
+    with pytest.raises(NotFoundError):
+        await index.language(CollectionId("public", "unknown"))
+
+
+async def test_a_document_knows_its_source(index: VectorIndex) -> None:
+    """Row C13."""
+    await index.stage(HOME, [embedded("r1", "v1", 0)])
+    await index.commit(HOME, replace(document("r1", "v1", 1), source="rows.jsonl"))
+
+    assert [item.source for item in await index.documents(HOME, "", 10)] == ["rows.jsonl"]
+
+
+async def test_a_version_that_was_replaced_while_it_was_staged_again_is_committed(index: VectorIndex) -> None:
+    """Row A1: A stages a version that is current, B replaces it, A commits."""
+    await ingest(index, "a", "v1", 2)
+    await index.stage(HOME, [embedded("a", "v1", number) for number in range(2)])
+    await ingest(index, "a", "v2", 1)
+
+    assert await index.commit(HOME, document("a", "v1", 2)) == Replaced("v2", 1)
+    assert await found(index) == {"a v1 passage 0", "a v1 passage 1"}
+    assert await index.counts(HOME) == Counts(1, 2)
+
+
 FILTERED: dict[str, dict[str, Any]] = {
     "a": {"lang": "en", "year": 1990, "draft": False, "tags": ["x", "y"]},
     "b": {"lang": "de", "year": 2000.5, "draft": True},
     "c": {"lang": "en", "year": "2000", 'odd "key".[0]': "v", "deep": {"lang": "fr"}},
     "d": {},
+    "e": {"years": [1980, 2010], "author": {"name": "Ann", "born": 1950}, "zip": "01234", "city": "Paris, France"},
 }
 
 
@@ -291,11 +348,11 @@ def any_of(key: str, *values: Any, negated: bool = False) -> Condition:
 FILTERS: list[tuple[list[Condition], str]] = [
     ([any_of("lang", "en")], "ac"),
     ([any_of("lang", "en", "de")], "abc"),
-    ([any_of("lang", "en", negated=True)], "bd"),
-    ([any_of("lang", "en", "de", negated=True)], "d"),
+    ([any_of("lang", "en", negated=True)], "bde"),
+    ([any_of("lang", "en", "de", negated=True)], "de"),
     ([any_of("draft", True)], "b"),
     ([any_of("draft", False)], "a"),
-    ([any_of("draft", True, negated=True)], "acd"),
+    ([any_of("draft", True, negated=True)], "acde"),
     ([any_of("year", 1990)], "a"),
     ([any_of("year", "2000", 2000.5)], "bc"),
     ([any_of("tags", "y")], "a"),
@@ -306,11 +363,20 @@ FILTERS: list[tuple[list[Condition], str]] = [
     ([NumberRange(number_field("year"), at_least=1991), NumberRange(number_field("year"), at_most=2001)], "b"),
     ([NumberRange(number_field("none"), at_least=0)], ""),
     ([any_of("lang", "en"), NumberRange(number_field("year"), at_most=2000)], "a"),
-    ([], "abcd"),
+    ([any_of("years", 2010)], "e"),
+    ([NumberRange(number_field("years"), at_least=1990)], "e"),
+    ([NumberRange(number_field("years"), at_least=2011)], ""),
+    ([any_of("author.name", "Ann")], "e"),
+    ([NumberRange(number_field("author.born"), at_most=1950)], "e"),
+    ([any_of("zip", "01234")], "e"),
+    ([any_of("zip", 1234)], ""),
+    ([any_of("city", "Paris, France")], "e"),
+    ([], "abcde"),
 ]
 
 
 async def test_filters(index: VectorIndex) -> None:
+    """Row C10, for e."""
     for document_id, metadata in FILTERED.items():
         await ingest(index, document_id, "v1", 2, metadata=metadata)
 

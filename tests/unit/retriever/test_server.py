@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
 from qdrant_client import AsyncQdrantClient
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+from qdrant_client.http.models import VersionInfo
 
 from blockrag.errors import NotFoundError, SettingsError, UnavailableError
-from blockrag.retriever.base import EmbeddingInfo
+from blockrag.retriever.base import COMMITS_WITHIN_S, Counts, EmbeddingInfo
 from blockrag.retriever.server import ServerIndex
+from blockrag.retriever.server_points import MODEL_POINT
 from tests.unit.retriever.passages import EMBEDDING, HOME, document, embedded, query
 
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant")
@@ -112,37 +116,117 @@ async def test_two_replicas_share_a_server(client: AsyncQdrantClient) -> None:
     assert [item.passage.document_id for item in await first.search(HOME, query())] == ["b"]
 
 
-async def interrupted_before_the_switch(index: ServerIndex) -> None:
-    await index._client.set_payload("blockrag.public.default", {"state": "visible"}, points=_all_of("v2"))
+class Dying(AsyncQdrantClient):
+    """A client whose process dies before its n-th change."""
+
+    def __init__(self) -> None:
+        super().__init__(":memory:")
+        self.changes_left = 10**9
+
+    async def _change(self) -> None:
+        self.changes_left -= 1
+        if self.changes_left < 0:
+            raise ConnectionResetError("died")
+
+    async def upsert(self, *arguments: Any, **options: Any) -> Any:
+        await self._change()
+        return await super().upsert(*arguments, **options)
+
+    async def set_payload(self, *arguments: Any, **options: Any) -> Any:
+        await self._change()
+        return await super().set_payload(*arguments, **options)
+
+    async def delete_payload(self, *arguments: Any, **options: Any) -> Any:
+        await self._change()
+        return await super().delete_payload(*arguments, **options)
+
+    async def delete(self, *arguments: Any, **options: Any) -> Any:
+        await self._change()
+        return await super().delete(*arguments, **options)
 
 
-async def interrupted_after_the_switch(index: ServerIndex) -> None:
-    from blockrag.retriever.server import _entry
-
-    await interrupted_before_the_switch(index)
-    await index._client.upsert("blockrag.public.default", [_entry(document("a", "v2", 2))])
-
-
-@pytest.mark.parametrize(
-    ("interrupt", "visible"), [(interrupted_before_the_switch, "v1"), (interrupted_after_the_switch, "v2")]
-)
-async def test_a_commit_that_died_half_way_shows_one_version_only(
-    client: AsyncQdrantClient, interrupt: Callable[[ServerIndex], object], visible: str
+@pytest.mark.parametrize("removing", [False, True])
+@pytest.mark.parametrize("changes", range(7))
+async def test_what_died_half_way_shows_one_state_and_is_swept(
+    changes: int, removing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows A1 and A1b, where the other caller never comes back."""
+    client = Dying()
     index = ServerIndex(client, EMBEDDING, "memory")
-    await index.stage(HOME, [embedded("a", "v1", number) for number in range(2)])
-    await index.commit(HOME, document("a", "v1", 2))
+    await index.stage(HOME, [embedded("a", "v1", number) for number in range(3)])
+    await index.commit(HOME, document("a", "v1", 3))
     await index.stage(HOME, [embedded("a", "v2", number) for number in range(2)])
-    await interrupt(index)  # type: ignore[misc]
+    client.changes_left = changes
+    died = False
+    try:
+        await (index.remove_document(HOME, "a") if removing else index.commit(HOME, document("a", "v2", 2)))
+    except UnavailableError:
+        died = True
+    client.changes_left = 10**9
 
-    assert {item.passage.version for item in await index.search(HOME, query())} == {visible}
-    assert {passage.version for passage in await index.passages(HOME, ["a"])} == {visible}
+    async def agrees() -> None:
+        found = {item.passage.version: 0 for item in await index.search(HOME, query())}
+        listed = {item.version: item.passages for item in await index.documents(HOME, "", 10)}
+        assert list(found) == list(listed)
+        for version, passages in listed.items():
+            assert [item.version for item in await index.passages(HOME, ["a"])] == [version] * passages
+            assert len(await index.search(HOME, query())) == passages
+
+    await agrees()
+    assert died or changes >= 4
+    later = time.time() + 2 * COMMITS_WITHIN_S
+    monkeypatch.setattr("blockrag.retriever.server.time.time", lambda: later)
+    await index.sweep(older_than_s=COMMITS_WITHIN_S)
+    await agrees()
+    listed = await index.documents(HOME, "", 10)
+    assert await index.counts(HOME) == Counts(len(listed), sum(item.passages for item in listed))
+    # Nothing is left but what is shown: the entry, the model, the passages.
+    left = await client.count("blockrag.public.default", exact=True)
+    assert left.count == 1 + len(listed) + sum(item.passages for item in listed)
     await index.stage(HOME, [embedded("a", "v3", 0)])
     await index.commit(HOME, document("a", "v3", 1))
     assert {item.passage.version for item in await index.search(HOME, query())} == {"v3"}
+    await index.close()
 
 
-def _all_of(version: str) -> object:
-    from qdrant_client import models
+async def test_pages_of_a_listing_read_the_ids_once(client: AsyncQdrantClient) -> None:
+    index = ServerIndex(client, EMBEDDING, "memory")
+    for number in range(9):
+        await index.stage(HOME, [embedded(f"d{number}", "v1", 0)])
+        await index.commit(HOME, document(f"d{number}", "v1", 1))
+    scrolls = []
+    scroll = client.scroll
 
-    return models.Filter(must=[models.FieldCondition(key="version", match=models.MatchValue(value=version))])
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        scrolls.append(arguments)
+        return await scroll(*arguments, **options)
+
+    client.scroll = counted  # type: ignore[method-assign]
+    pages, after = [], ""
+    while page := [item.document_id for item in await index.documents(HOME, after, 2)]:
+        pages.append(page)
+        after = page[-1]
+        if len(pages) == 2:
+            await index.remove_document(HOME, "d5")
+            scrolls.clear()
+    assert pages == [["d0", "d1"], ["d2", "d3"], ["d4", "d6"], ["d7", "d8"]]
+    assert scrolls == []
+
+
+async def test_a_server_without_conditional_changes_is_refused() -> None:
+    class Old(AsyncQdrantClient):
+        async def info(self) -> Any:
+            return VersionInfo(title="qdrant", version="1.15.4")
+
+    index = ServerIndex(Old(":memory:"), EMBEDDING, "somewhere")
+    with pytest.raises(SettingsError, match=r"1\.15\.4; at least 1\.16"):
+        await index.stage(HOME, [embedded("a", "v1", 0)])
+    await index.close()
+
+
+async def test_a_collection_of_an_older_format_is_refused(client: AsyncQdrantClient) -> None:
+    index = ServerIndex(client, EMBEDDING, "memory")
+    await index.stage(HOME, [embedded("a", "v1", 0)])
+    await client.set_payload("blockrag.public.default", {"format": 1}, points=[MODEL_POINT])
+    with pytest.raises(SettingsError, match="its format is 1, not 2"):
+        await index.search(HOME, query())

@@ -1,15 +1,17 @@
 """What an attention over slot lists must do.
 
 Queries, keys and values of one ragged batch arrive **before** rotation; each segment's token i stands at position
-``segment.first_position + i``; the segment's keys and values go to the end of its slot list (or, when a block is
-encoded, to the capture); each token attends to all earlier slots of its own list and to its own segment up to itself;
-scores use the rotated queries and keys. Nothing crosses segments. In the last layer only each segment's last token is
-read, so an implementation may leave the others' outputs undefined but finite.
+``segment.first_position + i``, and each layer rotates in its own way; the segment's keys and values go to the end of
+its slot list (or, when a block is encoded, to the capture); each token attends to all earlier slots of its own list and
+to its own segment up to itself, or in a layer with a window to the last so many of these; scores use the rotated
+queries and keys. Nothing crosses segments. In the last layer only each segment's last token is read, so an
+implementation may leave the others' outputs undefined but finite.
 
 ``SlotAttention`` is all of that, a function that transformers calls; ``SlotModel`` takes any. The one there is
 (``over_lists``) gathers nothing: keys were rotated when they were placed, so a step rotates only its own tokens. A
 paged one, which rotates while it reads, fits beside it. ``Attend`` is its inner part, for one list, of which there are
 three: the compiled kernel, oneDNN's products by tiles, and torch's own, which is the reference and takes everything.
+Where a window cuts through a segment, or scores are bounded, ``masked`` does it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from blockrag.modeling.rotary import Rotation
 from blockrag.modeling.slots import SequenceState
 
 
@@ -32,9 +35,14 @@ class Segment:
     """The slot list that they extend; None: a block of its own, at positions 0 …"""
 
     @property
+    def first_slot(self) -> int:
+        """Place of its first token in the slot list."""
+        return 0 if self.state is None else self.state.num_slots
+
+    @property
     def first_position(self) -> int:
         """Position of its first token."""
-        return 0 if self.state is None else self.state.num_slots
+        return 0 if self.state is None else self.state.first_position + self.state.num_slots
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,15 @@ class Capture:
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """What one forward pass attends with. Given to ``forward`` of the model, read by the attention function."""
+    """What one forward pass attends with."""
 
     segments: tuple[Segment, ...]
-    phases: Tensor
-    """Rotation of every token of the batch, complex64 [tokens, 1, head_dim / 2]."""
+    rotations: tuple[Rotation, ...]
+    """How each layer rotates."""
+    phases: tuple[Tensor, ...]
+    """For each layer the rotation of every token of the batch, complex64 [tokens, 1, head_dim / 2]."""
     last_layer: int
-    """Number of the layer after which only each segment's last token is read."""
+    """Number of the layer after which only each segment's last token is read; beyond the last one: all are read."""
     capture: Capture | None = None
 
 
@@ -70,11 +80,15 @@ class SlotAttention(Protocol):
         *,
         scaling: float,
         slot_batch: RaggedBatch,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
         **ignored: Any,
     ) -> tuple[Tensor, None]:
         """From query [1, heads, T, d], key and value [1, kv_heads, T, d] to [1, T, heads, d], of T tokens.
 
-        ``module`` has the layer's number as ``layer_idx``; ``scaling`` is of the scores.
+        ``module`` has the layer's number as ``layer_idx``; ``scaling`` is of the scores,
+        which ``softcap`` bounds: to ``softcap * tanh(score / softcap)``; ``sliding_window`` is how many slots back a
+        token sees, itself included.
         """
         ...
 

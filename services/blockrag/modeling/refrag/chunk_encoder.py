@@ -264,7 +264,7 @@ def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def _load_encoder(where: Path) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(where, local_files_only=True)
+        config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
         kind = MODEL_MAPPING[type(config)]
         # BERT's own pooling layer is not used; a chunk's vector is pooled here
         pooler = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
@@ -273,6 +273,7 @@ def _load_encoder(where: Path) -> PreTrainedModel:
                 where,
                 dtype=torch.float32,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 **({"add_pooling_layer": False} if pooler else {}),
             )

@@ -132,7 +132,7 @@ def check_fingerprints(root: Path, record: RefragRecord, decoder: str, basis: st
             raise BundleError(
                 f"{root / policy.file}: the policy {name!r} was trained with other parts ({policy.basis[:12]}) than "
                 f"the bundle's decoder, chunk encoder and projector ({basis[:12]}): train it again "
-                "(blockrag adapt refrag --stage policy)"
+                "(blockrag adapt refrag policy)"
             )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.budget import chunk_bounds
-from blockrag.modeling.differences import Check, Difference, traced
+from blockrag.modeling.differences import EXACT, Check, Difference, Limits, traced
 from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.composing import compose_passage, mixed_inputs
@@ -34,12 +34,11 @@ class _Passage:
 class MixtureGate:
     """Compares what the served path makes of a bundle's compressed passages with what it should be."""
 
-    def __init__(self, stock: PreTrainedModel, model: SlotModel, compressor: ChunkCompressor, relative: float) -> None:
-        """``relative`` is the difference allowed, as a fraction of the largest reference value."""
+    def __init__(self, stock: PreTrainedModel, model: SlotModel, compressor: ChunkCompressor, limits: Limits) -> None:
         self._stock = stock
         self._model = model
         self._compressor = compressor
-        self._relative = relative
+        self._limits = limits
         self._last = model.num_layers - 1
 
     @torch.inference_mode()
@@ -75,7 +74,7 @@ class MixtureGate:
 
     def _chunk_embeddings(self, name: str, passages: Sequence[_Passage]) -> Check:
         """All chunks of all passages in one padded batch against each chunk alone."""
-        difference = Difference(self._relative, "chunk embeddings")
+        difference = Difference(self._limits, "chunk embeddings")
         found = self._compressor.project(self._compressor.embed([passage.tokens for passage in passages]))
         for got, passage in zip(found, passages, strict=True):
             difference.compare("chunk embeddings", 0, got, passage.chunks)
@@ -90,7 +89,7 @@ class MixtureGate:
         through_store: ThroughStore | None = None,
     ) -> Check:
         """Composed slices of cached blocks against one stock pass per block and one over the chosen slots."""
-        difference = Difference(self._relative)
+        difference = Difference(self._limits)
         kept, expected_block = self._full(difference, instruction)
         pieces: list[Slots] = [self._model.to_resident(through_store(kept) if through_store else kept)]
         slots = [ChosenSlot(expected_block, place) for place in range(len(instruction))]
@@ -138,7 +137,7 @@ class MixtureGate:
 
     def _reencoded(self, name: str, instruction: list[int], passages: Sequence[_Passage], final: list[int]) -> Check:
         """Mixtures encoded anew against one stock pass over all input embeddings under the explicit block mask."""
-        difference = Difference(self._relative)
+        difference = Difference(self._limits)
         table = self._stock.get_input_embeddings()
         device, k = self._stock.device, self._compressor.chunk_tokens
         rows = [list(table(torch.tensor(instruction, device=device)))]
@@ -180,7 +179,7 @@ class MixtureGate:
         self, name: str, instruction: list[int], passages: Sequence[_Passage], final: list[int], expand: bool
     ) -> Check:
         """Passages in one form only, composed chunk by chunk, against the same blocks placed whole: to the bit."""
-        difference = Difference(0.0)
+        difference = Difference(EXACT)
         first = self._model.to_resident(self._model.encode([instruction], ["verify-full"])[0])
         pieces: list[Slots] = [first]
         whole: list[Slots] = [first]

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockrag.errors import BundleError
+from blockrag.modeling.adapter import Adapter, write_adapter
+from blockrag.modeling.adapter_record import ADAPTER_DIR, ADAPTER_FILES, TOKEN_ROWS_FILE
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.bundle_writing import copy_files, digests, staged, with_section, write_manifest
-from blockrag.modeling.loading import DTYPES, check_finite, no_progress_bar
+from blockrag.modeling.loading import DTYPES, check_finite, no_progress_bar, stored_dtype
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.projector import Projector
@@ -51,6 +53,7 @@ def write_refrag(
     projector: Projector | None = None,
     policies: Mapping[str, PolicyPart] | None = None,
     decoder: Mapping[str, Tensor] | None = None,
+    adapter: Adapter | None = None,
     chunk_tokens: int | None = None,
     training: Sequence[Mapping[str, Any]] | None = None,
     name: str = "",
@@ -61,10 +64,12 @@ def write_refrag(
     """A copy of ``bundle`` at ``out`` with these parts; what is None is taken from ``bundle``.
 
     ``decoder`` is a whole state dict, written in the checkpoint's own type; it is taken to hold the bundle's base,
-    adapter and coefficients of heads already, as ``load_stock_model`` gives it, so the new manifest has none, and its
-    quality is emptied unless ``quality`` is given. ``policies`` replaces all: {} writes none, and None keeps those of
-    ``bundle``, which must have been trained with the parts that are written. ``training`` has the stages in order.
-    ``encoder_dtype`` is the type that ``encoder`` is kept in, "float32" or "bfloat16"; it computes in float32.
+    adapter and coefficients of heads already, as ``load_stock_model`` gives it, so the new manifest has none.
+    ``adapter`` takes the place of the adapter on the bundle's base; all else of the decoder stays as it is, byte for
+    byte. With either the quality is emptied unless ``quality`` is given. ``policies`` replaces all: {} writes none,
+    and None keeps those of ``bundle``, which must have been trained with the parts that are written. ``training`` has
+    the stages in order. ``encoder_dtype`` is the type that ``encoder`` is kept in, "float32" or "bfloat16"; it
+    computes in float32.
 
     The directory appears whole or not at all. Raises BundleError when ``out`` exists, when parts do not fit each
     other, for NaN or infinity in any of them and for a bundle without chunk compression where a part is None.
@@ -79,7 +84,7 @@ def write_refrag(
         raise BundleError(f"{bundle.path}: has no chunk compression, so an encoder and a projector are both needed")
     target = Path(out).expanduser()
     with staged(target) as staging:
-        _write_decoder(bundle, staging, decoder)
+        _write_decoder(bundle, staging, decoder, adapter)
         _write_encoder(bundle, staging, encoder, DTYPES[encoder_dtype])
         if projector is not None:
             projector.save(staging / PROJECTOR_FILE)
@@ -92,6 +97,9 @@ def write_refrag(
         if decoder is not None:
             for key in ("pear", "base", "adapter", "token_rows"):  # all of them are in the weights given
                 manifest.pop(key, None)
+        if adapter is not None:
+            manifest["adapter"] = adapter.config.to_dict()
+        if decoder is not None or adapter is not None:
             manifest["quality"] = {}
         if quality is not None:
             manifest["quality"] = dict(quality)
@@ -99,11 +107,7 @@ def write_refrag(
             chunk_tokens=k,
             name=name or bundle.name,
             version=version or bundle.version,
-            files=digests(
-                staging,
-                *("decoder", *(() if decoder is not None else bundle.on_top_files)),
-                *(CHUNK_ENCODER_DIR, PROJECTOR_FILE),
-            ),
+            files=digests(staging, "decoder", ADAPTER_DIR, TOKEN_ROWS_FILE, CHUNK_ENCODER_DIR, PROJECTOR_FILE),
         )
         write_manifest(staging, manifest)
         plain = load_bundle(staging, verify_files=False)
@@ -132,15 +136,22 @@ def _known(record: RefragRecord | None) -> RefragRecord:
     return record
 
 
-def _write_decoder(bundle: Bundle, staging: Path, weights: Mapping[str, Tensor] | None) -> None:
+def _write_decoder(
+    bundle: Bundle, staging: Path, weights: Mapping[str, Tensor] | None, adapter: Adapter | None
+) -> None:
     names = [name for name in bundle.decoder_files if name.startswith("decoder/")]
+    if adapter is not None:
+        if bundle.base is None or weights is not None:
+            raise BundleError(f"{bundle.path}: an adapter belongs on a base, and this one's weights are its own")
+        write_adapter(staging / ADAPTER_DIR, adapter.tensors, adapter.config, bundle.base.identity, adapter.dtype)
+        copy_files(bundle, staging, [name for name in bundle.decoder_files if name not in ADAPTER_FILES])
+        return
     if weights is None:
         copy_files(bundle, staging, bundle.decoder_files)
         return
     check_finite(bundle.decoder_dir, weights.items())
     config = AutoConfig.from_pretrained(bundle.decoder_dir, local_files_only=True)
-    dtype = config.dtype or torch.float32
-    dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
+    dtype = stored_dtype(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     try:

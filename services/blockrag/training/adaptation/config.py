@@ -19,13 +19,15 @@ class BlockAdaptConfig:
     """An adaptation run. Defaults of learning rate, warm-up and steps are those of arXiv 2409.15355, section 3.1."""
 
     model: Path
-    """A Hugging Face checkpoint (safetensors, fast tokenizer) or a bundle, whose template is then kept."""
+    """A Hugging Face checkpoint (safetensors, fast tokenizer), a .gguf file, package:NAME, or a bundle, whose template
+    is then kept."""
     data: tuple[Path, ...]
-    """JSONL files of question rows, or directories of such."""
+    """JSONL(.gz) files of question rows, or directories of such; on the command line FILE=SHARE gives a file its share
+    of the contexts, where ``questions`` is above 1."""
     out: Path
-    """The bundle to make. The run itself lives beside it, in ``run_dir``."""
+    """The bundle to make. The run itself lives beside it, in OUT.run."""
     name: str = ""
-    """The bundle's name; empty: that of ``out``."""
+    """The bundle's name; default: that of ``out``."""
     template_file: Path | None = None
     """JSON file with the fields of PromptTemplate; None: the bundle's, or one made from the tokenizer."""
     steps: int = 1000
@@ -37,6 +39,7 @@ class BlockAdaptConfig:
     learning_rate: float = 2e-5
     """Peak of AdamW's rate. Small models take more: 1e-4 at ten million parameters."""
     warmup_steps: int = 20
+    """Steps until the learning rate is reached."""
     masks: Masks = "both"
     """"both": every sample under each. "mixed": two samples of three under the block mask, the third under the full
     one, so that as many tokens hold twice the questions. "block" or "full" alone make the siblings that an ablation
@@ -52,7 +55,9 @@ class BlockAdaptConfig:
     lora_rank: int = 0
     """Rank of a low-rank adapter (LoRA) beside every linear layer, which alone is trained; 0: all weights are."""
     min_passages: int = 1
+    """Fewest passages of a sample."""
     max_passages: int = 20
+    """Most passages of a sample."""
     passage_tokens: int | None = None
     """Most tokens of a passage's block; None: the bundle's, or 128."""
     max_tokens: int = 4096
@@ -85,8 +90,11 @@ class BlockAdaptConfig:
     """Micro-batches computed at a time on a CPU, each by one core; 1: one, by all cores. As many as there are cores is
     faster where other processes want them too, and takes memory for as many."""
     seed: int = 0
+    """Of samples and new weights."""
     device: str = "cpu"
+    """cpu or cuda."""
     tensorboard: bool = False
+    """Write TensorBoard files to OUT.run."""
 
     def __post_init__(self) -> None:
         for field in (

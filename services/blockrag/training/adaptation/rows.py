@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from blockrag.errors import SetupError
 from blockrag.jsonl import read_objects
 
 _SUFFIXES = (".jsonl", ".jsonl.gz")
+_HELD_OUT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
         else:
             raise SetupError(f"{path}: no such file or directory")
     return found
+
+
+def hold_out_rows(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows to measure on: ``count``, at most a tenth of all."""
+    count = min(count, int(_HELD_OUT_SHARE * len(rows)))
+    chosen = set(Random(f"{seed}/held out").sample(range(len(rows)), count))
+    return [row for number, row in enumerate(rows) if number not in chosen], [rows[n] for n in sorted(chosen)]
 
 
 def read_rows(paths: Sequence[Path]) -> list[Row]:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from blockrag.errors import DataError, SetupError
+from blockrag.modeling.files import replace_file
 from blockrag.training.adaptation.workers import Workers
 
 METRICS = "metrics.jsonl"
@@ -129,6 +130,11 @@ class RunFolder:
                 break
         return records
 
+    def scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Held-out scores before the first step and after the last, as metrics.jsonl has them; empty without any."""
+        found: list[dict[str, Any]] = [record["dev"] for record in self.records() if "dev" in record]
+        return (found[0], found[-1]) if found else ({}, {})
+
     def drop_checkpoints(self) -> None:
         """Delete what only a continuation needs; metrics and run.json stay."""
         if self._workers.rank == 0:
@@ -139,9 +145,7 @@ class RunFolder:
         path = self.path / _RUN
         wanted = json.loads(json.dumps(identity))
         if not path.exists():
-            written = path.with_name(f".{_RUN}")
-            written.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-            written.replace(path)
+            replace_file(path, json.dumps(wanted, indent=2) + "\n")
             return
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -153,16 +157,16 @@ class RunFolder:
             if found.get(key) != wanted.get(key)
         ]
         if different:
-            raise SetupError(f"{self.path} holds another run: {'; '.join(different)}. Choose another --out")
+            raise SetupError(
+                f"{self.path} holds another run: {'; '.join(different)}. Choose another --out, or delete it"
+            )
 
     def _cut_metrics(self, step: int) -> None:
         """Forget the lines of steps that were done after the checkpoint, and half a line that a kill left."""
         path = self.path / METRICS
         if self._workers.rank == 0 and path.exists():
             kept = [record for record in self.records() if step and record["step"] <= step]
-            written = path.with_name(f".{METRICS}")
-            written.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            written.replace(path)
+            replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def _checkpoint(self, step: int) -> Path:
         return self.path / f"{_PREFIX}{step}"

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from blockrag.errors import BundleError
+from blockrag.errors import BundleError, UnsupportedModelError
 from blockrag.modeling.adapter import Adapter, read_adapter
-from blockrag.modeling.base import PACKAGE_PREFIX, Base, is_base, open_base
+from blockrag.modeling.base import Base, is_base, open_base
 from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template, read_template
+from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint, load_checkpoint, read_config
 from blockrag.modeling.files import hashed
-from blockrag.modeling.loading import read_tokenizer
+from blockrag.modeling.loading import read_tokenizer, stored_dtype
 from blockrag.modeling.model import load_stock_model
-from blockrag.modeling.support import inspect_model
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.config import BlockAdaptConfig
 from blockrag.training.adaptation.tokens import add_block_tokens, with_block_tokens
@@ -42,6 +41,8 @@ class Source:
     """Most tokens of a passage's block."""
     chunk_tokens: int
     max_positions: int
+    plain_positions: int
+    """Longest sample: beyond it a layer with a window does not see all earlier positions, as training does."""
     dtype: torch.dtype
     """The checkpoint's own; the adapted one is written in it."""
     base: Base | None = None
@@ -74,8 +75,8 @@ def open_source(config: BlockAdaptConfig) -> Source:
     be driven over slots.
     """
     bundle = base = None
-    if is_base(_model(config)):
-        base = open_base(_model(config), config.out)
+    if is_base(config.model):
+        base = open_base(config.model, config.out)
         checkpoint = weights = base.checkpoint(config.out)
     else:
         root = config.model.expanduser()
@@ -85,20 +86,18 @@ def open_source(config: BlockAdaptConfig) -> Source:
         checkpoint = bundle.decoder_dir if bundle else root
         weights = bundle.weights_dir() if bundle else root
         base = bundle.base.moved(bundle.path, config.out) if bundle and bundle.base else None
-    try:
-        architecture = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-        with torch.device("meta"):
-            facts = inspect_model(AutoModelForCausalLM.from_config(architecture))
-    except (OSError, ValueError, KeyError) as error:
-        raise BundleError(f"{checkpoint}: no causal language model in the Hugging Face format: {error}") from error
-    if not any(weights.glob("*.safetensors")):
-        raise BundleError(f"{weights}: lacks weights in safetensors (*.safetensors)")
+    facts = inspect_checkpoint(checkpoint)
+    check_checkpoint(weights)
+    if facts.softcap is not None:
+        raise UnsupportedModelError(
+            f"{facts.name}: it is served as it is, but not trained: the attention of training has no bound of scores "
+            "(attn_logit_softcapping)"
+        )
     if config.template_file is not None:
         template = read_template(config.template_file)
     else:
         template = bundle.template if bundle else default_template(read_tokenizer(checkpoint))
     limits = [facts.max_positions, *([bundle.max_context_tokens] if bundle else [])]
-    dtype = architecture.dtype or torch.float32
     adapter = read_adapter(bundle.adapter_dir) if bundle and bundle.adapter else None
     return Source(
         checkpoint=checkpoint,
@@ -107,7 +106,8 @@ def open_source(config: BlockAdaptConfig) -> Source:
         passage_tokens=config.passage_tokens or (bundle.passage_tokens if bundle else PASSAGE_TOKENS),
         chunk_tokens=bundle.chunk_tokens if bundle else CHUNK_TOKENS,
         max_positions=min(limits),
-        dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype)),
+        plain_positions=min(*limits, facts.plain_positions),
+        dtype=stored_dtype(read_config(checkpoint)),
         base=base,
         adapter=adapter,
     )
@@ -125,31 +125,12 @@ def load_for_training(
     if source.bundle is not None:
         model = load_stock_model(source.bundle, compute_dtype="float32", with_adapter=with_adapter)
     else:
-        model = _load(source.checkpoint)
+        model = load_checkpoint(source.checkpoint, torch.float32)
     model.config.dtype = source.dtype
     tokenizer = source.load_tokenizer()
     ids = add_block_tokens(model, tokenizer, config.link_tokens, config.sink_tokens, config.seed)
     _check_template(source.template, tokenizer)
     return model.requires_grad_(True), tokenizer, ids
-
-
-def _load(checkpoint: Path) -> PreTrainedModel:
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BundleError(f"{checkpoint}: the weights do not load: {error}") from error
-    absent = sorted(str(name) for name in info["missing_keys"])
-    if absent:  # transformers fills what is missing with random numbers
-        raise BundleError(f"{checkpoint}: weights are missing: {', '.join(absent[:8])}")
-    loaded: PreTrainedModel = model
-    return loaded
-
-
-def _model(config: BlockAdaptConfig) -> str | Path:
-    """A path that a caller made absolute still means a package when it was given as one."""
-    return config.model.name if config.model.name.startswith(PACKAGE_PREFIX) else config.model
 
 
 def _check_template(template: PromptTemplate, tokenizer: PreTrainedTokenizerFast) -> None:

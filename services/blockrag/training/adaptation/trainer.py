@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +13,15 @@ from blockrag.modeling.adapter import Adapter
 from blockrag.training.adaptation.batch import Batch, Prompts, make_batch
 from blockrag.training.adaptation.config import BlockAdaptConfig
 from blockrag.training.adaptation.masks import Mask, TrainingAttention
-from blockrag.training.adaptation.metrics import DevScores
+from blockrag.training.adaptation.metrics import Scores
 from blockrag.training.adaptation.objective import distillation, score_answers
 from blockrag.training.adaptation.workers import Workers, like_parameter, whole
+from blockrag.training.loop import StepResult
 from blockrag.training.lora import add_lora
 
 _CLIP = 1.0
 _Part = tuple[Batch, tuple[Mask, ...]]
 """A micro-batch, and the masks it is trained under, in this order."""
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """What a step found, over all workers."""
-
-    block: float | None
-    """Nats per answer token under the block mask; None where it was not trained."""
-    full: float | None
-    distillation: float | None
-    gradient_norm: float
-    tokens: int
-    """Trained tokens, counted once per mask."""
 
 
 class BlockTrainer:
@@ -79,7 +66,7 @@ class BlockTrainer:
         # no weight decay: it would pull a pretrained model towards zero for reasons that the few steps cannot weigh
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
 
-    def step(self, samples: Sequence[Prompts], learning_rate: float) -> StepLosses:
+    def step(self, samples: Sequence[Prompts], learning_rate: float) -> StepResult:
         """One update from this worker's part of a step's samples; every worker must bring as many."""
         batches = list(self._batches(samples))
         counts = torch.zeros(3)  # answer tokens under the block mask, under the full mask, tokens
@@ -95,13 +82,14 @@ class BlockTrainer:
         sums = torch.stack(passes).sum(0) if passes else torch.zeros(3)
         norm = self._update(learning_rate)
         block, full, divergence_sum = self._workers.sum(sums).tolist()
-        return StepLosses(
-            block=block / block_answers if block_answers else None,
-            full=full / full_answers if full_answers else None,
-            distillation=divergence_sum / block_answers if self._config.distillation else None,
-            gradient_norm=norm,
-            tokens=round(tokens) * (2 if self._config.masks == "both" else 1),
-        )
+        losses = {}
+        if block_answers:
+            losses["block"] = block / block_answers
+        if full_answers:
+            losses["full"] = full / full_answers
+        if self._config.distillation:
+            losses["distillation"] = divergence_sum / block_answers
+        return StepResult(losses, norm, round(tokens) * (2 if self._config.masks == "both" else 1))
 
     def _pass(self, batch: Batch, masks: tuple[Mask, ...], scale: float) -> Tensor:
         """Add the gradients of a micro-batch; gives its sums of losses: block mask, full mask, distillation."""
@@ -131,8 +119,11 @@ class BlockTrainer:
             return list(pool.map(function, parts))
 
     @torch.no_grad()
-    def measure(self, samples: Sequence[Prompts]) -> DevScores:
-        """Scores on ``samples``, the same on every worker, shared out among them."""
+    def measure(self, samples: Sequence[Prompts]) -> Scores:
+        """By mask, nats per answer token and the share of answers that greedy decoding would give exactly.
+
+        The same on every worker; ``samples`` are shared out among them.
+        """
         self.model.train(False)
         size, rank = self._workers.size, self._workers.rank
         rounds = -(-len(samples) // size)
@@ -146,12 +137,10 @@ class BlockTrainer:
                 found = torch.stack([block.loss, full.loss, block.exact, full.exact]).double().cpu()
                 sums += torch.cat([torch.tensor([batch.answer_tokens, batch.count], dtype=torch.float64), found])
         tokens, answers, block_loss, full_loss, block_exact, full_exact = self._workers.sum(sums).tolist()
-        return DevScores(
-            block_loss=block_loss / tokens,
-            full_loss=full_loss / tokens,
-            block_exact=block_exact / answers,
-            full_exact=full_exact / answers,
-        )
+        return {
+            "block": {"nats": block_loss / tokens, "exact": block_exact / answers},
+            "full": {"nats": full_loss / tokens, "exact": full_exact / answers},
+        }
 
     def _logits(self, batch: Batch, mask: Mask) -> Tensor:
         """Logits [B, P, V] of the places that predict the batch's targets."""

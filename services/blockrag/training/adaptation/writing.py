@@ -19,7 +19,7 @@ from blockrag.modeling.adapter import Adapter, TokenRows, merge_adapter, put_tok
 from blockrag.modeling.base import Base, open_base
 from blockrag.modeling.bundle_writing import create_bundle
 from blockrag.training.adaptation.config import BlockAdaptConfig
-from blockrag.training.adaptation.metrics import DevScores
+from blockrag.training.adaptation.metrics import Scores
 from blockrag.training.adaptation.source import Source, load_for_training
 
 _BLOCK_TOKEN = re.compile(r"<\|(?:link|sink)_\d+\|>")
@@ -32,7 +32,7 @@ def write_bundle(
     source: Source,
     config: BlockAdaptConfig,
     training: Mapping[str, Any],
-    scores: Mapping[str, DevScores],
+    scores: Mapping[str, Scores],
     adapter: Adapter | None = None,
 ) -> Path:
     """Write the bundle ``config.out``. The directory appears whole or not at all.
@@ -74,7 +74,7 @@ def write_bundle(
     return config.out
 
 
-def model_card(config: BlockAdaptConfig, training: Mapping[str, Any], scores: Mapping[str, DevScores]) -> str:
+def model_card(config: BlockAdaptConfig, training: Mapping[str, Any], scores: Mapping[str, Scores]) -> str:
     """Text of MODEL_CARD.md: what was done to which checkpoint with which data, and what was measured."""
     recipe = training["recipe"]
     extras = [
@@ -115,8 +115,7 @@ def model_card(config: BlockAdaptConfig, training: Mapping[str, Any], scores: Ma
             "|---|---|---|---|---|",
         ]
         lines += [
-            f"| {when} | {found.block_loss:.3f} | {found.block_exact:.1%} | {found.full_loss:.3f} "
-            f"| {found.full_exact:.1%} |"
+            f"| {when} | " + " | ".join(f"{one['nats']:.3f} | {one['exact']:.1%}" for one in found.values()) + " |"
             for when, found in scores.items()
         ]
     return "\n".join(lines) + "\n"

@@ -2,74 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.errors import InvalidRequestError
+from blockrag.modeling.files import replace_file
 from blockrag.modeling.pear import attention_heads, fold
-from blockrag.modeling.pear_record import MASKS, HeadCoefficient, Mask, PearRecord, ProxyScore
-from blockrag.training.pear.detection import Detection, DetectionConfig, LaterHeads, Mean, detect, rank_correlation
-from blockrag.training.pear.learning import LearningConfig, learn, proxy_score
-from blockrag.training.pear.task import PUBLISHED_SIZES, ProxyTask
+from blockrag.modeling.pear_record import MASKS, HeadCoefficient, PearRecord, ProxyScore
+from blockrag.training.adaptation.metrics import OnProgress, StepMetrics
+from blockrag.training.adaptation.run import RunFolder
+from blockrag.training.pear.config import CONDITIONS, LEAST_HEADS, PUBLISHED_SHARE, PearConfig
+from blockrag.training.pear.detection import Detection, detect, rank_correlation
+from blockrag.training.pear.learning import learn, proxy_score
 
-PUBLISHED_SHARE = 30 / 1024
-"""Heads re-weighted of Llama-2-7B's."""
-LEAST_HEADS = 4
-"""Heads re-weighted of a model so small that the published share would be fewer."""
 LEAST_CHANGE = 1e-5
 """Δπ below it is rounding: a head that does nothing is not one that suppresses."""
 
-OnProgress = Callable[[str, float, float | None], None]
-"""Stage, share of it done, loss of the proxy task where there is one."""
-
-
-@dataclass(frozen=True)
-class PearConfig:
-    """What to do. The defaults are the published ones, under the mask that is served."""
-
-    heads: int | None = None
-    """Most heads to re-weight, of those with a positive Δπ; None: the published share, at least ``LEAST_HEADS``.
-    To choose: sweep 5 to 40 of 1,024 and compare answers; the proxy loss falls with every head more."""
-    mask: Mask = "block"
-    """Mask under which heads are chosen and coefficients learned."""
-    mean: Mean = "batch"
-    later_heads: LaterHeads = "frozen"
-    sizes: tuple[tuple[int, int], ...] = PUBLISHED_SIZES
-    distractors: int = 3
-    """Further passage blocks under the block mask."""
-    learning: LearningConfig = field(default_factory=LearningConfig)
-    seed: int = 0
-    memory_bytes: int = 2**30
-    """See ``DetectionConfig``."""
-
-    def detection(self, condition: str) -> DetectionConfig:
-        """How heads are detected under a condition of ``CONDITIONS``."""
-        mask, with_passages = CONDITIONS[condition]
-        return DetectionConfig(
-            mask=mask,
-            distractors=self.distractors if with_passages else 0,
-            mean=self.mean,
-            later_heads=self.later_heads,
-            sizes=self.sizes,
-            seed=self.seed,
-            memory_bytes=self.memory_bytes,
-        )
-
-    def task(self, mask: Mask) -> ProxyTask:
-        """What is learned and scored under a mask."""
-        return ProxyTask(self.learning.n, mask, self.distractors if mask == "block" else 0)
-
-
-CONDITIONS: Mapping[str, tuple[Mask, bool]] = {
-    "full": ("full", False),
-    "block": ("block", True),
-    "full, same prompts": ("full", True),
-}
-"""Mask, and whether the prompts have further blocks: as published, as served, and the control between them."""
+_DETECTIONS = "detections.json"
 
 
 @dataclass(frozen=True)
@@ -92,25 +47,29 @@ def adapt(
     model: PreTrainedModel,
     candidates: Tensor,
     config: PearConfig,
+    run: RunFolder | None = None,
     *,
     learning: bool = True,
-    on_progress: OnProgress = lambda _stage, _share, _loss: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> PearReport:
     """Detect, and unless ``learning`` is off learn and fold: afterwards ``model`` has the folded weights.
 
-    ``candidates``, int64 [any], are the tokens that prompts are drawn from. Raises InvalidRequestError for settings
-    that do not fit the model, UnsupportedModelError for a model without heads to be found.
+    ``candidates``, int64 [any], are the tokens that prompts are drawn from. With ``run``, which must be opened, it
+    goes on from what was detected and learned there. Raises InvalidRequestError for settings that do not fit the
+    model, UnsupportedModelError for a model without heads to be found.
     """
     heads = attention_heads(model)
     wanted = config.heads if config.heads is not None else max(LEAST_HEADS, round(PUBLISHED_SHARE * heads.count))
     if config.heads is not None and not 0 < config.heads <= heads.count:
         raise InvalidRequestError("heads", f"{config.heads}, where the model has {heads.count}")
     watch = _Watch()
-    detections = {}
+    detections = _read_detections(run)
     for condition in CONDITIONS:
         stage = f"detect, {condition}"
-        with_progress = _share_of(on_progress, stage)
-        detections[condition] = detect(model, candidates, config.detection(condition), with_progress)
+        if condition not in detections:
+            with_progress = _share_of(on_progress, stage)
+            detections[condition] = detect(model, candidates, config.detection(condition), with_progress)
+            _keep_detections(run, detections)
         watch.stop(stage)
     correlations = {
         f"full / {other}": rank_correlation(detections["full"].delta_pi, detections[other].delta_pi)
@@ -126,7 +85,7 @@ def adapt(
     chosen = suppressing(detections[config.mask])[:wanted]
     record = None
     if chosen and learning:
-        record = _learn_and_fold(model, chosen, candidates, config, before, watch, on_progress)
+        record = _learn_and_fold(model, chosen, candidates, config, before, watch, run, on_progress)
     return PearReport(detections, correlations, before, record, watch.seconds)
 
 
@@ -142,9 +101,9 @@ def _learn_and_fold(
     config: PearConfig,
     before: Mapping[str, ProxyScore],
     watch: _Watch,
+    run: RunFolder | None,
     on_progress: OnProgress,
 ) -> PearRecord:
-    steps = config.learning.steps
     taus = learn(
         model,
         [(layer, head) for layer, head, _ in chosen],
@@ -152,7 +111,8 @@ def _learn_and_fold(
         candidates,
         config.learning,
         config.seed + 1,
-        lambda step, loss: on_progress("learn", step / steps, loss),
+        run,
+        lambda metrics: on_progress(replace(metrics, stage="learn")),
     )
     watch.stop("learn")
     coefficients = tuple(
@@ -171,7 +131,7 @@ def _learn_and_fold(
         sizes=config.sizes,
         distractors=config.distractors,
         n=config.learning.n,
-        steps=steps,
+        steps=config.learning.steps,
         batch=config.learning.batch,
         learning_rate=config.learning.learning_rate,
         seed=config.seed,
@@ -181,7 +141,29 @@ def _learn_and_fold(
 
 
 def _share_of(on_progress: OnProgress, stage: str) -> Callable[[float], None]:
-    return lambda share: on_progress(stage, share, None)
+    return lambda share: on_progress(StepMetrics(step=0, fraction=share, stage=stage))
+
+
+def _read_detections(run: RunFolder | None) -> dict[str, Detection]:
+    path = run.path / _DETECTIONS if run is not None else None
+    if path is None or not path.exists():
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        condition: Detection(
+            torch.tensor(found["delta_pi"], dtype=torch.float64), tuple(found["pi"]), found["accuracy"]
+        )
+        for condition, found in stored.items()
+    }
+
+
+def _keep_detections(run: RunFolder | None, detections: Mapping[str, Detection]) -> None:
+    if run is not None:
+        values = {
+            condition: {"delta_pi": found.delta_pi.tolist(), "pi": found.pi, "accuracy": found.accuracy}
+            for condition, found in detections.items()
+        }
+        replace_file(run.path / _DETECTIONS, json.dumps(values) + "\n")
 
 
 class _Watch:

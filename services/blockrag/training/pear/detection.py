@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from blockrag.modeling.pear import AttentionHeads, attention_heads
 from blockrag.modeling.pear_record import Mask
+from blockrag.training.pear.config import PUBLISHED_SIZES, LaterHeads, Mean
 from blockrag.training.pear.passes import cache_of, check_length, forward, prefill, recording, removing
-from blockrag.training.pear.task import PUBLISHED_SIZES, ProxyTask
-
-Mean = Literal["batch", "sequence"]
-LaterHeads = Literal["frozen", "live"]
+from blockrag.training.pear.task import ProxyTask
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ Source: PEAR (arXiv 2409.19745), §3.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,28 +21,21 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from blockrag.errors import InvalidRequestError
 from blockrag.modeling.pear import AttentionHeads, attention_heads
 from blockrag.modeling.pear_record import ProxyScore
+from blockrag.training.adaptation.metrics import OnProgress, Scores
+from blockrag.training.adaptation.run import RunFolder
+from blockrag.training.adaptation.workers import OneWorker
+from blockrag.training.loop import Schedule, StepResult, train
+from blockrag.training.pear.config import LearningConfig
 from blockrag.training.pear.passes import check_length, forward, prefill, removing
 from blockrag.training.pear.task import ProxyTask
 
 _WARMUP = 2
-
-
-@dataclass(frozen=True)
-class LearningConfig:
-    """How coefficients are learned. Prompt size, rate and batch are the published ones."""
-
-    n: int = 50
-    steps: int = 200
-    """A few dozen to a few hundred; a coefficient moves by at most about steps * learning_rate / 2."""
-    batch: int = 20
-    learning_rate: float = 5e-3
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or self.learning_rate <= 0:
-            raise InvalidRequestError("learning", "steps, batch and learning rate must be positive")
+_KEPT = 25
+"""Steps between two checkpoints."""
+_SEEDS = 1_000_003
+"""Between the seeds of two steps, so that runs with other seeds draw anew."""
 
 
 def learn(
@@ -51,33 +45,67 @@ def learn(
     candidates: Tensor,
     config: LearningConfig,
     seed: int,
-    on_step: Callable[[int, float], None] = lambda _step, _loss: None,
+    run: RunFolder | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[float]:
     """τ of each ``chosen`` (layer, head), in their order. The weights are frozen, and as they were, afterwards.
 
-    ``on_step`` gets the number of steps done and the step's loss, nats per token. Raises InvalidRequestError for too
-    few candidates or prompts longer than the model's positions.
+    With ``run``, which must be opened, it goes on from what was learned there. Raises InvalidRequestError for too few
+    candidates or prompts longer than the model's positions.
     """
     check_length(model, task.length)
-    heads = attention_heads(model)
     model.requires_grad_(False)
-    tau = nn.Parameter(torch.ones(len(chosen), device=model.device))
-    optimizer = torch.optim.Adam([tau], lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / _WARMUP, (config.steps - step) / config.steps)
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with scaled(heads, chosen, tau):
-        for step in range(config.steps):
-            tokens = task.draw(config.batch, candidates, generator).to(model.device)
-            logits, targets = _second_copy(model, task, tokens)
-            loss = F.cross_entropy(logits, targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            on_step(step + 1, float(loss.detach()))
-    return [float(value) for value in tau.detach().cpu()]
+    learner = _Learner(model, len(chosen), task, candidates, config, seed)
+    schedule = Schedule(config.steps, config.learning_rate, _WARMUP, checkpoint_steps=_KEPT, decay="linear")
+    workers = OneWorker(model.device)
+    with scaled(attention_heads(model), chosen, learner.model.tau), tempfile.TemporaryDirectory() as none:
+        train(learner, schedule, run or RunFolder(Path(none), workers), workers, on_progress)
+    return [float(value) for value in learner.model.tau.detach().cpu()]
+
+
+class _Coefficients(nn.Module):
+    def __init__(self, count: int, device: torch.device) -> None:
+        super().__init__()
+        self.tau = nn.Parameter(torch.ones(count, device=device))
+
+
+class _Learner:
+    """What ``train`` trains."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        count: int,
+        task: ProxyTask,
+        candidates: Tensor,
+        config: LearningConfig,
+        seed: int,
+    ) -> None:
+        self._reader = model
+        self._task = task
+        self._candidates = candidates
+        self._config = config
+        self._seed = seed
+        self.model = _Coefficients(count, model.device)
+        self.optimizers = [torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)]
+
+    def draw(self, step: int, fraction: float) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed + _SEEDS * step)
+        return self._task.draw(self._config.batch, self._candidates, generator)
+
+    def step(self, samples: Tensor, factor: float) -> StepResult:
+        (optimizer,) = self.optimizers
+        optimizer.param_groups[0]["lr"] = self._config.learning_rate * factor
+        logits, targets = _second_copy(self._reader, self._task, samples.to(self._reader.device))
+        loss = F.cross_entropy(logits, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert self.model.tau.grad is not None
+        return StepResult({"copy": float(loss.detach())}, float(self.model.tau.grad.norm()), len(targets))
+
+    def measure(self) -> Scores:
+        return {}
 
 
 @torch.inference_mode()

@@ -25,9 +25,6 @@ from torch import Tensor
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.pear_record import Mask
 
-PUBLISHED_SIZES = ((20, 50), (40, 25), (80, 15), (100, 10))
-"""(samples, n) that detection averages over."""
-
 
 @dataclass(frozen=True)
 class ProxyTask:

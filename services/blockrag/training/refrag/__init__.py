@@ -11,7 +11,7 @@ From the data to the bundle::
     trainer    one step: parts of its samples, gradients, the update
     scores     held-out scores, by composition
     opening    what a stage starts from
-    adapt      the loop of a stage: budget, checkpoints, metrics
+    adapt      a stage, as the loop of every training (``training.loop``) runs it
     writing    the bundle that a stage ends with
     policy…    the stage that learns what to expand, with everything else frozen
 

@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from blockrag.modeling.rotary import RotaryTable
-from blockrag.modeling.support import inspect_model
+from blockrag.errors import UnsupportedModelError
+from blockrag.modeling.measuring import measure_rotations
+from blockrag.modeling.support import inspect_model, rotary_modules
 from blockrag.training.refrag.composed_attention import COMPOSED_ATTENTION, BlockPass, FinalPass, UntouchedRotary
 from blockrag.training.refrag.contexts import Branch
 
@@ -98,14 +99,22 @@ class ComposedDecoder(nn.Module):
         """
         super().__init__()
         facts = inspect_model(model)
+        rotations = set(measure_rotations(model, facts))
+        rotation = rotations.pop()
+        if rotations or not rotation.plain or facts.softcap is not None:
+            raise UnsupportedModelError(
+                f"{facts.name}: compression is trained for models that rotate whole heads, by halves, alike in every "
+                "layer, and do not bound attention scores"
+            )
         self.model = model
         self.shape = facts.shape
-        self.max_positions = facts.max_positions
+        self.max_positions = facts.plain_positions
         self.width = int(model.get_input_embeddings().weight.shape[1])
         self._pass_tokens = pass_tokens
-        self._rotary = RotaryTable(facts.frequencies, facts.attention_scaling, facts.max_positions, model.device)
-        self._rotary.phases(facts.max_positions)  # whole at once: threads share it
-        model.model.rotary_emb = UntouchedRotary()
+        self._rotary = rotation.table(self.max_positions, model.device)
+        self._rotary.phases(self.max_positions)  # whole at once: threads share it
+        for path in rotary_modules(model):
+            model.set_submodule(path, UntouchedRotary())
         model.set_attn_implementation(COMPOSED_ATTENTION)
 
     @property

@@ -116,7 +116,7 @@ def _rotate(states: Tensor, phases: Tensor) -> Tensor:
 class UntouchedRotary(nn.Module):
     """Rotates nothing, and leaves queries and keys in the type that autocast gave them."""
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         device = hidden_states.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from blockrag.errors import SetupError
+from blockrag.modeling.files import DEFAULT_BUNDLE
 from blockrag.modeling.refrag.record import POOLINGS, Alignment, Pooling
 
-Stage = Literal["reconstruction", "pretrain", "mixed", "policy", "tune"]
+Stage = Literal["reconstruction", "pretrain", "mixed", "tune"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 SMALL_ENCODER = "small"
 """The chunk encoder that needs no download: a two-layer BERT over the decoder's own tokens."""
@@ -18,26 +19,31 @@ SMALL_ENCODER = "small"
 _OWN_LAYERS = re.compile(r"decoder:([1-9][0-9]{0,2})")
 
 
+def _only(default: Any, *stages: Stage) -> Any:
+    """A field that means something in these stages alone."""
+    return field(default=default, metadata={"stages": stages})
+
+
 @dataclass(frozen=True)
 class RefragConfig:
     """One stage. Each stage takes the bundle of the one before and writes one of its own."""
 
-    bundle: Path
-    """The bundle to start from; without chunk compression, the stage makes a new chunk encoder and projector."""
     out: Path
-    """The bundle to make. The run itself lives beside it, in ``run_dir``."""
+    """The bundle to make. The run itself lives beside it, in OUT.run."""
     stage: Stage
+    bundle: Path = DEFAULT_BUNDLE
+    """The bundle to start from; without chunk compression, the stage makes a new chunk encoder and projector."""
     text: tuple[Path, ...] = ()
     """JSONL(.gz) files of long texts, ``{title, text}`` or ``{title, paragraphs}``, or directories of such."""
-    data: tuple[Path, ...] = ()
+    data: tuple[Path, ...] = _only((), "tune")
     """JSONL(.gz) files of question rows, as ``adapt block`` reads them."""
     name: str = ""
-    """The bundle's name; empty: that of the bundle it starts from."""
+    """The bundle's name; default: that of the bundle it starts from."""
     chunk_tokens: int | None = None
     """Tokens of a chunk (k); None: the bundle's."""
     encoder: str = ""
-    """``small``, ``decoder:N`` for the decoder's own first N layers, or the directory of a Hugging Face encoder; empty:
-    the bundle's, or ``small``."""
+    """``small``, ``decoder:N`` for the decoder's own first N layers, or the directory of a Hugging Face encoder;
+    default: the bundle's, or ``small``."""
     pooling: Pooling | None = None
     """How a chunk's states become one vector; None: the bundle's, or ``mean``."""
     minutes: float | None = None
@@ -51,28 +57,33 @@ class RefragConfig:
     decoder_learning_rate: float = 4e-4
     """Peak, of the decoder: it has learnt already. 2e-5 suits billions of parameters."""
     warmup_steps: int = 50
+    """Steps until the learning rate is reached."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """``muon`` for matrices, with AdamW for the rest, learns faster in small models; several workers need ``adamw``."""
-    curriculum: bool = True
+    curriculum: bool = _only(True, "reconstruction")
     """Reconstruction from one chunk to many; without it, all lengths are as likely from the start (an ablation)."""
     train_decoder: bool | None = None
     """Whether the decoder learns too; None: in every stage but reconstruction. Trained in reconstruction, a small
     decoder reconstructs more; frozen in the others, encoder and projector learn to serve it and it unlearns nothing."""
+    lora_rank: int = 0
+    """Rank of a low-rank adapter (LoRA) beside every linear layer of the decoder, which alone is trained of it; 0: all
+    of its weights are. On a bundle with a base it is joined with the adapter that is there, whose rank grows by it;
+    into weights of the bundle's own it is merged."""
     max_passages: int = 10
     """Most passages of a context of text or question rows."""
-    text_share: float = 0.2
+    text_share: float = _only(0.2, "tune")
     """Share of next-paragraph samples among a tuning's tokens, where it has texts: what was learnt there is kept."""
-    targets: int = 4
+    targets: int = _only(4, "pretrain", "mixed", "tune")
     """Most passages of a text's context that are targets too, each behind those before it."""
-    compressed_share: float = 0.3
-    """Share of a text's compositions with every chunk compressed, in the stages ``mixed`` and ``tune``."""
-    distillation: float = 0.0
+    compressed_share: float = _only(0.3, "mixed", "tune")
+    """Share of a text's compositions with every chunk compressed."""
+    distillation: float = _only(0.0, "pretrain", "mixed", "tune")
     """Share, in the loss of a text's tokens, of the divergence from what the same decoder predicts after the
     uncompressed passages (arXiv 1503.02531); the rest is the next token itself."""
-    expanded_share: float = 0.2
-    """Share of compositions with every chunk expanded, in the stages ``mixed`` and ``tune``."""
-    full_share: float = 0.12
-    """Share of samples read whole under the full mask, in the same stages: the reader keeps serving that mode."""
+    expanded_share: float = _only(0.2, "mixed", "tune")
+    """Share of compositions with every chunk expanded."""
+    full_share: float = _only(0.12, "mixed", "tune")
+    """Share of samples read whole under the full mask: the reader keeps serving that mode."""
     average_with: Path | None = None
     """A bundle whose decoder's weights the learnt ones are averaged with at the end (arXiv 2109.01903): what was
     unlearnt on the way comes back, and most of what was learnt stays."""
@@ -90,7 +101,9 @@ class RefragConfig:
     checkpoint_steps: int = 100
     """Steps between two checkpoints: what a kill costs at most."""
     seed: int = 0
+    """Of samples and new weights."""
     device: str = "cpu"
+    """cpu or cuda."""
 
     def __post_init__(self) -> None:
         self._require(self.stage in STAGES, "stage", f"must be one of {', '.join(STAGES)}")
@@ -98,19 +111,24 @@ class RefragConfig:
         if (self.minutes is None) == (self.steps is None):
             raise SetupError("give exactly one of minutes and steps")
         self._require(self.minutes is None or self.minutes > 0, "minutes", "must be positive")
-        for field in ("tokens_per_step", "max_passages", "targets", "parts", "eval_steps", "checkpoint_steps"):
-            self._require(getattr(self, field) >= 1, field, "must be at least 1")
-        for field in ("steps", "chunk_tokens"):
-            self._require(getattr(self, field) is None or getattr(self, field) >= 1, field, "must be at least 1")
-        for field in ("learning_rate", "decoder_learning_rate"):
-            self._require(getattr(self, field) > 0, field, "must be positive")
-        for field in ("warmup_steps", "dev_samples"):
-            self._require(getattr(self, field) >= 0, field, "must not be negative")
+        for name in ("tokens_per_step", "max_passages", "targets", "parts", "eval_steps", "checkpoint_steps"):
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("steps", "chunk_tokens"):
+            self._require(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("learning_rate", "decoder_learning_rate"):
+            self._require(getattr(self, name) > 0, name, "must be positive")
+        for name in ("warmup_steps", "dev_samples", "lora_rank"):
+            self._require(getattr(self, name) >= 0, name, "must not be negative")
         shares = ("text_share", "compressed_share", "expanded_share", "full_share", "learnt_share", "distillation")
-        for field in shares:
-            self._require(0 <= getattr(self, field) <= 1, field, "must be from 0 to 1")
+        for name in shares:
+            self._require(0 <= getattr(self, name) <= 1, name, "must be from 0 to 1")
         self._require(
             self.average_with is None or self.decoder_learns, "average_with", "the stage does not change the decoder"
+        )
+        self._require(
+            self.lora_rank == 0 or (self.decoder_learns and self.average_with is None),
+            "lora_rank",
+            "needs a decoder that learns and is averaged with no other",
         )
         self._require(
             self.distillation == 0 or self.stage != "reconstruction",
@@ -119,7 +137,7 @@ class RefragConfig:
         )
         if self.stage in ("reconstruction", "pretrain", "mixed") and not self.text:
             raise SetupError(f"stage {self.stage}: needs texts (--text)")
-        if self.stage in ("policy", "tune") and not self.data:
+        if self.stage == "tune" and not self.data:
             raise SetupError(f"stage {self.stage}: needs questions (--data)")
 
     @property
@@ -166,6 +184,7 @@ class RefragConfig:
             "optimizer",
             "curriculum",
             "train_decoder",
+            "lora_rank",
             "max_passages",
             "text_share",
             "targets",
@@ -181,6 +200,6 @@ class RefragConfig:
         )
         return {name: getattr(self, name) for name in names}
 
-    def _require(self, condition: bool, field: str, problem: str) -> None:
+    def _require(self, condition: bool, name: str, problem: str) -> None:
         if not condition:
-            raise SetupError(f"{field} {getattr(self, field)!r}: {problem}")
+            raise SetupError(f"{name} {getattr(self, name)!r}: {problem}")

@@ -56,10 +56,11 @@ def open_start(config: RefragConfig) -> Start:
     k = config.chunk_tokens or bundle.chunk_tokens
     if k > bundle.passage_tokens:
         raise SetupError(f"chunk_tokens {k}: longer than a passage ({bundle.passage_tokens} tokens)")
-    if "decoder" in (config.alignment, record and record.alignment) and config.decoder_learns:
+    beside = config.lora_rank > 0 and bundle.base is not None  # the encoder's layers are the base's, without adapters
+    if "decoder" in (config.alignment, record and record.alignment) and config.decoder_learns and not beside:
         raise SetupError(
             f"stage {config.stage}: its chunk encoder is the decoder's own first layers, which must stay as they are; "
-            "freeze the decoder (--freeze-decoder)"
+            "freeze the decoder (--freeze-decoder), or train an adapter on a base (--lora-rank)"
         )
     if record is None:
         return Start(bundle, k, config.alignment, config.pooling or "mean")

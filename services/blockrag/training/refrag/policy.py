@@ -26,32 +26,9 @@ from blockrag.modeling.refrag.policy import (
     make_policy_batch,
     mask_of,
 )
+from blockrag.training.refrag.policy_config import PpoSettings
 
 _CLIP_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class PpoSettings:
-    """What decides an update."""
-
-    draws: int = 8
-    """Expansions drawn for each prompt; the more, the less noise in an advantage."""
-    fractions: tuple[float, float] = (0.03, 0.5)
-    """Smallest and largest share of a prompt's chunks to expand, drawn anew for each prompt; as many between 0.05 and
-    0.1 as between 0.25 and 0.5."""
-    clip: float = 0.2
-    epochs: int = 2
-    """Updates from the same draws; the clipping is for those after the first."""
-    least_spread: float = 0.005
-    """Nats added to a group's standard deviation: what differs less is rounding. The next paragraph's loss moves by
-    about 0.01 with the choice of chunks, an answer's by 1."""
-
-    def __post_init__(self) -> None:
-        low, high = self.fractions
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"fractions {self.fractions}: must rise within (0, 1]")
-        if self.draws < 2 or self.epochs < 1 or self.clip <= 0 or self.least_spread <= 0:
-            raise ValueError(f"{self}: at least two draws, one epoch, and positive clip and spread")
 
 
 @dataclass(frozen=True)

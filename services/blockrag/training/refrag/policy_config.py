@@ -4,29 +4,55 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from blockrag.errors import SetupError
-from blockrag.modeling.bundle import file_sha256
-from blockrag.modeling.refrag.policy import PolicyConfig
-from blockrag.training.refrag.policy import PpoSettings
+from blockrag.modeling.files import DEFAULT_BUNDLE, file_sha256
+
+if TYPE_CHECKING:
+    from blockrag.modeling.refrag.policy import PolicyConfig
 
 _HEAD = 32
 """Width of a policy's head."""
 
 
 @dataclass(frozen=True)
+class PpoSettings:
+    """What decides an update."""
+
+    draws: int = 8
+    """Expansions drawn for each prompt; the more, the less noise in an advantage."""
+    fractions: tuple[float, float] = (0.03, 0.5)
+    """Smallest and largest share of a prompt's chunks to expand, drawn anew for each prompt; as many between 0.05 and
+    0.1 as between 0.25 and 0.5."""
+    clip: float = 0.2
+    """How far an update may move the likelihood of a draw."""
+    epochs: int = 2
+    """Updates from the same draws; the clipping is for those after the first."""
+    least_spread: float = 0.005
+    """Nats added to a group's standard deviation: what differs less is rounding. The next paragraph's loss moves by
+    about 0.01 with the choice of chunks, an answer's by 1."""
+
+    def __post_init__(self) -> None:
+        low, high = self.fractions
+        if not 0 < low <= high <= 1:
+            raise SetupError(f"fractions {self.fractions}: must rise within (0, 1]")
+        if self.draws < 2 or self.epochs < 1 or self.clip <= 0 or self.least_spread <= 0:
+            raise SetupError("an update needs at least two draws, one epoch, and positive clip and least_spread")
+
+
+@dataclass(frozen=True)
 class PolicyTrainingConfig:
     """A policy's training."""
 
-    bundle: Path
-    """A bundle with chunk compression; it is not changed."""
     out: Path
-    """The bundle to make. The run itself lives beside it, in ``run_dir``."""
-    query: bool = True
-    """Whether the policy sees the question; else it is the paper's."""
+    """The bundle to make. The run itself lives beside it, in OUT.run."""
+    bundle: Path = DEFAULT_BUNDLE
+    """A bundle with chunk compression; it is not changed."""
+    policy: Literal["query", "blind"] = "query"
+    """One that sees the question, or the paper's."""
     name: str = ""
-    """Name of the policy in the bundle; empty: ``query`` or ``blind``. One of the same name is replaced."""
+    """Name of the policy in the bundle; default: query or blind. One of the same name is replaced."""
     text: tuple[Path, ...] = ()
     """JSONL(.gz) files of long texts, or directories of such."""
     data: tuple[Path, ...] = ()
@@ -40,7 +66,7 @@ class PolicyTrainingConfig:
     text_reward: Literal["label", "divergence"] = "label"
     """What a text's choice is rewarded by: the target's own likelihood, as published, or how little the predictions
     diverge from those after the uncompressed passages, which says the same with less noise."""
-    width: int = 64
+    policy_width: int = 64
     """Of the policy; it has a head per 32 and twice as many units inside its feed-forward layers. 64 rates 320 chunks
     in 1.2 ms on one core, 96 in 1.6."""
     start_from: Path | None = None
@@ -48,6 +74,7 @@ class PolicyTrainingConfig:
     contexts: int = 4
     """Contexts of a step: reading their blocks is what a step costs most, next to the draws."""
     max_passages: int = 10
+    """Most passages of a context."""
     ppo: PpoSettings = field(default_factory=PpoSettings)
     imitation: float | None = None
     """Share of the budget in which the policy first learns to draw the chunks that hold the answers, without reading
@@ -57,7 +84,8 @@ class PolicyTrainingConfig:
     learning_rate: float = 1e-3
     """Peak of AdamW's rate, after a warm-up; it falls with a cosine."""
     warmup_steps: int = 10
-    dev_contexts: int = 48
+    """Steps until the learning rate is reached."""
+    dev_samples: int = 48
     """Held-out questions, and as many texts, to measure on."""
     eval_steps: int = 100
     """Steps between two measurements; start and end are always measured."""
@@ -68,7 +96,9 @@ class PolicyTrainingConfig:
     threads: int = 2
     """On a CPU: threads, each reading contexts of its own with one core."""
     seed: int = 0
+    """Of samples and new weights."""
     device: str = "cpu"
+    """cpu or cuda."""
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
@@ -77,8 +107,8 @@ class PolicyTrainingConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise SetupError(f"{name} {getattr(self, name)!r}: must be at least 1")
-        if self.width < _HEAD or self.width % _HEAD:
-            raise SetupError(f"width {self.width!r}: must be a multiple of {_HEAD}")
+        if self.policy_width < _HEAD or self.policy_width % _HEAD:
+            raise SetupError(f"policy_width {self.policy_width!r}: must be a multiple of {_HEAD}")
         if self.text_reward not in ("label", "divergence"):
             raise SetupError(f"text_reward {self.text_reward!r}: must be label or divergence")
         for name in ("minutes", "steps", "learning_rate"):
@@ -93,8 +123,13 @@ class PolicyTrainingConfig:
             raise SetupError("a policy needs questions (--data), texts (--text) or both")
 
     @property
+    def query(self) -> bool:
+        """Whether the policy sees the question."""
+        return self.policy == "query"
+
+    @property
     def policy_name(self) -> str:
-        return self.name or ("query" if self.query else "blind")
+        return self.name or self.policy
 
     @property
     def chosen_text_share(self) -> float:
@@ -110,9 +145,10 @@ class PolicyTrainingConfig:
 
     def sizes(self, encoder_width: int) -> PolicyConfig:
         """Of the policy to train."""
-        return PolicyConfig(
-            encoder_width, self.query, width=self.width, heads=self.width // _HEAD, hidden=2 * self.width
-        )
+        from blockrag.modeling.refrag.policy import PolicyConfig
+
+        width = self.policy_width
+        return PolicyConfig(encoder_width, self.query, width=width, heads=width // _HEAD, hidden=2 * width)
 
     @property
     def run_dir(self) -> Path:
@@ -122,8 +158,8 @@ class PolicyTrainingConfig:
     def recipe(self) -> dict[str, Any]:
         """The values that decide the result, beside bundle and data."""
         names = (
-            *("query", "minutes", "steps", "contexts", "max_passages", "learning_rate", "warmup_steps"),
-            *("dev_contexts", "precision", "seed", "text_reward", "width"),
+            *("policy", "minutes", "steps", "contexts", "max_passages", "learning_rate", "warmup_steps"),
+            *("dev_samples", "precision", "seed", "text_reward", "policy_width"),
         )
         chosen = {name: getattr(self, name) for name in names}
         start = file_sha256(self.start_from) if self.start_from is not None else ""

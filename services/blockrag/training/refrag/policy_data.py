@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from random import Random
 
 from blockrag.modeling.bundle import Bundle, file_sha256
-from blockrag.training.adaptation.rows import Row, data_files, read_rows
+from blockrag.training.adaptation.rows import Row, data_files, hold_out_rows, read_rows
 from blockrag.training.adaptation.samples import SampleLimits, SampleSource
 from blockrag.training.passages import DecodingTokenizer
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
 from blockrag.training.refrag.policy_samples import PolicyContext, PolicySamples
 from blockrag.training.refrag.texts import PassageSource, Text, hold_out, read_texts
 
-_HELD_OUT_ROWS = 0.1
 _MAX_PROMPT = 4096
 
 
@@ -36,9 +35,7 @@ def load_policy_data(config: PolicyTrainingConfig, bundle: Bundle) -> PolicyData
     texts = read_texts(config.text) if config.text else []
     train_texts, held_texts = hold_out(texts) if texts else ([], [])
     rows = read_rows(config.data) if config.data else []
-    count = min(config.dev_contexts, int(_HELD_OUT_ROWS * len(rows)))
-    chosen = set(Random(f"{config.seed}/held out").sample(range(len(rows)), count))
-    train_rows = [row for number, row in enumerate(rows) if number not in chosen]
+    train_rows, held_rows = hold_out_rows(rows, config.dev_samples, config.seed)
 
     def samples(texts: Sequence[Text], rows: Sequence[Row], seed: int | str) -> PolicySamples:
         return PolicySamples(
@@ -52,11 +49,11 @@ def load_policy_data(config: PolicyTrainingConfig, bundle: Bundle) -> PolicyData
             seed=config.seed,
         )
 
-    held = samples(held_texts, [rows[number] for number in sorted(chosen)], f"{config.seed}/dev")
+    held = samples(held_texts, held_rows, f"{config.seed}/dev")
     random = Random(f"{config.seed}/probes")
-    probes = [held.asked(number, random) for number in range(len(chosen))]
+    probes = [held.asked(number, random) for number in range(len(held_rows))]
     if held_texts and config.chosen_text_share > 0:
-        probes += [held.text(random) for _ in range(config.dev_contexts)]
+        probes += [held.text(random) for _ in range(config.dev_samples)]
     return PolicyData(
         samples=samples(train_texts, train_rows, config.seed),
         probes=[probe for probe in probes if probe is not None],

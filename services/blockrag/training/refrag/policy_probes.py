@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,37 +11,7 @@ from blockrag.budget import expand_at_rate
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.training.refrag.policy_baselines import random_scores
 from blockrag.training.refrag.policy_contexts import CapturedContext, Masks, PolicyReader
-from blockrag.training.refrag.policy_samples import Kind, PolicyContext
-
-
-@dataclass(frozen=True)
-class ProbeScore:
-    """Nats per target token of one kind of target at one rate, means over held-out prompts."""
-
-    kind: Kind
-    rate: float
-    """Passage tokens for each slot."""
-    policy: float
-    random: float
-    gain: float
-    """Random less policy: above 0 the policy chooses better."""
-    error: float
-    """Standard error of ``gain``, paired."""
-
-
-@dataclass(frozen=True)
-class PolicyScores:
-    """Held-out scores of a policy, by kind of target and rate."""
-
-    scores: tuple[ProbeScore, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PolicyScores:
-        """Read what ``to_dict`` made."""
-        return cls(tuple(ProbeScore(**score) for score in values["scores"]))
+from blockrag.training.refrag.policy_samples import PolicyContext
 
 
 def measure_policy(
@@ -52,8 +20,11 @@ def measure_policy(
     probes: Sequence[PolicyContext],
     pool: ThreadPoolExecutor,
     rates: Sequence[float] = (),
-) -> PolicyScores:
-    """Score ``policy`` on prompts, each with one branch; ``rates`` default to half and a quarter of k.
+) -> dict[str, dict[str, float]]:
+    """Nats per target token after the policy's choice and after a random one, by kind of target and rate.
+
+    ``gain`` is random less policy (above 0 the policy chooses better) and ``error`` its standard error, paired. Each
+    of ``probes`` has one branch; ``rates``, passage tokens for each slot, default to half and a quarter of k.
 
     Blocks are read anew, so that nothing of them stays in memory.
     """
@@ -70,23 +41,20 @@ def measure_policy(
         return reader.losses(context, probe.branches[0], np.stack(masks)).numpy().reshape(len(wanted), 2)
 
     losses = list(pool.map(score, enumerate(probes)))
-    found = []
+    found: dict[str, dict[str, float]] = {}
     for kind in dict.fromkeys(probe.kind for probe in probes):
         own = np.stack([loss for loss, probe in zip(losses, probes, strict=True) if probe.kind == kind])
         for place, rate in enumerate(wanted):
             policy_loss, random_loss = own[:, place, 0], own[:, place, 1]
             gain = random_loss - policy_loss
-            found.append(
-                ProbeScore(
-                    kind=kind,
-                    rate=rate,
-                    policy=round(float(policy_loss.mean()), 4),
-                    random=round(float(random_loss.mean()), 4),
-                    gain=round(float(gain.mean()), 4),
-                    error=round(float(gain.std() / len(gain) ** 0.5), 4),
-                )
-            )
-    return PolicyScores(tuple(found))
+            values = {
+                "policy": policy_loss.mean(),
+                "random": random_loss.mean(),
+                "gain": gain.mean(),
+                "error": gain.std() / len(gain) ** 0.5,
+            }
+            found[f"{kind} at rate {rate:g}"] = {name: round(float(value), 4) for name, value in values.items()}
+    return found
 
 
 def mask_at(context: CapturedContext, scores: np.ndarray, rate: float) -> Masks:

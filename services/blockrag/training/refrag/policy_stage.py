@@ -1,16 +1,15 @@
 """Training a chunk policy with a frozen reader: ``train_policy``.
 
-Behind ``blockrag adapt refrag --stage policy``. Decoder, chunk encoder and projector do not change; the bundle gets a
+Behind ``blockrag adapt refrag policy``. Decoder, chunk encoder and projector do not change; the bundle gets a
 policy beside them. Several workers share the contexts of a step, whose reading is what a step costs; the policy is
 small, and every worker has it whole.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,19 +21,19 @@ from blockrag.errors import BundleError, SetupError
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyInput
 from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
-from blockrag.training.adaptation.run import METRICS, RunFolder, RunState
+from blockrag.training.adaptation.metrics import OnProgress, Scores
+from blockrag.training.adaptation.run import RunFolder
 from blockrag.training.adaptation.workers import OneWorker, Workers
-from blockrag.training.optimizer import learning_rate_factor
-from blockrag.training.refrag.policy import Group, ImitationStats, UpdateStats, draw_groups, imitate, update
+from blockrag.training.loop import Schedule, StepResult, train
+from blockrag.training.refrag.policy import Group, draw_groups, imitate, update
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
 from blockrag.training.refrag.policy_contexts import CapturedContext, PolicyReader
 from blockrag.training.refrag.policy_data import PolicyData, load_policy_data
-from blockrag.training.refrag.policy_metrics import PolicyMetrics
-from blockrag.training.refrag.policy_probes import PolicyScores, measure_policy
+from blockrag.training.refrag.policy_probes import measure_policy
 from blockrag.training.refrag.policy_samples import PolicyContext, answer_target
 
 
-def prepare_policy(config: PolicyTrainingConfig) -> Bundle:
+def prepare_policy(config: PolicyTrainingConfig, workers: int = 1) -> Bundle:
     """Check the bundle and ``out`` before anything heavy is loaded. Raises SetupError or BundleError."""
     if config.out.exists():
         raise SetupError(f"{config.out}: exists already")
@@ -45,9 +44,7 @@ def prepare_policy(config: PolicyTrainingConfig) -> Bundle:
 
 
 def train_policy(
-    config: PolicyTrainingConfig,
-    on_progress: Callable[[PolicyMetrics], None] = lambda _metrics: None,
-    workers: Workers | None = None,
+    config: PolicyTrainingConfig, workers: Workers | None = None, on_progress: OnProgress | None = None
 ) -> Path:
     """Train until the budget is used up, or continue a run that was stopped; returns the bundle with the policy.
 
@@ -62,105 +59,74 @@ def train_policy(
     policy = ChunkPolicy(config.sizes(reader.compressor.encoder_width)).to(workers.device)
     if config.start_from is not None:
         _start(policy, config.start_from)
-    # no weight decay: the few steps do not overfit draws that are made anew each time
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    folder = RunFolder(config.run_dir, workers)
-    identity = {**config.recipe(), "bundle": bundle.policy_basis, "data": data.digests}
-    with folder.opened(identity), _pool(config, workers) as pool:
-        run = _Run(config, reader, policy, optimizer, data, folder, workers, pool, on_progress)
-        state, scores = run.train()
-        facts = {
-            "recipe": config.recipe(),
-            "steps": state.step,
-            "seconds": round(state.seconds),
-            "draws": state.tokens,
-            "data": data.digests,
-            "held_out": {"before": run.first_scores, "after": scores.to_dict()},
-        }
+    run = RunFolder(config.run_dir, workers)
+    identity = {"kind": "policy", "recipe": config.recipe(), "bundle": bundle.policy_basis, "data": data.digests}
+    with run.opened(identity), _pool(config, workers) as pool:
+        learner = _Learner(config, reader, policy, data, workers, pool)
+        state = train(learner, Schedule.of(config), run, workers, on_progress)
         if workers.rank == 0:
+            facts = {
+                "recipe": config.recipe(),
+                "steps": state.step,
+                "seconds": round(state.seconds),
+                "draws": state.tokens,
+                "data": data.digests,
+                "held_out": dict(zip(("before", "after"), run.scores(), strict=True)),
+            }
             _write(bundle, config, policy, facts)
-            folder.drop_checkpoints()
+            run.drop_checkpoints()
         workers.barrier()
     return config.out
 
 
-class _Run:
-    """The loop."""
+@dataclass(frozen=True)
+class _Drawn:
+    """Contexts of a step, to imitate or to draw for."""
+
+    step: int
+    contexts: Sequence[PolicyContext]
+    imitated: bool
+
+
+class _Learner:
+    """What ``train`` trains: a policy, the reader frozen. Its work is counted in compositions that are read."""
 
     def __init__(
         self,
         config: PolicyTrainingConfig,
         reader: PolicyReader,
         policy: ChunkPolicy,
-        optimizer: torch.optim.Optimizer,
         data: PolicyData,
-        folder: RunFolder,
         workers: Workers,
         pool: ThreadPoolExecutor,
-        on_progress: Callable[[PolicyMetrics], None],
     ) -> None:
         self._config = config
         self._reader = reader
         self._policy = policy
-        self._optimizer = optimizer
+        # no weight decay: the few steps do not overfit draws that are made anew each time
+        self._optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
         self._data = data
-        self._folder = folder
         self._workers = workers
         self._pool = pool
-        self._on_progress = on_progress
-        self.first_scores: Mapping[str, Any] = {}
-        """Held-out scores before the first step."""
+        self.model = policy
+        self.optimizers = [self._optimizer]
 
-    def train(self) -> tuple[RunState, PolicyScores]:
-        """Train to the end of the budget; ``RunState.tokens`` counts compositions that were read."""
-        config = self._config
-        state = self._folder.restore(self._policy, self._optimizer)
-        scores = None
-        if state.step == 0:
-            scores = self._measure()
-            self._report(PolicyMetrics(0, 0.0, dev=scores))
-        self._workers.barrier()  # the first worker writes what all read
-        self.first_scores = next(record["dev"] for record in self._folder.records() if "dev" in record)
-        fraction = self._fraction(state)
-        while fraction < 1:
-            started = time.perf_counter()
-            rate = config.learning_rate * learning_rate_factor(state.step, fraction, config.warmup_steps)
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            stats: UpdateStats | None = None
-            imitation: ImitationStats | None = None
-            draws = 0
-            if fraction < config.chosen_imitation and self._data.samples.has_questions:
-                imitation = self._imitate(state.step)
-            else:
-                stats, draws = self._step(state.step)
-            self._share_policy()
-            seconds = state.seconds + self._shared(time.perf_counter() - started)
-            state = RunState(state.step + 1, state.tokens + draws, seconds)
-            fraction = self._fraction(state)
-            scores = None
-            if state.step % config.eval_steps == 0 or fraction >= 1:
-                scores = self._measure()
-            self._report(
-                PolicyMetrics(
-                    step=state.step,
-                    fraction=min(1.0, fraction),
-                    update=stats,
-                    imitation=imitation,
-                    learning_rate=rate,
-                    draws=state.tokens,
-                    seconds=state.seconds,
-                    dev=scores,
-                )
-            )
-            if state.step % config.checkpoint_steps == 0 or fraction >= 1:
-                self._folder.save(self._policy, self._optimizer, state)
-        return state, scores or self._measure()
+    def draw(self, step: int, fraction: float) -> _Drawn:
+        samples = self._data.samples
+        if fraction < self._config.chosen_imitation and samples.has_questions:
+            return _Drawn(step, samples.questions(step, self._config.imitation_contexts), True)
+        return _Drawn(step, samples.step(step, self._config.contexts), False)
 
-    def _imitate(self, step: int) -> ImitationStats | None:
-        """None where no answer of the drawn contexts stands in a passage."""
+    def step(self, samples: _Drawn, factor: float) -> StepResult:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._config.learning_rate * factor
+        result = self._imitate(samples.contexts) if samples.imitated else self._update(samples.step, samples.contexts)
+        self._share_policy()
+        return result
+
+    def _imitate(self, contexts: Sequence[PolicyContext]) -> StepResult:
+        """Does nothing where no answer of the contexts stands in a passage."""
         reader = self._reader
-        contexts = self._data.samples.questions(step, self._config.imitation_contexts)
         embedded = list(self._pool.map(lambda one: reader.compressor.embed(one.passages), contexts))
         prompts, targets = [], []
         for context, embeddings in zip(contexts, embedded, strict=True):
@@ -169,11 +135,13 @@ class _Run:
                 if target is not None:
                     prompts.append(reader.see(context.passages, embeddings, branch.prompt, ranks))
                     targets.append(torch.from_numpy(target).to(self._workers.device))
-        return imitate(self._policy, self._optimizer, prompts, targets) if prompts else None
+        if not prompts:
+            return StepResult({}, 0.0, 0)
+        stats = imitate(self._policy, self._optimizer, prompts, targets)
+        return StepResult({"imitation": stats.loss}, stats.gradient_norm, 0, {"first": stats.first})
 
-    def _step(self, step: int) -> tuple[UpdateStats, int]:
+    def _update(self, step: int, contexts: Sequence[PolicyContext]) -> StepResult:
         config = self._config
-        contexts = self._data.samples.step(step, config.contexts)
         mine = range(self._workers.rank, len(contexts), self._workers.size)
         captured = dict(zip(mine, self._pool.map(lambda n: self._capture(contexts[n]), mine), strict=True))
         asked = [(number, place) for number, one in enumerate(contexts) for place in range(len(one.branches))]
@@ -191,7 +159,8 @@ class _Run:
             losses[job[0]] = found
         losses = self._workers.sum(losses).float()
         stats = update(self._policy, self._optimizer, groups, losses.to(self._workers.device), config.ppo)
-        return stats, losses.numel()
+        further = {"reward": stats.reward, "spread": stats.spread, "clipped": stats.clipped}
+        return StepResult({}, stats.gradient_norm, losses.numel(), further)
 
     def _capture(self, context: PolicyContext) -> CapturedContext:
         return self._reader.capture(context.instruction, context.passages)
@@ -224,31 +193,15 @@ class _Run:
                 own = parameter if self._workers.rank == 0 else torch.zeros_like(parameter)
                 parameter.copy_(self._workers.sum(own).to(parameter))
 
-    def _shared(self, seconds: float) -> float:
-        """The mean over the workers, so that all end at the same step."""
-        return float(self._workers.sum(torch.tensor([seconds]))) / self._workers.size
-
     def _losses(self, job: tuple[int, CapturedContext, PolicyContext, int, Group]) -> Tensor:
         _, captured, context, place, group = job
         diverging = context.kind == "text" and self._config.text_reward == "divergence"
         measured = self._reader.divergences if diverging else self._reader.losses
         return measured(captured, context.branches[place], group.masks.cpu().numpy())
 
-    def _measure(self) -> PolicyScores:
+    def measure(self) -> Scores:
         self._policy.train(False)
         return measure_policy(self._policy, self._reader, self._data.probes, self._pool)
-
-    def _report(self, metrics: PolicyMetrics) -> None:
-        if self._workers.rank != 0:
-            return
-        with (self._folder.path / METRICS).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(metrics.to_dict()) + "\n")
-        self._on_progress(metrics)
-
-    def _fraction(self, state: RunState) -> float:
-        if self._config.minutes is not None:
-            return state.seconds / (60 * self._config.minutes)
-        return state.step / (self._config.steps or 1)
 
 
 def _pool(config: PolicyTrainingConfig, workers: Workers) -> ThreadPoolExecutor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.modeling.template import PromptTemplate
-from blockrag.training.adaptation.rows import Row, data_files, read_rows
+from blockrag.training.adaptation.rows import Row, data_files, hold_out_rows, read_rows
 from blockrag.training.adaptation.samples import SampleLimits, SampleSource
 from blockrag.training.refrag.config import RefragConfig
 from blockrag.training.refrag.opening import Start
@@ -18,7 +17,6 @@ from blockrag.training.refrag.samples import NextPassage, Questions, Reconstruct
 from blockrag.training.refrag.scores import ProbeGroup, question_probes, reconstruction_probes, text_probes
 from blockrag.training.refrag.texts import PassageSource, Text, hold_out, read_texts
 
-_HELD_OUT_ROWS = 0.1
 _MAX_PROMPT = 4096
 
 
@@ -43,11 +41,8 @@ def load_data(config: RefragConfig) -> StageData:
     """Read what ``config`` names. Raises SetupError naming the file and the problem."""
     texts = read_texts(config.text) if config.text else []
     rows = read_rows(config.data) if config.data and config.stage == "tune" else []
-    count = min(config.dev_samples, int(_HELD_OUT_ROWS * len(rows)))
-    chosen = set(Random(f"{config.seed}/held out").sample(range(len(rows)), count))
     return StageData(
-        texts=hold_out(texts) if texts else ((), ()),
-        rows=([row for n, row in enumerate(rows) if n not in chosen], [rows[n] for n in sorted(chosen)]),
+        texts=hold_out(texts) if texts else ((), ()), rows=hold_out_rows(rows, config.dev_samples, config.seed)
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from blockrag.errors import SetupError
 from blockrag.jsonl import read_objects
+from blockrag.modeling.running_text import field_ids
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.rows import data_files
 from blockrag.training.passages import DecodingTokenizer, sentences
@@ -91,7 +92,7 @@ class PassageSource:
         pieces: list[list[str]] = []
         left = 0
         for sentence in self._sentences(text, count * self._passage_tokens, random):
-            tokens = len(tokenizer(" " + sentence, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            tokens = len(field_ids(tokenizer, " " + sentence))
             if tokens > room:
                 continue
             if tokens > left:

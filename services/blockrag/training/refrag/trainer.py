@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn, optim
 
 from blockrag.errors import SetupError
 from blockrag.training.adaptation.workers import Workers, like_parameter, whole
+from blockrag.training.loop import StepResult
+from blockrag.training.lora import add_lora
 from blockrag.training.optimizer import build_optimizers
 from blockrag.training.refrag.config import RefragConfig
 from blockrag.training.refrag.reader import RefragReader, SampleLosses, SampleScores
@@ -22,16 +23,6 @@ _CLIP = 1.0
 _TEXT_WEIGHT = 0.5
 """Weight of texts beside answers, both taken per token."""
 _KINDS: tuple[Kind, ...] = ("text", "answers")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step measured, over all workers."""
-
-    losses: dict[str, float]
-    """Nats per target token, by kind; ``divergence`` of texts' tokens from the uncompressed prompt, where learnt."""
-    gradient_norm: float
-    tokens: int
 
 
 class RefragTrainer:
@@ -48,6 +39,8 @@ class RefragTrainer:
         if config.optimizer == "muon" and workers.size > 1:
             raise SetupError("optimizer 'muon': several workers share every matrix out; choose adamw")
         reader.decoder.requires_grad_(config.decoder_learns)
+        if config.lora_rank:
+            add_lora(reader.decoder.model, config.lora_rank, seed=config.seed)
         reader.distillation = config.distillation
         reader.to(workers.device)
         # As one piece: how often a layer runs depends on a worker's samples, and FSDP wants all workers alike. Weights

@@ -78,10 +78,9 @@ def test_a_checkpoint_learns_under_both_masks_and_serves_cached_blocks(
     out = adapt_block(recipe, on_progress=progress.append)
 
     first, last = progress[0].dev, progress[-1].dev
-    assert first is not None and last is not None
-    assert last.block_loss < 0.4 * first.block_loss
-    assert last.full_loss < 0.4 * first.full_loss
-    assert progress[-1].step == progress[-1].steps == 30
+    assert last["block"]["nats"] < 0.4 * first["block"]["nats"]
+    assert last["full"]["nats"] < 0.4 * first["full"]["nats"]
+    assert (progress[-1].step, progress[-1].fraction) == (30, 1.0)
     assert progress[-1].tokens_per_second > 0 and progress[-1].eta_seconds == 0
     assert progress[5].eta_seconds > 0
     report = verify_bundle(out)
@@ -121,10 +120,10 @@ def test_both_masks_are_trained_on_every_sample(config: Make, tmp_path: Path) ->
         alone[mask] = found[-1]
 
     both = progress[-1]
-    assert both.block_loss == pytest.approx(alone["block"].block_loss)
-    assert both.full_loss == pytest.approx(alone["full"].full_loss)
-    assert both.block_loss != pytest.approx(both.full_loss, abs=1e-3)
-    assert (alone["block"].full_loss, alone["full"].block_loss) == (None, None)
+    assert both.losses["block"] == pytest.approx(alone["block"].losses["block"])
+    assert both.losses["full"] == pytest.approx(alone["full"].losses["full"])
+    assert both.losses["block"] != pytest.approx(both.losses["full"], abs=1e-3)
+    assert (list(alone["block"].losses), list(alone["full"].losses)) == (["block"], ["full"])
     assert both.tokens == 2 * alone["block"].tokens == 2 * alone["full"].tokens
 
 
@@ -149,8 +148,7 @@ def test_bf16_trains_and_the_checkpoints_own_type_is_written(config: Make, tmp_p
 
     out = adapt_block(config(model=half, precision="bf16", steps=10), on_progress=progress.append)
 
-    assert progress[-1].block_loss is not None and progress[1].block_loss is not None
-    assert progress[-1].block_loss < progress[1].block_loss
+    assert progress[-1].losses["block"] < progress[1].losses["block"]
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
     assert verify_bundle(out).passed
 
@@ -160,7 +158,7 @@ def test_distillation_is_reported_and_changes_the_result(config: Make, tmp_path:
     distilled = adapt_block(config(distillation=1.0), on_progress=progress.append)
     plain = adapt_block(config(out=tmp_path / "plain"))
 
-    assert progress[-1].distillation is not None and progress[-1].distillation > 0
+    assert progress[-1].losses["distillation"] > 0
     assert largest_difference(distilled, plain) > 0
 
 
@@ -205,7 +203,7 @@ def test_rows_that_do_not_fit_are_reported(config: Make, tmp_path: Path) -> None
 
     out = adapt_block(config(data=(path,), steps=8, dev_rows=0), on_progress=progress.append)
 
-    reported = {place: tokens for metrics in progress for place, tokens in metrics.too_long.items()}
+    reported = {place: tokens for metrics in progress for place, tokens in metrics.left_out.items()}
     assert list(reported) == [f"{path}:12"]
     assert reported[f"{path}:12"] > 400
     assert load_bundle(out).training["rows_too_long"] == 1
@@ -228,7 +226,7 @@ class TestAdapters:
         assert all(float(up.abs().max()) > 0 for _, up in adapter_of(out).values())
         assert verify_bundle(bundle).passed
         first, last = progress[0].dev, progress[-1].dev
-        assert first is not None and last is not None and last.block_loss < first.block_loss
+        assert last["block"]["nats"] < first["block"]["nats"]
         merged, start = load_stock_model(bundle), load_file(checkpoint / "model.safetensors")
         weight = merged.state_dict()["model.layers.0.self_attn.q_proj.weight"]
         down, up = adapter_of(out)["model.layers.0.self_attn.q_proj"]
@@ -270,8 +268,7 @@ class TestAdapters:
         recipe = config(lora_rank=4, precision="bf16", steps=12, learning_rate=2e-2)
         adapt_block(recipe, on_progress=progress.append)
 
-        assert progress[0].dev is not None and progress[-1].dev is not None
-        assert progress[-1].dev.block_loss < progress[0].dev.block_loss
+        assert progress[-1].dev["block"]["nats"] < progress[0].dev["block"]["nats"]
 
     def test_threads_compute_the_same_gradients(self, config: Make, tmp_path: Path) -> None:
         one = adapt_block(config(lora_rank=4, micro_batch=1))
@@ -289,7 +286,7 @@ def test_many_questions_behind_one_context(config: Make, tmp_path: Path) -> None
 
     out = adapt_block(recipe, on_progress=progress.append)
 
-    assert progress[-1].block_loss is not None and progress[-1].full_loss is not None
+    assert set(progress[-1].losses) == {"block", "full"}
     assert verify_bundle(out).passed
     training = load_bundle(out).training
     assert training["recipe"]["questions"] == 6 and training["recipe"]["shares"] == [2.0]
@@ -391,8 +388,8 @@ def test_tensorboard_is_written_when_asked_for(config: Make) -> None:
 
     events = EventAccumulator(str(out.parent / "bundle.run" / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("block_loss")] == [1, 2, 3]
-    assert [event.step for event in events.Scalars("dev/block_exact")] == [0, 3]
+    assert [event.step for event in events.Scalars("losses/block")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("dev/block/exact")] == [0, 3]
 
 
 def test_an_absent_tensorboard_is_named(tmp_path: Path) -> None:

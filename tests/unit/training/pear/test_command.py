@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,17 @@ def test_in_place_replaces_earlier_coefficients(bundle: Path, tmp_path: Path) ->
     assert once.pear is not None
     assert load_bundle(target).fingerprint == once.fingerprint, "found again from the weights as they are"
     assert "proxy task, held out" in first.stdout and "0 parameters and 0 operations more" in first.stdout
+
+
+def test_another_recipe_does_not_go_on_in_the_same_folder(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    assert run("--bundle", bundle, "--out", out, *QUICK).exit_code == 0
+    kept = sorted(path.name for path in (tmp_path / "made.run").iterdir())
+    assert kept == ["detections.json", "lock", "metrics.jsonl", "run.json"]
+    shutil.rmtree(out)  # as if it had been stopped before the bundle was written
+    other = run("--bundle", bundle, "--out", out, *QUICK, "--seed", 1)
+    assert other.exit_code == 1 and "holds another run: recipe" in " ".join(other.stderr.split())
+    assert run("--bundle", bundle, "--out", out, *QUICK).exit_code == 0
 
 
 def test_detecting_only_makes_no_bundle(bundle: Path, tmp_path: Path) -> None:

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from blockrag.errors import InvalidRequestError
+from blockrag.errors import InvalidRequestError, SetupError
 from blockrag.modeling.pear import attention_heads, fold
 from blockrag.modeling.pear_record import HeadCoefficient, Mask, PearRecord
-from blockrag.training.pear.adaptation import CONDITIONS, PearConfig, PearReport, adapt
+from blockrag.training.adaptation.metrics import StepMetrics
+from blockrag.training.adaptation.run import RunFolder
+from blockrag.training.adaptation.workers import OneWorker
+from blockrag.training.pear.adaptation import PearReport, adapt
+from blockrag.training.pear.config import CONDITIONS, LearningConfig, PearConfig
 from blockrag.training.pear.cost import folding_cost
-from blockrag.training.pear.learning import LearningConfig, learn, proxy_score, scaled
+from blockrag.training.pear.learning import learn, proxy_score, scaled
 from blockrag.training.pear.task import ProxyTask, ordinary_tokens
 from tests.unit.training.pear.copying import INDUCTION, SUPPRESSOR, VOCAB, copying_model
 from tests.unit.training.pear.models import KINDS, make_model
@@ -143,6 +149,37 @@ def test_the_same_seed_learns_the_same() -> None:
     first, again, other = (learn(model, [SUPPRESSOR], task, CANDIDATES, config, seed) for seed in (1, 1, 2))
 
     assert first == again != other
+
+
+def test_a_stopped_run_goes_on_with_what_was_detected_and_learned(tmp_path: Path) -> None:
+    config = replace(CONFIG, learning=replace(CONFIG.learning, steps=40))
+    whole = adapt(copying_model(suppression=0.8), CANDIDATES, config)
+    folder = RunFolder(tmp_path / "run", OneWorker())
+    seen: list[tuple[str, int]] = []
+
+    def show(stop: int) -> Callable[[StepMetrics], None]:
+        def note(metrics: StepMetrics) -> None:
+            seen.append((metrics.stage, metrics.step))
+            if seen[-1] == ("learn", stop):
+                raise InterruptedError
+
+        return note
+
+    with pytest.raises(InterruptedError), folder.opened({"kind": "pear", "recipe": asdict(config)}):
+        adapt(copying_model(suppression=0.8), CANDIDATES, config, folder, on_progress=show(30))
+    assert {stage for stage, _ in seen} == {"learn", *(f"detect, {condition}" for condition in CONDITIONS)}
+    seen.clear()
+    with folder.opened({"kind": "pear", "recipe": asdict(config)}):
+        resumed = adapt(copying_model(suppression=0.8), CANDIDATES, config, folder, on_progress=show(-1))
+
+    assert seen == [("learn", step) for step in range(26, 41)]
+    assert resumed.record == whole.record and resumed.record is not None
+    assert resumed.correlations == whole.correlations
+    with (
+        pytest.raises(SetupError, match="holds another run: recipe"),
+        folder.opened({"kind": "pear", "recipe": asdict(CONFIG)}),
+    ):
+        pass
 
 
 def test_one_pass_says_how_good_the_untrained_guess_is() -> None:

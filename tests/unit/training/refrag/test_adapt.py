@@ -22,9 +22,9 @@ from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import write_pear
 from blockrag.modeling.pear_record import HeadCoefficient, PearRecord, ProxyScore
 from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.training.adaptation.metrics import StepMetrics
 from blockrag.training.refrag.adapt import adapt_refrag
 from blockrag.training.refrag.config import RefragConfig
-from blockrag.training.refrag.metrics import RefragMetrics
 from tests.models import TINY_VOCAB, make_tiny_bundle, make_tiny_tokenizer
 
 Make = Callable[..., RefragConfig]
@@ -45,7 +45,7 @@ def same(first: Path, second: Path) -> bool:
 
 @pytest.mark.parametrize("stage", ["reconstruction", "pretrain", "mixed", "tune"])
 def test_losses_fall(config: Make, stage: str) -> None:
-    seen: list[RefragMetrics] = []
+    seen: list[StepMetrics] = []
     wanted = config(stage=stage, steps=25, train_decoder=True, curriculum=False, text_share=0.0)
 
     adapt_refrag(wanted, on_progress=seen.append)
@@ -71,7 +71,7 @@ def test_reconstruction_leaves_the_decoder_alone(config: Make, bundle: Path) -> 
 @pytest.mark.parametrize("pooling", ["mean", "concat"])
 def test_the_decoders_own_layers_as_the_chunk_encoder(config: Make, tmp_path: Path, pooling: str) -> None:
     wanted = config(stage="reconstruction", encoder="decoder:1", pooling=pooling, out=tmp_path / "first", steps=20)
-    seen: list[RefragMetrics] = []
+    seen: list[StepMetrics] = []
     first = load_bundle(adapt_refrag(wanted, on_progress=seen.append))
 
     assert seen[-1].dev["4 chunks"]["nats"] < seen[0].dev["4 chunks"]["nats"]
@@ -128,13 +128,13 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(config: Make, tmp_path: Path, 
     wanted = config(stage="mixed", steps=5, checkpoint_steps=2, optimizer=optimizer, precision="bf16")
     whole = adapt_refrag(replace(wanted, out=tmp_path / "whole"))
 
-    def stop(metrics: RefragMetrics) -> None:
+    def stop(metrics: StepMetrics) -> None:
         if metrics.step == 3:
             raise _StopError
 
     with pytest.raises(_StopError):
         adapt_refrag(wanted, on_progress=stop)
-    seen: list[RefragMetrics] = []
+    seen: list[StepMetrics] = []
     resumed = adapt_refrag(wanted, on_progress=seen.append)
 
     assert [metrics.step for metrics in seen] == [3, 4, 5]
@@ -165,7 +165,7 @@ def test_a_killed_process_goes_on(config: Make, tmp_path: Path) -> None:
         timeout=100,
     )
     assert killed.returncode == -signal.SIGKILL
-    seen: list[RefragMetrics] = []
+    seen: list[StepMetrics] = []
     resumed = adapt_refrag(wanted, on_progress=seen.append)
 
     assert [metrics.step for metrics in seen] == [3, 4]
@@ -224,7 +224,7 @@ def test_coefficients_of_heads_become_part_of_a_decoder_that_learns(tmp_path: Pa
         ({"minutes": 1.0}, "exactly one of minutes and steps"),
         ({"text": ()}, "stage pretrain: needs texts"),
         ({"stage": "tune", "data": ()}, "stage tune: needs questions"),
-        ({"stage": "other"}, "stage 'other'"),
+        ({"stage": "policy"}, "stage 'policy'"),
         ({"chunk_tokens": 0}, "chunk_tokens 0: must be at least 1"),
         ({"stage": "reconstruction", "average_with": Path("x")}, "does not change the decoder"),
         ({"full_share": 1.5}, "full_share 1.5: must be from 0 to 1"),
@@ -242,7 +242,6 @@ def test_what_is_wrong_on_disk_is_named(config: Make, tmp_path: Path) -> None:
         ({"chunk_tokens": 65}, "longer than a passage"),
         ({"encoder": str(tmp_path / "nowhere")}, "neither 'small' nor 'decoder:N' nor a directory"),
         ({"out": tmp_path}, "exists already"),
-        ({"stage": "policy"}, "policy_stage"),
     ):
         with pytest.raises(SetupError, match=problem):
             adapt_refrag(config(**changes))
@@ -260,7 +259,7 @@ def test_a_chunk_encoder_is_kept_as_it_was_trained(config: Make, tmp_path: Path)
 
 
 def test_another_recipe_does_not_go_on_in_the_same_folder(config: Make) -> None:
-    def stop(metrics: RefragMetrics) -> None:
+    def stop(metrics: StepMetrics) -> None:
         raise _StopError
 
     with pytest.raises(_StopError):

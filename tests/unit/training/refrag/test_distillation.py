@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
+from blockrag.training.adaptation.metrics import StepMetrics
 from blockrag.training.adaptation.workers import OneWorker
 from blockrag.training.refrag.adapt import adapt_refrag
 from blockrag.training.refrag.config import RefragConfig
 from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.distillation import linear_distillation
 from blockrag.training.refrag.masks import constant_mask
-from blockrag.training.refrag.metrics import RefragMetrics
 from blockrag.training.refrag.opening import load_reader, open_start
 from blockrag.training.refrag.reader import RefragReader, SampleLosses
 from blockrag.training.refrag.samples import RefragSample, View
@@ -110,7 +110,7 @@ def test_a_part_in_which_nothing_learns_is_passed(config: Make) -> None:
 
 @pytest.mark.parametrize("stage", ["mixed", "tune"])
 def test_encoder_and_projector_learn_to_serve_a_frozen_decoder(config: Make, stage: str) -> None:
-    seen: list[RefragMetrics] = []
+    seen: list[StepMetrics] = []
     wanted = config(
         stage=stage,
         steps=25,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from blockrag.errors import SetupError
 from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig, PolicyInput
 from blockrag.modeling.refrag.policy_features import FEATURES
 from blockrag.training.refrag.policy import (
     Group,
-    PpoSettings,
     advantages,
     clipped_objective,
     draw_fraction,
@@ -20,6 +20,7 @@ from blockrag.training.refrag.policy import (
     imitate,
     update,
 )
+from blockrag.training.refrag.policy_config import PpoSettings
 
 WIDTH = 16
 
@@ -111,7 +112,7 @@ def test_fractions_stay_in_their_range() -> None:
     drawn = [draw_fraction(settings, Random(number)) for number in range(200)]
     assert 0.1 <= min(drawn) < 0.13 and 0.35 < max(drawn) <= 0.4
     for wrong in ((0.0, 0.5), (0.5, 0.2), (0.5, 1.2)):
-        with pytest.raises(ValueError, match="fractions"):
+        with pytest.raises(SetupError, match="fractions"):
             PpoSettings(fractions=wrong)
-    with pytest.raises(ValueError, match="two draws"):
+    with pytest.raises(SetupError, match="two draws"):
         PpoSettings(draws=1)

@@ -16,9 +16,9 @@ from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.writing import write_refrag
+from blockrag.training.adaptation.metrics import StepMetrics
 from blockrag.training.refrag.contexts import Branch
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
-from blockrag.training.refrag.policy_metrics import PolicyMetrics
 from blockrag.training.refrag.policy_samples import PolicyContext, answer_target
 from blockrag.training.refrag.policy_stage import train_policy
 from tests.models import TINY_VOCAB, make_tiny_bundle
@@ -46,7 +46,7 @@ def _config(
         steps=4,
         contexts=2,
         max_passages=3,
-        dev_contexts=2,
+        dev_samples=2,
         checkpoint_steps=2,
         eval_steps=2,
         threads=1,
@@ -65,32 +65,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     whole, cut = (
         replace(
             _config(bundle, tmp_path / name, text=(texts,), data=(rows,)),
-            query=query,
+            policy="query" if query else "blind",
             text_share=0.5,
             imitation=0.5,
-            width=32,
+            policy_width=32,
             text_reward="label" if query else "divergence",
         )
         for name in ("whole", "cut")
     )
-    seen: list[PolicyMetrics] = []
-    train_policy(whole, seen.append)
+    seen: list[StepMetrics] = []
+    train_policy(whole, on_progress=seen.append)
     assert [metrics.step for metrics in seen] == [0, 1, 2, 3, 4]
-    assert [metrics.dev is not None for metrics in seen] == [True, False, True, False, True]
-    assert seen[-1].dev is not None and {score.kind for score in seen[-1].dev.scores} == {"answers", "text"}
+    assert [bool(metrics.dev) for metrics in seen] == [True, False, True, False, True]
+    assert {label.partition(" ")[0] for label in seen[-1].dev} == {"answers", "text"}
     # half of the budget imitates, the rest draws
-    assert [metrics.imitation is not None for metrics in seen] == [False, True, True, False, False]
-    assert [metrics.update is not None for metrics in seen] == [False, False, False, True, True]
-    assert seen[2].draws == 0 < seen[4].draws and seen[4].draws % 8 == 0
+    assert ["imitation" in metrics.losses for metrics in seen] == [False, True, True, False, False]
+    assert ["reward" in metrics.further for metrics in seen] == [False, False, False, True, True]
+    assert seen[2].tokens == 0 < seen[4].tokens and seen[4].tokens % 8 == 0
 
-    def stop(metrics: PolicyMetrics) -> None:
+    def stop(metrics: StepMetrics) -> None:
         if metrics.step == 3:
             raise _StopError
 
     with pytest.raises(_StopError):
-        train_policy(cut, stop)
+        train_policy(cut, on_progress=stop)
     resumed: list[int] = []
-    train_policy(cut, lambda metrics: resumed.append(metrics.step))
+    train_policy(cut, on_progress=lambda metrics: resumed.append(metrics.step))
     assert resumed == [3, 4]
     name = "query" if query else "blind"
     one, other = (load_file(tmp_path / run / f"policy-{name}.safetensors") for run in ("whole", "cut"))
@@ -121,7 +121,7 @@ def test_a_second_policy_stands_beside_the_first(bundle: Path, texts: Path, tmp_
         for number in range(30)
     ]
     data = write_rows(tmp_path / "numbers.jsonl", numbers)
-    first = train_policy(replace(_config(bundle, tmp_path / "one", text=(texts,)), query=False, steps=1))
+    first = train_policy(replace(_config(bundle, tmp_path / "one", text=(texts,)), policy="blind", steps=1))
     both = replace(_config(first, tmp_path / "two", data=(data,)), steps=1, name="numbers")
     made = load_bundle(train_policy(both))
     assert made.refrag is not None
@@ -135,7 +135,7 @@ def test_a_second_policy_stands_beside_the_first(bundle: Path, texts: Path, tmp_
     went_on = load_file(train_policy(again) / "policy-numbers.safetensors")
     assert all(torch.allclose(went_on[key], tensor, atol=1e-6) for key, tensor in load_file(start).items())
     with pytest.raises(SetupError, match="is to be trained"):
-        train_policy(replace(again, out=tmp_path / "four", query=False))
+        train_policy(replace(again, out=tmp_path / "four", policy="blind"))
 
 
 def test_what_an_answer_is_imitated_by() -> None:
@@ -169,14 +169,14 @@ def test_what_cannot_be_trained_is_refused(bundle: Path, rows: Path, tmp_path: P
         {"learning_rate": 0.0},
         {"text_share": 1.5},
         {"imitation": 1.0},
-        {"width": 48},
+        {"policy_width": 48},
         {"text_reward": "other"},
     ):
         with pytest.raises(SetupError, match=next(iter(change))):
             replace(config, **change)
     with pytest.raises(SetupError, match="needs questions"):
         replace(config, data=())
-    train_policy(replace(config, steps=1, contexts=1, dev_contexts=1))
+    train_policy(replace(config, steps=1, contexts=1, dev_samples=1))
     (tmp_path / "out.run").rename(tmp_path / "other.run")
     with pytest.raises(SetupError, match="holds another run"):
         train_policy(replace(config, out=tmp_path / "other", seed=1))

@@ -19,11 +19,10 @@ from safetensors.torch import load_file
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.refrag.policy import ChunkPolicy
+from blockrag.training.adaptation.metrics import StepMetrics
 from blockrag.training.refrag.adapt import adapt_refrag
 from blockrag.training.refrag.config import RefragConfig
-from blockrag.training.refrag.policy import PpoSettings
-from blockrag.training.refrag.policy_config import PolicyTrainingConfig
-from blockrag.training.refrag.policy_metrics import PolicyMetrics
+from blockrag.training.refrag.policy_config import PolicyTrainingConfig, PpoSettings
 from blockrag.training.refrag.policy_stage import train_policy
 
 _WORKER = """
@@ -101,11 +100,11 @@ def test_a_policy_learns_the_same_from_two_workers(tmp_path: Path, config: Calla
         bundle=made,
         out=tmp_path / "one",
         text=config().text,
-        query=False,
+        policy="blind",
         steps=4,
         contexts=3,  # an odd number: the workers have different shares
         max_passages=3,
-        dev_contexts=2,
+        dev_samples=2,
         checkpoint_steps=2,
         precision="fp32",
         threads=1,
@@ -124,16 +123,14 @@ def test_a_policy_learns_the_same_from_two_workers(tmp_path: Path, config: Calla
             torch.testing.assert_close(shared[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
     assert float(single["direct.weight"].abs().max()) > 1e-3 and not before["direct.weight"].any()
     lines = [
-        [PolicyMetrics.from_dict(json.loads(line)) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        [StepMetrics(**json.loads(line)) for line in (path / "metrics.jsonl").read_text().splitlines()]
         for path in (one.run_dir, two.run_dir)
     ]
     assert [metrics.step for metrics in lines[1]] == [0, 1, 2, 3, 4]
     for first, second in zip(*lines, strict=True):
-        assert first.draws == second.draws
-        assert (first.update is None) == (second.update is None)
-        if first.update is not None and second.update is not None:
-            assert first.update.reward == pytest.approx(second.update.reward, rel=1e-4)
-    assert lines[1][-1].dev is not None
+        assert first.tokens == second.tokens
+        assert first.further.get("reward") == pytest.approx(second.further.get("reward"), rel=1e-4)
+    assert lines[1][-1].dev
 
 
 def test_what_workers_cannot_share_is_refused(config: Callable[..., RefragConfig]) -> None:

@@ -1,0 +1,117 @@
+"""Who may come in over HTTP, and with how much: by the rule that gRPC has, with the same keys.
+
+Without keys a system serves its own machine. A browser on that machine would carry any web page's requests here, which
+gRPC's port cannot be asked by; so there the request must be for this machine by address and come from no other site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from blockrag.access import Access, OnBehalf
+from blockrag.errors import UnauthenticatedError
+from blockrag.http.errors import error_response, too_large, too_large_response
+from blockrag.limits import LOOPBACK_NAMES
+from blockrag.settings import Settings
+
+MAX_JSON_BYTES = 4 * 2**20
+"""Largest body that is no form; the gateway's own limits of texts are lower."""
+_FORM_BYTES = 65_536
+"""What a form may have beside its file."""
+
+
+class Guard:
+    """Stands before the application: admits a request to ``/v1`` before any of its body is read, and bounds the body.
+
+    The admitted call is the request's ``state.call``.
+    """
+
+    def __init__(self, app: ASGIApp, door: Door, max_document_bytes: int) -> None:
+        self._app = app
+        self._door = door
+        self._max_document_bytes = max_document_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_http = scope["type"] == "http"  # a server's start and end have no path
+        if not is_http or not scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            request.state.call = self._door.admit(request)
+        except UnauthenticatedError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        is_form = request.headers.get("content-type", "").startswith("multipart/form-data")
+        most = self._max_document_bytes + _FORM_BYTES if is_form else MAX_JSON_BYTES
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > most:
+            await too_large_response(most)(scope, receive, send)
+            return
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > most:  # sent without saying how much it is
+                raise too_large(most)
+            return message
+
+        await self._app(scope, bounded, send)
+
+
+class Door:
+    """Admits requests."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._access = Access(settings)
+        self._keys = bool(settings.gateway.tenants)
+
+    def admit(self, request: Request) -> OnBehalf:
+        """Who calls. Raises ``UnauthenticatedError``."""
+        if not self._keys:
+            _check_site(request.headers.get("host", ""), request.headers.get("origin"))
+        caller = self._access.check(None, _Origin(request))
+        sent = {"request_id": request.headers.get("x-request-id"), "traceparent": request.headers.get("traceparent")}
+        return OnBehalf(caller, tuple((name, value) for name, value in sent.items() if value))
+
+
+class _Origin:
+    """A request as the access policy sees calls."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        return list(self._request.headers.items())
+
+    def peer(self) -> str:
+        """As gRPC names a caller. Behind the proxy this is the proxy, which listens where ``cluster.host`` says."""
+        client = self._request.client
+        if client is None:
+            return ""
+        return f"ipv6:[{client.host}]:{client.port}" if ":" in client.host else f"ipv4:{client.host}:{client.port}"
+
+
+def _check_site(host: str, origin: str | None) -> None:
+    name = urlsplit(f"//{host}").hostname or ""
+    if name not in LOOPBACK_NAMES and not _is_address(name):
+        raise UnauthenticatedError(
+            f"this system has no keys and is asked as {name!r}: use its address, or give tenants keys"
+        )
+    if origin is not None and urlsplit(origin).netloc != host:
+        raise UnauthenticatedError("this system has no keys and answers no other site's pages")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,182 @@
+"""Errors as OpenAI's clients read them: one object, one status for each kind of ours."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from blockrag.errors import (
+    BlockragError,
+    DeadlineError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    PromptTooLongError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from blockrag.grpc_status import as_known_error
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class UnsupportedError(InvalidRequestError):
+    """Something of OpenAI's that would change the answer and that this server does not do."""
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
+
+
+_KINDS: tuple[tuple[type[BlockragError], int, str, str], ...] = (
+    (UnsupportedError, 400, "invalid_request_error", "unsupported_value"),
+    (InvalidRequestError, 400, "invalid_request_error", "invalid_value"),
+    (PromptTooLongError, 400, "invalid_request_error", "context_length_exceeded"),
+    (NotFoundError, 404, "invalid_request_error", "not_found"),
+    (UnauthenticatedError, 401, "authentication_error", "invalid_api_key"),
+    (OverloadedError, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (DeadlineError, 504, "timeout_error", "timeout"),
+    (UnavailableError, 503, "server_error", "unavailable"),
+)
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+"""Of errors that the framework raises."""
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+}
+"""For the OpenAPI schema of every path."""
+
+# The gateway's fields, as requests over HTTP name them.
+_PARAMS = (
+    ("question", "messages"),
+    ("turns", "messages"),
+    ("instructions", "messages"),
+    ("compression", "blockrag"),
+    ("filter", "blockrag.filter"),
+    ("top_k", "blockrag.top_k"),
+    ("timeout_ms", "blockrag.timeout_ms"),
+    ("attention_mode", "blockrag.attention_mode"),
+    ("max_context_tokens", "blockrag.max_context_tokens"),
+    ("collection", "model"),
+    ("document_id", "file"),
+    ("content", "file"),
+)
+
+
+def error_detail(error: BaseException) -> tuple[int, ErrorDetail]:
+    """Status and object of an error; what is unforeseen is logged under an id that the client is told."""
+    known = as_known_error(error)
+    if known is not None:
+        status, kind, code = _kind(known)
+        if not isinstance(known, InvalidRequestError):
+            return status, ErrorDetail(message=str(known), type=kind, code=code)
+        param = _param(known.field)
+        return status, ErrorDetail(message=f"{param}: {known.problem}", type=kind, param=param, code=code)
+    error_id = secrets.token_hex(8)
+    _LOGGER.error("internal error %s", error_id, exc_info=error)
+    message = f"internal error; the server's log has more under id {error_id}"
+    return 500, ErrorDetail(message=message, type="server_error", code="internal_error")
+
+
+def error_response(error: BaseException) -> Response:
+    """The response that tells of an error."""
+    status, detail = error_detail(error)
+    headers = {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    known = as_known_error(error)
+    if isinstance(known, OverloadedError):
+        headers["Retry-After"] = str(math.ceil(known.retry_after_ms / 1000))
+        headers["Retry-After-Ms"] = str(known.retry_after_ms)  # OpenAI's clients take this one first
+    return _response(status, detail, headers)
+
+
+def too_large(most: int) -> HTTPException:
+    """What a body is refused with that has more than ``most`` bytes. FastAPI lets no other kind through."""
+    return HTTPException(413, f"the body is larger than the {most // 2**20} MiB that are allowed")
+
+
+def too_large_response(most: int) -> Response:
+    """The response that says so."""
+    return _of_starlette(too_large(most))
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Has the application answer every error with OpenAI's object."""
+
+    async def of_ours(request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def of_starlette(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _of_starlette(error)
+
+    async def of_validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _response(400, _validation_detail(error.errors()))
+
+    app.add_exception_handler(BlockragError, of_ours)
+    app.add_exception_handler(RequestValidationError, of_validation)
+    app.add_exception_handler(HTTPException, of_starlette)
+    app.add_exception_handler(Exception, of_ours)
+
+
+def _kind(error: BlockragError) -> tuple[int, str, str]:
+    for of, status, kind, code in _KINDS:
+        if isinstance(error, of):
+            return status, kind, code
+    return 500, "server_error", "internal_error"
+
+
+def _of_starlette(error: HTTPException) -> Response:
+    code = _CODES.get(error.status_code, "invalid_value")
+    detail = ErrorDetail(message=str(error.detail), type="invalid_request_error", code=code)
+    return _response(error.status_code, detail, dict(error.headers or {}))
+
+
+def _response(status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers)
+
+
+def _validation_detail(problems: Sequence[Any]) -> ErrorDetail:
+    first = problems[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    param = ".".join(place) or None
+    if first["type"] == "extra_forbidden":
+        return ErrorDetail(
+            message=f"{param}: is not known here, and what is not known is not ignored",
+            type="invalid_request_error",
+            param=param,
+            code="unknown_parameter",
+        )
+    code = "unsupported_value" if first["type"] == "unsupported" else "invalid_value"
+    message = f"{param}: {first['msg']}" if param else str(first["msg"])
+    return ErrorDetail(message=message[:2000], type="invalid_request_error", param=param, code=code)
+
+
+def _param(field: str) -> str:
+    """The name that a field of the gateway's has over HTTP."""
+    for name, param in _PARAMS:
+        if field == name or field.startswith((f"{name}.", f"{name}[")):
+            return param + field[len(name) :] if name == "compression" else param
+    return field

@@ -1,0 +1,264 @@
+"""What is wrong with this machine or configuration, before it hurts; each finding with the way out."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from blockrag.errors import BlockragError, EnvironmentSetupError
+from blockrag.limits import MIB
+from blockrag.local.preflight import SHARED_MEMORY, check_exposure, check_memory, check_port
+from blockrag.local.state import read_state
+from blockrag.settings import PUBLIC_SECRET, Settings
+
+if TYPE_CHECKING:
+    from blockrag.modeling.bundle import Bundle
+
+Level = Literal["ok", "warning", "problem"]
+
+_OPEN_FILES = 4_096
+_FREE_DISK_MB = 1_024
+_FIXED_MB = 4 * 220 + 300
+"""What Ray, Serve's controller and proxies and the services without models take whatever is set (measured)."""
+_GATEWAY_MB, _COMPRESSOR_MB, _MODEL_SERVICE_MB = 300, 300, 650
+"""Resident memory of a replica: of a model's service without its weights and buffers."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    subject: str
+    level: Level
+    text: str
+    way_out: str = ""
+    """What to do; empty where nothing is to be done."""
+
+
+def examine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> list[Finding]:
+    """Everything that is looked at, in the order in which a start needs it. Starts nothing."""
+    installed = list(_versions())
+    if any(finding.level == "problem" for finding in installed):
+        return installed  # the rest needs what is missing
+    looks = (
+        installed,
+        _limits(settings),
+        _start(settings, shared_memory),
+        _secrets(settings),
+        _state_folder(settings),
+        _bundle_and_budgets(settings),
+        _kernels(settings),
+    )
+    return list(itertools.chain.from_iterable(looks))
+
+
+def _versions() -> Iterator[Finding]:
+    version = platform.python_version()
+    if platform.python_version_tuple()[:2] == ("3", "11"):
+        yield Finding("python", "ok", version)
+    else:
+        yield Finding("python", "warning", f"{version}, where 3.11 is tested", "make the environment with Python 3.11")
+    missing = [name for name in ("ray", "torch", "transformers", "qdrant_edge") if not importlib.util.find_spec(name)]
+    if missing:
+        yield Finding("packages", "problem", f"missing: {', '.join(missing)}", "pip install 'blockrag[serve]'")
+        return
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for text in importlib.metadata.requires("blockrag") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": "serve"}):
+            continue
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{requirement.name} {installed}, where {requirement.specifier} is needed")
+    if wrong:
+        yield Finding(
+            "packages", "problem", "; ".join(wrong), "pip install --constraint constraints.txt 'blockrag[serve]'"
+        )
+    else:
+        versions = (f"{name} {importlib.metadata.version(name)}" for name in ("ray", "torch", "transformers"))
+        yield Finding("packages", "ok", ", ".join(versions))
+    if not hasattr(os, "pidfd_open") or not Path("/proc/self/stat").exists():
+        yield Finding("system", "problem", "no Linux with pidfd and /proc", "run on Linux 5.3 or later")
+
+
+def _limits(settings: Settings) -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
+        yield Finding(
+            "open files", "warning", f"at most {soft}; Ray and HAProxy want {_OPEN_FILES}", f"ulimit -n {_OPEN_FILES}"
+        )
+    else:
+        yield Finding("open files", "ok", f"at most {soft} of {hard}")
+    cores = len(os.sched_getaffinity(0))
+    threads = max(settings.decoder.threads, settings.encoder.threads)
+    if threads > cores:
+        yield Finding(
+            "processors",
+            "warning",
+            f"{cores}, where decoder.threads and encoder.threads ask for up to {threads}",
+            f"set decoder.threads and encoder.threads to at most {cores}",
+        )
+    else:
+        yield Finding("processors", "ok", str(cores))
+
+
+def _start(settings: Settings, shared_memory: Path) -> Iterator[Finding]:
+    """What ``blockrag up`` would refuse."""
+    cluster = settings.cluster
+    if _is_running(settings):
+        yield Finding("start", "ok", "it runs: ports and shared memory are its own")
+    else:
+        store = f"object store of {cluster.object_store_mb} MiB in {shared_memory}"
+        yield _looked("shared memory", store, lambda: check_memory(settings, shared_memory))
+        for name in ("grpc_port", "http_port"):
+            check = functools.partial(check_port, cluster.host, getattr(cluster, name), f"cluster.{name}")
+            yield _looked(f"cluster.{name}", f"{getattr(cluster, name)} is free", check)
+        if os.environ.get("RAY_ADDRESS"):
+            yield Finding(
+                "ray", "problem", "RAY_ADDRESS points to another Ray", "unset RAY_ADDRESS, or use serve deploy"
+            )
+    count = len(settings.gateway.tenants)
+    access = f"{count} tenants with keys" if count else "without keys, for this machine only"
+    yield _looked("access", access, lambda: check_exposure(settings))
+
+
+def _looked(subject: str, well: str, check: Callable[[], None]) -> Finding:
+    try:
+        check()
+    except EnvironmentSetupError as error:
+        text, _, way_out = str(error).partition(": ")
+        return Finding(subject, "problem", text, way_out)
+    return Finding(subject, "ok", well)
+
+
+def _secrets(settings: Settings) -> Iterator[Finding]:
+    if settings.kv_cache.secret == PUBLIC_SECRET:
+        yield Finding(
+            "secret",
+            "warning",
+            "kv_cache.secret is the one that everybody knows; without tenants that harms nobody",
+            "before there are tenants: openssl rand -hex 32",
+        )
+    else:
+        yield Finding("secret", "ok", "kv_cache.secret is set")
+
+
+def _state_folder(settings: Settings) -> Iterator[Finding]:
+    folder = settings.state_path
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        yield Finding("state", "problem", f"{existing} cannot be written", "set cluster.state_dir to a folder of yours")
+        return
+    free = shutil.disk_usage(existing).free // MIB
+    if free < _FREE_DISK_MB:
+        yield Finding(
+            "state",
+            "problem",
+            f"{free} MiB are free on the disk of {folder}; documents and traces need room",
+            "free some or set cluster.state_dir to another disk",
+        )
+    else:
+        yield Finding("state", "ok", f"{folder}, {free} MiB free")
+
+
+def _bundle_and_budgets(settings: Settings) -> Iterator[Finding]:
+    from blockrag.configured import configured_bundle  # not where the client alone is installed
+
+    try:
+        bundle = configured_bundle(settings)
+    except BlockragError as error:
+        yield Finding("bundle", "problem", str(error), "check bundle.path; 'blockrag bundle verify' says more")
+        return
+    token = _token_bytes(bundle, settings)
+    held = settings.kv_cache.budget_mb * MIB // token
+    yield Finding("bundle", "ok", f"{bundle.name}, {bundle.max_context_tokens} positions")
+    passages = held // settings.ingest.passage_tokens
+    text = f"kv_cache.budget_mb holds {held} tokens, at least {passages} passages"
+    if passages < 2 * settings.gateway.default_top_k:
+        yield Finding("cache", "problem", text, "raise kv_cache.budget_mb and cluster.object_store_mb")
+    else:
+        yield Finding("cache", "ok", text)
+    if settings.decoder.slots < bundle.max_context_tokens:
+        yield Finding(
+            "slots",
+            "warning",
+            f"decoder.slots is {settings.decoder.slots}: the model's {bundle.max_context_tokens} are not reached",
+            f"raise decoder.slots to {bundle.max_context_tokens} where memory allows",
+        )
+    weights = sum(file.stat().st_size for file in bundle.weights_dir().glob("*.safetensors")) // MIB
+    slots = settings.decoder.slots * token // MIB
+    decoders = settings.decoder.replicas * (_MODEL_SERVICE_MB + weights + slots + settings.decoder.l1_mb)
+    encoders = settings.encoder.max_replicas * (_MODEL_SERVICE_MB + weights)
+    others = settings.gateway.replicas * _GATEWAY_MB + settings.compressor.replicas * _COMPRESSOR_MB + _FIXED_MB
+    wanted = decoders + encoders + others + _MODEL_SERVICE_MB + settings.cluster.object_store_mb
+    there = _available_mb()
+    text = f"{wanted} MiB when everything is full ({decoders} decoders, {encoders} encoders), {there} MiB available"
+    if wanted > there and not _is_running(settings):
+        yield Finding("memory", "warning", text, "lower decoder.slots, decoder.l1_mb, encoder.max_replicas or replicas")
+    else:
+        yield Finding("memory", "ok", text)
+
+
+def _kernels(settings: Settings) -> Iterator[Finding]:
+    from blockrag.modeling.native.build import CannotBuildError, check_processor
+
+    if settings.bundle.device.startswith("cuda"):
+        return
+    if settings.bundle.compute_dtype == "bfloat16" and not _processor_flags() & {"avx512_bf16", "amx_bf16"}:
+        yield Finding(
+            "processor",
+            "warning",
+            "it has neither AVX-512 BF16 nor AMX: bfloat16 is emulated and slow",
+            "set bundle.compute_dtype to float32",
+        )
+    try:
+        check_processor()
+    except CannotBuildError as error:
+        yield Finding("kernels", "warning", f"{error}: torch's own operations are used, which are slower")
+    else:
+        yield Finding("kernels", "ok", "this processor has the compiled kernels' instructions")
+
+
+def _processor_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2] for line in text.splitlines() if line.startswith("flags")), "").split())
+
+
+def _token_bytes(bundle: Bundle, settings: Settings) -> int:
+    """Bytes of K and V of one token, over all layers."""
+    config = json.loads((bundle.decoder_dir / "config.json").read_text(encoding="utf-8"))
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return int(2 * config["num_hidden_layers"] * heads * width * (2 if settings.bundle.kv_dtype == "bfloat16" else 4))
+
+
+def _available_mb() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) // 1024
+    return 0
+
+
+def _is_running(settings: Settings) -> bool:
+    state = read_state(settings.state_path)
+    return state is not None and state.alive

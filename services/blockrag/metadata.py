@@ -1,0 +1,93 @@
+"""Metadata of documents: JSON objects that travel as protobuf structs. A client imports it, so it stays light.
+
+A struct's numbers are doubles. So a whole number that a double may have rounded is refused wherever it comes in, and a
+whole number that is exact comes out as an int.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from google.protobuf.struct_pb2 import Struct, Value
+
+from blockrag.errors import InvalidRequestError
+
+MAX_EXACT = 2**53
+"""Whole numbers up to here are exact in a double; this one may stand for the next."""
+MAX_DEPTH = 16
+"""Objects and lists within each other; protobuf's own limit is little more than twice this."""
+_KEY_CHARS = 80
+
+
+def check_metadata(metadata: Mapping[str, Any], field: str = "metadata") -> None:
+    """Refuses what no struct can hold as it is. Raises ``InvalidRequestError(field, …)`` naming the key."""
+    for key, value in metadata.items():
+        _check(key, value, field, 1)
+
+
+def check_number(value: float, field: str, what: str) -> None:
+    """Refuses a number that is not finite, or not exact; ``what`` names it. Raises ``InvalidRequestError``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidRequestError(field, f"{what} is {value}; leave it out, or send a finite number")
+    if abs(value) >= MAX_EXACT and (isinstance(value, int) or value.is_integer()):
+        raise InvalidRequestError(field, f"{what} is too large to be exact as a number; send it as text")
+
+
+def metadata_of(struct: Struct, field: str = "metadata") -> dict[str, Any]:
+    """A struct as JSON values; whole numbers become int. Raises as ``check_metadata``."""
+    metadata = {key: _python(value) for key, value in struct.fields.items()}
+    check_metadata(metadata, field)
+    return metadata
+
+
+def struct_of(metadata: Mapping[str, Any], field: str = "metadata") -> Struct:
+    """JSON values as a struct. Raises as ``check_metadata``."""
+    check_metadata(metadata, field)
+    struct = Struct()
+    struct.update(dict(metadata))
+    return struct
+
+
+def scalars(metadata: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float | bool]]:
+    """What filters compare: each string, number and boolean with its key.
+
+    Elements of a list have the list's key; the keys of an object within are joined by dots: ``author.name``.
+    """
+    for key, value in metadata.items():
+        for element in value if isinstance(value, list) else [value]:
+            if isinstance(element, Mapping):
+                yield from scalars(element, f"{prefix}{key}.")
+            elif isinstance(element, bool | str):
+                yield prefix + key, element
+            elif isinstance(element, int | float):
+                yield prefix + key, float(element)
+
+
+def _check(key: str, value: Any, field: str, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise InvalidRequestError(field, f"{key[:_KEY_CHARS]!r} is nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        for inner, item in value.items():
+            _check(f"{key}.{inner}", item, field, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check(key, item, field, depth + 1)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        check_number(value, field, repr(key[:_KEY_CHARS]))
+    elif value is not None and not isinstance(value, str | bool):
+        kind = type(value).__name__
+        raise InvalidRequestError(field, f"{key[:_KEY_CHARS]!r} is a {kind}; send text, numbers, lists or objects")
+
+
+def _python(value: Value) -> Any:
+    kind = value.WhichOneof("kind")
+    if kind == "number_value":
+        number = value.number_value
+        return int(number) if number.is_integer() and abs(number) < MAX_EXACT else number
+    if kind == "struct_value":
+        return {key: _python(item) for key, item in value.struct_value.fields.items()}
+    if kind == "list_value":
+        return [_python(item) for item in value.list_value.values]
+    return None if kind in (None, "null_value") else getattr(value, kind)

@@ -1,0 +1,156 @@
+"""Reading a Hugging Face checkpoint: with every weight that it holds, or not at all.
+
+transformers leaves out weights that its class has no place for, fills missing ones with random numbers, asks on the
+terminal whether to run a checkpoint's own code, and needs packages of its own for each kind of quantised weights. What
+that concerns is refused here by what the files say, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from blockrag.errors import BundleError
+from blockrag.modeling.files import check_safetensors, read_json
+from blockrag.modeling.loading import no_load_report, no_progress_bar
+from blockrag.modeling.support import ModelFacts, inspect_model
+
+_INDEX = "model.safetensors.index.json"
+_QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "quant_log.csv", "hf_quant_config.json")
+_ADAPTER = "adapter_config.json"
+_NAMED = 8
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
+
+
+def check_checkpoint(folder: Path, *, weights: bool = True) -> None:
+    """Check what the files of a checkpoint say; ``weights`` False for a directory that holds none.
+
+    Raises BundleError naming the file and the reason: quantised weights, code of its own, an adapter, missing shards,
+    damaged files.
+    """
+    config = read_json(folder / "config.json")
+    _check_config(folder, config)
+    if weights:
+        _check_weights(folder)
+
+
+def inspect_checkpoint(folder: Path) -> ModelFacts:
+    """What its configuration says of driving it. Raises BundleError, UnsupportedModelError as ``inspect_model``."""
+    config = read_config(folder)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"{folder}: no causal language model in the Hugging Face format: {error}") from error
+    return inspect_model(model)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration. Raises BundleError, for a checkpoint with code of its own too."""
+    if not (folder / "config.json").is_file():
+        raise BundleError(f"{folder}: no causal language model in the Hugging Face format: lacks config.json")
+    check_checkpoint(folder, weights=False)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"{folder}: no causal language model in the Hugging Face format: {error}") from error
+    return config
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """The model with all weights of the checkpoint, on the CPU; ``config`` instead of the checkpoint's own.
+
+    Raises BundleError as ``check_checkpoint``, and naming the weights that are missing, of another shape or left over.
+    """
+    config = config or read_config(folder)
+    check_checkpoint(folder)
+    try:
+        with no_progress_bar(), no_load_report():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"{folder}: the weights do not load: {error}") from error
+    # what is missing would be random numbers
+    _refuse(folder, "weights are missing", info["missing_keys"])
+    _refuse(
+        folder,
+        f"{type(model).__name__}, as its configuration describes it, has no place for weights that the checkpoint "
+        "holds, so it would compute something else",
+        info["unexpected_keys"],
+    )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    quantised = config.get("quantization_config") or config.get("compression_config")
+    kind = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    beside = next((name for name in _QUANTISED_FILES if (folder / name).is_file()), None)
+    if quantised or beside:
+        raise BundleError(
+            f"{folder}: its weights are quantised ({kind or beside or 'quantization_config'}): they must be float32, "
+            "float16 or bfloat16, or a GGUF file, which is converted; take the checkpoint that it was quantised from"
+        )
+    if code := config.get("auto_map"):
+        files = sorted({str(name) for name in code.values()}) if isinstance(code, dict) else [str(code)]
+        raise BundleError(
+            f"{folder / 'config.json'}: names code of its own (auto_map: {', '.join(files[:_NAMED])}), and no "
+            "checkpoint's code is run; if transformers' own class of its model_type computes the same, remove auto_map"
+        )
+    if (folder / _ADAPTER).is_file():
+        raise BundleError(f"{folder}: holds an adapter ({_ADAPTER}): merge it into the weights first")
+
+
+def _check_weights(folder: Path) -> None:
+    if (folder / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    elif (folder / _INDEX).is_file():
+        places = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+            raise BundleError(f"{folder / _INDEX}: has no weight_map")
+        shards = sorted(set(places.values()))
+        absent = [name for name in shards if not (folder / name).is_file()]
+        if absent:
+            raise BundleError(
+                f"{folder}: {len(absent)} of {len(shards)} shards are missing: {', '.join(absent[:_NAMED])}"
+            )
+    else:
+        found = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not found:
+            raise BundleError(f"{folder}: lacks weights in safetensors (*.safetensors)")
+        raise BundleError(f"{folder}: has {', '.join(found[:_NAMED])}, but neither model.safetensors nor {_INDEX}")
+    for name in shards:
+        check_safetensors(folder / name)
+        narrow = [tensor for tensor, kind in _types(folder / name) if kind.startswith(("F8", "F6", "F4", "I", "U"))]
+        if narrow:
+            raise BundleError(
+                f"{folder / name}: weights that are no floating-point numbers of 16 bits or more (quantised?): "
+                f"{', '.join(narrow[:_NAMED])}"
+            )
+
+
+def _types(path: Path) -> list[tuple[str, str]]:
+    with path.open("rb") as source:
+        (length,) = struct.unpack("<Q", source.read(8))
+        header = json.loads(source.read(length))
+    return sorted((name, str(entry.get("dtype"))) for name, entry in header.items() if name != "__metadata__")
+
+
+def _refuse(folder: Path, problem: str, names: Iterable[object]) -> None:
+    found = sorted(str(name) for name in names)
+    if found:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise BundleError(f"{folder}: {problem}: {', '.join(found[:_NAMED])}{more}")

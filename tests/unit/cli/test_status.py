@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from blockrag.cli.system import _print_status
+from blockrag.client_messages import description
+from blockrag.v1.kv_cache_pb2 import DiskUsage, GetKvCacheStatusResponse
+from blockrag.v1.system_pb2 import DescribeResponse
+
+MIB = 2**20
+
+
+def shown(cache: GetKvCacheStatusResponse | None, capsys: pytest.CaptureFixture[str]) -> str:
+    _print_status(description(DescribeResponse(kv_cache=cache)))
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_disk_is_shown_with_its_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    disk = DiskUsage(
+        blocks=3, bytes=5 * MIB, budget_bytes=9 * MIB, hits=2, rejected=1, dropped=4, warnings=["[full] disk"]
+    )
+    text = shown(GetKvCacheStatusResponse(disk=disk), capsys)
+    assert "on disk 3 blocks, 5 of 9 MiB, 2 hits, 0 evicted, 1 rejected, 4 dropped [full] disk" in text
+
+
+def test_a_disk_that_cannot_be_used_is_its_warning_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(GetKvCacheStatusResponse(disk=DiskUsage(warnings=["read-only"])), capsys)
+    assert "read-only" in text
+    assert "on disk" not in text
+
+
+def test_without_an_answer_of_the_cache_there_is_a_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "object store cache 0 blocks" in shown(None, capsys)

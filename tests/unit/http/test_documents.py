@@ -1,0 +1,149 @@
+"""Files and vector stores over HTTP."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from blockrag.settings import GatewaySettings, Settings
+
+from .standin import StandIn, served
+
+TEXT = b"Fiji is a country. The capital of Fiji is Suva."
+
+
+async def upload(client: httpx.AsyncClient, name: str, collection: str, **options: Any) -> dict[str, Any]:
+    data = {"purpose": "assistants", "blockrag": json.dumps({"collection": collection, **options})}
+    response = await client.post("/v1/files", files={"file": (name, TEXT)}, data=data)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+async def test_a_document_from_upload_to_deletion(client: httpx.AsyncClient, gateway: StandIn) -> None:
+    stored = await upload(client, "fiji.txt", "notes", metadata={"land": "fj"})
+
+    assert (stored["id"], stored["object"], stored["status"]) == ("notes/fiji.txt", "file", "processed")
+    assert stored["blockrag"]["passages"] == 1
+    assert gateway.index.documents[("notes", "fiji.txt")].metadata["land"] == "fj"
+    for quoted in ("notes/fiji.txt", "notes%2Ffiji.txt"):
+        assert (await client.get(f"/v1/files/{quoted}")).json()["id"] == stored["id"]
+    inside = (await client.get(f"/v1/vector_stores/notes/files/{stored['id']}")).json()
+    assert (inside["object"], inside["status"]) == ("vector_store.file", "completed")
+    assert inside["attributes"] == {"land": "fj"}
+
+    gone = await client.delete("/v1/files/notes/fiji.txt")
+    assert gone.json() == {"id": "notes/fiji.txt", "object": "file", "deleted": True}
+    for path in ("files/notes/fiji.txt", "vector_stores/notes/files/notes/fiji.txt", "files/nothing", "files/a/b"):
+        assert (await client.get(f"/v1/{path}")).status_code == 404
+        assert (await client.delete(f"/v1/{path}")).status_code == 404
+
+
+async def test_fields_of_a_form_one_by_one(client: httpx.AsyncClient) -> None:
+    data = {
+        "blockrag[collection]": "notes",
+        "blockrag[document_id]": "islands/fiji",
+        "blockrag[media_type]": "text/plain",
+    }
+    stored = await client.post("/v1/files", files={"file": ("x", TEXT)}, data=data)
+    assert stored.json()["id"] == "notes/islands/fiji"
+    assert (await client.get("/v1/files/notes/islands/fiji")).status_code == 200
+
+
+async def test_a_vector_store_takes_files_and_lists_them(client: httpx.AsyncClient) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        response = await client.post("/v1/vector_stores/notes/files", files={"file": (name, TEXT + name.encode())})
+        assert response.json()["vector_store_id"] == "notes"
+    await upload(client, "d.txt", "other")
+
+    first = (await client.get("/v1/vector_stores/notes/files", params={"limit": 2})).json()
+    assert ([one["id"] for one in first["data"]], first["has_more"]) == (["notes/a.txt", "notes/b.txt"], True)
+    rest = (await client.get("/v1/vector_stores/notes/files", params={"after": first["last_id"]})).json()
+    assert ([one["id"] for one in rest["data"]], rest["has_more"]) == (["notes/c.txt"], False)
+
+    everything: list[str] = []
+    after = ""
+    while True:
+        page = (await client.get("/v1/files", params={"limit": 1, "after": after})).json()
+        everything += [one["id"] for one in page["data"]]
+        if not page["has_more"]:
+            break
+        after = page["last_id"]
+    assert everything == ["notes/a.txt", "notes/b.txt", "notes/c.txt", "other/d.txt"]
+
+    gone = await client.delete("/v1/vector_stores/notes/files/notes/a.txt")
+    assert gone.json()["object"] == "vector_store.file.deleted"
+    assert (await client.get("/v1/files/notes/a.txt")).status_code == 404
+
+
+async def test_attaching_says_what_is_there(client: httpx.AsyncClient) -> None:
+    stored = await upload(client, "a.txt", "notes")
+    body = {"file_id": stored["id"]}
+    assert (await client.post("/v1/vector_stores/notes/files", json=body)).json()["status"] == "completed"
+    elsewhere = await client.post("/v1/vector_stores/other/files", json=body)
+    assert (elsewhere.status_code, elsewhere.json()["error"]["param"]) == (400, "file_id")
+    bad = await client.post("/v1/vector_stores/notes/files", json={"file": "x"})
+    assert bad.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "param"),
+    [
+        ({}, {"purpose": "assistants"}, "file"),
+        ({"file": ("a.txt", TEXT)}, {"expires_after": "x"}, "expires_after"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag": "{"}, "blockrag"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag": "[1]"}, "blockrag"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag[colection]": "x"}, "blockrag"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag": '{"collection": "../x"}'}, "model"),
+        ({"file": ("a.txt", b"")}, {}, "file"),
+        ({"file": ("a.bin", b"\x00\x01")}, {}, None),
+    ],
+)
+async def test_an_upload_that_cannot_be(
+    client: httpx.AsyncClient, gateway: StandIn, files: Any, data: Any, param: str | None
+) -> None:
+    response = await client.post("/v1/files", files=files, data=data)
+    assert response.status_code == 400, response.text
+    if param is not None:
+        assert response.json()["error"]["param"] == param
+    assert gateway.index.documents == {}
+
+
+async def test_what_is_too_large_is_refused_while_it_comes() -> None:
+    settings = Settings(gateway=GatewaySettings(max_document_mb=1))
+    async with served(StandIn(), settings) as client:
+        large = await client.post("/v1/files", files={"file": ("a.txt", b"a" * 2**21)})
+        assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+
+        async def unannounced() -> Any:
+            yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
+            for _ in range(40):
+                yield b"a" * 65_536
+
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        large = await client.post("/v1/files", content=unannounced(), headers=headers)
+        assert large.status_code == 413
+        big = {"model": "blockrag", "input": "x" * (5 * 2**20)}
+        assert (await client.post("/v1/responses", json=big)).status_code == 413
+
+
+async def test_a_search(client: httpx.AsyncClient, gateway: StandIn) -> None:
+    body = {"query": "Where?", "max_num_results": 2, "filters": {"type": "eq", "key": "year", "value": 1999}}
+    page = (await client.post("/v1/vector_stores/notes/search", json=body)).json()
+
+    assert (page["object"], page["search_query"]) == ("vector_store.search_results.page", ["Where?"])
+    assert [found["file_id"] for found in page["data"]] == ["notes/d0.md", "notes/d0.md"]
+    assert page["data"][0]["content"] == [{"type": "text", "text": "a b c"}]
+    assert page["data"][0]["attributes"] == {"year": 1999}
+    (searched,) = gateway.searcher.requests
+    assert (searched.collection, searched.top_k, searched.filter[0].key) == ("notes", 2, "year")
+    for wrong in ({"rewrite_query": True}, {"max_num_results": 0}, {"query": ["a", "b"]}, {"query": ""}):
+        assert (await client.post("/v1/vector_stores/notes/search", json={**body, **wrong})).status_code == 400
+
+
+async def test_models_are_the_tenant_s_collections(client: httpx.AsyncClient) -> None:
+    await upload(client, "a.txt", "notes")
+    models = (await client.get("/v1/models")).json()
+    assert [model["id"] for model in models["data"]] == ["blockrag", "blockrag/notes"]
