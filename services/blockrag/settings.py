@@ -42,15 +42,12 @@ class BundleSettings(_Section):
     device: str = "auto"
     """Where models compute: auto, cpu, cuda or cuda:N. auto takes a GPU when Ray gives the replica one."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of weights and activations. auto is bfloat16 where the models compute on a GPU by name (device) and on
-    processors that compute in it (AVX-512 BF16, AMX: Zen 4, Sapphire Rapids and later), float32 on others. Name one
-    where services run on machines that differ: all must have the same, since cached blocks are of one type."""
+    """Type of weights and activations. auto is bfloat16 for a GPU that device names and on processors that compute in
+    it (AVX-512 BF16, AMX: Zen 4, Sapphire Rapids and later), else float32. Name one where machines differ."""
     weights: Literal["int8", "none"] = "none"
-    """What the decoder reads for decode steps and prefills of up to 512 tokens: int8 is a copy of the weights in eight
-    bits beside the whole ones, half their size in bfloat16; used where compute_dtype is bfloat16, the processor has
-    AVX-512 BF16 and the model's kind allows it, and named in the status. none: the whole weights, and no copy. Blocks
-    are always encoded with the whole weights. With the bundled reader int8 makes a token in an eighth of the CPU
-    time; measure a reader's answers with it (blockrag eval qa) before it serves."""
+    """What decode steps and prefills of up to 512 tokens read: int8 is a copy of the weights of half their size, for
+    bfloat16 on processors with AVX-512 BF16 and models that it knows (the status says); none: the weights themselves,
+    as for blocks always. int8 takes an eighth of the CPU time for a token; measure its answers (blockrag eval qa)."""
     kv_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of cached K and V, and of the attention over them. bfloat16 takes half the memory of float32, and costs
     one rounding."""

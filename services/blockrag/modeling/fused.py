@@ -8,6 +8,7 @@ tensor can be fused, and a call with another tensor is computed alone.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import cast
 
@@ -58,8 +59,11 @@ def _fuse(linears: Sequence[nn.Linear]) -> None:
         each.forward = _Part(product, place, each)  # type: ignore[method-assign, assignment]
 
 
-class _Product:
-    """The product of all, kept until the last of the layers has taken its part."""
+class _Product(threading.local):
+    """The product of all, kept until the last of the layers has taken its part.
+
+    Of each thread its own: blocks are encoded beside the engine's steps.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: list[int]) -> None:
         self.weight, self.bias, self.rows = weight, bias, rows

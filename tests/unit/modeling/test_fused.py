@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -57,6 +58,23 @@ def test_nothing_is_kept_after_a_pass() -> None:
             product = module.forward._product
             assert product.inputs is None
             assert product.parts == [None] * len(product.parts)
+
+
+def test_threads_share_nothing() -> None:
+    """What encodes beside the engine runs the same layers at the same time."""
+    layer = make_tiny_model("llama").model.layers[0]
+    fuse_linear_layers(nn.ModuleList([layer]))
+    attention = layer.self_attn
+    one, other = torch.randn(3, 32), torch.randn(5, 32)
+    expected = [attention.k_proj(inputs) for inputs in (one, other)]
+    attention.q_proj(one)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(attention.q_proj, other).result()
+        product = attention.q_proj.forward._product
+        assert product.inputs is one
+        assert close(attention.k_proj(one), expected[0])
+        assert product.parts[1] is None  # taken, not computed again
+        assert close(thread.submit(attention.k_proj, other).result(), expected[1])
 
 
 class _Other(nn.Linear):
