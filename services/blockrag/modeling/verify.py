@@ -32,7 +32,7 @@ ThroughStore = Callable[[BlockKV], BlockKV]
 LIMITS = {
     ("float32", "float32"): Limits(relative=1e-4, layers=1e-4, agreement=0.99, divergence=1e-6),
     ("float32", "bfloat16"): Limits(relative=0.04, layers=0.08, agreement=0.85, divergence=1e-3),
-    ("bfloat16", "bfloat16"): Limits(relative=0.1, layers=0.2, agreement=0.75, divergence=2e-3),
+    ("bfloat16", "bfloat16"): Limits(relative=0.1, layers=0.2, agreement=0.75, divergence=1.5e-2),
 }
 """By the types of weights and of K and V; measured in docs/decisions.md."""
 

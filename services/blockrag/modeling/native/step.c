@@ -18,6 +18,7 @@
 #include <string.h>
 
 enum {
+    AHEAD = 24,  /* lines that are asked for before they are needed */
     TOKENS = 8,        /* whose sums stand in registers */
     SPINS = 4096,      /* until a thread that waits lets others run: the cores may be shared */
 };
@@ -58,6 +59,7 @@ static inline __attribute__((always_inline)) void add_up(const int8_t *lines, co
     __m512 total[TOKENS][2];
     for (int t = 0; t < tokens; t++) total[t][0] = total[t][1] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < inputs / 2; pair++) {
+        if (!widened) _mm_prefetch((const char *)lines + (pair + AHEAD) * LINE, _MM_HINT_T0);
         __m512bh low = (__m512bh)(widened ? widened[2 * pair] : pairs_of(lines + pair * LINE));
         __m512bh high = (__m512bh)(widened ? widened[2 * pair + 1] : pairs_of(lines + pair * LINE + LINE / 2));
         for (int t = 0; t < tokens; t++) {
