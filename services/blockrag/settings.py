@@ -47,7 +47,7 @@ class BundleSettings(_Section):
     weights: Literal["int8", "none"] = "none"
     """What decode steps and prefills of up to 512 tokens read: int8 is a copy of the weights of half their size, for
     bfloat16 on processors with AVX-512 BF16 and models that it knows (the status says); none: the weights themselves,
-    as for blocks always. int8 takes an eighth of the CPU time for a token; measure its answers (blockrag eval qa)."""
+    as for blocks always. int8 makes a token in a fifth of the time; measure its answers (blockrag eval qa)."""
     kv_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of cached K and V, and of the attention over them. bfloat16 takes half the memory of float32, and costs
     one rounding."""
