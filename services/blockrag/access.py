@@ -22,7 +22,8 @@ from urllib.parse import unquote
 
 from blockrag.errors import InvalidRequestError, SettingsError, UnauthenticatedError
 from blockrag.limits import LOOPBACK_NAMES
-from blockrag.settings import HASHED_KEY, Settings, TenantSettings, read_tenants
+from blockrag.settings import Settings
+from blockrag.tenants import HASHED_KEY, TenantSettings, read_tenants
 
 PUBLIC_TENANT = "public"
 _SCHEME = "bearer "

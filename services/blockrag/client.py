@@ -19,7 +19,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -183,52 +183,26 @@ class BlockragClient:
         return tuple(messages.passage(found) for found in response.passages)
 
     async def ingest_file(
-        self,
-        path: str | Path,
-        *,
-        collection: str = "",
-        document_id: str = "",
-        title: str = "",
-        media_type: str = "",
-        metadata: Mapping[str, Any] | None = None,
-        **further: Unpack[IngestOptions],
+        self, path: str | Path, *, document_id: str = "", **options: Unpack[IngestOptions]
     ) -> tuple[IngestedDocument, ...]:
         """Streams a file in. ``document_id`` empty: the file's name. Several documents for a jsonl file.
 
         Raises ``OSError`` when the file cannot be read here.
         """
         with Path(path).open("rb") as file:  # noqa: ASYNC230  (opening is instant, reading is done in a thread)
-            header = messages.header(collection, document_id or Path(path).name, title, media_type, metadata, **further)
+            header = messages.header(document_id or Path(path).name, **options)
             return await self._ingest(header, lambda: messages.file_pieces(file))
 
     async def ingest_bytes(
-        self,
-        document_id: str,
-        content: bytes,
-        *,
-        collection: str = "",
-        title: str = "",
-        media_type: str = "",
-        metadata: Mapping[str, Any] | None = None,
-        **further: Unpack[IngestOptions],
+        self, document_id: str, content: bytes, **options: Unpack[IngestOptions]
     ) -> tuple[IngestedDocument, ...]:
-        """Stores a document; ``media_type`` empty: by the id's suffix."""
-        header = messages.header(collection, document_id, title, media_type, metadata, **further)
+        """Stores a document; without ``media_type``: by the id's suffix."""
+        header = messages.header(document_id, **options)
         return await self._ingest(header, lambda: messages.byte_pieces(content))
 
-    async def ingest_text(
-        self,
-        document_id: str,
-        text: str,
-        *,
-        collection: str = "",
-        title: str = "",
-        media_type: str = "text/plain",
-        metadata: Mapping[str, Any] | None = None,
-        **further: Unpack[IngestOptions],
-    ) -> IngestedDocument:
-        """Stores a text."""
-        header = messages.header(collection, document_id, title, media_type, metadata, **further)
+    async def ingest_text(self, document_id: str, text: str, **options: Unpack[IngestOptions]) -> IngestedDocument:
+        """Stores a text; without ``media_type``: plain."""
+        header = messages.header(document_id, **{"media_type": "text/plain", **options})
         (document,) = await self._ingest(header, lambda: messages.byte_pieces(text.encode()))
         return document
 

@@ -128,28 +128,19 @@ def _several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple | set | frozenset) else (value,)
 
 
-def header(
-    collection: str, document_id: str, title: str, media_type: str, metadata: Mapping[str, Any] | None, **further: Any
-) -> corpus_pb2.DocumentHeader:
-    """The first message of an ingest. ``further``: source, language, dry_run.
+def header(document_id: str, **options: Any) -> corpus_pb2.DocumentHeader:
+    """The first message of an ingest; ``options`` are ``IngestOptions``.
 
-    Raises ``InvalidRequestError`` naming what is no Unicode text.
+    Raises ``InvalidRequestError`` naming what is no Unicode text, and for metadata that no struct holds.
     """
-    texts = {"collection": collection, "document_id": document_id, "title": title, "media_type": media_type, **further}
-    for field, text in texts.items():
+    metadata = options.pop("metadata", None) or {}
+    for field, text in {"document_id": document_id, **options}.items():
         # A name of a file that is not UTF-8 comes as halves of surrogate pairs.
         if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
             shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
             raise InvalidRequestError(field, f"{shown!r} is no Unicode text; give another, or rename the file")
     try:
-        return corpus_pb2.DocumentHeader(
-            collection=collection,
-            document_id=document_id,
-            title=title,
-            media_type=media_type,
-            metadata=struct_of(metadata or {}),
-            **further,
-        )
+        return corpus_pb2.DocumentHeader(document_id=document_id, metadata=struct_of(metadata), **options)
     except (ValueError, TypeError, AttributeError) as error:
         raise InvalidRequestError("metadata", f"is not JSON: {error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from blockrag.results import AttentionModeName, Compression, Condition, GivenPassage
 
@@ -35,8 +35,12 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class IngestOptions(TypedDict, total=False):
-    """Further options of an ingest."""
+    """Options of an ingest; what is left out is empty, or the server's default."""
 
+    collection: str
+    title: str
+    media_type: str
+    metadata: Mapping[str, Any]
     source: str
     """What the document comes from, for ``delete_source``; left out: the document's id."""
     language: str

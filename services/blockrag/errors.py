@@ -4,6 +4,7 @@
 
     BlockragError
     ├── InvalidRequestError       the caller's input; names the field
+    │   └── UnsupportedError      something of another API that this server does not do
     ├── NotFoundError             unknown collection, document, trace
     ├── UnauthenticatedError      no or wrong credentials
     ├── OverloadedError           admission refused; says when to retry
@@ -38,6 +39,10 @@ class InvalidRequestError(BlockragError):
 
     def __reduce__(self) -> tuple[type[InvalidRequestError], tuple[str, str]]:
         return type(self), (self.field, self.problem)
+
+
+class UnsupportedError(InvalidRequestError):
+    """Something of another API that would change the answer and that this server does not do."""
 
 
 class NotFoundError(BlockragError):

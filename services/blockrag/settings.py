@@ -7,18 +7,17 @@ once, in ``load_settings``; nothing happens at import.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from blockrag.errors import SettingsError
 from blockrag.languages import DEFAULT_LANGUAGE, Language
-from blockrag.limits import TENANT_PATTERN
 from blockrag.modeling.cache import CACHE_VARIABLE
+from blockrag.tenants import Section, TenantSettings
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
 API_KEY_VARIABLE = "BLOCKRAG_KEY"
@@ -30,11 +29,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class BundleSettings(_Section):
+class BundleSettings(Section):
     """The model that reads and answers."""
 
     path: str = ""
@@ -53,7 +48,7 @@ class BundleSettings(_Section):
     one rounding."""
 
 
-class ClusterSettings(_Section):
+class ClusterSettings(Section):
     """Ray and Serve, as started by ``blockrag up`` on one machine."""
 
     host: str = "127.0.0.1"
@@ -72,66 +67,11 @@ class ClusterSettings(_Section):
     """Serve gRPC through HAProxy, about three times faster per call than the Python proxy."""
 
 
-HASHED_KEY = "sha256:"
-"""Begins a key that is given by its hash."""
-_SHORTEST_KEY = 16
 PUBLIC_SECRET = "change-me-before-serving"
 """Default of ``kv_cache.secret``: no secret."""
 
 
-def _checked_key(key: str) -> str:
-    if key.startswith(HASHED_KEY) and not re.fullmatch(r"[0-9a-f]{64}", key.removeprefix(HASHED_KEY)):
-        raise ValueError("a hashed key is sha256: and 64 hexadecimal digits, as `blockrag key` prints it")
-    if len(key) < _SHORTEST_KEY:
-        raise ValueError(f"a key has at least {_SHORTEST_KEY} characters")
-    return key
-
-
-ApiKey = Annotated[str, AfterValidator(_checked_key)]
-
-
-class TenantSettings(_Section):
-    """One tenant of the server."""
-
-    name: Annotated[str, Field(pattern=f"^{TENANT_PATTERN}$")]
-    """Lower-case name; part of every collection's and cache entry's identity."""
-    api_key: ApiKey | None = None
-    """Bearer token of the tenant, or the hash that `blockrag key` prints of one: sha256:…, so that the file gives no
-    key away."""
-    api_keys: tuple[ApiKey, ...] = ()
-    """More of them: while a key is replaced, the old one and the new one are known."""
-    operator: bool = False
-    """Whether its status and traces list what belongs to other tenants too."""
-
-    @model_validator(mode="after")
-    def _has_a_key(self) -> Self:
-        if not self.keys:
-            raise ValueError("api_key or api_keys must be set")
-        return self
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """All of its keys, as they are written."""
-        return (*((self.api_key,) if self.api_key is not None else ()), *self.api_keys)
-
-
-_TENANT_LIST = TypeAdapter(tuple[TenantSettings, ...])
-
-
-def read_tenants(path: Path) -> tuple[TenantSettings, ...]:
-    """The tenants of a ``gateway.tenants_file``. Raises ``SettingsError`` naming the file and the problem."""
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"gateway.tenants_file {path}: {error}") from error
-    try:
-        return _TENANT_LIST.validate_python(loaded)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
-        raise SettingsError(f"gateway.tenants_file {path}: {'; '.join(problems)}") from error
-
-
-class GatewaySettings(_Section):
+class GatewaySettings(Section):
     """The public API."""
 
     replicas: Positive = 2
@@ -153,7 +93,7 @@ class GatewaySettings(_Section):
     max_uploads: Positive = 8
     """Documents received at a time per replica, of one tenant half as many; bounds memory and temporary files."""
     upload_idle_s: Annotated[float, Field(gt=0)] = 30.0
-    """An upload that sends nothing for so many seconds is ended."""
+    """An upload that sends nothing for so many seconds, or less than 64 KiB in each so many, is ended."""
     max_warmings: Positive = 4
     """Warmings under way per replica, of one tenant half as many."""
     tenants: tuple[TenantSettings, ...] = ()
@@ -168,7 +108,7 @@ class GatewaySettings(_Section):
         return bool(self.tenants or self.tenants_file)
 
 
-class IngestSettings(_Section):
+class IngestSettings(Section):
     """How documents become passages. A change makes new document versions."""
 
     passage_tokens: Annotated[int, Field(ge=16, le=4096)] = 128
@@ -180,11 +120,10 @@ class IngestSettings(_Section):
     parse_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Longest time, in seconds, that reading one file may take; then it is refused. A page of a pdf takes 0.06."""
     parse_memory_mb: Annotated[int, Field(ge=64)] = 1024
-    """Most memory that reading one file may take, in MiB, beyond what the process takes by itself; a web page that is
-    all tags takes over eighteen times its size."""
+    """Most memory, in MiB, that reading one file may take; a web page that is all tags takes over 18 times its size."""
 
 
-class RetrieverSettings(_Section):
+class RetrieverSettings(Section):
     """Embedding and search."""
 
     backend: Literal["edge", "server"] = "edge"
@@ -210,7 +149,7 @@ class RetrieverSettings(_Section):
     """CPU threads of the embedding model."""
 
 
-class EncoderSettings(_Section):
+class EncoderSettings(Section):
     """The pool that encodes blocks."""
 
     min_replicas: Positive = 1
@@ -231,7 +170,7 @@ class EncoderSettings(_Section):
     """GPUs (or a fraction of one) reserved per replica."""
 
 
-class KvCacheSettings(_Section):
+class KvCacheSettings(Section):
     """Which block KV the object store keeps."""
 
     shards: Positive = 1
@@ -253,7 +192,7 @@ class KvCacheSettings(_Section):
     """Secret that tenants' salts are made from; must be set where gateway.tenants is."""
 
 
-class CompressorSettings(_Section):
+class CompressorSettings(Section):
     """Plans."""
 
     replicas: Positive = 2
@@ -264,7 +203,7 @@ class CompressorSettings(_Section):
     """Chunk embeddings kept in the replica's own memory, in MiB."""
 
 
-class DecoderSettings(_Section):
+class DecoderSettings(Section):
     """Generation."""
 
     replicas: Positive = 1
@@ -292,14 +231,14 @@ class DecoderSettings(_Section):
     """GPUs (or a fraction of one) reserved per replica."""
 
 
-class HttpSettings(_Section):
+class HttpSettings(Section):
     """The OpenAI-compatible API over HTTP; its limits are the gateway's."""
 
     replicas: Positive = 1
     """Replicas that translate HTTP for the gateway."""
 
 
-class TelemetrySettings(_Section):
+class TelemetrySettings(Section):
     """Traces, logs, metrics."""
 
     otlp_endpoint: str = ""
@@ -316,7 +255,7 @@ class TelemetrySettings(_Section):
     """Least level that is logged."""
 
 
-class Settings(_Section):
+class Settings(Section):
     """Everything that can be set."""
 
     bundle: BundleSettings = BundleSettings()

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from blockrag.client import BlockragClient
-from blockrag.settings import GatewaySettings, TenantSettings
+from blockrag.settings import GatewaySettings
+from blockrag.tenants import TenantSettings
 from tests.integration.conftest import Cluster
 from tests.integration.replicas import replica_pids
 
@@ -128,7 +129,9 @@ async def until_running(client: BlockragClient, sequences: int) -> None:
 
 async def test_documents_of_some_size_go_through(http: httpx.AsyncClient, client: BlockragClient) -> None:
     text = "".join(f"This is sentence number {number} of a long text about zinc. " for number in range(20_000))
-    stored = await http.post("/vector_stores/http-large/files", files={"file": ("large.txt", text.encode())})
+    stored = await http.post(
+        "/vector_stores/http-large/files", files={"file": ("large.txt", text.encode())}, timeout=300
+    )
     assert stored.json()["status"] == "completed", stored.text
     try:
         (document,) = [found async for found in client.list_documents(collection="http-large")]

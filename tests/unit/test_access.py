@@ -12,7 +12,8 @@ import pytest
 
 from blockrag.access import THE_SYSTEM, Access, Caller, Tenants, hashed_key, is_this_machine, own_addresses
 from blockrag.errors import InvalidRequestError, SettingsError, UnauthenticatedError
-from blockrag.settings import ClusterSettings, GatewaySettings, KvCacheSettings, Settings, TenantSettings
+from blockrag.settings import ClusterSettings, GatewaySettings, KvCacheSettings, Settings
+from blockrag.tenants import TenantSettings
 from blockrag.v1.common_pb2 import RequestContext
 from blockrag.v1.decoder_pb2 import GetDecoderStatusRequest
 from blockrag.v1.retriever_pb2 import SearchRequest

@@ -207,5 +207,5 @@ def test_the_request_may_lower_the_budget_but_not_raise_it() -> None:
 
 
 def test_a_question_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(PromptTooLongError, match="shorten the question or lower max_tokens"):
+    with pytest.raises(PromptTooLongError, match="shorten the question or the conversation, or lower max_tokens"):
         PromptBudget(100, 1, 80, 20).passage_tokens()

@@ -14,7 +14,8 @@ from ray.exceptions import RayTaskError
 from blockrag.access import THE_SYSTEM, Access, Caller, OnBehalf
 from blockrag.errors import InvalidRequestError, NotFoundError, OverloadedError, UnauthenticatedError
 from blockrag.grpc_status import InternalError, as_known_error, rpc, translated
-from blockrag.settings import GatewaySettings, KvCacheSettings, Settings, TenantSettings
+from blockrag.settings import GatewaySettings, KvCacheSettings, Settings
+from blockrag.tenants import TenantSettings
 
 with warnings.catch_warnings():
     # Importing Serve warns about its own use of pydantic.

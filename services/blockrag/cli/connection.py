@@ -7,7 +7,7 @@ from pathlib import Path
 from blockrag.cli import console
 from blockrag.client import BlockragClient
 from blockrag.local import LocalSystem
-from blockrag.settings import HASHED_KEY
+from blockrag.tenants import HASHED_KEY
 
 _PATIENCE_S = 3.0
 """For a target that somebody typed, which may be wrong: shorter than a program's."""

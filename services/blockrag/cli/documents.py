@@ -41,13 +41,13 @@ class Source:
     ) -> tuple[IngestedDocument, ...]:
         """Streams it to the server."""
         if self.path is not None:
-            return await client.ingest_file(self.path, collection=collection, document_id=self.document_id, **options)
+            given: IngestOptions = {**options, "collection": collection}
+            return await client.ingest_file(self.path, document_id=self.document_id, **given)
         from blockrag.corpus.sample import articles_path
 
         content = gzip.decompress(articles_path().read_bytes())
-        return await client.ingest_bytes(
-            self.document_id, content, collection=collection, media_type="application/jsonl", **options
-        )
+        given = {**options, "collection": collection, "media_type": "application/jsonl"}
+        return await client.ingest_bytes(self.document_id, content, **given)
 
 
 def register(app: typer.Typer) -> None:

@@ -15,6 +15,7 @@ from blockrag.v1.corpus_pb2 import DocumentHeader, IngestDocumentRequest
 MAX_PIECE_BYTES = 2**20
 _MEMORY_BYTES = 2**20
 _DRAIN_S = 5.0
+_LEAST_BYTES = 2**16
 
 Message = IngestDocumentRequest | MalformedRequest
 
@@ -40,7 +41,13 @@ async def refused_gently(stream: AsyncIterator[Message], max_bytes: int) -> Asyn
 
 
 async def while_it_moves(stream: AsyncIterator[Message], idle_s: float) -> AsyncIterator[Message]:
-    """The messages of ``stream``. Raises ``DeadlineError`` when the next one takes longer than ``idle_s``."""
+    """The messages of ``stream``.
+
+    Raises ``DeadlineError`` when the next one takes longer than ``idle_s``, and when so little comes that an upload of
+    any size would hold its place: less than 64 KiB in each ``idle_s`` since the start, the first not counted.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + 2 * idle_s
     while True:
         try:
             async with asyncio.timeout(idle_s):
@@ -49,6 +56,10 @@ async def while_it_moves(stream: AsyncIterator[Message], idle_s: float) -> Async
             raise DeadlineError(f"the upload sent nothing for {idle_s:g} s") from error
         if message is None:
             return
+        if not isinstance(message, MalformedRequest):
+            until += idle_s * len(message.content) / _LEAST_BYTES
+        if loop.time() > until:
+            raise DeadlineError(f"the upload sends less than {_LEAST_BYTES // 2**10} KiB in {idle_s:g} s")
         yield message
 
 

@@ -71,7 +71,7 @@ class Door:
 
     def __init__(self, settings: Settings) -> None:
         self._access = Access(settings)
-        self._keys = bool(settings.gateway.tenants)
+        self._keys = settings.gateway.asks_for_keys
 
     def admit(self, request: Request) -> OnBehalf:
         """Who calls. Raises ``UnauthenticatedError``."""

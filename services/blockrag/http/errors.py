@@ -24,14 +24,11 @@ from blockrag.errors import (
     PromptTooLongError,
     UnauthenticatedError,
     UnavailableError,
+    UnsupportedError,
 )
 from blockrag.grpc_status import as_known_error
 
 _LOGGER = logging.getLogger(__name__)
-
-
-class UnsupportedError(InvalidRequestError):
-    """Something of OpenAI's that would change the answer and that this server does not do."""
 
 
 class ErrorDetail(BaseModel):

@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from pydantic_core import PydanticCustomError
 
-from blockrag.errors import InvalidRequestError, NotFoundError
-from blockrag.http.errors import UnsupportedError
+from blockrag.errors import InvalidRequestError, NotFoundError, UnsupportedError
 from blockrag.v1 import common_pb2, rag_pb2
 from blockrag.v1.common_pb2 import ConditionOperator, MetadataCondition
 

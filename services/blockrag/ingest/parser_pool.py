@@ -28,6 +28,7 @@ from blockrag.ingest.splitting import PassageSplitter
 
 _START_S = 60.0
 _READ_BYTES = 1 << 16
+_SMALL_BYTES = 1 << 20
 
 
 class ParserPool:
@@ -77,9 +78,8 @@ class ParserPool:
     ) -> AsyncIterator[Iterator[PreparedDocument]]:
         """The documents of a received file, as ``prepare_documents`` gives them; making passages blocks."""
         checked = check_source(source)
-        check_spool(spool)
-        # Handing over a descriptor is quick, and a small file may not have one yet.
-        with _with_descriptor(spool) as file, cast(BinaryIO, tempfile.TemporaryFile()) as text:
+        size = check_spool(spool)
+        with _with_descriptor(spool, size) as file, _scratch(size) as text:
             parsed = await self.parse(file, text, checked.media_type, checked.source.metadata)
             yield documents_of(parsed, text, checked, splitter)
 
@@ -91,8 +91,10 @@ class ParserPool:
     def _died(self, answer: Mapping[str, Any] | None, status: int) -> str:
         if answer and answer["ended"] == "MemoryError":
             return f"reading it takes more than the {self._memory_mb} MiB of memory that are allowed"
-        if answer:
+        if answer and answer["ended"] == "RecursionError":
             return "it is nested too deeply to be read"
+        if answer:
+            return f"it holds more text than the {self._memory_mb} MiB that are allowed"
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
         return (
             f"the parser ended while it read it ({how}): the file is damaged, or takes more than the "
@@ -168,16 +170,26 @@ def _start(descriptor: int, timeout_s: float, memory_mb: int) -> subprocess.Pope
 
 
 @contextmanager
-def _with_descriptor(spool: BinaryIO) -> Iterator[BinaryIO]:
-    """The file itself where it has a descriptor, else a copy in a temporary file."""
+def _with_descriptor(spool: BinaryIO, size: int) -> Iterator[BinaryIO]:
+    """A file with a descriptor: of a small one a copy in memory, because files on a disk take milliseconds to make."""
     spool.seek(0)
-    try:
-        spool.fileno()
-    except (io.UnsupportedOperation, OSError):
-        with cast(BinaryIO, tempfile.TemporaryFile()) as copy:
-            shutil.copyfileobj(spool, copy)
-            copy.flush()
-            yield copy
-        return
-    spool.flush()
-    yield spool
+    if size > _SMALL_BYTES:
+        try:
+            spool.fileno()
+        except (io.UnsupportedOperation, OSError):
+            pass
+        else:
+            spool.flush()
+            yield spool
+            return
+    with _scratch(size) as copy:
+        shutil.copyfileobj(spool, copy)
+        copy.flush()
+        yield copy
+
+
+def _scratch(size: int) -> BinaryIO:
+    """An empty file that is gone when it is closed; in memory where about ``size`` bytes are small."""
+    if size > _SMALL_BYTES or not hasattr(os, "memfd_create"):
+        return cast(BinaryIO, tempfile.TemporaryFile())
+    return cast(BinaryIO, os.fdopen(os.memfd_create("blockrag"), "w+b"))

@@ -74,10 +74,12 @@ def check_source(source: SourceDocument) -> CheckedSource:
     return CheckedSource(source, media_type_of(source.media_type, source.document_id))
 
 
-def check_spool(spool: BinaryIO) -> None:
-    """Raises ``InvalidRequestError`` for an empty file."""
-    if not spool.seek(0, 2):
+def check_spool(spool: BinaryIO) -> int:
+    """The file's size in bytes. Raises ``InvalidRequestError`` for an empty one."""
+    size = spool.seek(0, 2)
+    if not size:
         raise InvalidRequestError("content", "the file is empty")
+    return size
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def prepare_documents(
     """
     checked = check_source(source)
     check_spool(spool)
-    with cast(BinaryIO, tempfile.TemporaryFile()) as text:
+    with cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=1 << 20)) as text:
         parsed = parse(spool, text, checked.media_type, checked.source.metadata)
         yield documents_of(parsed, text, checked, splitter)
 

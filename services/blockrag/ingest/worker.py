@@ -49,14 +49,15 @@ def _answer(source: BinaryIO, target: BinaryIO, request: dict[str, Any]) -> dict
         parsed = parse(source, target, MediaType(request["media_type"]), request["metadata"])
     except InvalidRequestError as error:
         return {"field": error.field, "problem": error.problem}
-    except (MemoryError, RecursionError) as error:
+    except (MemoryError, RecursionError, OSError) as error:
         # What a failed allocation left behind is not known: begin anew.
         return {"ended": type(error).__name__}
     return asdict(parsed)
 
 
 def _limit_memory(memory_mb: int) -> None:
-    """At most so much beyond what the process takes by itself."""
+    """At most so much beyond what the process takes by itself, and so much text: a small pdf can hold gigabytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (memory_mb << 20,) * 2)
     try:
         with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123
             taken = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -80,7 +80,7 @@ async def test_a_name_that_is_not_utf8_fails_alone(tmp_path: Path, capsys: pytes
     await server.start()
     try:
         sources = list(find_sources([tmp_path]))
-        failed = await _ingest(BlockragClient(f"127.0.0.1:{port}"), sources, "notes", as_json=True)
+        failed = await _ingest(BlockragClient(f"127.0.0.1:{port}"), sources, "notes", {}, syncing=False, as_json=True)
     finally:
         await server.stop(None)
 

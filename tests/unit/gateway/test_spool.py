@@ -95,6 +95,22 @@ async def test_an_upload_that_stands_still_is_ended() -> None:
         await receive_content(messages, 10)
 
 
+async def test_an_upload_that_trickles_is_ended() -> None:
+    """Row B1: no upload holds its place by a byte now and then."""
+
+    async def trickling() -> AsyncIterator[Message]:
+        yield HEADER
+        while True:
+            await asyncio.sleep(0.02)
+            yield piece(b"x")
+
+    messages = while_it_moves(trickling(), 0.1)
+    await receive_header(messages)
+    async with asyncio.timeout(5):
+        with pytest.raises(DeadlineError, match=r"less than 64 KiB in 0\.1 s"):
+            await receive_content(messages, 10_000_000)
+
+
 async def test_an_upload_that_moves_may_take_its_time() -> None:
     async def slow() -> AsyncIterator[Message]:
         for _ in range(5):

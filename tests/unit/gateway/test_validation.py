@@ -231,3 +231,35 @@ def test_any_text_is_taken_or_refused_by_name(value: str) -> None:
         assert checked == checked.strip()
         assert len(checked) <= 100
         assert "\x00" not in checked
+
+
+def test_equal_text_is_equal_whoever_typed_it() -> None:
+    """Rows C3 and C4: questions, filters, ids, titles, given passages."""
+    typed, right = "Pru\u0308f\u00adung\u200b", "Prüfung"
+    request = GenerateRequest(
+        question=f"\ufeff{typed}?",
+        filter=condition(key=typed, operator=IN, values=[text(typed)]),
+        passages=[GivenPassage(title=typed, text=typed)],
+    )
+    question = validation.check_generate(request, LIMITS, ABILITY)
+
+    assert question.text == f"{right}?"
+    assert (question.filter[0].key, question.filter[0].values[0].string_value) == (right, right)
+    assert (question.given[0].title, question.given[0].text) == (right, right)
+    assert validation.check_retrieve(RetrieveRequest(query=typed), LIMITS).query == right
+    header = validation.check_header(corpus_pb2.DocumentHeader(document_id=typed, title=typed))
+    assert (header.document_id, header.title) == (right, right)
+    assert validation.read_document_id(typed) == right
+    assert validation.check_document_ids([typed, right]) == (right,)
+
+
+def test_what_cannot_be_seen_is_empty() -> None:
+    """Section D."""
+    for request in (
+        GenerateRequest(question="\u200b\u200d"),
+        GenerateRequest(question="q", passages=[GivenPassage(text="\u200d")]),
+    ):
+        with pytest.raises(InvalidRequestError, match="must not be empty"):
+            validation.check_generate(request, LIMITS, ABILITY)
+    with pytest.raises(InvalidRequestError, match="document_id"):
+        validation.read_document_id("\u200b")

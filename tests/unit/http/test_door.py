@@ -10,7 +10,8 @@ import pytest
 from blockrag.access import THE_SYSTEM
 from blockrag.http.app import build_app
 from blockrag.http.door import MAX_JSON_BYTES
-from blockrag.settings import ClusterSettings, GatewaySettings, KvCacheSettings, Settings, TenantSettings
+from blockrag.settings import ClusterSettings, GatewaySettings, KvCacheSettings, Settings
+from blockrag.tenants import TenantSettings
 
 from .standin import StandIn, served
 

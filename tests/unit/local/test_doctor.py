@@ -19,8 +19,8 @@ from blockrag.settings import (
     GatewaySettings,
     KvCacheSettings,
     Settings,
-    TenantSettings,
 )
+from blockrag.tenants import TenantSettings
 
 
 def settings(tmp_path: Path, bundle: Path, **sections: object) -> Settings:

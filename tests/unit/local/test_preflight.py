@@ -6,7 +6,8 @@ import pytest
 from blockrag.errors import EnvironmentSetupError
 from blockrag.local.preflight import check_machine, check_port, free_port
 from blockrag.local.state import own_state, write_state
-from blockrag.settings import ClusterSettings, GatewaySettings, KvCacheSettings, Settings, TenantSettings
+from blockrag.settings import ClusterSettings, GatewaySettings, KvCacheSettings, Settings
+from blockrag.tenants import TenantSettings
 
 
 def _settings(tmp_path: Path, **cluster: object) -> Settings:

@@ -1,0 +1,75 @@
+"""Tenants as settings name them: their keys, and the file of them that may change while the system runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from blockrag.errors import SettingsError
+from blockrag.limits import TENANT_PATTERN
+
+HASHED_KEY = "sha256:"
+"""Begins a key that is given by its hash."""
+_SHORTEST_KEY = 16
+
+
+class Section(BaseModel):
+    """A part of the settings: unknown keys are errors, attributes are documented."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _checked_key(key: str) -> str:
+    if key.startswith(HASHED_KEY) and not re.fullmatch(r"[0-9a-f]{64}", key.removeprefix(HASHED_KEY)):
+        raise ValueError("a hashed key is sha256: and 64 hexadecimal digits, as `blockrag key` prints it")
+    if len(key) < _SHORTEST_KEY:
+        raise ValueError(f"a key has at least {_SHORTEST_KEY} characters")
+    return key
+
+
+ApiKey = Annotated[str, AfterValidator(_checked_key)]
+
+
+class TenantSettings(Section):
+    """One tenant of the server."""
+
+    name: Annotated[str, Field(pattern=f"^{TENANT_PATTERN}$")]
+    """Lower-case name; part of every collection's and cache entry's identity."""
+    api_key: ApiKey | None = None
+    """Bearer token of the tenant, or the hash that `blockrag key` prints of one: sha256:…, so that the file gives no
+    key away."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """More of them: while a key is replaced, the old one and the new one are known."""
+    operator: bool = False
+    """Whether its status and traces list what belongs to other tenants too."""
+
+    @model_validator(mode="after")
+    def _has_a_key(self) -> Self:
+        if not self.keys:
+            raise ValueError("api_key or api_keys must be set")
+        return self
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All of its keys, as they are written."""
+        return (*((self.api_key,) if self.api_key is not None else ()), *self.api_keys)
+
+
+_TENANT_LIST = TypeAdapter(tuple[TenantSettings, ...])
+
+
+def read_tenants(path: Path) -> tuple[TenantSettings, ...]:
+    """The tenants of a ``gateway.tenants_file``. Raises ``SettingsError`` naming the file and the problem."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"gateway.tenants_file {path}: {error}") from error
+    try:
+        return _TENANT_LIST.validate_python(loaded)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
+        raise SettingsError(f"gateway.tenants_file {path}: {'; '.join(problems)}") from error
