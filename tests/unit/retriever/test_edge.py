@@ -216,7 +216,7 @@ def test_leftovers_of_removed_collections_are_deleted(tmp_path: Path) -> None:
 
 def test_a_collection_that_was_being_made_is_made(tmp_path: Path) -> None:
     store = EdgeStore(tmp_path, EMBEDDING, 0)
-    number = store._catalogue.add_collection(HOME, "english")
+    number = store._catalogue.add_collection(HOME, "en")
     store.close()
     (tmp_path / f"shard-{number}" / "segments").mkdir(parents=True)
     store = EdgeStore(tmp_path, EMBEDDING, 0)
