@@ -5,10 +5,10 @@ python examples/in_process.py [BUNDLE]
 
 import sys
 
+from blockrag.configured import configured_bundle
 from blockrag.evaluation.answering import Prompt, Reader
 from blockrag.evaluation.pieces import Piece
-from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
-from blockrag.settings import Settings
+from blockrag.settings import BundleSettings, Settings
 
 PASSAGES = (
     Piece("Uruguay", "Uruguay is a country in South America. Its capital and largest city is Montevideo."),
@@ -16,9 +16,8 @@ PASSAGES = (
 )
 QUESTION = "What is the highest peak of Norway?"
 
-settings = Settings()
-types = {"compute_dtype": settings.bundle.compute_dtype, "kv_dtype": settings.bundle.kv_dtype}
-bundle = load_bundle(sys.argv[1] if len(sys.argv) > 1 else DEFAULT_BUNDLE, **types)
+settings = Settings(bundle=BundleSettings(path=sys.argv[1] if len(sys.argv) > 1 else ""))
+bundle = configured_bundle(settings)
 with Reader(bundle, settings) as reader:
     for mode in ("block", "full", "none"):
         planned = reader.plan(Prompt(PASSAGES if mode != "none" else (), QUESTION, mode))

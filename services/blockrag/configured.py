@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockrag.keys import KeyMaker
+from blockrag.modeling.native.processor import BFLOAT16, has_instructions
 from blockrag.settings import Settings
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def configured_bundle(settings: Settings, *, verify_files: bool = False) -> Bundle:
-    """The bundle of the settings, with their dtypes in its fingerprint.
+    """The bundle of the settings, with their dtypes in its fingerprint; "auto" is decided here.
 
     Services that load the weights verify the files; the others only read what is small. Raises ``BundleError``.
     """
@@ -21,9 +22,22 @@ def configured_bundle(settings: Settings, *, verify_files: bool = False) -> Bund
     return load_bundle(
         settings.bundle.path or DEFAULT_BUNDLE,
         verify_files=verify_files,
-        compute_dtype=settings.bundle.compute_dtype,
+        compute_dtype=configured_compute_dtype(settings),
         kv_dtype=settings.bundle.kv_dtype,
+        weights=settings.bundle.weights,
     )
+
+
+def configured_compute_dtype(settings: Settings) -> str:
+    """Type of weights and activations, "float32" or "bfloat16"; without torch, since every service asks.
+
+    ``auto`` goes by the device that the settings name and by this machine's processor, never by a GPU that only some
+    services see: their answers must be one.
+    """
+    if settings.bundle.compute_dtype != "auto":
+        return settings.bundle.compute_dtype
+    on_gpu = settings.bundle.device.startswith("cuda")
+    return "bfloat16" if on_gpu or has_instructions(BFLOAT16) else "float32"
 
 
 def configured_device(settings: Settings, *, granted: bool = True) -> str:

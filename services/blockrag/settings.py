@@ -36,9 +36,13 @@ class BundleSettings(Section):
     """Directory of the bundle; empty: the reader that ships with blockrag."""
     device: str = "auto"
     """Where models compute: auto, cpu, cuda or cuda:N. auto takes a GPU when Ray gives the replica one."""
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of weights and activations. bfloat16 is twice as fast on a GPU and on processors that compute in it
-    (AVX-512 BF16, AMX: Zen 4, Sapphire Rapids and later); take float32 on others."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations. auto is bfloat16 for a GPU that device names and on processors that compute in
+    it (AVX-512 BF16, AMX: Zen 4, Sapphire Rapids and later), else float32. Name one where machines differ."""
+    weights: Literal["int8", "none"] = "none"
+    """What decode steps and prefills of up to 512 tokens read: int8 is a copy of the weights of half their size, for
+    bfloat16 on processors with AVX-512 BF16 and models that it knows (the status says); none: the weights themselves,
+    as for blocks always. int8 makes a token in a fifth of the time; measure its answers (blockrag eval qa)."""
     kv_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of cached K and V, and of the attention over them. bfloat16 takes half the memory of float32, and costs
     one rounding."""

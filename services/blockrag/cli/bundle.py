@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Check, make and show bundles.")
 
 BundleArgument = Annotated[Path | None, typer.Argument(help="Directory; default: the one that ships with blockrag.")]
+_SERVED = (
+    ("float32", "float32", "none"),
+    ("float32", "bfloat16", "none"),
+    ("bfloat16", "bfloat16", "int8"),
+)
+"""Types of the computation and of K and V, and weights of decode steps: from the most exact to the fastest."""
 
 
 @app.command(epilog="Example: blockrag bundle verify my-bundle --json")
@@ -35,7 +41,10 @@ def verify(
     store: Annotated[bool, typer.Option(help="Send blocks through Ray's object store too.")] = True,
     kv_dtype: Annotated[
         Literal["both", "float32", "bfloat16"],
-        typer.Option(help="Of the cached K and V. float32 shows the smallest error, bfloat16 is what is served."),
+        typer.Option(
+            help="Of the cached K and V. float32 shows the smallest error; bfloat16, what is served, is checked with "
+            "weights of each type."
+        ),
     ] = "both",
     as_json: JsonOption = False,
 ) -> None:
@@ -46,12 +55,15 @@ def verify(
     from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
     from blockrag.modeling.verify import verify_bundle
 
-    dtypes = ("float32", "bfloat16") if kv_dtype == "both" else (kv_dtype,)
     with console.errors_to_exit():
         with console.err.status("verifying"), _object_store(store) as through_store:
             reports = [
-                verify_bundle(load_bundle(path or DEFAULT_BUNDLE, kv_dtype=dtype), through_store=through_store)
-                for dtype in dtypes
+                verify_bundle(
+                    load_bundle(path or DEFAULT_BUNDLE, compute_dtype=compute, kv_dtype=kv, weights=weights),
+                    through_store=through_store,
+                )
+                for compute, kv, weights in _SERVED
+                if kv_dtype in ("both", kv)
             ]
         passed = all(report.passed for report in reports)
         if as_json:
@@ -64,7 +76,8 @@ def verify(
 
 
 def _verify_table(report: VerifyReport) -> Table:
-    title = f"{report.bundle}, K and V in {report.kv_dtype}"
+    weights = ", decode steps with weights in eight bits" if report.weights == "int8" else ""
+    title = f"{report.bundle}, computed in {report.compute_dtype}, K and V in {report.kv_dtype}{weights}"
     columns = ("check", "largest difference", "allowed", "same first token", "KL, nats", "", "where it first differs")
     limits = report.limits
     table = Table(

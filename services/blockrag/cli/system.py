@@ -122,6 +122,8 @@ def _print_status(description: Description) -> None:
     cache, decoder, index = description.kv_cache, description.decoder, description.retriever
     facts = Table.grid(padding=(0, 2))
     facts.add_row("bundle", f"{description.bundle_name} {description.bundle_fingerprint[:12]}")
+    read = "weights in eight bits for decode steps" if decoder["weights"] == "int8" else "whole weights"
+    facts.add_row("computes", f"{decoder['compute_dtype']} on {decoder['device']}, {read}")
     facts.add_row("index", f"{index['passages']} passages, {index['backend']}, {index['embedding_model']}")
     facts.add_row(
         "object store cache",

@@ -55,6 +55,8 @@ def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Se
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,
         device=str(model.device),
+        compute_dtype=str(model.compute_dtype).removeprefix("torch."),
+        weights=model.weights,
         chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else 0,
     )
     keys = configured_keys(settings, bundle)

@@ -39,6 +39,8 @@ class ModelDescription:
     vocab_size: int
     max_positions: int
     device: str
+    compute_dtype: str
+    weights: str
     chunk_tokens: int = 0
     """Tokens of a chunk; 0: the bundle cannot compress."""
 
@@ -120,6 +122,8 @@ class DecodeService:
             bundle_name=self._model.bundle_name,
             max_positions=self._model.max_positions,
             device=self._model.device,
+            compute_dtype=self._model.compute_dtype,
+            weights=self._model.weights,
             running=engine.running,
             waiting=engine.waiting,
             used_slots=engine.used_slots,

@@ -33,7 +33,7 @@ class EncoderPool:
         self._chunk_tokens = bundle.chunk_tokens if bundle.refrag is not None else 0
         device = configured_device(settings, granted=bool(ray.get_gpu_ids()))
         self._encoder = BlockEncoder(
-            SlotModel.load(bundle, device=device),
+            SlotModel.load(bundle, device=device, weights="none"),
             ChunkCompressor.load(bundle, device) if bundle.refrag is not None else None,
             max_batch_tokens=settings.encoder.max_batch_tokens,
             batch_wait_ms=settings.encoder.batch_wait_ms,
@@ -77,6 +77,7 @@ class EncoderPool:
             encoded_tokens=stats.size,
             batches=stats.batches,
             device=str(self._encoder.model.device),
+            compute_dtype=str(self._encoder.model.compute_dtype).removeprefix("torch."),
         )
 
 

@@ -123,6 +123,7 @@ def run_compression(
         distractors=kind,
         max_answer_tokens=options.max_answer_tokens,
         compute_dtype=bundle.compute_dtype,
+        weights=bundle.weights,
         kv_dtype=bundle.kv_dtype,
         seed=options.seed,
         seconds=round(time.perf_counter() - started, 1),

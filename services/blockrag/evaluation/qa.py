@@ -85,6 +85,7 @@ def run_qa(options: QaOptions, progress: Progress | None = None, status: Status 
         passage_tokens=bundle.passage_tokens,
         max_answer_tokens=options.max_answer_tokens,
         compute_dtype=bundle.compute_dtype,
+        weights=bundle.weights,
         kv_dtype=bundle.kv_dtype,
         seed=options.seed,
         seconds=round(time.perf_counter() - started, 1),

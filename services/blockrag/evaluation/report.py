@@ -52,13 +52,16 @@ class AnswersReport(Report):
     """Of weights and activations."""
     kv_dtype: str
     """Of cached K and V."""
+    weights: str
+    """What decode steps were to read, "int8" or "none"."""
 
     @property
     def asked(self) -> str:
         """How answers were made."""
         return (
             f"greedy, at most {self.max_answer_tokens} tokens, computed in {self.compute_dtype} with K and V in "
-            f"{self.kv_dtype}, seed {self.seed}"
+            f"{self.kv_dtype}, decode steps with {'int8' if self.weights == 'int8' else 'whole'} weights, "
+            f"seed {self.seed}"
         )
 
 

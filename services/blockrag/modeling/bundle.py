@@ -56,6 +56,8 @@ __all__ = ["DEFAULT_BUNDLE", "DTYPES", "FORMAT", "Bundle", "file_sha256", "load_
 FORMAT = 1
 DTYPES = ("float32", "bfloat16")
 """What models are loaded in, by torch's names."""
+WEIGHTS = ("int8", "none")
+"""What decode steps and prefills of questions read: a copy of the weights in eight bits where it can, or no copy."""
 
 _SPECIAL = re.compile(r"<\|[^<>|]+\|>")
 _KEYS: dict[str, type] = {
@@ -94,6 +96,8 @@ class Bundle:
     """Relative path to SHA-256, hex."""
     compute_dtype: str = "float32"
     kv_dtype: str = "float32"
+    weights: str = "none"
+    """What decode steps read, "int8" or "none"; in no fingerprint, since no block is encoded with it."""
     quality: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     base: Base | None = None
@@ -231,17 +235,21 @@ def load_bundle(
     verify_files: bool = True,
     compute_dtype: str = "float32",
     kv_dtype: str = "float32",
+    weights: str = "none",
 ) -> Bundle:
     """Check the directory ``path``.
 
     ``verify_files`` reads every file, those of ``base`` too, to compare its SHA-256; without it only presence and the
     lengths that safetensors headers promise are checked, and torch is not needed. The dtypes are what the model will
-    be loaded with: the fingerprint counts them. Raises BundleError naming the file and the problem.
+    be loaded with: the fingerprint counts them; ``weights`` is what decode steps read. Raises BundleError naming the
+    file and the problem.
     """
     root = Path(path).expanduser()
     for dtype in (compute_dtype, kv_dtype):
         if dtype not in DTYPES:
             raise BundleError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise BundleError(f"weights {weights!r}: must be one of {', '.join(WEIGHTS)}")
     manifest = _read_manifest(root)
     template = _read_template(root, manifest["template"])
     files = _check_files(root, manifest, verify_files=verify_files)
@@ -262,6 +270,7 @@ def load_bundle(
         files=files,
         compute_dtype=compute_dtype,
         kv_dtype=kv_dtype,
+        weights=weights,
         quality=manifest["quality"],
         training=manifest["training"],
         base=base,

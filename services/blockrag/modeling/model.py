@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextvars import ContextVar
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
-from blockrag.modeling.attention.base import Capture, RaggedBatch, Segment, SlotAttention
+from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError
+from blockrag.modeling.attention.base import Capture, RaggedBatch, Segment, SlotAttention, segments_of
 from blockrag.modeling.attention.over_lists import attention_over_lists
+from blockrag.modeling.attention.registering import BATCH, register
 from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.differences import traced
+from blockrag.modeling.fused import fuse_linear_layers
 from blockrag.modeling.loading import DTYPES
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.measuring import measure_rotations, without_rotation
+from blockrag.modeling.probing import STEP_TOLERANCE, TOLERANCES, check_close, own_logits, probe_of
 from blockrag.modeling.rotary import LayerRotaries, Rotation
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots
-from blockrag.modeling.stock import load_stock_model
+from blockrag.modeling.step import Step, UnsuitableError
+from blockrag.modeling.stock import configured_ends, load_stock_model
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.types import BlockKV
 
 __all__ = ["SlotModel", "load_stock_model"]
 
-_PROBE_TOKENS = 8
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+_logger = logging.getLogger(__name__)
+
 _ARENA_SLOTS = 65_536
 
 
@@ -51,7 +57,7 @@ class SlotModel:
     ) -> None:
         """``model`` already goes through slot attention; use ``load`` or ``from_pretrained_model``."""
         self._model = model
-        self._shape = facts.shape
+        self._facts = facts
         self.num_layers = facts.shape.num_layers
         self.num_kv_heads = facts.shape.num_kv_heads
         self.head_dim = facts.shape.head_dim
@@ -78,6 +84,8 @@ class SlotModel:
         narrow = torch.bfloat16 in (self.compute_dtype, kv_dtype)
         self._slot_dtype = torch.bfloat16 if narrow else self.compute_dtype
         self._arena = SlotArena(facts.shape, self._slot_dtype, self.device, _ARENA_SLOTS)
+        self._step: Step | None = None
+        self._trace: list[Tensor] | None = None
 
     @classmethod
     def load(
@@ -87,21 +95,26 @@ class SlotModel:
         device: str | torch.device = "cpu",
         compute_dtype: str | None = None,
         kv_dtype: str | None = None,
+        weights: str | None = None,
     ) -> SlotModel:
         """Load a bundle's decoder.
 
         ``compute_dtype`` and ``kv_dtype`` are "float32" or "bfloat16"; None takes the bundle's, which its fingerprint
-        counts. Raises BundleError for damaged weights and UnsupportedModelError for a model that cannot be driven.
+        counts. ``weights`` "int8" calls ``quantise_steps``; "none" is for who only encodes. Raises BundleError for
+        damaged weights and UnsupportedModelError for a model that cannot be driven.
         """
         stock = load_stock_model(bundle, device=device, compute_dtype=compute_dtype)
         tokenizer = bundle.load_tokenizer()
-        ends = {*tokenizer(bundle.template.end, add_special_tokens=False)["input_ids"], *_configured_ends(stock)}
-        return cls.from_pretrained_model(
+        ends = {*tokenizer(bundle.template.end, add_special_tokens=False)["input_ids"], *configured_ends(stock)}
+        model = cls.from_pretrained_model(
             stock,
             kv_dtype=kv_dtype or bundle.kv_dtype,
             end_token_ids=ends,
             unused_token_ids=set(range(bundle.vocab_size)).difference(tokenizer.get_vocab().values()),
         )
+        if (weights or bundle.weights) == "int8":
+            model.quantise_steps()
+        return model
 
     @classmethod
     def from_pretrained_model(
@@ -123,13 +136,14 @@ class SlotModel:
         facts = inspect_model(model)
         if kv_dtype not in DTYPES:
             raise ValueError(f"kv_dtype {kv_dtype!r}: must be one of {', '.join(DTYPES)}")
-        ends = _configured_ends(model) if end_token_ids is None else end_token_ids
-        probe = [(7 * i + 3) % facts.vocab_size for i in range(min(_PROBE_TOKENS, facts.max_positions))]
+        ends = configured_ends(model) if end_token_ids is None else end_token_ids
+        probe = probe_of(facts)
         rotations = measure_rotations(model, facts)
         firsts = (0, facts.max_positions - len(probe))
-        expected = [_own_logits(model, probe, first) for first in firsts]
-        model.set_attn_implementation(_registered(attention))
+        expected = [own_logits(model, probe, first) for first in firsts]
+        model.set_attn_implementation(register(attention))
         without_rotation(model)
+        fuse_linear_layers(model.model.layers)
         speed_up_linear_layers(model)
         slot_model = cls(
             model,
@@ -140,8 +154,42 @@ class SlotModel:
             unused_token_ids=unused_token_ids,
         )
         for first, logits in zip(firsts, expected, strict=True):
-            slot_model._check_probe(probe, first, logits)
+            how = f"over slots from position {first} on"
+            check_close(facts.name, slot_model._probed(probe, first), logits, TOLERANCES[slot_model._slot_dtype], how)
         return slot_model
+
+    def quantise_steps(self) -> bool:
+        """Compute decode steps and questions' prefills in one compiled call, with a copy of the weights in eight bits.
+
+        False, and the reason in the log, where the processor or the model is not for it: all is computed with the
+        whole weights then, as blocks and long prefills always are. Raises UnsupportedModelError where the step's logits
+        differ from the model's.
+        """
+        try:
+            step = Step(self._model, self._facts, self.rotary.rotations)
+        except UnsuitableError as error:
+            _logger.info("steps are computed with the whole weights: %s", error)
+            return False
+        probe = probe_of(self._facts)
+        expected = self._probed(probe)
+        self._step = step
+        check_close(self._facts.name, self._probed(probe), expected, STEP_TOLERANCE, "in eight bits")
+        return True
+
+    @property
+    def weights(self) -> str:
+        """What steps are computed with: "int8", or "none" where nothing is quantised."""
+        return "none" if self._step is None else "int8"
+
+    @contextmanager
+    def traced(self) -> Iterator[list[Tensor]]:
+        """Hidden states after each layer, [tokens, width] each, of the forward pass inside, whatever computes it."""
+        with traced(self.layers) as trace:
+            self._trace = trace
+            try:
+                yield trace
+            finally:
+                self._trace = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -242,7 +290,7 @@ class SlotModel:
                 )
         if not work:
             return torch.empty(0, self.vocab_size)
-        segments = _segments([(state, len(ids)) for (state, _), ids in zip(work, token_ids, strict=True)])
+        segments = segments_of([(state, len(ids)) for (state, _), ids in zip(work, token_ids, strict=True)])
         logits = self._run({"input_ids": self._as_input(token_ids)}, segments, None, every_token)
         for (state, _), ids in zip(work, token_ids, strict=True):
             state.advance(len(ids))
@@ -268,7 +316,7 @@ class SlotModel:
         shape = (self.num_layers, self.num_kv_heads, sum(lengths), self.head_dim)
         options: dict[str, Any] = {"dtype": self.kv_dtype, "device": self.device}
         capture = Capture(keys=torch.empty(shape, **options), values=torch.empty(shape, **options))
-        segments = _segments([(None, length) for length in lengths])
+        segments = segments_of([(None, length) for length in lengths])
         self._run(inputs, segments, capture)
         captured_keys, captured_values = capture.keys.cpu(), capture.values.cpu()
         encoded = []
@@ -299,9 +347,13 @@ class SlotModel:
             last_layer=self.num_layers if every_token else self.num_layers - 1,
             capture=capture,
         )
+        if self._step is not None and capture is None and not every_token:
+            stepped = self._step(inputs["input_ids"], batch, self._trace)
+            if stepped is not None:
+                return stepped
         positions = torch.cat([torch.arange(first, end, device=self.device) for first, end in spans])
         options = {**inputs, "position_ids": positions.unsqueeze(0), "use_cache": False}
-        told = _BATCH.set(batch)
+        told = BATCH.set(batch)
         try:
             if capture is not None:
                 self._model.model(**options)
@@ -310,7 +362,7 @@ class SlotModel:
             logits: Tensor = self._model(**options, logits_to_keep=0 if every_token else last).logits[0]
             return logits.float()
         finally:
-            _BATCH.reset(told)
+            BATCH.reset(told)
 
     def _as_input(self, token_ids: Sequence[NDArray[np.int64]]) -> Tensor:
         return torch.from_numpy(np.concatenate(token_ids)).to(self.device).unsqueeze(0)
@@ -327,51 +379,14 @@ class SlotModel:
         if slots > self.max_positions:
             raise PromptTooLongError(f"{slots} positions, where the model has {self.max_positions}")
 
-    def _check_probe(self, probe: list[int], first_position: int, expected: Tensor) -> None:
+    def _probed(self, probe: list[int], first_position: int = 0) -> Tensor:
         state = self.new_sequence([], len(probe), first_position=first_position)
         got = self.forward([(state, probe)])[0]
         state.release()
-        difference = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-        if not difference <= _PROBE_TOLERANCE.get(self._slot_dtype, 6e-2):
-            raise UnsupportedModelError(
-                f"{type(self._model).__name__}: logits over slots from position {first_position} on differ from the "
-                f"model's own by {difference:.1e} of their scale; its attention is of a kind that is not supported"
-            )
+        return got
 
 
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.bfloat16: np.uint16}
-
-
-@torch.inference_mode()
-def _own_logits(model: PreTrainedModel, tokens: list[int], first_position: int) -> Tensor:
-    """The stock model's logits of the last of ``tokens``, float32 [vocab]."""
-    positions = torch.arange(first_position, first_position + len(tokens), device=model.device)
-    inputs = torch.tensor([tokens], device=model.device)
-    logits: Tensor = model(input_ids=inputs, position_ids=positions[None], use_cache=False).logits[0, -1]
-    return logits.float()
-
-
-_BATCH: ContextVar[RaggedBatch] = ContextVar("batch of the forward pass")
-"""Not an argument of the forward pass: some models hand none on to their attention."""
-
-
-def _registered(attention: SlotAttention) -> str:
-    """The name under which transformers knows it. No mask function has it, so transformers builds no mask."""
-    name = f"blockrag_{getattr(attention, '__name__', type(attention).__name__)}"
-
-    def of_the_batch(*states: Any, **options: Any) -> tuple[Tensor, None]:
-        return attention(*states, **options, slot_batch=_BATCH.get())
-
-    AttentionInterface.register(name, of_the_batch)
-    return name
-
-
-def _segments(items: Sequence[tuple[SequenceState | None, int]]) -> tuple[Segment, ...]:
-    segments, start = [], 0
-    for state, length in items:
-        segments.append(Segment(start=start, length=length, state=state))
-        start += length
-    return tuple(segments)
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:
@@ -379,12 +394,3 @@ def _to_numpy(tensor: Tensor) -> NDArray[Any]:
     if own.dtype == torch.bfloat16:
         own = own.view(torch.uint16)
     return own.numpy()
-
-
-def _configured_ends(model: PreTrainedModel) -> set[int]:
-    ends: set[int] = set()
-    for config in (model.config, model.generation_config):
-        value = getattr(config, "eos_token_id", None)
-        if value is not None:
-            ends.update(value if isinstance(value, list) else [value])
-    return ends

@@ -175,15 +175,21 @@ class SequenceState:
         return self._capacity - self._num_slots
 
     @property
+    def slots(self) -> Tensor:
+        """All of them, rotated keys (pair order) and values, [2, layers, kv_heads, capacity, head_dim]; a view."""
+        if self._buffer is None:
+            raise ValueError("the sequence was released")
+        return self._slots
+
+    @property
     def released(self) -> bool:
         """Whether ``release`` was called."""
         return self._buffer is None
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Rotated keys (pair order) and values of a layer, both [kv_heads, capacity, head_dim], writable views."""
-        if self._buffer is None:
-            raise ValueError("the sequence was released")
-        return self._slots[0, layer], self._slots[1, layer]
+        slots = self.slots
+        return slots[0, layer], slots[1, layer]
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` slots, already written, as used."""

@@ -87,3 +87,13 @@ def _load_on_base(bundle: Bundle, dtype: torch.dtype, with_adapter: bool) -> Pre
     if (bundle.decoder_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(bundle.decoder_dir, local_files_only=True)
     return model
+
+
+def configured_ends(model: PreTrainedModel) -> set[int]:
+    """Tokens that end an answer, as the model's configuration has them."""
+    ends: set[int] = set()
+    for config in (model.config, model.generation_config):
+        value = getattr(config, "eos_token_id", None)
+        if value is not None:
+            ends.update(value if isinstance(value, list) else [value])
+    return ends

@@ -32,7 +32,7 @@ ThroughStore = Callable[[BlockKV], BlockKV]
 LIMITS = {
     ("float32", "float32"): Limits(relative=1e-4, layers=1e-4, agreement=0.99, divergence=1e-6),
     ("float32", "bfloat16"): Limits(relative=0.04, layers=0.08, agreement=0.85, divergence=1e-3),
-    ("bfloat16", "bfloat16"): Limits(relative=0.1, layers=0.2, agreement=0.75, divergence=2e-3),
+    ("bfloat16", "bfloat16"): Limits(relative=0.1, layers=0.2, agreement=0.75, divergence=1.5e-2),
 }
 """By the types of weights and of K and V; measured in docs/decisions.md."""
 
@@ -54,6 +54,8 @@ class VerifyReport:
     fingerprint: str
     compute_dtype: str
     kv_dtype: str
+    weights: str
+    """What decode steps read: as asked for, where this machine can."""
     limits: Limits
     checks: tuple[Check, ...]
 
@@ -116,6 +118,7 @@ def verify_bundle(
         fingerprint=bundle.fingerprint,
         compute_dtype=bundle.compute_dtype,
         kv_dtype=bundle.kv_dtype,
+        weights=gate.model.weights,
         limits=limits,
         checks=tuple(checks),
     )
@@ -142,7 +145,7 @@ class _Gate:
         start = 0
         logits = []
         for end in cuts:
-            with traced(self.model.layers) as trace:
+            with self.model.traced() as trace:
                 logits.append((end - 1, self.model.forward([(state, tokens[start:end])])[0]))
             difference.compare_layers(trace, layers, len(layers) - 1, slice(start, end))
             start = end
@@ -172,7 +175,7 @@ class _Gate:
         difference = Difference(self._limits)
         encoded = []
         for number, block in enumerate(placed):
-            with traced(self.model.layers) as trace:
+            with self.model.traced() as trace:
                 encoded += self.model.encode([block], [f"verify-{number}"])
             start = sum(len(earlier) for earlier in placed[:number])
             # the last layer's output of a block is never read, so it is not computed
@@ -183,7 +186,7 @@ class _Gate:
         resident = [self.model.to_resident(block) for block in encoded]
         state = self.model.new_sequence(resident, len(final), first_position=first)
         start = state.num_slots
-        with traced(self.model.layers) as trace:
+        with self.model.traced() as trace:
             logits = self.model.forward([(state, final)])[0]
         difference.compare_layers(trace, layers, len(layers) - 1, slice(start, start + len(final)))
         difference.compare("logits", len(layers), logits, expected[-1])

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from blockrag.v1 import common_pb2 as blockrag_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62lockrag/v1/encoder.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\"R\n\nTokenBlock\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x04\x66orm\x18\x03 \x01(\x0e\x32\x16.blockrag.v1.BlockForm\"l\n\x13\x45ncodeBlocksRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\'\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x17.blockrag.v1.TokenBlock\"9\n\x0c\x45ncodedBlock\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"W\n\x14\x45ncodeBlocksResponse\x12)\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x19.blockrag.v1.EncodedBlock\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\x01\"\x19\n\x17GetEncoderStatusRequest\"\x87\x01\n\x18GetEncoderStatusResponse\x12\x1a\n\x12\x62undle_fingerprint\x18\x01 \x01(\t\x12\x16\n\x0e\x65ncoded_blocks\x18\x02 \x01(\x04\x12\x16\n\x0e\x65ncoded_tokens\x18\x03 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x04 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t2\xc6\x01\n\x0e\x45ncoderService\x12S\n\x0c\x45ncodeBlocks\x12 .blockrag.v1.EncodeBlocksRequest\x1a!.blockrag.v1.EncodeBlocksResponse\x12_\n\x10GetEncoderStatus\x12$.blockrag.v1.GetEncoderStatusRequest\x1a%.blockrag.v1.GetEncoderStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62lockrag/v1/encoder.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\"R\n\nTokenBlock\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12$\n\x04\x66orm\x18\x03 \x01(\x0e\x32\x16.blockrag.v1.BlockForm\"l\n\x13\x45ncodeBlocksRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\'\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x17.blockrag.v1.TokenBlock\"9\n\x0c\x45ncodedBlock\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"W\n\x14\x45ncodeBlocksResponse\x12)\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x19.blockrag.v1.EncodedBlock\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\x01\"\x19\n\x17GetEncoderStatusRequest\"\x9e\x01\n\x18GetEncoderStatusResponse\x12\x1a\n\x12\x62undle_fingerprint\x18\x01 \x01(\t\x12\x16\n\x0e\x65ncoded_blocks\x18\x02 \x01(\x04\x12\x16\n\x0e\x65ncoded_tokens\x18\x03 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x04 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x15\n\rcompute_dtype\x18\x06 \x01(\t2\xc6\x01\n\x0e\x45ncoderService\x12S\n\x0c\x45ncodeBlocks\x12 .blockrag.v1.EncodeBlocksRequest\x1a!.blockrag.v1.EncodeBlocksResponse\x12_\n\x10GetEncoderStatus\x12$.blockrag.v1.GetEncoderStatusRequest\x1a%.blockrag.v1.GetEncoderStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,7 +43,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETENCODERSTATUSREQUEST']._serialized_start=410
   _globals['_GETENCODERSTATUSREQUEST']._serialized_end=435
   _globals['_GETENCODERSTATUSRESPONSE']._serialized_start=438
-  _globals['_GETENCODERSTATUSRESPONSE']._serialized_end=573
-  _globals['_ENCODERSERVICE']._serialized_start=576
-  _globals['_ENCODERSERVICE']._serialized_end=774
+  _globals['_GETENCODERSTATUSRESPONSE']._serialized_end=596
+  _globals['_ENCODERSERVICE']._serialized_start=599
+  _globals['_ENCODERSERVICE']._serialized_end=797
 # @@protoc_insertion_point(module_scope)

@@ -48,15 +48,17 @@ class GetEncoderStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetEncoderStatusResponse(_message.Message):
-    __slots__ = ("bundle_fingerprint", "encoded_blocks", "encoded_tokens", "batches", "device")
+    __slots__ = ("bundle_fingerprint", "encoded_blocks", "encoded_tokens", "batches", "device", "compute_dtype")
     BUNDLE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ENCODED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ENCODED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     bundle_fingerprint: str
     encoded_blocks: int
     encoded_tokens: int
     batches: int
     device: str
-    def __init__(self, bundle_fingerprint: _Optional[str] = ..., encoded_blocks: _Optional[int] = ..., encoded_tokens: _Optional[int] = ..., batches: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+    compute_dtype: str
+    def __init__(self, bundle_fingerprint: _Optional[str] = ..., encoded_blocks: _Optional[int] = ..., encoded_tokens: _Optional[int] = ..., batches: _Optional[int] = ..., device: _Optional[str] = ..., compute_dtype: _Optional[str] = ...) -> None: ...

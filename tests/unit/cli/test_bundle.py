@@ -40,7 +40,12 @@ def test_verify_checks_mixtures(compressing: Path) -> None:
     assert result.exit_code == 0
     found = json.loads(result.output)
     assert found["passed"]
-    assert [report["kv_dtype"] for report in found["reports"]] == ["float32", "bfloat16"]
+    assert [(report["compute_dtype"], report["kv_dtype"]) for report in found["reports"]] == [
+        ("float32", "float32"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "bfloat16"),
+    ]
+    assert {report["weights"] for report in found["reports"]} == {"none"}  # heads of 8 are not for the kernel
     for report in found["reports"]:
         names = {check["name"] for check in report["checks"] if check["passed"]}
         assert {"mixture, text", "nothing compressed is block mode, random tokens"} <= names

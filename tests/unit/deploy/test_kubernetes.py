@@ -209,7 +209,7 @@ class TestSizes:
         assert ("nvidia.com/gpu" in limits) == wants_gpu
         assert group["rayStartParams"].get("num-gpus") == limits.get("nvidia.com/gpu")
         assert ("tolerations" in group["template"]["spec"]) == wants_gpu
-        assert settings.bundle.compute_dtype == "bfloat16"
+        assert settings.bundle.compute_dtype == ("bfloat16" if wants_gpu else "auto")
 
 
 class TestSecretsAndVariables:

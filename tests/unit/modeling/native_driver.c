@@ -1,4 +1,4 @@
-/* Calls the functions of slots.c on buffers of exactly the sizes that they may touch, for the sanitizers to watch.
+/* Calls the functions of slots.c and step.c on buffers of exactly the sizes that they may touch, for the sanitizers to watch.
  *
  * Prints how many calls it made. With an argument the last call is told of one slot more than there is: that it is
  * found shows that overruns are.
@@ -8,6 +8,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "../../../services/blockrag/modeling/native/step.h"
 
 void place_slots(int64_t, const uint16_t *const *, const int64_t *, const int64_t *, int64_t, int64_t, const float *,
                  int64_t, uint16_t *, int64_t);
@@ -57,6 +59,69 @@ static void placed(int64_t blocks, int64_t key_planes, int64_t width, int64_t th
     free(out), free(phases);
 }
 
+static void *aligned(int64_t bytes) { /* to the byte at its end, as torch's own memory at its beginning */
+    void *made;
+    if (posix_memalign(&made, 64, bytes)) abort();
+    memset(made, 0, bytes);
+    return made;
+}
+
+static Product product(int64_t rows, int64_t inputs) {
+    int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+    int8_t *weights = aligned(blocks * BLOCK * inputs);
+    for (int64_t i = 0; i < blocks * BLOCK * inputs; i++) weights[i] = i * 29 % 255 - 127;
+    float *scales = wide(blocks * BLOCK);
+    for (int64_t i = 0; i < blocks * BLOCK; i++) scales[i] *= 1e-3f;
+    return (Product){weights, scales, blocks, inputs};
+}
+
+static void drop(Product product) { free((void *)product.weights), free((void *)product.scales); }
+
+static void stepped(int64_t first, int64_t second, int64_t before, int64_t kv_heads, int64_t group, int64_t head_dim,
+                    int64_t extra, int64_t threads, int64_t missing) {
+    enum { LAYERS = 2, WIDTH = 64, INNER = 48 };
+    int64_t heads = kv_heads * group, attended = heads * head_dim, rows = attended + 2 * kv_heads * head_dim;
+    int64_t count = second ? 2 : 1, tokens = first + second, most = attended > WIDTH ? attended : WIDTH;
+    Layer layers[LAYERS];
+    for (int i = 0; i < LAYERS; i++)
+        layers[i] = (Layer){product(rows, WIDTH), product(WIDTH, attended), product(2 * INNER, WIDTH),
+                            product(WIDTH, INNER), wide(WIDTH), wide(WIDTH),
+                            extra ? wide(rows) : NULL, extra ? wide(head_dim) : NULL, extra ? wide(head_dim) : NULL};
+    Decoder decoder = {LAYERS, WIDTH, heads, kv_heads, head_dim, INNER, 1e-5f, 0.1f, 1e-20f, 1e20f,
+                       layers, wide(WIDTH), product(70, WIDTH)};
+    Segment segments[2];
+    for (int64_t s = 0; s < count; s++) {
+        int64_t own = s ? second : first, room = before + own + s - missing;
+        segments[s] = (Segment){narrow(LAYERS * kv_heads * room * head_dim), narrow(LAYERS * kv_heads * room * head_dim),
+                                room * head_dim, before, s * first, own};
+    }
+    Buffers buffers = {
+        .hidden = wide(tokens * WIDTH),
+        .phases = wide(tokens * head_dim),
+        .projected = wide(tokens * rows),
+        .query = wide(tokens * attended),
+        .attended = wide(tokens * attended),
+        .narrow = narrow(tokens * (attended > INNER ? attended : INNER)),
+        .normed = narrow(threads * tokens * WIDTH),
+        .widened = aligned(threads * most * BLOCK * 2),
+        .counters = aligned((2 + 6 * LAYERS) * sizeof(int64_t)),
+        .trace = extra ? wide(LAYERS * tokens * WIDTH) : NULL,
+        .logits = wide(count * decoder.head.blocks * BLOCK),
+    };
+    int64_t unsuited = step(&decoder, segments, count, tokens, &buffers, threads);
+    for (int64_t i = 0; i < count * decoder.head.blocks * BLOCK; i++)
+        if (unsuited || !isfinite(buffers.logits[i])) abort();
+    for (int64_t s = 0; s < count; s++) free(segments[s].keys), free(segments[s].values);
+    for (int i = 0; i < LAYERS; i++) {
+        drop(layers[i].attention), drop(layers[i].output), drop(layers[i].gate_up), drop(layers[i].down);
+        free((void *)layers[i].attention_norm), free((void *)layers[i].mlp_norm), free((void *)layers[i].bias);
+        free((void *)layers[i].query_norm), free((void *)layers[i].key_norm);
+    }
+    drop(decoder.head), free((void *)decoder.norm), free(buffers.hidden), free((void *)buffers.phases);
+    free(buffers.projected), free(buffers.query), free(buffers.attended), free(buffers.narrow), free(buffers.normed);
+    free(buffers.widened), free(buffers.counters), free(buffers.trace), free(buffers.logits);
+}
+
 int main(int count, char **arguments) {
     static const int64_t widths[] = {32, 64, 96, 128, 256}, tokens[] = {1, 2, 9, 40, 129}, before[] = {0, 1, 31, 63, 200};
     int64_t calls = 0;
@@ -69,6 +134,11 @@ int main(int count, char **arguments) {
                     attended(tokens[t], 1 + b % 3, 1 + t % 4, widths[w], total, total + t % 2, threads);
                 }
         }
+    for (int64_t threads = 1; threads <= 3; threads++)
+        for (int64_t first = 1; first <= 41; first += 8)
+            for (int64_t extra = 0; extra < 2; extra++, calls++)
+                stepped(first, extra * 3, 13 * extra, 1 + extra, 3, extra ? 32 : 64, extra, threads, 0);
+    if (count > 1 && !strcmp(arguments[1], "step")) stepped(2, 0, 5, 1, 1, 32, 0, 1, 1);
     if (count > 1) attended(2, 1, 1, 32, 8, 7, 1);
     printf("%d calls\n", (int)calls);
     return 0;

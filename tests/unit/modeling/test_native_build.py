@@ -58,8 +58,8 @@ def test_a_library_of_another_version_is_not_taken(
 ) -> None:
     if changed == "source":
         other = tmp_path / "slots.c"
-        other.write_bytes(build.SOURCE.read_bytes() + b"\n")
-        monkeypatch.setattr(build, "SOURCE", other)
+        other.write_bytes(build.SOURCES[0].read_bytes() + b"\n")
+        monkeypatch.setattr(build, "SOURCES", (other, *build.SOURCES[1:]))
     elif changed == "options":
         monkeypatch.setattr(build, "_OPTIONS", (*build._OPTIONS, "-DOTHER"))
     else:

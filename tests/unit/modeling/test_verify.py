@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from blockrag.modeling.attention.base import RaggedBatch
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import create_bundle
 from blockrag.modeling.masks import block_mask
+from blockrag.modeling.native.kernels import kernels
+from blockrag.modeling.step import Step
 from blockrag.modeling.verify import verify_bundle
 from blockrag.types import BlockKV
 from tests.models import FAMILIES, TEST_TEMPLATE, TINY_VOCAB, make_tiny_bundle, make_tiny_tokenizer
@@ -72,6 +76,28 @@ def test_every_kind_of_rotation_and_window_passes(family: str, tmp_path: Path) -
         create_bundle(tmp_path / "checkpoint", tmp_path / "bundle", TEST_TEMPLATE, passage_tokens=64)
     )
     assert report.passed, report
+
+
+def test_steps_in_eight_bits_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels() is None:
+        pytest.skip("no compiled kernels on this machine")
+    made = make_tiny_bundle(tmp_path / "wide", head_dim=32, hidden_size=64, intermediate_size=112)
+    bundle = load_bundle(made, compute_dtype="bfloat16", kv_dtype="bfloat16", weights="int8")
+    report = verify_bundle(bundle)
+    assert report.weights == "int8"
+    assert report.passed
+    assert verify_bundle(replace(bundle, weights="none")).weights == "none"
+
+    class Damaged(Step):
+        def __call__(self, input_ids: Tensor, batch: RaggedBatch, trace: list[Tensor] | None) -> Tensor | None:
+            logits = super().__call__(input_ids, batch, trace)
+            if trace and len(input_ids[0]) > 8:  # not in the probe at load
+                trace[1] *= 1.5
+            return logits
+
+    monkeypatch.setattr("blockrag.modeling.model.Step", Damaged)
+    failed = verify_bundle(bundle)
+    assert {check.first_difference for check in failed.checks if not check.passed} == {"layer 1"}
 
 
 @pytest.mark.parametrize("layer", [0, 2])

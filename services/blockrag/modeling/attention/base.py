@@ -16,6 +16,7 @@ Where a window cuts through a segment, or scores are bounded, ``masked`` does it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +66,15 @@ class RaggedBatch:
     last_layer: int
     """Number of the layer after which only each segment's last token is read; beyond the last one: all are read."""
     capture: Capture | None = None
+
+
+def segments_of(items: Sequence[tuple[SequenceState | None, int]]) -> tuple[Segment, ...]:
+    """The segments of a batch that has these states' tokens, so many each, one behind the other."""
+    segments, start = [], 0
+    for state, length in items:
+        segments.append(Segment(start=start, length=length, state=state))
+        start += length
+    return tuple(segments)
 
 
 class SlotAttention(Protocol):

@@ -39,7 +39,9 @@ def attention_over_lists(
         slot_batch.capture.values[layer].copy_(value.transpose(0, 1))
         if layer == slot_batch.last_layer:
             return torch.zeros_like(query).unsqueeze(0), None
-    rotated_query = pairs_as_real(rotation.to_pairs(query) * phases).to(query.dtype)
+    rotated_query = pairs_as_real(rotation.to_pairs(query) * phases)
+    if not query.is_cpu:  # the compiled kernel reads queries of float32, and rounds them itself
+        rotated_query = rotated_query.to(query.dtype)
     rotated_key = pairs_as_real(unrotated * phases).to(key.dtype)
     only_last = layer == slot_batch.last_layer
     out = torch.zeros_like(rotated_query) if only_last else torch.empty_like(rotated_query)
@@ -52,7 +54,7 @@ def attention_over_lists(
             keys, values = _append(segment.state, layer, keys, values)
         first = end - 1 if only_last else segment.start
         attend(rotated_query[first:end], keys, values, total, scaling, out[first:end], sliding_window, softcap)
-    return out.unsqueeze(0), None
+    return out.to(query.dtype).unsqueeze(0), None
 
 
 def attend(

@@ -1,7 +1,7 @@
-"""Compiling the C file beside this one, which takes a second, once for each version of it.
+"""Compiling the C files beside this one, which takes two seconds, once for each version of them.
 
-The library is looked for beside the source, where ``python -m blockrag.modeling.native.build`` puts it when an image
-is built, and in the user's cache, where a process that does not find it puts it. Its name holds a hash of the source
+The library is looked for beside the sources, where ``python -m blockrag.modeling.native.build`` puts it when an image
+is built, and in the user's cache, where a process that does not find it puts it. Its name holds a hash of the sources
 and the options, so that another version's library is never loaded, and one of the compiler; where there is no compiler,
 as in an image, any compiler's will do. Its SHA-256 stands in a file beside it.
 """
@@ -20,13 +20,15 @@ import tempfile
 from pathlib import Path
 
 from blockrag.modeling.cache import cache_dir
+from blockrag.modeling.native.processor import has_instructions
 
 _HERE = Path(__file__).parent
-SOURCE = _HERE / "slots.c"
+SOURCES = (_HERE / "slots.c", _HERE / "step.c")
+_HEADERS = (_HERE / "slots.h", _HERE / "step.h")
 INSTRUCTIONS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 _OPTIONS = ("-O3", "-std=gnu11", "-Werror=vla", "-shared", "-fPIC", "-fopenmp", *INSTRUCTIONS)
 _CPUINFO = Path("/proc/cpuinfo")
-_TIMEOUT_S = 60
+_TIMEOUT_S = 300
 
 _logger = logging.getLogger(__name__)
 
@@ -48,14 +50,15 @@ def check_platform() -> None:
 def check_processor() -> None:
     """Raise CannotBuildError where the library would not run."""
     check_platform()
-    if " avx512_bf16 " not in _CPUINFO.read_text(encoding="utf-8").replace("\n", " "):
+    if not has_instructions(("avx512_bf16",), _CPUINFO):
         raise CannotBuildError("the processor has no AVX-512 BF16")
 
 
 def library(directories: tuple[Path, ...] | None = None) -> Path:
     """The compiled library, compiled now if none of ``directories`` has one to trust. Raises CannotBuildError."""
     directories = (_HERE, _cache()) if directories is None else directories
-    name = f"kernels-{_digest(' '.join(_OPTIONS).encode(), SOURCE.read_bytes())}"
+    contents = [path.read_bytes() for path in (*SOURCES, *_HEADERS)]
+    name = f"kernels-{_digest(' '.join(_OPTIONS).encode(), *contents)}"
     version = _compiler_version()
     wanted = f"{name}-*.so" if version is None else f"{name}-{_digest(version)}.so"
     for path in (path for directory in directories for path in sorted(directory.glob(wanted))):
@@ -95,7 +98,7 @@ def build(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [*compiler, *_OPTIONS, "-o", str(made), str(SOURCE)]
+            command = [*compiler, *_OPTIONS, "-o", str(made), *map(str, SOURCES)]
             run = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
             if run.returncode:
                 raise CannotBuildError(f"{' '.join(compiler)} failed: {run.stderr.strip()[-500:]}")

@@ -34,6 +34,7 @@ class Kernels:
 
     def __init__(self, compiled: Any) -> None:
         """``compiled``: a library with the functions of slots.c."""
+        self.compiled = compiled
         self._place, self._attend = compiled.place_slots, compiled.attend
         self._place.restype = None
         self._place.argtypes = [_INT, *[_POINTER] * 3, _INT, _INT, _POINTER, _INT, _POINTER, _INT]

@@ -6,28 +6,20 @@
  * pairs to float32), then used by all rows, so that scores never leave the first-level cache. Weights are powers of two
  * of scores without the row's maximum subtracted; the caller is told how many sums that did not suit.
  */
-#include <immintrin.h>
-#include <stdint.h>
+#include "slots.h"
+
 #include <string.h>
 
 enum {
-    LANES = 16,    /* float32 in a register */
-    CHUNK = 32,    /* bfloat16 in a register; widths are multiples of it */
     WIDEST = 256,  /* head dimension */
     TILE = 64,     /* slots that are repacked at a time */
     PARTS = TILE / LANES,
     PAIRS = TILE / 2,
-    ROWS = 8,      /* rows whose sums stand in registers */
-    BATCH = 128,   /* most rows that share a repacked tile */
 };
 
 static inline __m512 widened(const uint16_t *from) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
-static inline void store_narrow(void *to, __m512 numbers) {
-    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(numbers));
 }
 
 void place_slots(int64_t blocks, const uint16_t *const *sources, const int64_t *source_planes, const int64_t *starts,
@@ -51,14 +43,6 @@ void place_slots(int64_t blocks, const uint16_t *const *sources, const int64_t *
             store_narrow(to + i, _mm512_fmaddsub_ps(pairs, _mm512_moveldup_ps(phase_pairs), crossed));
         }
     }
-}
-
-/* 2^x: x = whole + part, and the polynomial of part within 3e-6 of its power. */
-static inline __m512 power_of_two(__m512 x) {
-    static const float coefficients[] = {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
-    __m512 whole = _mm512_roundscale_ps(x, 0), part = _mm512_sub_ps(x, whole), y = _mm512_set1_ps(1.3333558e-3f);
-    for (int i = 0; i < 5; i++) y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(coefficients[i]));
-    return _mm512_scalef_ps(y, whole);
 }
 
 /* Turn 16 rows of 16 into 16 columns, in place. */
@@ -194,29 +178,37 @@ static inline __attribute__((always_inline)) int64_t attend_batch(const float *q
     return unsuited;
 }
 
+int64_t attend_rows(const float *query, const uint16_t *keys, const uint16_t *values, int64_t first, int64_t rows,
+                    int64_t group, int64_t heads, int64_t width, int64_t before, float scale, float least, float most,
+                    float *out) {
+#define ATTEND(WIDTH) \
+    attend_batch(query, keys, values, first, rows, group, heads, WIDTH, before, scale, least, most, out)
+    switch (width) { /* sizes that the compiler knows are unrolled */
+        case 32: return ATTEND(32);
+        case 64: return ATTEND(64);
+        case 128: return ATTEND(128);
+        default: return ATTEND(width);
+    }
+#undef ATTEND
+}
+
+int64_t rows_at_once(int64_t rows, int64_t kv_heads, int64_t threads) {
+    int64_t shares = (threads + kv_heads - 1) / kv_heads; /* of a head's rows, so that every thread has one */
+    int64_t batch = ((rows + shares - 1) / shares + ROWS - 1) / ROWS * ROWS;
+    return batch > BATCH ? BATCH : batch;
+}
+
 int64_t attend(const float *query, const uint16_t *keys, const uint16_t *values, int64_t tokens, int64_t heads,
                int64_t kv_heads, int64_t width, int64_t total, int64_t plane, float scale, float least, float most,
                int64_t threads, float *out) {
     int64_t group = heads / kv_heads, rows = tokens * group, unsuited = 0;
-    int64_t shares = (threads + kv_heads - 1) / kv_heads; /* of a head's rows, so that every thread has one */
-    int64_t batch = ((rows + shares - 1) / shares + ROWS - 1) / ROWS * ROWS;
-    if (batch > BATCH) batch = BATCH;
-    int64_t batches = (rows + batch - 1) / batch;
+    int64_t batch = rows_at_once(rows, kv_heads, threads), batches = (rows + batch - 1) / batch;
 #pragma omp parallel for schedule(dynamic) reduction(+ : unsuited) num_threads(threads)
     for (int64_t task = 0; task < kv_heads * batches; task++) {
         int64_t head = task % kv_heads, first = (batches - 1 - task / kv_heads) * batch; /* the longest first */
         int64_t count = rows - first < batch ? rows - first : batch, offset = head * group * width;
-        const uint16_t *head_keys = keys + head * plane, *head_values = values + head * plane;
-#define ATTEND(WIDTH)                                                                                            \
-    attend_batch(query + offset, head_keys, head_values, first, count, group, heads, WIDTH, total - tokens, scale, \
-                 least, most, out + offset)
-        switch (width) { /* sizes that the compiler knows are unrolled */
-            case 32: unsuited += ATTEND(32); break;
-            case 64: unsuited += ATTEND(64); break;
-            case 128: unsuited += ATTEND(128); break;
-            default: unsuited += ATTEND(width);
-        }
-#undef ATTEND
+        unsuited += attend_rows(query + offset, keys + head * plane, values + head * plane, first, count, group, heads,
+                                width, total - tokens, scale, least, most, out + offset);
     }
     return unsuited;
 }

@@ -110,7 +110,7 @@ class MixtureGate:
         state = self._model.new_sequence(pieces, len(final))
         with traced(self._stock.model.layers) as layers:
             expected = pass_final(self._stock, slots, final)
-        with traced(self._model.layers) as trace:
+        with self._model.traced() as trace:
             logits = self._model.forward([(state, final)])[0]
         difference.compare_layers(trace, layers, self._last)
         difference.compare("logits", self._last + 1, logits, expected[-1])
@@ -121,7 +121,7 @@ class MixtureGate:
         inputs = self._stock.get_input_embeddings()(torch.tensor(tokens, device=self._stock.device))
         with traced(self._stock.model.layers) as layers:
             expected = pass_block(self._stock, inputs)
-        with traced(self._model.layers) as trace:
+        with self._model.traced() as trace:
             (block,) = self._model.encode([tokens], ["verify-full"])
         # the last layer's output of a block is never read, so it is not computed
         difference.compare_layers(trace[:-1], layers, self._last, suffix=" (encode)")
@@ -130,7 +130,7 @@ class MixtureGate:
     def _compressed(self, difference: Difference, passage: _Passage) -> tuple[BlockKV, BlockPass]:
         with traced(self._stock.model.layers) as layers:
             expected = pass_block(self._stock, passage.chunks)
-        with traced(self._model.layers) as trace:
+        with self._model.traced() as trace:
             (block,) = self._model.encode_embeddings([passage.chunks], [passage.tokens], ["verify-compressed"])
         difference.compare_layers(trace[:-1], layers, self._last, suffix=" (encode compressed)")
         return block, expected
@@ -162,13 +162,13 @@ class MixtureGate:
         for number, passage in enumerate(passages):
             given = mixed_inputs(self._model, passage.tokens, passage.chunks, passage.expanded, k)
             start = sum(map(len, rows[: number + 1]))
-            with traced(self._model.layers) as trace:
+            with self._model.traced() as trace:
                 blocks += self._model.encode_embeddings([given], [passage.tokens], ["verify-mixed"])
             span = slice(start, start + len(given))
             difference.compare_layers(trace[:-1], layers, self._last, span, " (encode)")
         state = self._model.new_sequence([self._model.to_resident(block) for block in blocks], len(final))
         span = slice(state.num_slots, state.num_slots + len(final))
-        with traced(self._model.layers) as trace:
+        with self._model.traced() as trace:
             logits = self._model.forward([(state, final)])[0]
         difference.compare_layers(trace, layers, self._last, span)
         difference.compare("logits", self._last + 1, logits, expected[-1])
@@ -199,7 +199,7 @@ class MixtureGate:
         results = []
         for composition in (pieces, whole):
             state = self._model.new_sequence(composition, len(final))
-            with traced(self._model.layers) as trace:
+            with self._model.traced() as trace:
                 results.append((self._model.forward([(state, final)])[0], trace))
             state.release()
         (got, trace), (expected, layers) = results

@@ -1,0 +1,324 @@
+"""A whole step of a Llama-like decoder in one compiled call, with weights of eight bits.
+
+The C code (step.c) believes what it is told, so what it would read or write is checked here. What it stands for is the
+model itself with ``PackedProduct.unpacked`` as its weights, which is its reference in the tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_LANES, _BLOCK = 16, 32
+_LARGEST = 127
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (("weights", _POINTER), ("scales", _POINTER), ("blocks", _INT), ("inputs", _INT))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Product) for name in ("attention", "output", "gate_up", "down")),
+        *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "bias", "query_norm", "key_norm")),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT) for name in ("layers", "width", "heads", "kv_heads", "head_dim", "inner")),
+        *((name, _FLOAT) for name in ("epsilon", "scale", "least", "most")),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("norm", _POINTER),
+        ("head", _Product),
+    )
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _INT) for name in ("plane", "before", "start", "tokens")),
+    )
+
+
+class _Buffers(ctypes.Structure):
+    _fields_ = tuple(
+        (name, _POINTER)
+        for name in (
+            "hidden",
+            "phases",
+            "projected",
+            "query",
+            "attended",
+            "narrow",
+            "normed",
+            "widened",
+            "counters",
+            "trace",
+            "logits",
+        )
+    )
+
+
+@dataclass(frozen=True)
+class PackedProduct:
+    """A linear layer's weights in eight bits, with one scale a row, in the order in which step.c reads them."""
+
+    weights: Tensor
+    """int8 [blocks, inputs / 2, 64]."""
+    scales: Tensor
+    """float32 [blocks * 32]."""
+    rows: int
+    """Of the layer; what is beyond them in the last block is zeros."""
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> PackedProduct:
+        """Of ``weight`` [rows, inputs], rounded to the nearest of 255 steps of each row's largest. Inputs are even."""
+        rows, inputs = weight.shape
+        wide = weight.float()
+        scales = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
+        steps = (wide / scales[:, None]).round_().to(torch.int8)
+        missing = -rows % _BLOCK
+        if missing:
+            steps = torch.cat([steps, steps.new_zeros(missing, inputs)])
+            scales = torch.cat([scales, scales.new_zeros(missing)])
+        lines = steps.view(-1, 2, _LANES, inputs // 2, 2).permute(0, 3, 1, 4, 2)
+        return cls(lines.reshape(-1, inputs // 2, 2 * _BLOCK).contiguous(), scales.contiguous(), rows)
+
+    @property
+    def inputs(self) -> int:
+        """Of the layer."""
+        return 2 * self.weights.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.weights.nbytes + self.scales.nbytes
+
+    def unpacked(self) -> Tensor:
+        """The weights that it stands for, float32 [rows, inputs]."""
+        lines = self.weights.view(-1, self.inputs // 2, 2, 2, _LANES).permute(0, 2, 4, 1, 3)
+        return (lines.reshape(-1, self.inputs).float() * self.scales[:, None])[: self.rows]
+
+    def _struct(self) -> _Product:
+        return _Product(self.weights.data_ptr(), self.scales.data_ptr(), self.weights.shape[0], self.inputs)
+
+
+def interleaved(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of both, 16 of ``gate`` before 16 of ``up``, as a product that is gated has them; [2 rows, inputs]."""
+    return torch.stack([half.reshape(-1, _LANES, half.shape[1]) for half in (gate, up)], 1).reshape(-1, gate.shape[1])
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A decoder layer. Norms and bias are float32."""
+
+    attention: PackedProduct
+    """Queries, keys and values, in this order."""
+    output: PackedProduct
+    gate_up: PackedProduct
+    """``interleaved``."""
+    down: PackedProduct
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    bias: Tensor | None = None
+    """Of ``attention``."""
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+    """Over each head, before it is rotated; [head_dim]."""
+
+
+@dataclass(frozen=True)
+class PackedDecoder:
+    """All that a step reads but for slots and embeddings."""
+
+    layers: tuple[PackedLayer, ...]
+    norm: Tensor
+    head: PackedProduct
+    heads: int
+    kv_heads: int
+    head_dim: int
+    epsilon: float
+    """Of every norm."""
+    scaling: float
+    """Of scores."""
+
+    @property
+    def products(self) -> tuple[PackedProduct, ...]:
+        """All of them."""
+        each = [(layer.attention, layer.output, layer.gate_up, layer.down) for layer in self.layers]
+        return (*(product for products in each for product in products), self.head)
+
+
+@dataclass(frozen=True)
+class StepSegment:
+    """Consecutive tokens of a step that extend one sequence."""
+
+    slots: Tensor
+    """The sequence's slots, rotated, bfloat16 [2, layers, kv_heads, capacity, head_dim], contiguous."""
+    before: int
+    """Slots in use."""
+    tokens: int
+
+
+class StepKernel:
+    """Computes steps of one decoder. Not thread-safe: it keeps its buffers."""
+
+    def __init__(self, compiled: Any, decoder: PackedDecoder, limit: float) -> None:
+        """``compiled``: a library with step.c's function. ``limit`` is as of ``Kernels.attend``.
+
+        Raises ValueError, naming the part, for sizes and types that the function would read wrongly.
+        """
+        _check_decoder(decoder)
+        self._decoder, self._limit = decoder, limit
+        self._function = compiled.step
+        self._function.restype = _INT
+        self._function.argtypes = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT]
+        self.width = decoder.norm.shape[0]
+        layers = (_Layer * len(decoder.layers))(*(_layer_struct(layer) for layer in decoder.layers))
+        self._inner = decoder.layers[0].down.inputs
+        self.most_inputs = max(self._inner, self.width, decoder.heads * decoder.head_dim)
+        """Of a product."""
+        self._struct = _Decoder(
+            *(len(decoder.layers), self.width, decoder.heads, decoder.kv_heads, decoder.head_dim, self._inner),
+            *(decoder.epsilon, decoder.scaling, 1 / limit, limit),
+            layers,
+            decoder.norm.data_ptr(),
+            decoder.head._struct(),
+        )
+        self._kept: dict[str, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(product.nbytes for product in self._decoder.products)
+
+    def step(
+        self, hidden: Tensor, phases: Tensor, segments: Sequence[StepSegment], trace: Tensor | None = None
+    ) -> Tensor | None:
+        """Logits of each segment's last token, float32 [segments, vocab]; keys and values go to the slots.
+
+        ``hidden`` float32 [tokens, width], the tokens' embeddings, is overwritten. ``phases`` complex64
+        [tokens, head_dim / 2] rotate the tokens; ``trace`` float32 [layers, tokens, width] gets hidden states after
+        each layer. None where attention's sums of weights were not between
+        1 / limit and limit: the model must compute this step. Raises ValueError for anything else.
+        """
+        decoder = self._decoder
+        tokens, attended = len(hidden), decoder.heads * decoder.head_dim
+        _check_floats("hidden", hidden, (tokens, self.width))
+        if trace is not None:
+            _check_floats("trace", trace, (len(decoder.layers), tokens, self.width))
+        if phases.dtype != torch.complex64 or phases.shape != (tokens, decoder.head_dim // 2):
+            raise ValueError(f"phases: {phases.dtype} {tuple(phases.shape)} for {tokens} tokens")
+        if not (phases.is_cpu and phases.is_contiguous()) or phases.is_conj():
+            raise ValueError(f"phases: {phases.stride()} on {phases.device}")
+        placed, start = [], 0
+        for segment in segments:
+            self._check_segment(segment)
+            keys, values = segment.slots[0], segment.slots[1]
+            place = (keys.data_ptr(), values.data_ptr(), keys.stride(1), segment.before, start, segment.tokens)
+            placed.append(_Segment(*place))
+            start += segment.tokens
+        if start != tokens or not segments:
+            raise ValueError(f"{tokens} tokens, where the segments have {start}")
+        threads = torch.get_num_threads()
+        logits = torch.empty(len(segments), decoder.head.scales.shape[0])
+        buffers = _Buffers(
+            hidden=hidden.data_ptr(),
+            phases=phases.data_ptr(),
+            projected=self._buffer("projected", torch.float32, tokens, decoder.layers[0].attention.rows).data_ptr(),
+            query=self._buffer("query", torch.float32, tokens, attended).data_ptr(),
+            attended=self._buffer("attended", torch.float32, tokens, attended).data_ptr(),
+            narrow=self._buffer("narrow", torch.bfloat16, tokens, max(attended, self._inner)).data_ptr(),
+            normed=self._buffer("normed", torch.bfloat16, threads * tokens, self.width).data_ptr(),
+            widened=self._buffer("widened", torch.bfloat16, threads * self.most_inputs, _BLOCK).data_ptr(),
+            counters=self._buffer("counters", torch.int64, 1, 2 + 6 * len(decoder.layers)).zero_().data_ptr(),
+            trace=None if trace is None else trace.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        struct, count = ctypes.byref(self._struct), len(placed)
+        unsuited: int = self._function(
+            struct, (_Segment * count)(*placed), count, tokens, ctypes.byref(buffers), threads
+        )
+        return None if unsuited else logits[:, : decoder.head.rows]
+
+    def _buffer(self, name: str, dtype: torch.dtype, rows: int, width: int) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < rows * width:
+            kept = self._kept[name] = torch.empty(rows * width, dtype=dtype)
+        return kept[: rows * width].view(rows, width)
+
+    def _check_segment(self, segment: StepSegment) -> None:
+        decoder, slots = self._decoder, segment.slots
+        fixed = (2, len(decoder.layers), decoder.kv_heads, decoder.head_dim)
+        if slots.dim() != 5 or (*slots.shape[:3], slots.shape[4]) != fixed or slots.dtype != torch.bfloat16:
+            raise ValueError(f"slots: {slots.dtype} {tuple(slots.shape)} for {fixed}")
+        if not (slots.is_cpu and slots.is_contiguous()):
+            raise ValueError(f"slots: {slots.stride()} on {slots.device}")
+        if segment.tokens < 1 or segment.before < 0 or segment.before + segment.tokens > slots.shape[3]:
+            raise ValueError(f"{segment.tokens} tokens behind {segment.before} of {slots.shape[3]} slots")
+
+
+def _layer_struct(layer: PackedLayer) -> _Layer:
+    optional = (layer.bias, layer.query_norm, layer.key_norm)
+    return _Layer(
+        *(product._struct() for product in (layer.attention, layer.output, layer.gate_up, layer.down)),
+        *(layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()),
+        *(None if tensor is None else tensor.data_ptr() for tensor in optional),
+    )
+
+
+def _check_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != torch.float32 or not (tensor.is_cpu and tensor.is_contiguous()) or tensor.shape != shape:
+        found = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} on {tensor.device}"
+        raise ValueError(f"{name}: {found}, where float32 {shape} is needed")
+
+
+def _check_decoder(decoder: PackedDecoder) -> None:
+    width, head_dim, heads, kv_heads = decoder.norm.shape[0], decoder.head_dim, decoder.heads, decoder.kv_heads
+    if (
+        not decoder.layers
+        or head_dim % _BLOCK
+        or not 0 < head_dim <= 256
+        or kv_heads < 1
+        or heads % kv_heads
+        or not heads
+    ):
+        raise ValueError(f"{len(decoder.layers)} layers of {heads} heads of {head_dim}, {kv_heads} of keys")
+    inner = decoder.layers[0].down.inputs
+    if width % _BLOCK or inner % _LANES:
+        raise ValueError(f"a width of {width} and {inner} inside the MLP: must be multiples of {_BLOCK} and {_LANES}")
+    rows = (heads + 2 * kv_heads) * head_dim
+    for layer in decoder.layers:
+        wanted = {
+            "attention": (rows, width),
+            "output": (width, heads * head_dim),
+            "gate_up": (2 * inner, width),
+            "down": (width, inner),
+        }
+        for name, shape in wanted.items():
+            _check_product(name, getattr(layer, name), shape)
+        sizes = {"attention_norm": width, "mlp_norm": width, "bias": rows, "query_norm": head_dim, "key_norm": head_dim}
+        for field in fields(layer):
+            tensor = getattr(layer, field.name)
+            if field.name in sizes and tensor is not None:
+                _check_floats(field.name, tensor, (sizes[field.name],))
+        if (layer.query_norm is None) != (layer.key_norm is None):
+            raise ValueError("norms of queries or of keys alone")
+    _check_floats("norm", decoder.norm, (width,))
+    _check_product("head", decoder.head, (decoder.head.rows, width))
+
+
+def _check_product(name: str, product: PackedProduct, shape: tuple[int, int]) -> None:
+    weights, blocks = product.weights, -(-shape[0] // _BLOCK)
+    if (product.rows, product.inputs) != shape or weights.shape != (blocks, shape[1] // 2, 2 * _BLOCK):
+        raise ValueError(f"{name}: {product.rows} rows of {product.inputs}, where {shape} is needed")
+    if weights.dtype != torch.int8 or not (weights.is_cpu and weights.is_contiguous()) or weights.data_ptr() % 16:
+        raise ValueError(f"{name}: {weights.dtype} on {weights.device}, {weights.stride()}")
+    _check_floats(f"{name}'s scales", product.scales, (blocks * _BLOCK,))
