@@ -18,12 +18,15 @@ MAX_EXACT = 2**53
 """Whole numbers up to here are exact in a double; this one may stand for the next."""
 MAX_DEPTH = 16
 """Objects and lists within each other; protobuf's own limit is little more than twice this."""
+MAX_KEY_CHARS = 128
+"""Longest name of a field."""
 _KEY_CHARS = 80
 
 
 def check_metadata(metadata: Mapping[str, Any], field: str = "metadata") -> None:
     """Refuses what no struct can hold as it is. Raises ``InvalidRequestError(field, …)`` naming the key."""
     for key, value in metadata.items():
+        _check_name(key, field)
         _check(key, value, field, 1)
 
 
@@ -65,18 +68,30 @@ def scalars(metadata: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
                 yield prefix + key, float(element)
 
 
+def _check_name(name: Any, field: str) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise InvalidRequestError(field, "a key must be a text that is not empty")
+    if len(name) > MAX_KEY_CHARS or not name.isprintable():
+        problem = f"key {name[:_KEY_CHARS]!r}: must be one line of at most {MAX_KEY_CHARS} printable characters"
+        raise InvalidRequestError(field, problem)
+
+
 def _check(key: str, value: Any, field: str, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise InvalidRequestError(field, f"{key[:_KEY_CHARS]!r} is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, Mapping):
         for inner, item in value.items():
+            _check_name(inner, field)
             _check(f"{key}.{inner}", item, field, depth + 1)
     elif isinstance(value, list | tuple):
         for item in value:
             _check(key, item, field, depth + 1)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         check_number(value, field, repr(key[:_KEY_CHARS]))
-    elif value is not None and not isinstance(value, str | bool):
+    elif isinstance(value, str):
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise InvalidRequestError(field, f"{key[:_KEY_CHARS]!r} holds half of a surrogate pair")
+    elif value is not None and not isinstance(value, bool):
         kind = type(value).__name__
         raise InvalidRequestError(field, f"{key[:_KEY_CHARS]!r} is a {kind}; send text, numbers, lists or objects")
 

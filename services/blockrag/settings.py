@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError, model_validator
 from blockrag.errors import SettingsError
 from blockrag.languages import DEFAULT_LANGUAGE, Language
 from blockrag.modeling.cache import CACHE_VARIABLE
-from blockrag.tenants import Section, TenantSettings
+from blockrag.sections import Section
+from blockrag.tenants import TenantSettings
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
 API_KEY_VARIABLE = "BLOCKRAG_KEY"

@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from blockrag.errors import SettingsError
 from blockrag.limits import TENANT_PATTERN
+from blockrag.sections import Section
 
 HASHED_KEY = "sha256:"
 """Begins a key that is given by its hash."""
 _SHORTEST_KEY = 16
-
-
-class Section(BaseModel):
-    """A part of the settings: unknown keys are errors, attributes are documented."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def _checked_key(key: str) -> str:

@@ -72,7 +72,7 @@ def test_what_the_schema_allows_never_breaks_the_server(base_url: str) -> None:
     schema = base_url.removesuffix("/v1") + "/openapi.json"
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     options = ["--phases", "examples,coverage,fuzzing", "--max-examples", "5", "--seed", "1", "--checks", checks]
-    run("schemathesis", "run", schema, *options, "--request-timeout", "30", seconds=240)
+    assert run("schemathesis", "run", schema, *options, "--request-timeout", "30", seconds=240)
 
 
 def test_curl_shows_a_stream(base_url: str, collection: str) -> None:

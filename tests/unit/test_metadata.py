@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from blockrag.errors import InvalidRequestError
 from blockrag.metadata import MAX_EXACT, check_metadata, metadata_of, scalars, struct_of
 
+NAMES = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=5)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 NUMBERS = st.integers(1 - MAX_EXACT, MAX_EXACT - 1) | st.floats(-1e9, 1e9).filter(lambda number: number % 1 > 0)
 VALUES = st.recursive(
     st.none() | st.booleans() | TEXTS | NUMBERS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=6,
 )
 
 
-@given(st.dictionaries(TEXTS, VALUES, max_size=4))
+@given(st.dictionaries(NAMES, VALUES, max_size=4))
 def test_metadata_comes_back_as_it_was(metadata: dict[str, Any]) -> None:
     assert metadata_of(struct_of(metadata)) == metadata
 
@@ -76,3 +77,11 @@ def test_scalars_of_objects_within_have_joined_keys() -> None:
         ("tags", "x"),
         ("tags", True),
     ]
+
+
+@pytest.mark.parametrize("name", ["", " ", "two\nlines", "x" * 129])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_name_is_one_line(name: str, nested: bool) -> None:
+    metadata = {"outer": {name: 1}} if nested else {name: 1}
+    with pytest.raises(InvalidRequestError, match="key"):
+        check_metadata(metadata)

@@ -14,7 +14,7 @@ from blockrag.compressor.compression import CompressionAbility, CompressionReque
 from blockrag.errors import InvalidRequestError
 from blockrag.languages import LANGUAGES
 from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_TEMPERATURE
-from blockrag.metadata import check_number, metadata_of
+from blockrag.metadata import MAX_KEY_CHARS, check_number, metadata_of
 from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2
@@ -24,7 +24,6 @@ MAX_TOKENS = 100_000
 """Beyond any model; the decoder refuses what its own model cannot hold."""
 MAX_STOP_STRINGS = 8
 MAX_STOP_CHARS = 64
-MAX_KEY_CHARS = 128
 MAX_GIVEN_CHARS = 65_536
 """Longest text of a given passage, in characters."""
 MAX_GIVEN_TOTAL_CHARS = 262_144

@@ -15,7 +15,7 @@ from blockrag.access import OnBehalf
 from blockrag.http import chat, documents, responses
 from blockrag.http.door import Door, Guard
 from blockrag.http.errors import ERROR_RESPONSES, add_handlers
-from blockrag.http.events import Answer, server_sent, while_connected
+from blockrag.http.events import Answer, server_sent
 from blockrag.http.gateway import Gateway
 from blockrag.http.requests import MODEL
 from blockrag.settings import Settings
@@ -75,30 +75,23 @@ def build_app(gateway: Gateway, settings: Settings) -> FastAPI:
 
 
 @_router.post("/chat/completions", responses={200: _SSE})
-async def create_chat_completion(body: chat.ChatRequest, visit: Visit, request: Request) -> Response:
+async def create_chat_completion(body: chat.ChatRequest, visit: Visit) -> Response:
     """Answers the last message of a conversation."""
 
-    async def answered() -> Response:
-        answer = await Answer.begin(visit.gateway.generate(body.to_message(), visit.call))
-        if body.stream:
-            return server_sent(chat.chunks(body, answer))
-        return JSONResponse(await chat.whole(body, answer))
-
-    return await while_connected(request, answered())
+    answer = await Answer.begin(visit.gateway.generate(body.to_message(), visit.call))
+    if body.stream:
+        return server_sent(chat.chunks(body, answer))
+    return JSONResponse(await chat.whole(body, answer))
 
 
 @_router.post("/responses", responses={200: _SSE})
-async def create_response(body: responses.ResponsesRequest, visit: Visit, request: Request) -> Response:
+async def create_response(body: responses.ResponsesRequest, visit: Visit) -> Response:
     """Answers with the documents that were read as citations."""
     message = body.to_message()
-
-    async def answered() -> Response:
-        answer = await Answer.begin(visit.gateway.generate(message, visit.call))
-        if body.stream:
-            return server_sent(responses.events(body, message.question, answer))
-        return JSONResponse(await responses.whole(body, message.question, answer))
-
-    return await while_connected(request, answered())
+    answer = await Answer.begin(visit.gateway.generate(message, visit.call))
+    if body.stream:
+        return server_sent(responses.events(body, message.question, answer))
+    return JSONResponse(await responses.whole(body, message.question, answer))
 
 
 @_router.get("/models")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import StreamingResponse
 
 from blockrag.errors import UnavailableError
 from blockrag.v1 import rag_pb2
 from blockrag.v1.common_pb2 import Passage
 
-_CLIENT_LEFT = 499
-"""What nginx logs for it; nobody receives it."""
 _ENDED_EARLY = "the answer ended without its completion; ask again"
 
 
@@ -69,27 +65,6 @@ class Answer:
             pass
         assert self.completion is not None
         return self.completion
-
-
-async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """What ``work`` makes, unless the client leaves first: then it is cancelled, and nobody reads the response."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            return Response(status_code=_CLIENT_LEFT)
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            if not task.done():
-                task.cancel()
-                await asyncio.wait([task])
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def server_sent(lines: AsyncIterator[str]) -> StreamingResponse:

@@ -53,7 +53,6 @@ def rewritten(text: str, idle_name: str) -> str:
     - A gRPC call that names no application goes to the gateway: standard clients of health and reflection send no
       metadata.
     - Where HAProxy itself must answer for a replica that went away, it says UNAVAILABLE and not an HTTP status.
-    - A client that leaves while it waits ends its request, also over HTTP: nobody would read the answer.
     - Without any application yet (a HAProxy that replaces a dead one starts so) it does not take part in answering
       gRPC: it would say NOT_FOUND. ``idle_name``: an abstract socket to listen on instead.
     """
@@ -66,9 +65,6 @@ def rewritten(text: str, idle_name: str) -> str:
 
 
 def _rewritten_section(section: str, text: str) -> str:
-    if section.startswith("defaults"):
-        head, _, rest = section.partition("\n")
-        return f"{head}\n    option abortonclose\n{rest}"
     if _GRPC not in section:
         return section
     head, _, rest = section.partition("\n")

@@ -227,3 +227,4 @@ def test_the_standby_ends_with_its_owner(folder: Path, replica: Replica) -> None
             owner.kill()
             owner.wait()
             eventually(lambda: not processes(folder, "standby") and not processes(folder, "guard"))
+            assert owner.returncode == -signal.SIGKILL
