@@ -95,6 +95,8 @@ class History:
         self.changes = [Change(document_id, "", -1, -1) for document_id in DOCUMENTS]
         self.disturbances: list[tuple[int, int]] = []
         """When something removed staged passages."""
+        self.staging: list[Change] = []
+        """Ingests with their staging."""
 
     def possible(self, document_id: str, start: int, end: int) -> set[str]:
         """Versions whose change may be the latest one for some moment from ``start`` to ``end``."""
@@ -104,6 +106,20 @@ class History:
             for change in changes
             if not any(change.end < later.start and later.end < start for later in changes)
         }
+
+    def disturbed(self, staging: Change) -> bool:
+        """Whether staged passages were removed while this was staged, or an ingest that may have taken some of its own.
+
+        Who lost passages and finds another's of the same version staged commits those; the other may then lack them.
+        """
+        start = staging.start
+        for _ in self.staging:  # as many steps as there are ingests reach all that are tied to this one
+            start = min(
+                other.start
+                for other in self.staging
+                if (other.document_id, other.version) == (staging.document_id, staging.version) and other.end >= start
+            )
+        return any(begun <= self.turns.now and ended >= start for begun, ended in self.disturbances)
 
     @contextmanager
     def changing(self, document_id: str, version: str) -> Iterator[Change]:
@@ -120,7 +136,9 @@ class History:
 
 
 async def ingest(index: VectorIndex, history: History, document_id: str, version: str) -> None:
-    start, count = history.turns.now, PASSAGES[version]
+    count = PASSAGES[version]
+    staging = Change(document_id, version, history.turns.now, 10**9)
+    history.staging.append(staging)
     for ordinals in _batched(count):
         await index.stage(HOME, [embedded(document_id, version, ordinal) for ordinal in ordinals])
     try:
@@ -129,7 +147,9 @@ async def ingest(index: VectorIndex, history: History, document_id: str, version
     except InvalidRequestError as error:
         assert "staged" in error.problem
         # Only who removes what is staged may make an ingest fail.
-        assert any(begun <= history.turns.now and ended >= start for begun, ended in history.disturbances)
+        assert history.disturbed(staging)
+    finally:
+        staging.end = history.turns.now
 
 
 def _batched(count: int) -> Iterator[range]:
