@@ -7,7 +7,7 @@ import sys
 import typer
 
 from blockrag import __version__
-from blockrag.cli import adapt, ask, bench, bundle, demo, documents, evaluate, system, top
+from blockrag.cli import adapt, ask, bench, bench_load, bundle, demo, documents, evaluate, system, top
 
 app = typer.Typer(
     name="blockrag",
@@ -34,6 +34,7 @@ def _root(
 
 for module in (system, top, documents, ask, demo):
     module.register(app)
+bench_load.register(app, bench.app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(adapt.app, name="adapt")

@@ -1,0 +1,181 @@
+"""``blockrag bench load`` and ``blockrag simulate``: many questions at once, measured and predicted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from blockrag.cli import console
+from blockrag.cli.connection import connect
+from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
+from blockrag.cli.options import command_of
+from blockrag.errors import InvalidRequestError
+from blockrag.simulation.scenario import Scenario, StageTimes
+
+if TYPE_CHECKING:
+    from blockrag.evaluation.load import LoadRow
+    from blockrag.settings import Settings
+    from blockrag.simulation.cluster import Outcome
+
+BenchOption = Annotated[
+    Path | None,
+    typer.Option("--bench", help="ttft.json of `blockrag bench ttft`, for the times of parts; default: built in."),
+]
+TargetTimeOption = Annotated[float, typer.Option("--target-ms", min=1, help="Time to first token to keep.")]
+
+_OF_THE_SYSTEM = ("machines", "rate", "l1_mb", "store_mb", "disk_mb", "slot_bytes", "caching", "routing", "drift")
+"""Of a scenario, what a running system has by itself."""
+
+
+def register(app: typer.Typer, bench: typer.Typer) -> None:
+    """Add the commands."""
+    bench.command(epilog="Example: blockrag bench load --rates 0.5,1,2 --questions 100 --passages 400")(
+        command_of(Scenario, left_out=(*_OF_THE_SYSTEM, "max_sequences"))(load)
+    )
+    app.command(epilog="Example: blockrag simulate --passages 1000000 --rate 100 --size")(
+        command_of(Scenario)(simulate)
+    )
+
+
+def load(
+    config: Scenario,
+    rates: Annotated[str, typer.Option(help="Questions a second, one run each, comma separated.")] = "0.5,1,2",
+    full: Annotated[bool, typer.Option(help="Ask with full attention too, where no block is reused.")] = True,
+    target_ms: TargetTimeOption = 1000.0,
+    bench: BenchOption = None,
+    out: Annotated[Path | None, typer.Option(help="File for the rows, as JSON.")] = None,
+    settings: SettingsOption = None,
+    target: TargetOption = "",
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a running system at given rates, however long it takes to answer, and show what a simulation predicts.
+
+    Passages of the sample corpus are given with the questions; nothing is ingested. --settings are those of the system.
+    """
+    from blockrag.configured import configured_bundle
+    from blockrag.evaluation.load import measure_load
+    from blockrag.evaluation.ttft_grpc import first_passages
+
+    loaded = console.settings_from(settings)
+    bundle = configured_bundle(loaded)
+    passages = first_passages(bundle, config.passages)
+    scenario = _on(config, loaded)
+    parsed = _rates(rates)
+
+    async def measure() -> list[LoadRow]:
+        with console.progress_bar() as bar:
+            task = bar.add_task("questions", total=None)
+            async with connect(settings, target, api_key) as client:
+                return await measure_load(
+                    client,
+                    scenario,
+                    passages,
+                    parsed,
+                    ("block", "full") if full else ("block",),
+                    _times(bench),
+                    target_s=target_ms / 1000,
+                    on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )
+
+    rows = asyncio.run(measure())
+    written = [asdict(row) for row in rows]
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"scenario": asdict(scenario), "rows": written}, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        console.print_json(written)
+    else:
+        console.out.print(_load_table(rows, target_ms))
+
+
+def simulate(
+    config: Scenario,
+    size: Annotated[bool, typer.Option("--size", help="Find the fewest machines that keep --target-ms.")] = False,
+    target_ms: TargetTimeOption = 1000.0,
+    bench: BenchOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict hit rates and times to first token of a cluster by a discrete-event simulation.
+
+    With --size also how many machines the load needs, beside prefix caching and no caching on the same machines.
+    """
+    from blockrag.simulation.cluster import simulate as run
+    from blockrag.simulation.sizing import beside_others
+
+    times = _times(bench)
+    found: list[tuple[Scenario, Outcome | None]]
+    found = beside_others(config, times, target_ms / 1000) if size else [(config, run(config, times))]
+    if as_json:
+        console.print_json(
+            [{"scenario": asdict(each), "outcome": outcome and asdict(outcome)} for each, outcome in found]
+        )
+    else:
+        console.out.print(_outcome_table(found))
+
+
+def _on(config: Scenario, settings: Settings) -> Scenario:
+    """The scenario on the system that the settings describe."""
+    return replace(
+        config,
+        l1_mb=float(settings.decoder.l1_mb),
+        store_mb=float(settings.kv_cache.budget_mb),
+        disk_mb=float(settings.kv_cache.disk_mb),
+        max_sequences=settings.decoder.max_sequences,
+    )
+
+
+def _times(bench: Path | None) -> StageTimes:
+    return StageTimes() if bench is None else StageTimes.of_bench(bench)
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(each) for each in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < 1e6 for rate in rates):
+        raise InvalidRequestError("rates", f"{text!r}: must be numbers above 0, separated by commas")
+    return rates
+
+
+def _load_table(rows: list[LoadRow], target_ms: float) -> Table:
+    table = Table(title=f"open loop; goodput: answers a second within {target_ms:g} ms; in brackets: predicted")
+    for name in ("rate", "mode", "p50, s", "p95, s", "p99, s", "goodput", "found", "memory", "store", "disk", "failed"):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    for row in rows:
+        tiers = (f"{row.shares[tier]:.0%}" for tier in ("l1", "store", "disk"))
+        table.add_row(
+            *(f"{row.rate:g}", row.mode),
+            f"{row.ttft_p50:.2f} ({row.predicted_p50:.2f})",
+            f"{row.ttft_p95:.2f} ({row.predicted_p95:.2f})",
+            *(f"{row.ttft_p99:.2f}", f"{row.goodput:.2f}"),
+            f"{row.held:.0%} ({row.predicted_held:.0%})",
+            *tiers,
+            f"{row.failed}",
+        )
+    return table
+
+
+def _outcome_table(found: list[tuple[Scenario, Outcome | None]]) -> Table:
+    table = Table(title="simulated")
+    names = ("caching", "machines", "p50, s", "p95, s", "found", "decoders", "encoders", "links", "machine-s / 1,000")
+    for name in names:
+        table.add_column(name, justify="left" if name == "caching" else "right")
+    for scenario, outcome in found:
+        if outcome is None:
+            table.add_row(scenario.caching, "too many", *("",) * (len(names) - 2))
+            continue
+        table.add_row(
+            *(scenario.caching, f"{scenario.machines:,}"),
+            *(f"{outcome.ttft_p50:.2f}", f"{outcome.ttft_p95:.2f}{'↑' if outcome.growing else ''}"),
+            *(f"{1 - outcome.shares['encoded']:.0%}", f"{outcome.decoders:.0%}", f"{outcome.encoders:.0%}"),
+            *(f"{outcome.links:.0%}", f"{outcome.machine_seconds:,.0f}"),
+        )
+    return table
