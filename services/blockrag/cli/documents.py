@@ -96,19 +96,18 @@ def find_sources(paths: list[Path]) -> Iterator[Source]:
     """Files as they are named; files of directories with their path below the directory as the id.
 
     Raises ``InvalidRequestError`` for a path that does not exist, and for two files that would get one id: the second
-    would replace the first.
+    would replace the first, or as a jsonl file share its source with it.
     """
     taken: dict[str, Path] = {}
     for name, file in _files(paths):
         document_id = normalise(name)
         other = taken.setdefault(document_id, file)
-        # Documents of a jsonl file have ids of their own.
-        if other is file or (file.suffix.lower() == ".jsonl" and not other.samefile(file)):
+        if other is file:
             yield Source(document_id, file)
         elif not other.samefile(file):
             raise InvalidRequestError(
                 "paths",
-                f"{console.printable(str(other))} and {console.printable(str(file))} would both be the document "
+                f"{console.printable(str(other))} and {console.printable(str(file))} would both be "
                 f"{console.printable(document_id)!r}; name the directory above them, or two collections",
             )
 
