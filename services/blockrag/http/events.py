@@ -109,7 +109,7 @@ def file_id(collection: str, document_id: str) -> str:
 
 
 def cited_documents(completion: rag_pb2.Completion) -> Iterable[str]:
-    """Ids of the documents of which something was in the prompt, best first, each once; of equal passages all documents."""
+    """Ids of the documents of which something was in the prompt, best first, each once; of equal passages all."""
     return dict.fromkeys(
         document_id
         for citation in completion.citations

@@ -63,7 +63,7 @@ def check_normalised(field: str, text: str) -> None:
     if normalise(text) != text:
         raise InvalidRequestError(
             field,
-            "must be NFC without soft hyphens and zero-width spaces (blockrag.characters), as the gateway sends it",
+            "must be NFC, without soft hyphens and zero-width spaces, as the gateway sends it",
         )
 
 
