@@ -84,9 +84,9 @@ class ParserPool:
         checked = check_source(source)
         size = check_spool(spool)
         if _is_plain(spool, size, checked.media_type):
-            text = io.BytesIO()
-            parsed = await asyncio.to_thread(parse, spool, text, checked.media_type, checked.source.metadata)
-            yield documents_of(parsed, text, checked, splitter)
+            plain = io.BytesIO()
+            parsed = await asyncio.to_thread(parse, spool, plain, checked.media_type, checked.source.metadata)
+            yield documents_of(parsed, plain, checked, splitter)
             return
         with _with_descriptor(spool, size) as file, _scratch(size) as text:
             parsed = await self.parse(file, text, checked.media_type, checked.source.metadata)
