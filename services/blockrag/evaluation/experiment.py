@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blockrag.evaluation.drawing import Distractors, Draw, DrawnQuestion, draw_questions
+from blockrag.evaluation.drawing import Draw, DrawnQuestion, draw_questions
 from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_difference
 from blockrag.evaluation.metrics import contains, exact_match, f1
+from blockrag.evaluation.options import Distractors, ExperimentOptions
 from blockrag.evaluation.pieces import PieceMaker
 from blockrag.evaluation.question_data import load_questions
 from blockrag.modeling.bundle import Bundle
-from blockrag.settings import Settings
 
 METRICS = ("exact_match", "f1", "contained")
 Values = Mapping[str, NDArray[np.float64]]
@@ -28,23 +27,6 @@ Found = TypeVar("Found")
 
 _CHUNK = 16
 """Questions asked in all cells before the next: their blocks fit the decoder's own memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExperimentOptions:
-    """What a run is asked to do."""
-
-    settings: Settings
-    """Of the system that is measured: its bundle, types and limits."""
-    data: Path | None = None
-    """Questions; None: none are asked."""
-    questions: int = 1000
-    passages: int = 10
-    distractors: Distractors | None = None
-    """None: ``same`` where the data names passages of the same kind, else ``bm25``."""
-    seed: int = 0
-    max_answer_tokens: int = 64
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -74,7 +56,9 @@ def draw_data(options: ExperimentOptions, bundle: Bundle, most: int, absent: int
     assert options.data is not None
     status("reading the questions")
     data = load_questions(options.data, options.seed)
-    kind = options.distractors or ("same" if any(one.same_kind for one in data.questions) else "bm25")
+    kind = options.distractors
+    if kind == "auto":
+        kind = "same" if any(one.same_kind for one in data.questions) else "bm25"
     status("drawing passages")
     draw = draw_questions(
         data,

@@ -14,28 +14,14 @@ from pathlib import Path
 
 from blockrag.configured import configured_bundle
 from blockrag.errors import SetupError
-from blockrag.evaluation.answering import Mode, Prompt, Reader
+from blockrag.evaluation.answering import Prompt, Reader
 from blockrag.evaluation.drawing import DrawnQuestion
 from blockrag.evaluation.environment import describe_environment
-from blockrag.evaluation.experiment import ExperimentOptions, Progress, Status, ask_all, draw_data
+from blockrag.evaluation.experiment import Progress, Status, ask_all, draw_data
+from blockrag.evaluation.options import QaOptions
 from blockrag.evaluation.qa_scores import Cell, QaPlan, QaReport, SystemFacts, score_answers
 from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class QaOptions(ExperimentOptions):
-    """What a run is asked to do."""
-
-    compare: Path | None = None
-    """A second bundle, asked the same questions with the same passages' texts."""
-    without_pear: bool = False
-    """Ask the first bundle also with its PEAR coefficients left out."""
-    modes: tuple[Mode, ...] = ("full", "block")
-    counts: tuple[int, ...] = ()
-    places: int = 0
-    """Places of the gold passage to compare, evenly spread over the passages; 0: none."""
-    absent: bool = True
 
 
 @dataclass(frozen=True)

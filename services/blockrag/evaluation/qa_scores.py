@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blockrag.evaluation.answering import Mode
 from blockrag.evaluation.drawing import DrawnQuestion
 from blockrag.evaluation.experiment import AnswerScore, Values, answer_values, differences, means
 from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_ratio
+from blockrag.evaluation.options import Mode
 from blockrag.evaluation.report import AnswersReport, percent, section, table
 
 
