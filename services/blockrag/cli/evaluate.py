@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +17,7 @@ from blockrag.cli.evaluate_retrieval import retrieval
 from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
 from blockrag.client_options import GenerateOptions
+from blockrag.results import Passage
 
 if TYPE_CHECKING:
     from blockrag.corpus.sample import Question
@@ -83,19 +84,14 @@ async def _ask_almanac(
     concurrency: int,
     progress: Callable[[Mode, int], None],
 ) -> AlmanacScores:
-    from blockrag.evaluation.almanac import Answer, RetrievedPassage, evaluate_almanac
+    from blockrag.evaluation.almanac import evaluate_almanac
 
     async with client:
 
-        async def ask(question: str, mode: Mode) -> Answer:
-            chosen = GenerateOptions(**options)
-            chosen["attention_mode"] = mode
+        async def ask(question: str, mode: Mode) -> tuple[str, Sequence[Passage]]:
+            chosen: GenerateOptions = {**options, "attention_mode": mode}
             answer = await client.ask(question, **chosen)
-            found = tuple(
-                RetrievedPassage(document_id=passage.document_id, rank=rank, text=passage.text)
-                for rank, passage in enumerate(answer.passages, 1)
-            )
-            return Answer(answer.text, found)
+            return answer.text, answer.passages
 
         return await evaluate_almanac(questions, ask, concurrency=concurrency, progress=progress)
 
