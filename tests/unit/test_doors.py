@@ -68,6 +68,21 @@ def test_a_command_of_another_door_says_what_to_install(command: str) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_who_starts_the_system_loads_no_model() -> None:
+    """It builds the applications, for which it imports them; what computes comes with the replicas."""
+    code = """
+import sys
+from blockrag.services import SERVICES
+from blockrag.local.supervisor import _builder
+for service in SERVICES:
+    _builder(service)({"settings_file": ""})
+print(sorted({"torch", "transformers", "qdrant_client"} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
+
+
 def test_what_is_reached_into_privately_has_an_upper_bound() -> None:
     lines = [line for extra in ("serve", "adapt") for line in PROJECT["optional-dependencies"][extra]]
     lines += PROJECT["dependencies"]

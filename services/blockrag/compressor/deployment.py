@@ -27,10 +27,11 @@ class Compressor:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         setup_telemetry("compressor", settings)
         self.access = Access(settings)
-        bundle = configured_bundle(settings, verify_files=True)
+        bundle = configured_bundle(settings)
         embeddings = None
         self._upkeep: asyncio.Task[None] | None = None
         if bundle.refrag is not None:
+            bundle = configured_bundle(settings, verify_files=True)
             cache = connect(settings)
             embeddings = embedding_cache(cache, settings)
             self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, embeddings))

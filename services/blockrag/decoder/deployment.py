@@ -1,26 +1,26 @@
-"""The decoder as a Serve application."""
+"""The decoder as a Serve application.
+
+Who starts the system imports this too, to build the application: torch and the model come with the replica alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from collections.abc import AsyncGenerator
+from functools import partial
 
 import ray
-import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
 from blockrag.access import Access
 from blockrag.configured import configured_bundle, configured_device
-from blockrag.decoder.cost import measure_prefills
-from blockrag.decoder.runtime import assemble, check_engine, warm_up
 from blockrag.grpc_status import rpc
 from blockrag.kv_cache.following import follow_purges
 from blockrag.kv_cache.remote import connect
 from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
-from blockrag.modeling.model import SlotModel
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry
 from blockrag.v1 import decoder_pb2
@@ -33,6 +33,12 @@ class Decoder:
     """Serves ``blockrag.v1.DecoderService``."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        import torch
+
+        from blockrag.decoder.cost import measure_prefills
+        from blockrag.decoder.runtime import assemble, check_engine, warm_up
+        from blockrag.modeling.model import SlotModel
+
         setup_telemetry("decoder", settings)
         self.access = Access(settings)
         torch.set_num_threads(settings.decoder.threads)
@@ -42,8 +48,8 @@ class Decoder:
         model = SlotModel.load(bundle, device=device)
         warm_up(model)
         cache = connect(settings)
-        self._max_step_s = settings.decoder.max_step_s
         self._runtime = assemble(bundle, model, cache, settings)
+        self._check_engine = partial(check_engine, self._runtime.engine, settings.decoder.max_step_s)
         measure_prefills(model, self._runtime.meter)
         self._runtime.engine.start()
         self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, self._runtime.loader, self._keep_up))
@@ -69,7 +75,7 @@ class Decoder:
 
     async def check_health(self) -> None:
         """Has Serve replace a replica whose engine or upkeep ended, or whose engine hangs in a step."""
-        check_engine(self._runtime.engine, self._max_step_s)
+        self._check_engine()
         if self._upkeep.done():
             raise RuntimeError("the upkeep task ended")
 

@@ -13,6 +13,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from blockrag.access import Access
+from blockrag.encoder.pool import EncoderPool
 from blockrag.grpc_status import rpc
 from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from blockrag.settings import Settings, load_application_settings
@@ -47,8 +48,6 @@ class Encoder:
 
 def build(args: dict[str, str]) -> Application:
     """The application, as named in a Serve configuration file."""
-    from blockrag.encoder.pool import EncoderPool  # brings torch, which the ingress does without
-
     settings = load_application_settings(args)
     encoder = settings.encoder
     pool = serve.deployment(

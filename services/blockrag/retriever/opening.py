@@ -8,7 +8,6 @@ from blockrag.errors import SettingsError
 from blockrag.retriever.base import EmbeddingInfo, VectorIndex
 from blockrag.retriever.edge import EdgeIndex
 from blockrag.retriever.embedding import Embedder, find_embedding
-from blockrag.retriever.server import ServerIndex
 from blockrag.retriever.service import RetrieverService
 from blockrag.settings import Settings
 
@@ -27,6 +26,8 @@ def open_index(settings: Settings, embedding: EmbeddingInfo) -> VectorIndex:
     """The index that the settings choose; it connects or opens files when first used."""
     retriever = settings.retriever
     if retriever.backend == "server":
+        from blockrag.retriever.server import ServerIndex  # its client is nothing to the embedded index
+
         return ServerIndex.connect(retriever.url, retriever.api_key, embedding)
     path = Path(retriever.path).expanduser() if retriever.path else settings.state_path / "index"
     return EdgeIndex(path, embedding)
