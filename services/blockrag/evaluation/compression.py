@@ -31,8 +31,7 @@ from blockrag.evaluation.compression_scores import (
 from blockrag.evaluation.compression_selectors import RANDOM, Asked, Selectors, answer_spans
 from blockrag.evaluation.compression_text import plan_text_cells, predict_paragraphs
 from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.environment import describe_environment
-from blockrag.evaluation.experiment import Progress, Status, ask_all, draw_data
+from blockrag.evaluation.experiment import Progress, Status, ask_all, asked_facts, draw_data
 from blockrag.evaluation.options import CompressionOptions
 from blockrag.evaluation.pieces import Piece
 from blockrag.evaluation.ranking import bm25_ranking
@@ -107,16 +106,9 @@ def run_compression(
         data=data,
         text=options.text.name if options.text is not None else "",
         sha256=digests,
-        passages=options.passages,
         distractors=kind,
-        max_answer_tokens=options.max_answer_tokens,
-        compute_dtype=bundle.compute_dtype,
-        weights=bundle.weights,
-        kv_dtype=bundle.kv_dtype,
-        seed=options.seed,
-        seconds=round(time.perf_counter() - started, 1),
         results=found,
-        environment=describe_environment(options.device),
+        **asked_facts(options, bundle, started),
     )
     return CompressionRun(report, asked, answers)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.evaluation.drawing import Draw, DrawnQuestion, draw_questions
+from blockrag.evaluation.environment import describe_environment
 from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_difference
 from blockrag.evaluation.metrics import contains, exact_match, f1
 from blockrag.evaluation.options import Distractors, ExperimentOptions
 from blockrag.evaluation.pieces import PieceMaker
 from blockrag.evaluation.question_data import load_questions
+from blockrag.evaluation.report import percent
 from blockrag.modeling.bundle import Bundle
 
 METRICS = ("exact_match", "f1", "contained")
@@ -47,6 +50,10 @@ class AnswerScore:
     f1: Interval
     contained: Interval
 
+    def percents(self, *, sign: bool = False) -> list[str]:
+        """As cells of a table; ``sign`` for differences."""
+        return [percent(value, sign=sign) for value in (self.exact_match, self.f1, self.contained)]
+
 
 def draw_data(options: ExperimentOptions, bundle: Bundle, most: int, absent: int, status: Status) -> DrawnData:
     """The questions of a run with up to ``most`` passages each, ``absent`` of them without the gold one.
@@ -70,6 +77,20 @@ def draw_data(options: ExperimentOptions, bundle: Bundle, most: int, absent: int
         seed=options.seed,
     )
     return DrawnData(data.name, dict(data.sha256), kind, draw)
+
+
+def asked_facts(options: ExperimentOptions, bundle: Bundle, started: float) -> dict[str, Any]:
+    """Fields of an ``AnswersReport`` that say how answers were made; ``started`` by ``time.perf_counter``."""
+    return {
+        "passages": options.passages,
+        "max_answer_tokens": options.max_answer_tokens,
+        "compute_dtype": bundle.compute_dtype,
+        "weights": bundle.weights,
+        "kv_dtype": bundle.kv_dtype,
+        "seed": options.seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "environment": describe_environment(options.device),
+    }
 
 
 def ask_all(
