@@ -23,8 +23,10 @@ _UNCLEAN = re.compile(
     f"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff{_DROPPED}]",
 )
 _BROKEN_WORD = re.compile("\u00ad[ \t]*\n[ \t]*")
-# Letters by their category, and yet nothing to see.
-_BLANK_LETTERS = frozenset("\u034f\u115f\u1160\u2800\u3164\uffa0")
+# Letters or marks by their category, and yet nothing to see: fillers, and what chooses a variant of the one before.
+_BLANK_LETTERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | frozenset(
+    map(chr, [*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)])
+)
 
 
 def normalise(text: str) -> str:

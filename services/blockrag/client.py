@@ -203,7 +203,8 @@ class BlockragClient:
     async def ingest_text(self, document_id: str, text: str, **options: Unpack[IngestOptions]) -> IngestedDocument:
         """Stores a text; without ``media_type``: plain."""
         header = messages.header(document_id, **{"media_type": "text/plain", **options})
-        (document,) = await self._ingest(header, lambda: messages.byte_pieces(text.encode()))
+        content = messages.encoded(text)
+        (document,) = await self._ingest(header, lambda: messages.byte_pieces(content))
         return document
 
     async def delete_document(self, document_id: str, *, collection: str = "") -> DeletedDocument:
@@ -211,14 +212,14 @@ class BlockragClient:
 
         Nothing is counted when an attempt whose answer was lost has removed it.
         """
-        request = corpus_pb2.DeleteDocumentRequest(collection=collection, document_id=document_id)
+        request = messages.made(corpus_pb2.DeleteDocumentRequest, collection=collection, document_id=document_id)
         gone = corpus_pb2.DeleteDocumentResponse()
         response = await self._send("CorpusService/DeleteDocument", self._corpus(), request, gone)
         return DeletedDocument(response.passages, response.purged_blocks)
 
     async def delete_source(self, source: str, *, collection: str = "") -> DeletedSource:
         """Removes all documents that came from a source; ``NotFoundError`` when there is none."""
-        request = corpus_pb2.DeleteSourceRequest(collection=collection, source=source)
+        request = messages.made(corpus_pb2.DeleteSourceRequest, collection=collection, source=source)
         with self._call("CorpusService/DeleteSource") as metadata:
             # As long as it takes: there may be many.
             response = await self._corpus().DeleteSource(request, metadata=metadata)
@@ -229,14 +230,14 @@ class BlockragClient:
 
         Nothing is counted when an attempt whose answer was lost has removed it.
         """
-        request = corpus_pb2.DeleteCollectionRequest(collection=collection)
+        request = messages.made(corpus_pb2.DeleteCollectionRequest, collection=collection)
         gone = corpus_pb2.DeleteCollectionResponse()
         response = await self._send("CorpusService/DeleteCollection", self._corpus(), request, gone)
         return DeletedCollection(response.documents, response.passages, response.purged_blocks)
 
     async def list_documents(self, *, collection: str = "", page_size: int = 100) -> AsyncIterator[Document]:
         """All documents of a collection, by id, fetched page by page."""
-        request = corpus_pb2.ListDocumentsRequest(collection=collection, page_size=page_size)
+        request = messages.made(corpus_pb2.ListDocumentsRequest, collection=collection, page_size=page_size)
         while True:
             page = await self._send("CorpusService/ListDocuments", self._corpus(), request)
             for summary in page.documents:
@@ -260,7 +261,7 @@ class BlockragClient:
 
         It begins again, with what is warm already, when it was interrupted.
         """
-        request = corpus_pb2.WarmRequest(collection=collection, document_ids=document_ids, pin=pin)
+        request = messages.made(corpus_pb2.WarmRequest, collection=collection, document_ids=document_ids, pin=pin)
         patience = self._patience(math.inf)
         while True:
             try:
@@ -296,7 +297,7 @@ class BlockragClient:
         ``NotFoundError`` when there is none.
         """
         stub = self._stub(system_pb2_grpc.SystemServiceStub)
-        request = system_pb2.GetTraceRequest(trace_id=trace_id)
+        request = messages.made(system_pb2.GetTraceRequest, trace_id=trace_id)
         spans: list[TraceSpan] = []
         until = time.monotonic() + wait_s
         while True:
@@ -337,10 +338,16 @@ class BlockragClient:
     async def _ingest(
         self, header: corpus_pb2.DocumentHeader, pieces: Callable[[], AsyncIterator[bytes]]
     ) -> tuple[IngestedDocument, ...]:
+        broken: list[OSError] = []
+
         async def requests() -> AsyncIterator[corpus_pb2.IngestDocumentRequest]:
             yield corpus_pb2.IngestDocumentRequest(header=header)
-            async for piece in pieces():
-                yield corpus_pb2.IngestDocumentRequest(content=piece)
+            try:
+                async for piece in pieces():
+                    yield corpus_pb2.IngestDocumentRequest(content=piece)
+            except OSError as error:
+                broken.append(error)
+                raise
 
         patience = self._patience(math.inf)
         while True:
@@ -350,6 +357,11 @@ class BlockragClient:
                 return tuple(messages.ingested(document) for document in response.documents)
             except UnavailableError as error:
                 await patience.pause(error)
+            except asyncio.CancelledError:
+                # gRPC cancels a call whose requests it cannot have, and does not say why.
+                if broken:
+                    raise broken[0] from None
+                raise
 
     async def _send(self, method: str, stub: Any, request: Any, gone: Any = None) -> Any:
         """The answer to a call that may happen twice. ``gone``: to one that finds nothing, after an attempt whose

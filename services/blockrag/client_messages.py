@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
@@ -22,7 +22,6 @@ from blockrag.results import (
     Description,
     Document,
     FinishReasonName,
-    GivenPassage,
     IngestedDocument,
     IngestOutcomeName,
     Passage,
@@ -44,8 +43,35 @@ _OPERATORS = {
 }
 MAX_TIMEOUT_S = 7 * 24 * 3600.0
 """Longer than any server waits, and within what gRPC and the message can say."""
+
+M = TypeVar("M", bound=Message)
+
 _BUDGETS = ("rate", "max_context_tokens", "max_ttft_ms")
 _COPIED = ("top_k", "max_tokens", "temperature", "top_p", "seed", "max_context_tokens")
+
+
+def made(kind: type[M], **fields: Any) -> M:
+    """A message; ``InvalidRequestError`` naming the field of a text that is none, or for what no message can hold."""
+    for field, text in fields.items():
+        if isinstance(text, str):
+            encoded(text, field)
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:  # the second for text within a list that is none, too
+        raise InvalidRequestError("request", str(error)) from error
+
+
+def encoded(text: str, field: str = "content") -> bytes:
+    """As UTF-8; ``InvalidRequestError`` naming the field where it holds half of a surrogate pair."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        # A name of a file that is not UTF-8 comes as halves of surrogate pairs.
+        shown = text[:200].encode("utf-8", "backslashreplace").decode("utf-8")
+        where = f", at {error.start}" if len(text) > len(text[:200]) else ""
+        raise InvalidRequestError(
+            field, f"{shown!r} is no Unicode text{where}; give another, or rename the file"
+        ) from None
 
 
 def generate_request(question: str, timeout_s: float, options: Mapping[str, Any]) -> rag_pb2.GenerateRequest:
@@ -54,19 +80,24 @@ def generate_request(question: str, timeout_s: float, options: Mapping[str, Any]
     Raises ``InvalidRequestError`` for what no message can hold.
     """
     try:
-        request = rag_pb2.GenerateRequest(
-            question=question,
-            collection=options.get("collection", ""),
-            filter=conditions(options.get("filter", ())),
-            attention_mode=_mode(options.get("attention_mode")),
-            stop=[stop] if isinstance(stop := options.get("stop", ()), str) else stop,
-            timeout_ms=max(1, round(timeout_s * 1000)),
-            passages=[_given(passage) for passage in options.get("passages", ())],
-            turns=[common_pb2.Turn(question=asked, answer=said) for asked, said in options.get("turns", ())],
-            instructions=options.get("instructions", ""),
-        )
-    except (TypeError, ValueError) as error:  # the second for text that is none, too
+        passages = [
+            made(rag_pb2.GivenPassage, title=given.title, text=given.text) for given in options.get("passages", ())
+        ]
+        turns = [made(common_pb2.Turn, question=asked, answer=said) for asked, said in options.get("turns", ())]
+    except (AttributeError, TypeError, ValueError) as error:
         raise InvalidRequestError("request", str(error)) from error
+    request = made(
+        rag_pb2.GenerateRequest,
+        question=question,
+        collection=options.get("collection", ""),
+        filter=conditions(options.get("filter", ())),
+        attention_mode=_mode(options.get("attention_mode")),
+        stop=[stop] if isinstance(stop := options.get("stop", ()), str) else stop,
+        timeout_ms=max(1, round(timeout_s * 1000)),
+        passages=passages,
+        turns=turns,
+        instructions=options.get("instructions", ""),
+    )
     for name in _COPIED:
         value = options.get(name)
         if value is not None:
@@ -81,7 +112,7 @@ def compression(wanted: Compression) -> common_pb2.Compression:
     budgets = {name: value for name in _BUDGETS if (value := getattr(wanted, name)) is not None}
     if len(budgets) != 1:
         raise InvalidRequestError("compression", f"needs one of {', '.join(_BUDGETS)}; has {len(budgets)}")
-    message = common_pb2.Compression(policy=wanted.policy)
+    message = made(common_pb2.Compression, policy=wanted.policy)
     for name, value in budgets.items():
         _set(message, name, value, "compression.")
     return message
@@ -91,7 +122,7 @@ def retrieve_request(
     query: str, collection: str, top_k: int | None, filter: Mapping[str, Any] | Sequence[Condition]
 ) -> rag_pb2.RetrieveRequest:
     """The request of a search."""
-    request = rag_pb2.RetrieveRequest(query=query, collection=collection, filter=conditions(filter))
+    request = made(rag_pb2.RetrieveRequest, query=query, collection=collection, filter=conditions(filter))
     if top_k is not None:
         _set(request, "top_k", top_k)
     return request
@@ -116,7 +147,8 @@ def _condition(condition: Condition) -> common_pb2.MetadataCondition:
         raise InvalidRequestError("filter", f"holds a {type(condition).__name__}; give Conditions, or a mapping")
     if condition.operator not in _OPERATORS:
         raise InvalidRequestError("filter", f"operator {condition.operator!r} is none of {', '.join(_OPERATORS)}")
-    return common_pb2.MetadataCondition(
+    return made(
+        common_pb2.MetadataCondition,
         key=condition.key,
         operator=_OPERATORS[condition.operator],
         values=[_value(condition.key, value) for value in _several(condition.values)],
@@ -134,15 +166,11 @@ def header(document_id: str, **options: Any) -> corpus_pb2.DocumentHeader:
     Raises ``InvalidRequestError`` naming what is no Unicode text, and for metadata that no struct holds.
     """
     metadata = options.pop("metadata", None) or {}
-    for field, text in {"document_id": document_id, **options}.items():
-        # A name of a file that is not UTF-8 comes as halves of surrogate pairs.
-        if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
-            shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
-            raise InvalidRequestError(field, f"{shown!r} is no Unicode text; give another, or rename the file")
     try:
-        return corpus_pb2.DocumentHeader(document_id=document_id, metadata=struct_of(metadata), **options)
+        struct = struct_of(metadata)
     except (ValueError, TypeError, AttributeError) as error:
         raise InvalidRequestError("metadata", f"is not JSON: {error}") from error
+    return made(corpus_pb2.DocumentHeader, document_id=document_id, metadata=struct, **options)
 
 
 def event(message: rag_pb2.GenerateResponse) -> Retrieved | TextChunk | Completion:
@@ -286,10 +314,6 @@ def _mode(name: str | None) -> Any:
         raise InvalidRequestError("attention_mode", f"{name!r} is none of block, full, none") from None
 
 
-def _given(given: GivenPassage) -> rag_pb2.GivenPassage:
-    return rag_pb2.GivenPassage(title=given.title, text=given.text)
-
-
 def _set(request: Message, name: str, value: Any, within: str = "") -> None:
     try:
         setattr(request, name, value)
@@ -301,7 +325,7 @@ def _value(key: str, value: Any) -> Value:
     if isinstance(value, bool):
         return Value(bool_value=value)
     if isinstance(value, str):
-        return Value(string_value=value)
+        return made(Value, string_value=value)
     if not isinstance(value, int | float):
         kind = type(value).__name__
         raise InvalidRequestError("filter", f"a value of {key!r} is a {kind}; give text, numbers, true or false")

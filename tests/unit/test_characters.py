@@ -47,7 +47,10 @@ def test_cleaning_twice_changes_nothing(text: str) -> None:
     assert unicodedata.is_normalized("NFC", once)
 
 
-@pytest.mark.parametrize("text", ["", " \n\t", "\u200b\u200d\u200c\u2060", "\u00ad\ufeff \x00", "\u3164\u2800\u200e"])
+@pytest.mark.parametrize(
+    "text",
+    ["", " \n\t", "\u200b\u200d\u200c\u2060", "\u00ad\ufeff \x00", "\u3164\u2800\u200e", "\ufe0f\U000e0100\u180b"],
+)
 def test_nothing_to_see_is_blank(text: str) -> None:
     """Section D: a text of zero-width characters only is empty."""
     assert is_blank(text)

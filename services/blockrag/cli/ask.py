@@ -11,9 +11,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from blockrag.cli import console
-from blockrag.cli.connection import connect
-from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
+from blockrag.cli.connection import Connection
+from blockrag.cli.console import CollectionOption, JsonOption
 from blockrag.cli.filters import parse_filters
+from blockrag.cli.options import command_of
 from blockrag.cli.reading import compression_note, reading_lines
 from blockrag.client import BlockragClient
 from blockrag.client_options import GenerateOptions
@@ -32,7 +33,9 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: blockrag retrieve 'capital of Fiji' -c almanac -k 3 --json")(retrieve)
 
 
+@command_of(Connection, last=True)
 def ask(
+    connection: Connection,
     question: Annotated[str, typer.Argument(help="The question.")],
     collection: CollectionOption = "default",
     top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Passages to retrieve.")] = None,
@@ -54,9 +57,6 @@ def ask(
     ] = None,
     policy: Annotated[str, typer.Option(help="Who chooses what is read word for word: query, blind, retrieval.")] = "",
     trace: Annotated[bool, typer.Option("--trace", help="Show the tree of spans.")] = False,
-    settings: SettingsOption = None,
-    target: TargetOption = "",
-    api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Ask a question; the answer streams in, with the passages that it was read from.
@@ -74,13 +74,12 @@ def ask(
         "timeout_s": timeout,
         "max_context_tokens": max_context_tokens,
     }
-    with console.errors_to_exit():
-        options = GenerateOptions(collection=collection, attention_mode=mode, filter=parse_filters(filters or []))
-        options.update({key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
-        compression = Compression(rate, max_context_tokens_compressed, max_ttft_ms, policy)
-        if compression != Compression():
-            options["compression"] = compression
-        asyncio.run(_ask(connect(settings, target, api_key), question, options, trace, as_json))
+    options = GenerateOptions(collection=collection, attention_mode=mode, filter=parse_filters(filters or []))
+    options.update({key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    compression = Compression(rate, max_context_tokens_compressed, max_ttft_ms, policy)
+    if compression != Compression():
+        options["compression"] = compression
+    asyncio.run(_ask(connection.client(), question, options, trace, as_json))
 
 
 async def _ask(
@@ -151,20 +150,19 @@ def span_tree(spans: tuple[TraceSpan, ...]) -> Tree:
     return root
 
 
+@command_of(Connection, last=True)
 def retrieve(
+    connection: Connection,
     query: Annotated[str, typer.Argument(help="What to look for.")],
     collection: CollectionOption = "default",
     top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Passages to retrieve.")] = None,
     filters: FilterOption = None,
-    settings: SettingsOption = None,
-    target: TargetOption = "",
-    api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Search without answering."""
 
     async def run() -> None:
-        async with connect(settings, target, api_key) as client:
+        async with connection.client() as client:
             conditions = parse_filters(filters or [])
             passages = await client.retrieve(query, collection=collection, top_k=top_k, filter=conditions)
         if as_json:
@@ -178,5 +176,4 @@ def retrieve(
         if not passages and conditions:
             console.err.print("no document fits the filter: a number equals no text, and keys are as in the metadata")
 
-    with console.errors_to_exit():
-        asyncio.run(run())
+    asyncio.run(run())

@@ -6,6 +6,7 @@ import asyncio
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,8 +90,8 @@ def ttft(
         if as_json:
             console.print_json(result)
         else:
-            console.out.print(_table(rows, sizes))
-            console.out.print(_moved_table(rows, sizes))
+            console.out.print(_table(rows, sizes, "Time to first token, ms: median (× no retrieval)", _timed))
+            console.out.print(_table(rows, sizes, "Slots of the passages (MB of K and V moved)", _moved))
             for note in notes:
                 console.out.print(note)
             if overhead:
@@ -242,17 +243,18 @@ def _stages(samples: list[GrpcSample]) -> dict[str, dict[str, float]]:
     }
 
 
-def _table(rows: list[ReportRow], sizes: tuple[int, ...]) -> Table:
+def _table(
+    rows: list[ReportRow], sizes: tuple[int, ...], title: str, shown: Callable[[ReportRow | None], str]
+) -> Table:
     from blockrag.evaluation.ttft_report import LABELS
 
-    table = Table("", "", *(f"{size}" for size in sizes), title="Time to first token, ms: median (× no retrieval)")
+    table = Table("", "", *(f"{size}" for size in sizes), title=title)
     for path in ("model", "grpc"):
         cells: dict[Any, ReportRow] = {(row.state, row.context_tokens): row for row in rows if row.path == path}
         for state, label in LABELS.items():
             line = [cells.get((state, size)) for size in sizes]
             if any(line):
-                shown = [_timed(row) for row in line]
-                table.add_row(path, label, *shown)
+                table.add_row(path, label, *map(shown, line))
         table.add_section()
     return table
 
@@ -261,21 +263,6 @@ def _timed(row: ReportRow | None) -> str:
     if row is None:
         return "–"
     return f"{row.median_ms:.1f}" if row.ratio_to_none is None else f"{row.median_ms:.1f} ({row.ratio_to_none:.1f})"
-
-
-def _moved_table(rows: list[ReportRow], sizes: tuple[int, ...]) -> Table:
-    """Slots of the passages, and K and V moved for them."""
-    from blockrag.evaluation.ttft_report import LABELS
-
-    table = Table("", "", *(f"{size}" for size in sizes), title="Slots of the passages (MB of K and V moved)")
-    for path in ("model", "grpc"):
-        cells: dict[Any, ReportRow] = {(row.state, row.context_tokens): row for row in rows if row.path == path}
-        for state, label in LABELS.items():
-            line = [cells.get((state, size)) for size in sizes]
-            if any(line):
-                table.add_row(path, label, *(_moved(row) for row in line))
-        table.add_section()
-    return table
 
 
 def _moved(row: ReportRow | None) -> str:

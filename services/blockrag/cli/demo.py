@@ -25,7 +25,7 @@ from rich.text import Text
 from blockrag.cli import console
 from blockrag.cli.ask import print_citations
 from blockrag.cli.console import JsonOption, SettingsOption
-from blockrag.cli.documents import describe_warming
+from blockrag.cli.documents import describe_warming, show_warming
 from blockrag.client import BlockragClient
 from blockrag.corpus.sample import Question, articles_path, load_questions
 from blockrag.errors import InvalidRequestError
@@ -186,7 +186,7 @@ async def _run(
             for text in own[1]:
                 await show.ask(client, text, _OWN_COLLECTION)
         stored = await _ingest(client, late)
-        warmed = await _warm(client)
+        warmed = await show_warming(client.warm(collection=_COLLECTION))
         console.err.print(
             f"ingested {len(early) + len(late)} articles, the rest in {stored:.0f} s; {describe_warming(warmed)}"
             + ("" if warmed.done == warmed.total else ": the cache is full")
@@ -227,16 +227,6 @@ async def _ingest(client: BlockragClient, lines: Sequence[bytes]) -> float:
             await client.ingest_bytes(name, b"".join(part), collection=_COLLECTION, media_type="application/jsonl")
             bar.advance(task, len(part))
     return time.perf_counter() - started
-
-
-async def _warm(client: BlockragClient) -> WarmProgress:
-    """Encodes passages until all are warm or the cache is full."""
-    last = WarmProgress(0, 0, 0, 0, False)
-    with console.progress_bar() as bar:
-        task = bar.add_task("warming, until the cache is full", total=None)
-        async for last in client.warm(collection=_COLLECTION):
-            bar.update(task, completed=last.done, total=last.total)
-    return last
 
 
 async def _ask(client: BlockragClient, question: Question, mode: AttentionModeName, top_k: int) -> Answer:

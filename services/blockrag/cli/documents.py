@@ -15,8 +15,9 @@ from rich.text import Text
 
 from blockrag.characters import normalise
 from blockrag.cli import console
-from blockrag.cli.connection import connect
-from blockrag.cli.console import ApiKeyOption, CollectionOption, JsonOption, SettingsOption, TargetOption
+from blockrag.cli.connection import Connection
+from blockrag.cli.console import CollectionOption, JsonOption
+from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
 from blockrag.client_options import IngestOptions
 from blockrag.errors import BlockragError, InvalidRequestError
@@ -58,7 +59,9 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: blockrag warm -c work --pin")(warm)
 
 
+@command_of(Connection, last=True)
 def ingest(
+    connection: Connection,
     paths: Annotated[list[Path] | None, typer.Argument(help="Files, or directories to search.")] = None,
     collection: CollectionOption = "default",
     almanac: Annotated[bool, typer.Option("--almanac", help="Ingest the sample corpus instead.")] = False,
@@ -69,46 +72,41 @@ def ingest(
     language: Annotated[
         str, typer.Option(help=f"Of a new collection: {', '.join(LANGUAGES)}; default: the server's setting.")
     ] = "",
-    settings: SettingsOption = None,
-    target: TargetOption = "",
-    api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Store documents (txt, md, html, pdf, jsonl). The same again changes nothing, a changed one replaces it.
 
     With --sync a document that no file holds any more is removed. Of a file that fails, all documents stay.
     """
-    with console.errors_to_exit():
-        if almanac == bool(paths):
-            raise InvalidRequestError("paths", "give files or directories, or --almanac")
-        if almanac and collection == "default":
-            collection = "almanac"
-        sources = [Source("almanac.jsonl", None)] if almanac else list(find_sources(paths or []))
-        if not sources:
-            raise InvalidRequestError("paths", f"no files ending in {', '.join(SUFFIXES)} found")
-        options = IngestOptions(language=language, dry_run=dry_run)
-        failed = asyncio.run(_ingest(connect(settings, target, api_key), sources, collection, options, sync, as_json))
-        if failed:
-            raise typer.Exit(1)
+    if almanac == bool(paths):
+        raise InvalidRequestError("paths", "give files or directories, or --almanac")
+    if almanac and collection == "default":
+        collection = "almanac"
+    sources = [Source("almanac.jsonl", None)] if almanac else list(find_sources(paths or []))
+    if not sources:
+        raise InvalidRequestError("paths", f"no files ending in {', '.join(SUFFIXES)} found")
+    options = IngestOptions(language=language, dry_run=dry_run)
+    failed = asyncio.run(_ingest(connection.client(), sources, collection, options, sync, as_json))
+    if failed:
+        raise typer.Exit(1)
 
 
 def find_sources(paths: list[Path]) -> Iterator[Source]:
     """Files as they are named; files of directories with their path below the directory as the id.
 
     Raises ``InvalidRequestError`` for a path that does not exist, and for two files that would get one id: the second
-    would replace the first.
+    would replace the first, or as a jsonl file share its source with it.
     """
     taken: dict[str, Path] = {}
     for name, file in _files(paths):
         document_id = normalise(name)
         other = taken.setdefault(document_id, file)
-        # Documents of a jsonl file have ids of their own.
-        if other is file or (file.suffix.lower() == ".jsonl" and not other.samefile(file)):
+        if other is file:
             yield Source(document_id, file)
         elif not other.samefile(file):
             raise InvalidRequestError(
                 "paths",
-                f"{console.printable(str(other))} and {console.printable(str(file))} would both be the document "
+                f"{console.printable(str(other))} and {console.printable(str(file))} would both be "
                 f"{console.printable(document_id)!r}; name the directory above them, or two collections",
             )
 
@@ -177,17 +175,16 @@ async def _ingest(
     return counts["failed"]
 
 
+@command_of(Connection, last=True)
 def list_documents(
+    connection: Connection,
     collection: CollectionOption = "",
-    settings: SettingsOption = None,
-    target: TargetOption = "",
-    api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """List a collection's documents, or the collections when none is named."""
 
     async def collections() -> None:
-        async with connect(settings, target, api_key) as client:
+        async with connection.client() as client:
             found = await client.list_collections()
         if as_json:
             console.print_json(list(found))
@@ -198,7 +195,7 @@ def list_documents(
         console.out.print(table)
 
     async def documents() -> None:
-        async with connect(settings, target, api_key) as client:
+        async with connection.client() as client:
             found = [item async for item in client.list_documents(collection=collection)]
         if as_json:
             console.print_json(found)
@@ -209,25 +206,23 @@ def list_documents(
             table.add_row(item.document_id, item.title, str(item.passages), item.version[:12], source)
         console.out.print(table)
 
-    with console.errors_to_exit():
-        asyncio.run(documents() if collection else collections())
+    asyncio.run(documents() if collection else collections())
 
 
+@command_of(Connection, last=True)
 def delete(
+    connection: Connection,
     document_ids: Annotated[list[str] | None, typer.Argument(help="Documents to remove.")] = None,
     collection: CollectionOption = "default",
     source: Annotated[str, typer.Option("--source", help="Remove what came from this file.")] = "",
     everything: Annotated[bool, typer.Option("--all", help="Remove the whole collection.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    settings: SettingsOption = None,
-    target: TargetOption = "",
-    api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Remove documents, or a collection, with their passages and cached attention state."""
 
     async def run() -> list[dict[str, object]]:
-        async with connect(settings, target, api_key) as client:
+        async with connection.client() as client:
             if everything:
                 gone = await client.delete_collection(collection)
                 return [{"collection": collection, **vars(gone)}]
@@ -239,38 +234,35 @@ def delete(
                 for name in document_ids or []
             ]
 
-    with console.errors_to_exit():
-        if [everything, bool(document_ids), bool(source)].count(True) != 1:
-            raise InvalidRequestError("document_ids", "give documents, or --source, or --all")
-        if everything and not yes:
-            typer.confirm(f"Remove collection '{collection}' with everything in it?", abort=True)
-        removed = asyncio.run(run())
-        if as_json:
-            console.print_json(removed)
-            return
-        for item in removed:
-            name = item.get("document_id") or item.get("source") or f"collection '{collection}'"
-            console.out.print(f"removed {name}: {item['passages']} passages, {item['purged_blocks']} cached blocks")
+    if [everything, bool(document_ids), bool(source)].count(True) != 1:
+        raise InvalidRequestError("document_ids", "give documents, or --source, or --all")
+    if everything and not yes:
+        typer.confirm(f"Remove collection '{collection}' with everything in it?", abort=True)
+    removed = asyncio.run(run())
+    if as_json:
+        console.print_json(removed)
+        return
+    for item in removed:
+        name = item.get("document_id") or item.get("source") or f"collection '{collection}'"
+        console.out.print(f"removed {name}: {item['passages']} passages, {item['purged_blocks']} cached blocks")
 
 
+@command_of(Connection, last=True)
 def warm(
+    connection: Connection,
     document_ids: Annotated[list[str] | None, typer.Argument(help="Documents; default: all.")] = None,
     collection: CollectionOption = "default",
     pin: Annotated[bool, typer.Option("--pin", help="Keep them when the cache runs full.")] = False,
-    settings: SettingsOption = None,
-    target: TargetOption = "",
-    api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Encode passages ahead of time, so that the first question finds them in the cache."""
-    with console.errors_to_exit():
-        last = asyncio.run(_warm(connect(settings, target, api_key), collection, document_ids or [], pin))
-        if as_json:
-            console.print_json(last)
-            return
-        console.out.print(describe_warming(last))
-        if last.done < last.total:
-            console.err.print(Text("the cache's byte budget holds no more: raise kv_cache.budget_mb", "yellow"))
+    last = asyncio.run(_warm(connection.client(), collection, document_ids or [], pin))
+    if as_json:
+        console.print_json(last)
+        return
+    console.out.print(describe_warming(last))
+    if last.done < last.total:
+        console.err.print(Text("the cache's byte budget holds no more: raise kv_cache.budget_mb", "yellow"))
 
 
 async def _warm(client: BlockragClient, collection: str, document_ids: list[str], pin: bool) -> WarmProgress:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from blockrag.cli import console
-from blockrag.cli.connection import connect
-from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
-from blockrag.cli.evaluate_compression import compression
-from blockrag.cli.evaluate_qa import qa
+from blockrag.cli.connection import Connection
+from blockrag.cli.console import JsonOption
+from blockrag.cli.evaluate_experiments import compression, qa
 from blockrag.cli.evaluate_retrieval import retrieval
+from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
 from blockrag.client_options import GenerateOptions
+from blockrag.results import Passage
 
 if TYPE_CHECKING:
     from blockrag.corpus.sample import Question
@@ -35,10 +36,9 @@ app.command(epilog="Example: blockrag eval compression --data data --text data/d
 
 
 @app.command(epilog="Example: blockrag up && blockrag ingest --almanac && blockrag eval almanac --json")
+@command_of(Connection, last=True)
 def almanac(
-    settings: SettingsOption = None,
-    target: TargetOption = "",
-    api_key: ApiKeyOption = "",
+    connection: Connection,
     collection: Annotated[str, typer.Option(help="Collection that holds the almanac.")] = "almanac",
     top_k: Annotated[int, typer.Option(min=1, help="Passages per question.")] = 5,
     max_context_tokens: Annotated[
@@ -52,30 +52,29 @@ def almanac(
     from blockrag.corpus.sample import load_questions
     from blockrag.evaluation.environment import describe_environment
 
-    with console.errors_to_exit():
-        questions = load_questions()
-        questions = questions[:limit] if limit else questions
-        budget = GenerateOptions(max_context_tokens=max_context_tokens) if max_context_tokens else GenerateOptions()
-        with console.progress_bar() as bar:
-            tasks = {mode: bar.add_task(mode, total=len(questions)) for mode in ("block", "full", "none")}
-            scores = asyncio.run(
-                _ask_almanac(
-                    connect(settings, target, api_key),
-                    questions,
-                    GenerateOptions(collection=collection, top_k=top_k, **budget),
-                    concurrency,
-                    lambda mode, done: bar.update(tasks[mode], completed=done),
-                )
+    questions = load_questions()
+    questions = questions[:limit] if limit else questions
+    budget = GenerateOptions(max_context_tokens=max_context_tokens) if max_context_tokens else GenerateOptions()
+    with console.progress_bar() as bar:
+        tasks = {mode: bar.add_task(mode, total=len(questions)) for mode in ("block", "full", "none")}
+        scores = asyncio.run(
+            _ask_almanac(
+                connection.client(),
+                questions,
+                GenerateOptions(collection=collection, top_k=top_k, **budget),
+                concurrency,
+                lambda mode, done: bar.update(tasks[mode], completed=done),
             )
-        if as_json:
-            result = {"scores": scores.to_dict(), "top_k": top_k, "max_context_tokens": max_context_tokens}
-            console.print_json({**result, "environment": describe_environment()})
-            return
-        table = Table("mode", f"recall@{scores.recall_at}", "exact match", "F1", "failed")
-        for row in scores.modes:
-            recall = "–" if row.recall is None else _interval(row.recall)
-            table.add_row(row.mode, recall, _interval(row.exact_match), _interval(row.f1), str(row.failed))
-        console.out.print(table)
+        )
+    if as_json:
+        result = {"scores": scores.to_dict(), "top_k": top_k, "max_context_tokens": max_context_tokens}
+        console.print_json({**result, "environment": describe_environment()})
+        return
+    table = Table("mode", f"recall@{scores.recall_at}", "exact match", "F1", "failed")
+    for row in scores.modes:
+        recall = "–" if row.recall is None else _interval(row.recall)
+        table.add_row(row.mode, recall, _interval(row.exact_match), _interval(row.f1), str(row.failed))
+    console.out.print(table)
 
 
 async def _ask_almanac(
@@ -85,19 +84,14 @@ async def _ask_almanac(
     concurrency: int,
     progress: Callable[[Mode, int], None],
 ) -> AlmanacScores:
-    from blockrag.evaluation.almanac import Answer, RetrievedPassage, evaluate_almanac
+    from blockrag.evaluation.almanac import evaluate_almanac
 
     async with client:
 
-        async def ask(question: str, mode: Mode) -> Answer:
-            chosen = GenerateOptions(**options)
-            chosen["attention_mode"] = mode
+        async def ask(question: str, mode: Mode) -> tuple[str, Sequence[Passage]]:
+            chosen: GenerateOptions = {**options, "attention_mode": mode}
             answer = await client.ask(question, **chosen)
-            found = tuple(
-                RetrievedPassage(document_id=passage.document_id, rank=rank, text=passage.text)
-                for rank, passage in enumerate(answer.passages, 1)
-            )
-            return Answer(answer.text, found)
+            return answer.text, answer.passages
 
         return await evaluate_almanac(questions, ask, concurrency=concurrency, progress=progress)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -62,21 +61,6 @@ class Report(Protocol):
     """What every evaluation ends with."""
 
     def to_markdown(self) -> str: ...
-
-
-@contextmanager
-def shown_progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
-    """A bar: what to call with the work done and wanted, and with what is being done."""
-    with console.progress_bar() as bar:
-        task = bar.add_task("", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        def status(what: str) -> None:
-            bar.update(task, description=what)
-
-        yield progress, status
 
 
 def print_report(report: Report, as_json: bool) -> None:

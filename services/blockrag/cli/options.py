@@ -32,12 +32,14 @@ def command_of(
     left_out: Collection[str] = (),
     spellings: Mapping[str, tuple[str, ...]] = _NONE,
     given: Mapping[str, Any] = _NONE,
+    last: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a command of ``run(config, …)``, whose further parameters are options too.
 
     Every field of the dataclass ``config`` is an option, but for those ``left_out`` and those ``given`` a value here;
-    fields of a dataclass within it are options beside them. ``spellings`` has other names than the field's. Paths
-    become absolute, because workers have directories of their own. An error of ours ends the command with one line.
+    fields of a dataclass within it are options beside them. They come before ``run``'s own, or ``last``.
+    ``spellings`` has other names than the field's. Paths become absolute, because workers have directories of their
+    own. An error of ours ends the command with one line.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
@@ -51,7 +53,9 @@ def command_of(
                 further = {name: values.pop(name) for name in names}
                 run(_build(config, {**values, **given}), **further)
 
-        parameters = [item.replace(kind=Parameter.KEYWORD_ONLY) for item in (*options, *own)]
+        parameters = [
+            item.replace(kind=Parameter.KEYWORD_ONLY) for item in ((*own, *options) if last else (*options, *own))
+        ]
         needed = [item for item in parameters if item.default is Parameter.empty]
         rest = [item for item in parameters if item.default is not Parameter.empty]
         command.__signature__ = inspect.Signature([*needed, *rest])  # type: ignore[attr-defined]
@@ -62,7 +66,7 @@ def command_of(
 
 
 def _options(config: type, hidden: Collection[str], spellings: Mapping[str, tuple[str, ...]]) -> list[Parameter]:
-    hints, described = get_type_hints(config), _docstrings(config)
+    hints, described = get_type_hints(config, include_extras=True), _docstrings(config)
     found: list[Parameter] = []
     for item in fields(config):
         hint = hints[item.name]
@@ -70,6 +74,9 @@ def _options(config: type, hidden: Collection[str], spellings: Mapping[str, tupl
             found += _options(hint, hidden, spellings)  # type: ignore[arg-type]
         elif item.name not in hidden:
             default = _default(item)
+            if get_origin(hint) is Annotated:  # an option of its own making
+                found.append(Parameter(item.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint))
+                continue
             if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
                 hint = list[get_args(hint)[0]]  # type: ignore[misc]
                 default = list(default) if default is not Parameter.empty else default
@@ -90,10 +97,13 @@ def _default(item: Field[Any]) -> Any:
 
 @cache
 def _docstrings(config: type) -> dict[str, str]:
-    """The text under each field, as help has it."""
+    """The text under each field, as help has it, also of fields that it inherits."""
+    found: dict[str, str] = {}
+    for base in reversed(config.__bases__):
+        if is_dataclass(base):
+            found |= _docstrings(base)
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
     assert isinstance(body, ast.ClassDef)
-    found = {}
     for field, below in itertools.pairwise(body.body):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import asdict
-from pathlib import Path
 
 import typer
 from rich.table import Table
@@ -13,8 +12,9 @@ from rich.text import Text
 
 from blockrag.access import hashed_key
 from blockrag.cli import console
-from blockrag.cli.connection import connect
-from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
+from blockrag.cli.connection import Connection
+from blockrag.cli.console import JsonOption, SettingsOption
+from blockrag.cli.options import command_of
 from blockrag.errors import NotFoundError
 from blockrag.local import LocalSystem
 from blockrag.local.doctor import examine
@@ -68,18 +68,16 @@ def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
             console.out.print("stopped" if stopped else "nothing was running")
 
 
-def status(
-    settings: SettingsOption = None, target: TargetOption = "", api_key: ApiKeyOption = "", as_json: JsonOption = False
-) -> None:
+@command_of(Connection, last=True)
+def status(connection: Connection, as_json: JsonOption = False) -> None:
     """Show the services, the bundle, the index and the caches; exits with 1 when a service is down."""
-    with console.errors_to_exit():
-        description = asyncio.run(_describe(settings, target, api_key))
-        if as_json:
-            console.print_json(description)
-        else:
-            _print_status(description)
-        if not description.healthy:
-            raise typer.Exit(1)
+    description = asyncio.run(connection.describe())
+    if as_json:
+        console.print_json(description)
+    else:
+        _print_status(description)
+    if not description.healthy:
+        raise typer.Exit(1)
 
 
 def key(as_json: JsonOption = False) -> None:
@@ -106,11 +104,6 @@ def doctor(settings: SettingsOption = None, as_json: JsonOption = False) -> None
             console.out.print(table)
         if any(finding.level == "problem" for finding in findings):
             raise typer.Exit(1)
-
-
-async def _describe(settings: Path | None, target: str, api_key: str) -> Description:
-    async with connect(settings, target, api_key) as client:
-        return await client.describe()
 
 
 def _print_status(description: Description) -> None:

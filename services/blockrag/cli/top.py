@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from blockrag.cli import console
-from blockrag.cli.connection import connect
-from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
+from blockrag.cli.connection import Connection
+from blockrag.cli.console import JsonOption
+from blockrag.cli.options import command_of
 from blockrag.cli.scraping import Scrape
 from blockrag.errors import NotFoundError
 from blockrag.local import LocalSystem
@@ -29,10 +30,9 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: blockrag top")(top)
 
 
+@command_of(Connection, last=True)
 def top(
-    settings: SettingsOption = None,
-    target: TargetOption = "",
-    api_key: ApiKeyOption = "",
+    connection: Connection,
     metrics: Annotated[
         str, typer.Option(help="URL of Ray's metrics; default: those of the system on this machine.")
     ] = "",
@@ -41,29 +41,28 @@ def top(
     as_json: JsonOption = False,
 ) -> None:
     """Watch requests, times to first token, caches and queues."""
-    with console.errors_to_exit():
-        url = metrics or _local_metrics(settings, target)
-        shown = Live(console=console.out, auto_refresh=False) if not as_json else None
+    url = metrics or _local_metrics(connection)
+    shown = Live(console=console.out, auto_refresh=False) if not as_json else None
+    if shown is not None:
+        shown.start()
+    try:
+        before, when = Scrape.of(url), time.monotonic()
+        count = 0
+        while not readings or count < readings:
+            time.sleep(interval)
+            description = asyncio.run(connection.describe())
+            now, moment = Scrape.of(url), time.monotonic()
+            values = summary(now.since(before), moment - when, description)
+            before, when, count = now, moment, count + 1
+            if shown is None:
+                console.print_json_line(values)
+            else:
+                shown.update(_screen(values), refresh=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
         if shown is not None:
-            shown.start()
-        try:
-            before, when = Scrape.of(url), time.monotonic()
-            count = 0
-            while not readings or count < readings:
-                time.sleep(interval)
-                description = asyncio.run(_describe(settings, target, api_key))
-                now, moment = Scrape.of(url), time.monotonic()
-                values = summary(now.since(before), moment - when, description)
-                before, when, count = now, moment, count + 1
-                if shown is None:
-                    console.print_json_line(values)
-                else:
-                    shown.update(_screen(values), refresh=True)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            if shown is not None:
-                shown.stop()
+            shown.stop()
 
 
 def summary(grown: Scrape, seconds: float, description: Description) -> dict[str, Any]:
@@ -110,15 +109,10 @@ def summary(grown: Scrape, seconds: float, description: Description) -> dict[str
     }
 
 
-def _local_metrics(settings: Any, target: str) -> str:
-    if target:
+def _local_metrics(connection: Connection) -> str:
+    if connection.target:
         raise NotFoundError("--target needs --metrics too: the URL of Ray's metrics there")
-    return LocalSystem.attach(console.settings_from(settings)).metrics_url
-
-
-async def _describe(settings: Any, target: str, api_key: str) -> Description:
-    async with connect(settings, target, api_key) as client:
-        return await client.describe()
+    return LocalSystem.attach(console.settings_from(connection.settings)).metrics_url
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -13,35 +13,17 @@ from typing import Any, Literal, Protocol
 from blockrag.corpus.sample import Question
 from blockrag.evaluation.intervals import RESAMPLES, Interval, bootstrap
 from blockrag.evaluation.metrics import contains, exact_match, f1
+from blockrag.results import Passage
 
 Mode = Literal["block", "full", "none"]
 MODES: tuple[Mode, ...] = ("block", "full", "none")
 RECALL_AT = 5
 
 
-@dataclass(frozen=True)
-class RetrievedPassage:
-    """A passage that was retrieved for a question."""
-
-    document_id: str
-    rank: int
-    """Place in the result, from 1."""
-    text: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back for a question."""
-
-    text: str
-    passages: tuple[RetrievedPassage, ...] = ()
-    """Empty in mode ``none``."""
-
-
 class Ask(Protocol):
-    """Asks one question; retrieval and generation are the callable's."""
+    """Asks one question and gives the answer's text and the passages, best first; in mode ``none`` there are none."""
 
-    async def __call__(self, question: str, mode: Mode) -> Answer: ...
+    async def __call__(self, question: str, mode: Mode) -> tuple[str, Sequence[Passage]]: ...
 
 
 @dataclass(frozen=True)
@@ -133,11 +115,11 @@ async def evaluate_almanac(
     return AlmanacScores(len(questions), RECALL_AT, seed, resamples, tuple(scores), tuple(failures))
 
 
-def recalled(question: Question, passages: Sequence[RetrievedPassage], at: int = RECALL_AT) -> bool:
+def recalled(question: Question, passages: Sequence[Passage], at: int = RECALL_AT) -> bool:
     """Whether one of the first `at` passages is of the question's article and holds an answer."""
     return any(
-        passage.rank <= at and passage.document_id == question.article and contains(passage.text, question.answers)
-        for passage in passages
+        passage.document_id == question.article and contains(passage.text, question.answers)
+        for passage in passages[:at]
     )
 
 
@@ -155,15 +137,15 @@ async def _ask_all(
         nonlocal done
         async with slots:
             try:
-                answer = await ask(question.question, mode)
+                text, passages = await ask(question.question, mode)
             except Exception as error:
                 outcome = _Outcome(question.relation, False, False, 0.0, f"{type(error).__name__}: {error}")
             else:
                 outcome = _Outcome(
                     question.relation,
-                    recalled(question, answer.passages),
-                    exact_match(answer.text, question.answers),
-                    f1(answer.text, question.answers),
+                    recalled(question, passages),
+                    exact_match(text, question.answers),
+                    f1(text, question.answers),
                 )
         done += 1
         if progress is not None:

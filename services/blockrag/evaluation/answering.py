@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from blockrag.decoder.sequence import GenerationRequest
 from blockrag.decoder.stream import TokenStream
 from blockrag.errors import PromptTooLongError, UnavailableError
 from blockrag.evaluation.metrics import normalize
+from blockrag.evaluation.options import Mode
 from blockrag.evaluation.pieces import Piece
 from blockrag.gateway.planning import decode_request
 from blockrag.modeling.bundle import Bundle
@@ -51,8 +52,6 @@ from blockrag.v1.common_pb2 import (
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
 from blockrag.v1.decoder_pb2 import DecodeRequest, GetDecoderStatusResponse
 
-Mode = Literal["full", "block", "no-reencoding", "none"]
-MODES: tuple[Mode, ...] = ("full", "block", "no-reencoding", "none")
 _SERVED: dict[Mode, AttentionMode] = {
     "full": ATTENTION_MODE_FULL,
     "block": ATTENTION_MODE_BLOCK,

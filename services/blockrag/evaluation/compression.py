@@ -29,28 +29,15 @@ from blockrag.evaluation.compression_scores import (
     score_text,
 )
 from blockrag.evaluation.compression_selectors import RANDOM, Asked, Selectors, answer_spans
-from blockrag.evaluation.compression_text import TextOptions, plan_text_cells, predict_paragraphs
+from blockrag.evaluation.compression_text import plan_text_cells, predict_paragraphs
 from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.environment import describe_environment
-from blockrag.evaluation.experiment import ExperimentOptions, Progress, Status, ask_all, draw_data
+from blockrag.evaluation.experiment import Progress, Status, ask_all, asked_facts, draw_data
+from blockrag.evaluation.options import CompressionOptions
 from blockrag.evaluation.pieces import Piece
 from blockrag.evaluation.ranking import bm25_ranking
 from blockrag.modeling.bundle import Bundle, file_sha256
 from blockrag.training.refrag.policy_contexts import PolicyReader
 from blockrag.v1.common_pb2 import Compression
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressionOptions(ExperimentOptions):
-    """What a run is asked to do; paragraphs are predicted in float32."""
-
-    text: TextOptions | None = None
-    rates: tuple[float, ...] = ()
-    """Empty: 1, and every quarter of the bundle's k up to k."""
-    selectors: tuple[str, ...] = ()
-    """Empty: all."""
-    reencode: float | None = None
-    """Rate at which composed passages are compared with re-encoded ones; None: half of k, 0: not at all."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +92,10 @@ def run_compression(
     if options.text is not None:
         status("predicting paragraphs")
         text_cells = plan_text_cells(selectors, rates, bundle.chunk_tokens)
-        run = predict_paragraphs(options.text, bundle, reader, selectors, text_cells, progress)
+        run = predict_paragraphs(options, bundle, reader, selectors, text_cells, progress)
         text, text_differences = score_text(run, options.seed)
-        digests[options.text.file.name] = file_sha256(options.text.file)
-        found = replace(found, paragraphs=options.text.paragraphs, text=text, text_differences=text_differences)
+        digests[options.text.name] = file_sha256(options.text)
+        found = replace(found, paragraphs=options.paragraphs, text=text, text_differences=text_differences)
     report = CompressionReport(
         bundle=bundle.name,
         version=bundle.version,
@@ -117,18 +104,11 @@ def run_compression(
         chunk_tokens=bundle.chunk_tokens,
         policies=selectors.policies,
         data=data,
-        text=options.text.file.name if options.text is not None else "",
+        text=options.text.name if options.text is not None else "",
         sha256=digests,
-        passages=options.passages,
         distractors=kind,
-        max_answer_tokens=options.max_answer_tokens,
-        compute_dtype=bundle.compute_dtype,
-        weights=bundle.weights,
-        kv_dtype=bundle.kv_dtype,
-        seed=options.seed,
-        seconds=round(time.perf_counter() - started, 1),
         results=found,
-        environment=describe_environment(options.device),
+        **asked_facts(options, bundle, started),
     )
     return CompressionRun(report, asked, answers)
 

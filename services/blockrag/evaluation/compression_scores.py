@@ -267,7 +267,7 @@ class CompressionReport(AnswersReport):
                 f"{one.selector}, re-encoded" if one.reencoded else one.selector,
                 f"{one.slots:.0f}",
                 f"{one.effective_rate:.2f}",
-                *map(percent, (one.exact_match, one.f1, one.contained)),
+                *one.percents(),
                 *(percent(value) if value else "–" for value in (one.numeric, one.other)),
             ]
             for one in self.results.scores
@@ -285,7 +285,7 @@ class CompressionReport(AnswersReport):
                 f"{one.rate:g}",
                 one.first,
                 one.second,
-                *(percent(value, sign=True) for value in (one.exact_match, one.f1, one.contained)),
+                *one.percents(sign=True),
                 percent(one.numeric, sign=True) if one.numeric else "–",
             ]
             for one in self.results.differences

@@ -7,8 +7,6 @@ it and after compressed context, and the share of the gap between the first two 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -24,6 +22,7 @@ from blockrag.evaluation.compression_scores import (
     TextRun,
 )
 from blockrag.evaluation.compression_selectors import Asked, Selectors
+from blockrag.evaluation.options import CompressionOptions
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.refrag.policy_features import policy_ranks
 from blockrag.training.refrag.composed import ComposedPrompt
@@ -33,19 +32,6 @@ from blockrag.training.refrag.texts import PassageSource, read_texts, text_start
 
 TEXT_SELECTORS = ("random", "high perplexity", "low perplexity")
 """Rules that need no question; a text's last paragraphs first is ``retrieval`` with the nearest ranked best."""
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """What is predicted."""
-
-    file: Path
-    """JSONL(.gz) of ``{title, text}`` or ``{title, paragraphs}``."""
-    paragraphs: int = 200
-    """Targets."""
-    passages: int = 10
-    """Passages before each."""
-    seed: int = 0
 
 
 def plan_text_cells(selectors: Selectors, rates: Sequence[float], chunk_tokens: int) -> list[Cell]:
@@ -61,16 +47,20 @@ def plan_text_cells(selectors: Selectors, rates: Sequence[float], chunk_tokens: 
 
 
 def predict_paragraphs(
-    options: TextOptions,
+    options: CompressionOptions,
     bundle: Bundle,
     reader: PolicyReader,
     selectors: Selectors,
     cells: Sequence[Cell],
     progress: Callable[[int, int], None] | None = None,
 ) -> TextRun:
-    """Losses of ``options.paragraphs`` targets in every cell. Raises SetupError for a bad file or too short texts."""
+    """Losses of ``options.paragraphs`` targets of ``options.text`` in every cell.
+
+    Raises SetupError for a bad file or too short texts.
+    """
+    assert options.text is not None
     tokenizer = bundle.load_tokenizer()
-    source = PassageSource(read_texts([options.file]), tokenizer, bundle.template, bundle.passage_tokens)
+    source = PassageSource(read_texts([options.text]), tokenizer, bundle.template, bundle.passage_tokens)
     instruction = bundle.template.instruction_ids(tokenizer)
     random = Random(options.seed)
     count = options.paragraphs
@@ -80,7 +70,7 @@ def predict_paragraphs(
     }
     target_tokens = np.zeros(count, dtype=np.int64)
     for number in range(count):
-        drawn = source.draw(options.passages + 1, random, least=options.passages + 1)
+        drawn = source.draw(options.context + 1, random, least=options.context + 1)
         *passages, target = drawn
         start = min(text_start(drawn[0], drawn[1:]), len(target) - 1)
         branch = Branch(list(target[:start]), list(target[start:]))

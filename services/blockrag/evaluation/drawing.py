@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
 
 from blockrag.errors import SetupError
 from blockrag.evaluation.metrics import contains
+from blockrag.evaluation.options import Distractors
 from blockrag.evaluation.pieces import Piece, PieceMaker, gold_piece, nearest_piece
 from blockrag.evaluation.question_data import QuestionData, SourceQuestion
 from blockrag.evaluation.ranking import Rank, bm25_ranking, dense_ranking
-
-Distractors = Literal["same", "bm25", "dense", "random"]
 
 
 @dataclass(frozen=True)

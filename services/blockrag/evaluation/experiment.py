@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blockrag.evaluation.drawing import Distractors, Draw, DrawnQuestion, draw_questions
+from blockrag.evaluation.drawing import Draw, DrawnQuestion, draw_questions
+from blockrag.evaluation.environment import describe_environment
 from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_difference
 from blockrag.evaluation.metrics import contains, exact_match, f1
+from blockrag.evaluation.options import Distractors, ExperimentOptions
 from blockrag.evaluation.pieces import PieceMaker
 from blockrag.evaluation.question_data import load_questions
+from blockrag.evaluation.report import percent
 from blockrag.modeling.bundle import Bundle
-from blockrag.settings import Settings
 
 METRICS = ("exact_match", "f1", "contained")
 Values = Mapping[str, NDArray[np.float64]]
@@ -28,23 +30,6 @@ Found = TypeVar("Found")
 
 _CHUNK = 16
 """Questions asked in all cells before the next: their blocks fit the decoder's own memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExperimentOptions:
-    """What a run is asked to do."""
-
-    settings: Settings
-    """Of the system that is measured: its bundle, types and limits."""
-    data: Path | None = None
-    """Questions; None: none are asked."""
-    questions: int = 1000
-    passages: int = 10
-    distractors: Distractors | None = None
-    """None: ``same`` where the data names passages of the same kind, else ``bm25``."""
-    seed: int = 0
-    max_answer_tokens: int = 64
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -65,6 +50,10 @@ class AnswerScore:
     f1: Interval
     contained: Interval
 
+    def percents(self, *, sign: bool = False) -> list[str]:
+        """As cells of a table; ``sign`` for differences."""
+        return [percent(value, sign=sign) for value in (self.exact_match, self.f1, self.contained)]
+
 
 def draw_data(options: ExperimentOptions, bundle: Bundle, most: int, absent: int, status: Status) -> DrawnData:
     """The questions of a run with up to ``most`` passages each, ``absent`` of them without the gold one.
@@ -74,7 +63,9 @@ def draw_data(options: ExperimentOptions, bundle: Bundle, most: int, absent: int
     assert options.data is not None
     status("reading the questions")
     data = load_questions(options.data, options.seed)
-    kind = options.distractors or ("same" if any(one.same_kind for one in data.questions) else "bm25")
+    kind = options.distractors
+    if kind == "auto":
+        kind = "same" if any(one.same_kind for one in data.questions) else "bm25"
     status("drawing passages")
     draw = draw_questions(
         data,
@@ -86,6 +77,20 @@ def draw_data(options: ExperimentOptions, bundle: Bundle, most: int, absent: int
         seed=options.seed,
     )
     return DrawnData(data.name, dict(data.sha256), kind, draw)
+
+
+def asked_facts(options: ExperimentOptions, bundle: Bundle, started: float) -> dict[str, Any]:
+    """Fields of an ``AnswersReport`` that say how answers were made; ``started`` by ``time.perf_counter``."""
+    return {
+        "passages": options.passages,
+        "max_answer_tokens": options.max_answer_tokens,
+        "compute_dtype": bundle.compute_dtype,
+        "weights": bundle.weights,
+        "kv_dtype": bundle.kv_dtype,
+        "seed": options.seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "environment": describe_environment(options.device),
+    }
 
 
 def ask_all(

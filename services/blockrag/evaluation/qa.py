@@ -14,28 +14,13 @@ from pathlib import Path
 
 from blockrag.configured import configured_bundle
 from blockrag.errors import SetupError
-from blockrag.evaluation.answering import Mode, Prompt, Reader
+from blockrag.evaluation.answering import Prompt, Reader
 from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.environment import describe_environment
-from blockrag.evaluation.experiment import ExperimentOptions, Progress, Status, ask_all, draw_data
+from blockrag.evaluation.experiment import Progress, Status, ask_all, asked_facts, draw_data
+from blockrag.evaluation.options import QaOptions
 from blockrag.evaluation.qa_scores import Cell, QaPlan, QaReport, SystemFacts, score_answers
 from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class QaOptions(ExperimentOptions):
-    """What a run is asked to do."""
-
-    compare: Path | None = None
-    """A second bundle, asked the same questions with the same passages' texts."""
-    without_pear: bool = False
-    """Ask the first bundle also with its PEAR coefficients left out."""
-    modes: tuple[Mode, ...] = ("full", "block")
-    counts: tuple[int, ...] = ()
-    places: int = 0
-    """Places of the gold passage to compare, evenly spread over the passages; 0: none."""
-    absent: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,21 +65,14 @@ def run_qa(options: QaOptions, progress: Progress | None = None, status: Status 
         questions=len(questions),
         without_gold=drawn.draw.without_gold,
         answer_in_gold=sum(question.holds_answer for question in questions),
-        passages=options.passages,
         distractors=drawn.distractors,
         passage_tokens=bundle.passage_tokens,
-        max_answer_tokens=options.max_answer_tokens,
-        compute_dtype=bundle.compute_dtype,
-        weights=bundle.weights,
-        kv_dtype=bundle.kv_dtype,
-        seed=options.seed,
-        seconds=round(time.perf_counter() - started, 1),
         systems=tuple(
             SystemFacts(label, one.name, one.version, one.fingerprint, one.pear is not None)
             for label, one in bundles.items()
         ),
         results=results,
-        environment=describe_environment(options.device),
+        **asked_facts(options, bundle, started),
     )
     return QaRun(report, questions, answers)
 

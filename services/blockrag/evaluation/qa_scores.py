@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from blockrag.evaluation.answering import Mode
 from blockrag.evaluation.drawing import DrawnQuestion
 from blockrag.evaluation.experiment import AnswerScore, Values, answer_values, differences, means
 from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_ratio
+from blockrag.evaluation.options import Mode
 from blockrag.evaluation.report import AnswersReport, percent, section, table
 
 
@@ -278,21 +278,12 @@ class QaReport(AnswersReport):
 
     def _scores(self) -> list[str]:
         rows = [
-            [one.system, one.mode, one.condition, *map(percent, (one.exact_match, one.f1, one.contained, one.refused))]
-            for one in self.results.scores
+            [one.system, one.mode, one.condition, *one.percents(), percent(one.refused)] for one in self.results.scores
         ]
         return table(["system", "mode", "shown", "exact match", "F1", "contained", "refused"], rows)
 
     def _differences(self) -> list[str]:
-        rows = [
-            [
-                one.first,
-                one.second,
-                one.condition,
-                *(percent(value, sign=True) for value in (one.exact_match, one.f1, one.contained)),
-            ]
-            for one in self.results.differences
-        ]
+        rows = [[one.first, one.second, one.condition, *one.percents(sign=True)] for one in self.results.differences]
         return section(
             "Paired differences: first minus second, points",
             ["first", "second", "shown", "exact match", "F1", "contained"],

@@ -49,8 +49,6 @@ class GrpcSample:
     store_tokens: int
     client_ms: float
     """Sending the request to receiving the first text, in the client."""
-    server_ms: float
-    """The same in the gateway."""
     stages_ms: dict[str, float]
 
 
@@ -154,7 +152,6 @@ def _sample(state: State, context_tokens: int, answer: Answer, first_ms: float, 
         l1_tokens=usage.l1_tokens,
         store_tokens=usage.store_tokens,
         client_ms=first_ms,
-        server_ms=answer.completion.time_to_first_token_ms,
         stages_ms=dict(answer.completion.stages_ms),
     )
 

@@ -104,7 +104,7 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
         compression=compression,
         needs_compressor=not sizes_decide(compression, ability),
         turns=_check_conversation(request),
-        instructions=request.instructions.strip(),
+        instructions=normalise(request.instructions).strip(),
     )
 
 
@@ -303,9 +303,12 @@ def _check_conversation(request: rag_pb2.GenerateRequest) -> tuple[common_pb2.Tu
     for index, turn in enumerate(request.turns):
         check_text(f"turns[{index}].question", turn.question)
         check_text(f"turns[{index}].answer", turn.answer)
-        if not turn.question.strip():
+        if is_blank(turn.question):
             raise InvalidRequestError(f"turns[{index}].question", "must not be empty")
-    return tuple(request.turns)
+    # Answers too: equal turns are one block of the cache.
+    return tuple(
+        common_pb2.Turn(question=normalise(turn.question), answer=normalise(turn.answer)) for turn in request.turns
+    )
 
 
 def _check_key(field: str, key: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from google.protobuf.json_format import ParseDict, ParseError
 from google.protobuf.struct_pb2 import Struct
-from pydantic import Field
+from pydantic import Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
@@ -61,7 +61,11 @@ class UploadOptions(Body):
     media_type: str = ""
     """text/plain, text/markdown, text/html, application/pdf or application/jsonl; left out: by the id's suffix."""
     metadata: dict[str, Any] = Field(default_factory=dict)
-    """Top-level keys can be filtered on."""
+    """Can be filtered on."""
+    source: str = ""
+    """What it comes from; left out: the document's id."""
+    language: str = ""
+    """Of a new collection; left out: the server's setting."""
 
 
 class Page(Body):
@@ -143,6 +147,7 @@ async def search(gateway: Gateway, call: OnBehalf, collection: str, request: Sea
                 "score": passage.score,
                 "attributes": attributes(passage.metadata),
                 "content": [{"type": "text", "text": passage.text}],
+                "blockrag": {"also_in": [file_id(collection, holder.document_id) for holder in passage.also_in]},
             }
             for passage in found.passages
         ],
@@ -227,6 +232,8 @@ async def upload(gateway: Gateway, request: Request, collection: str = "") -> tu
             document_id=options.document_id or file.filename or "",
             title=options.title,
             media_type=options.media_type,
+            source=options.source,
+            language=options.language,
         )
         try:
             ParseDict(options.metadata, header.metadata)
@@ -255,8 +262,11 @@ def _upload_options(form: FormData) -> UploadOptions:
         if isinstance(whole := form.get("blockrag", "{}"), str):
             values |= json.loads(whole)
         return UploadOptions.model_validate(values)
-    except (ValueError, TypeError) as error:  # pydantic's is a ValueError
-        raise InvalidRequestError("blockrag", str(error).splitlines()[0]) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequestError(".".join(["blockrag", *map(str, first["loc"])]), first["msg"]) from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InvalidRequestError("blockrag", f"is no JSON object: {error}") from None
 
 
 async def _pieces(file: UploadFile) -> AsyncIterator[bytes]:

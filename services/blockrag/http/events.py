@@ -109,7 +109,10 @@ def file_id(collection: str, document_id: str) -> str:
 
 
 def cited_documents(completion: rag_pb2.Completion) -> Iterable[str]:
-    """Ids of the documents of which something was in the prompt, best first, each once."""
+    """Ids of the documents of which something was in the prompt, best first, each once; of equal passages all."""
     return dict.fromkeys(
-        citation.document_id for citation in completion.citations if citation.in_prompt and citation.document_id
+        document_id
+        for citation in completion.citations
+        if citation.in_prompt and citation.document_id
+        for document_id in (citation.document_id, *(holder.document_id for holder in citation.also_in))
     )

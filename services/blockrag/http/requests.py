@@ -6,10 +6,21 @@ is, how the provider bills) is accepted and unused. What neither list knows is r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from blockrag.errors import InvalidRequestError, NotFoundError, UnsupportedError
@@ -34,10 +45,31 @@ _OPERATORS = {
 }
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 class Body(BaseModel):
-    """A part of a request: unknown fields are refused."""
+    """A part of a request: unknown fields are refused, and so is what JSON can write and no text can be."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_texts(cls, fields: Any) -> Any:
+        if isinstance(fields, Mapping):
+            for name, value in fields.items():
+                if _no_text(name) or _no_text(value):
+                    shown = str(name).encode("ascii", "backslashreplace").decode()[:100]
+                    raise PydanticCustomError("no_text", "{name}: holds half of a surrogate pair", {"name": shown})
+        return fields
+
+
+def _no_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return _SURROGATE.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(_no_text(name) or _no_text(item) for name, item in value.items())
+    return isinstance(value, list) and any(map(_no_text, value))
 
 
 def only(*allowed: Any) -> AfterValidator:

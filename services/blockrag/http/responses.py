@@ -14,6 +14,7 @@ from blockrag.http.conversation import Said, put_conversation
 from blockrag.http.errors import error_detail
 from blockrag.http.events import Answer, cited_documents, data, file_id, usage_details
 from blockrag.http.requests import Answering, Body, Refused, Unused, collection_of, generate_request, only, set_number
+from blockrag.metadata import metadata_of
 from blockrag.v1 import common_pb2, rag_pb2
 
 RESULTS = "file_search_call.results"
@@ -210,12 +211,7 @@ def text_part(text: str, annotations: list[dict[str, Any]]) -> dict[str, Any]:
 
 def attributes(metadata: Struct) -> dict[str, Any]:
     """A document's metadata, as far as OpenAI's attributes can hold it: texts, numbers, booleans."""
-    kinds = ("string_value", "number_value", "bool_value")
-    return {
-        key: getattr(value, kind)
-        for key, value in metadata.fields.items()
-        if (kind := value.WhichOneof("kind")) in kinds and kind is not None
-    }
+    return {key: value for key, value in metadata_of(metadata).items() if isinstance(value, str | int | float)}
 
 
 async def whole(request: ResponsesRequest, question: str, answer: Answer) -> dict[str, Any]:

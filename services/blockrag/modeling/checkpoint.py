@@ -80,9 +80,12 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, config: PreTrainedConfig |
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by their names
             )
     except _LOAD_ERRORS as error:
         raise BundleError(f"{folder}: the weights do not load: {error}") from error
+    other = [f"{name} ({list(there)} for {list(wanted)})" for name, there, wanted in info["mismatched_keys"]]
+    _refuse(folder, "weights have another shape than the configuration says", other)
     # what is missing would be random numbers
     _refuse(folder, "weights are missing", info["missing_keys"])
     _refuse(

@@ -18,6 +18,7 @@ from google.protobuf.struct_pb2 import Value
 from blockrag.errors import InvalidRequestError
 from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS
 from blockrag.metadata import check_number, scalars
+from blockrag.retriever.identity import check_normalised
 from blockrag.v1 import common_pb2
 
 _READABLE_CHARS = 96
@@ -76,6 +77,7 @@ def _condition(number: int, message: common_pb2.MetadataCondition) -> Condition:
     where = f"condition {number + 1}"
     if not message.key:
         raise InvalidRequestError("filter", f"{where}: the key is empty")
+    check_normalised("filter", message.key)
     where += f" on {message.key[:80]!r}"
     operator = message.operator
     if operator not in (
@@ -111,6 +113,7 @@ def _bound(where: str, values: Sequence[Scalar]) -> float:
 def _value(where: str, value: Value) -> Scalar:
     kind = value.WhichOneof("kind")
     if kind == "string_value":
+        check_normalised("filter", value.string_value)
         return value.string_value
     if kind == "bool_value":
         return value.bool_value

@@ -8,7 +8,7 @@ import unicodedata
 import uuid
 from dataclasses import dataclass
 
-from blockrag.characters import is_blank
+from blockrag.characters import is_blank, normalise
 from blockrag.errors import InvalidRequestError
 from blockrag.limits import TENANT_PATTERN
 
@@ -52,6 +52,19 @@ def check_document_id(document_id: str) -> None:
         raise InvalidRequestError("document_id", f"must have at most {MAX_DOCUMENT_ID_CHARS} characters")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in document_id):
         raise InvalidRequestError("document_id", "must not hold control characters")
+    check_normalised("document_id", document_id)
+
+
+def check_normalised(field: str, text: str) -> None:
+    """Refuses what the gateway writes in another way: it would be stored, and never be found.
+
+    Raises ``InvalidRequestError(field, …)``.
+    """
+    if normalise(text) != text:
+        raise InvalidRequestError(
+            field,
+            "must be NFC, without soft hyphens and zero-width spaces, as the gateway sends it",
+        )
 
 
 def passage_id(collection: CollectionId, document_id: str, version: str, ordinal: int) -> str:

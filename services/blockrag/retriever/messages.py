@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from blockrag.errors import InvalidRequestError
 from blockrag.metadata import metadata_of, struct_of
 from blockrag.retriever.base import Document, FoundPassage, Holder, Passage
-from blockrag.retriever.identity import DEFAULT_COLLECTION, CollectionId, check_document_id, passage_id
+from blockrag.retriever.identity import (
+    DEFAULT_COLLECTION,
+    CollectionId,
+    check_document_id,
+    check_normalised,
+    passage_id,
+)
 from blockrag.v1 import common_pb2, retriever_pb2
 
 MAX_STAGED_PASSAGES = 256
@@ -41,6 +47,8 @@ def staged_passages(collection: CollectionId, request: retriever_pb2.AddPassages
             raise InvalidRequestError("passages", f"passage {number} is of another document or version")
         if not message.text.strip():
             raise InvalidRequestError("passages", f"passage {number} has no text")
+        check_normalised("passages", message.title)
+        check_normalised("passages", message.text)
         passages.append(
             Passage(
                 passage_id=passage_id(collection, message.document_id, message.document_version, message.ordinal),
@@ -63,6 +71,8 @@ def committed_document(request: retriever_pb2.CommitDocumentRequest) -> Document
     check_version(request.version)
     if not request.passages:
         raise InvalidRequestError("passages", "must be at least 1")
+    check_normalised("title", request.title)
+    check_normalised("source", request.source)
     return Document(
         document_id=request.document_id,
         version=request.version,

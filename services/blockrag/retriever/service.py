@@ -14,7 +14,7 @@ from blockrag.retriever import messages
 from blockrag.retriever.base import EmbeddedPassage, Passage, SearchQuery, VectorIndex, other_language
 from blockrag.retriever.embedding import Embedder
 from blockrag.retriever.filters import parse_conditions
-from blockrag.retriever.identity import CollectionId
+from blockrag.retriever.identity import CollectionId, check_normalised
 from blockrag.retriever.sparse import Bm25, bm25_of
 from blockrag.settings import RetrieverSettings
 from blockrag.telemetry import span
@@ -49,6 +49,7 @@ class RetrieverService:
         conditions = parse_conditions(request.filter)
         if not request.query.strip():
             raise InvalidRequestError("query", "must not be empty")
+        check_normalised("query", request.query)
         if not request.top_k:
             raise InvalidRequestError("top_k", "must be at least 1")
         with span("embed", request.context):

@@ -8,7 +8,7 @@ A and B are the same as those of the two small products.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,10 +115,3 @@ def trained_adapter(weights: Mapping[str, Tensor], rank: int, start: Adapter | N
         start.config if start is not None else config,
         {name: (weights[f"{name}.lora_A"], weights[f"{name}.lora_B"]) for name in names},
     )
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """The adapted layers by their name in the model."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            yield name, module

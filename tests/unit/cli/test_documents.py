@@ -53,12 +53,14 @@ def test_a_file_that_is_named_twice_goes_in_once(tmp_path: Path) -> None:
     assert [source.document_id for source in find_sources([tmp_path, tmp_path / "a.md"])] == ["a.md"]
 
 
-def test_jsonl_files_may_have_one_name(tmp_path: Path) -> None:
-    """Their documents have ids of their own."""
+def test_two_jsonl_files_of_one_name_would_share_their_source(tmp_path: Path) -> None:
+    """Rows A4 and C13: their documents have ids of their own, but what came from one could not be told."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows.jsonl").write_text("")
-    assert len(list(find_sources([tmp_path / "one", tmp_path / "two"]))) == 2
+    with pytest.raises(InvalidRequestError, match=r"would both be 'rows\.jsonl'"):
+        list(find_sources([tmp_path / "one", tmp_path / "two"]))
+    assert [source.document_id for source in find_sources([tmp_path])] == ["one/rows.jsonl", "two/rows.jsonl"]
 
 
 def test_names_that_differ_only_in_their_encoding_are_one_id(tmp_path: Path) -> None:

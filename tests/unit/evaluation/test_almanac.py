@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 
 import pytest
 
 from blockrag.corpus.sample import Question
-from blockrag.evaluation.almanac import Answer, Mode, RetrievedPassage, evaluate_almanac, recalled
+from blockrag.evaluation.almanac import Mode, evaluate_almanac, recalled
 from blockrag.evaluation.intervals import bootstrap
+from blockrag.results import Passage
 
 CAPITAL = Question("almanac-001", "What is the capital of Fiji?", ("Suva",), "fiji", "capital")
 AREA = Question("almanac-002", "What is the area of Fiji?", ("18,274 square kilometres", "18,274"), "fiji", "area")
+
+
+def passage(document_id: str, text: str) -> Passage:
+    return Passage("", document_id, "", 0, "", text, {}, 0.0)
 
 
 class Oracle:
@@ -22,18 +28,18 @@ class Oracle:
         self.in_flight = 0
         self.most_in_flight = 0
 
-    async def __call__(self, question: str, mode: Mode) -> Answer:
+    async def __call__(self, question: str, mode: Mode) -> tuple[str, Sequence[Passage]]:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         await asyncio.sleep(0)  # lets the others start
         try:
             if mode == "none":
-                return Answer("I do not know.")
+                return "I do not know.", ()
             passages = (
-                RetrievedPassage("tonga", 1, "Suva is not in Tonga."),
-                RetrievedPassage("fiji", 2, "Suva is the capital of Fiji."),
+                passage("tonga", "Suva is not in Tonga."),
+                passage("fiji", "Suva is the capital of Fiji."),
             )
-            return Answer("the Suva." if "capital" in question else "18,274 miles", passages)
+            return "the Suva." if "capital" in question else "18,274 miles", passages
         finally:
             self.in_flight -= 1
 
@@ -51,10 +57,10 @@ async def test_scores_per_mode() -> None:
 
 
 async def test_a_failed_question_scores_zero_and_is_listed() -> None:
-    async def failing(question: str, mode: Mode) -> Answer:
+    async def failing(question: str, mode: Mode) -> tuple[str, Sequence[Passage]]:
         if "area" in question:
             raise TimeoutError("deadline exceeded")
-        return Answer("Suva")
+        return "Suva", ()
 
     result = await evaluate_almanac([CAPITAL, AREA], failing, modes=("full",), resamples=100)
     (full,) = result.modes
@@ -85,11 +91,10 @@ async def test_bad_arguments_are_refused() -> None:
 
 
 def test_recall_needs_document_rank_and_answer() -> None:
-    right = RetrievedPassage("fiji", 5, "The capital of Fiji is Suva.")
-    assert recalled(CAPITAL, [right])
-    assert not recalled(CAPITAL, [RetrievedPassage("fiji", 6, right.text)])
-    assert not recalled(CAPITAL, [RetrievedPassage("tonga", 1, right.text)])
-    assert not recalled(CAPITAL, [RetrievedPassage("fiji", 1, "Fiji has a coast.")])
+    right, other = passage("fiji", "The capital of Fiji is Suva."), passage("fiji", "Fiji has a coast.")
+    assert recalled(CAPITAL, [*[other] * 4, right])
+    assert not recalled(CAPITAL, [*[other] * 5, right])
+    assert not recalled(CAPITAL, [passage("tonga", right.text)])
 
 
 def test_bootstrap_is_seeded_and_holds_the_mean() -> None:

@@ -117,6 +117,7 @@ def question() -> DrawnQuestion:
 async def test_the_plan_that_is_scored_is_the_plan_that_is_served_and_so_is_the_answer(
     bundle: Bundle, scored: dict[tuple[Cell, int], tuple[PlannedPrompt, str]]
 ) -> None:
+    """Row A9, and every other rule: policies choose in serving as they were evaluated, token for token."""
     ability = CompressionAbility.of(bundle)
     model = SlotModel.load(bundle)
     source = EncodingBlockSource(model, ChunkCompressor.load(bundle))

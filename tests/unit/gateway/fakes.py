@@ -131,6 +131,7 @@ class FakeIndex:
         self.documents: dict[tuple[str, str], retriever_pb2.StoredDocument] = {}
         self.staged: dict[tuple[str, str, str], list[Passage]] = {}
         self.calls: list[str] = []
+        self.languages: dict[str, str] = {}
         self.fail_on = ""
 
     def _note(self, call: str) -> None:
@@ -170,6 +171,7 @@ class FakeIndex:
     async def add_passages(self, request: retriever_pb2.AddPassagesRequest) -> retriever_pb2.AddPassagesResponse:
         self._note("add_passages")
         assert len(request.passages) <= 256
+        self.languages.setdefault(request.collection, request.language)
         for passage in request.passages:
             key = (request.collection, passage.document_id, passage.document_version)
             staged = self.staged.setdefault(key, [])

@@ -234,7 +234,7 @@ def test_any_text_is_taken_or_refused_by_name(value: str) -> None:
 
 
 def test_equal_text_is_equal_whoever_typed_it() -> None:
-    """Rows C3 and C4: questions, filters, ids, titles, given passages."""
+    """Rows C3 and C4: questions, earlier turns, instructions, filters, ids, titles, given passages."""
     typed, right = "Pru\u0308f\u00adung\u200b", "Prüfung"
     request = GenerateRequest(
         question=f"\ufeff{typed}?",
@@ -247,6 +247,9 @@ def test_equal_text_is_equal_whoever_typed_it() -> None:
     assert (question.filter[0].key, question.filter[0].values[0].string_value) == (right, right)
     assert (question.given[0].title, question.given[0].text) == (right, right)
     assert validation.check_retrieve(RetrieveRequest(query=typed), LIMITS).query == right
+    said = GenerateRequest(question="q", turns=[Turn(question=typed, answer=typed)], instructions=typed)
+    before = validation.check_generate(said, LIMITS, ABILITY)
+    assert (before.turns[0].question, before.turns[0].answer, before.instructions) == (right, right, right)
     header = validation.check_header(corpus_pb2.DocumentHeader(document_id=typed, title=typed))
     assert (header.document_id, header.title) == (right, right)
     assert validation.read_document_id(typed) == right

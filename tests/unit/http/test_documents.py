@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from blockrag.settings import GatewaySettings, Settings
+from blockrag.v1.common_pb2 import Passage
 
 from .standin import StandIn, served
 
@@ -95,7 +96,10 @@ async def test_attaching_says_what_is_there(client: httpx.AsyncClient) -> None:
         ({"file": ("a.txt", TEXT)}, {"expires_after": "x"}, "expires_after"),
         ({"file": ("a.txt", TEXT)}, {"blockrag": "{"}, "blockrag"),
         ({"file": ("a.txt", TEXT)}, {"blockrag": "[1]"}, "blockrag"),
-        ({"file": ("a.txt", TEXT)}, {"blockrag[colection]": "x"}, "blockrag"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag[colection]": "x"}, "blockrag.colection"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag[metadata]": "7"}, "blockrag.metadata"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag[language]": "klingon"}, "language"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag": '{"title": "\\ud800"}'}, "blockrag"),
         ({"file": ("a.txt", TEXT)}, {"blockrag": '{"collection": "../x"}'}, "model"),
         ({"file": ("a.txt", b"")}, {}, "file"),
         ({"file": ("a.bin", b"\x00\x01")}, {}, None),
@@ -136,7 +140,9 @@ async def test_a_search(client: httpx.AsyncClient, gateway: StandIn) -> None:
     assert (page["object"], page["search_query"]) == ("vector_store.search_results.page", ["Where?"])
     assert [found["file_id"] for found in page["data"]] == ["notes/d0.md", "notes/d0.md"]
     assert page["data"][0]["content"] == [{"type": "text", "text": "a b c"}]
-    assert page["data"][0]["attributes"] == {"year": 1999}
+    attributes = page["data"][0]["attributes"]
+    assert attributes == {"year": 1999}
+    assert isinstance(attributes["year"], int), "row C11, over HTTP"
     (searched,) = gateway.searcher.requests
     assert (searched.collection, searched.top_k, searched.filter[0].key) == ("notes", 2, "year")
     for wrong in ({"rewrite_query": True}, {"max_num_results": 0}, {"query": ["a", "b"]}, {"query": ""}):
@@ -147,3 +153,44 @@ async def test_models_are_the_tenant_s_collections(client: httpx.AsyncClient) ->
     await upload(client, "a.txt", "notes")
     models = (await client.get("/v1/models")).json()
     assert [model["id"] for model in models["data"]] == ["blockrag", "blockrag/notes"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("vector_stores/notes/search", '{"query": "a \\ud800"}'),
+        ("vector_stores/notes/search", '{"query": "a", "filters": {"type": "eq", "key": "k", "value": "\\ud800"}}'),
+        ("vector_stores/notes/search", '{"query": "a", "\\ud800": 1}'),
+        ("chat/completions", '{"model": "blockrag", "messages": [{"role": "user", "content": "\\ud800"}]}'),
+        ("responses", '{"model": "blockrag", "input": "a", "instructions": "\\udfff"}'),
+    ],
+)
+async def test_what_json_can_write_and_no_text_can_be_is_refused(
+    client: httpx.AsyncClient, path: str, body: str
+) -> None:
+    """Rows B4 and B5, over HTTP."""
+    response = await client.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+
+    assert response.status_code == 400, response.text
+    assert "half of a surrogate pair" in response.json()["error"]["message"]
+
+
+async def test_where_an_upload_comes_from_and_its_language(client: httpx.AsyncClient, gateway: StandIn) -> None:
+    """Rows C1 and C13, over HTTP."""
+    await upload(client, "a.txt", "notes", source="manuals/a", language="russian")
+
+    assert gateway.index.documents[("notes", "a.txt")].source == "manuals/a"
+    assert gateway.index.languages == {"notes": "russian"}
+
+
+async def test_documents_that_hold_an_equal_passage_are_named(client: httpx.AsyncClient, gateway: StandIn) -> None:
+    """Section D, over HTTP: six equal passages are one result, cited as six documents."""
+    first, *others = (Passage.FromString(passage.SerializeToString()) for passage in gateway.searcher.passages)
+    first.also_in.add(document_id="twin.md", passage_id="t")
+    gateway.searcher.passages = [first, *others]
+    found = (await client.post("/v1/vector_stores/notes/search", json={"query": "Where?"})).json()["data"]
+    body = {"model": "blockrag/notes", "input": "Where?"}
+    answer = (await client.post("/v1/responses", json=body)).json()
+    assert found[0]["blockrag"]["also_in"] == ["notes/twin.md"]
+    cited = [one["filename"] for one in answer["output"][-1]["content"][0]["annotations"]]
+    assert cited[:2] == ["d0.md", "twin.md"]

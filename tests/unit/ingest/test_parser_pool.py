@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import tempfile
 import time
@@ -11,7 +12,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from blockrag.errors import InvalidRequestError
+from blockrag.ingest.media import MediaType
 from blockrag.ingest.parser_pool import ParserPool
+from blockrag.ingest.parsing import parse
 from blockrag.ingest.pipeline import SourceDocument
 from tests.unit.ingest.reading import SPLITTER
 
@@ -19,7 +22,7 @@ from tests.unit.ingest.reading import SPLITTER
 HEAVY = b"<p>" + b"a</p><p>" * 1_500_000
 
 
-async def passages(pool: ParserPool, data: bytes, document_id: str = "a.md") -> list[str]:
+async def passages(pool: ParserPool, data: bytes, document_id: str = "a.html") -> list[str]:
     with tempfile.SpooledTemporaryFile(max_size=1 << 20) as spool:
         spool.write(data)
         async with pool.prepare(spool, SourceDocument(document_id), SPLITTER) as documents:  # type: ignore[arg-type]
@@ -34,17 +37,68 @@ async def pool() -> AsyncIterator[ParserPool]:
 
 
 async def test_files_are_parsed_as_in_this_process(pool: ParserPool) -> None:
-    assert await passages(pool, "# Prüfung\n\nText.".encode()) == ["# Prüfung\n\nText."]
+    assert await passages(pool, "# Prüfung\n\nText.".encode(), "a.md") == ["# Prüfung\n\nText."]
     assert await passages(pool, b'{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}', "r.jsonl") == ["one", "two"]
     async with pool.prepare(io.BytesIO(b"---\ntitle: T\ny: 1\n---\nx"), SourceDocument("a.md"), SPLITTER) as documents:
         (document,) = documents
     assert (document.title, document.metadata) == ("T", {"y": 1})
 
 
+@pytest.mark.parametrize(
+    ("data", "document_id", "here"),
+    [
+        (b"# T\n\ntext", "a.md", True),
+        (b"text", "a.txt", True),
+        (b"x" * (1 << 18), "a.txt", True),
+        (b"x" * (1 << 18) + b"x", "a.txt", False),
+        (b"x" * (1 << 14) + b"x", "a.md", False),
+        (b"\xef\xbb\xbf\n---\ntitle: T\n---\nx", "a.md", False),
+        (b"+++\na = 1\n+++\nx", "a.md", False),
+        (b"<p>x</p>", "a.html", False),
+        (b'{"id": "a", "text": "x"}', "a.jsonl", False),
+    ],
+)
+async def test_only_what_cannot_take_long_is_parsed_here(
+    pool: ParserPool, data: bytes, document_id: str, here: bool
+) -> None:
+    """Row B1: a thread is held by nothing whose time its size does not bound."""
+    assert await passages(pool, data, document_id)
+    assert (pool._idle == []) == here
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "|\n-\n* ",
+        "* a-\n",
+        "+\n\na\n- <!--",
+        "--\n",
+        "==\n",
+        "  - a\n",
+        "> ",
+        "- ",
+        "[",
+        "](",
+        "[a]: ",
+        "`",
+        "&",
+        "\u00ad\n",
+    ],
+)
+@pytest.mark.parametrize(("media_type", "size"), [(MediaType.MARKDOWN, 1 << 14), (MediaType.TEXT, 1 << 18)])
+def test_what_is_parsed_here_cannot_take_long(pattern: str, media_type: MediaType, size: int) -> None:
+    """Row B1: the slowest patterns of a random search over markup; the worst took 0.12 s."""
+    data = (pattern * size).encode()[:size].decode("utf-8", "ignore").encode()
+    started = time.thread_time()
+    with contextlib.suppress(InvalidRequestError):
+        parse(io.BytesIO(data), io.BytesIO(), media_type, {})
+    assert time.thread_time() - started < 2
+
+
 async def test_errors_keep_their_field(pool: ParserPool) -> None:
     for data, document_id, field in (
-        (b"\xff", "a.md", "content"),
-        (b"", "a.md", "content"),
+        (b"\xff", "a.html", "content"),
+        (b"", "a.html", "content"),
         (b"x", "a.exe", "media_type"),
     ):
         with pytest.raises(InvalidRequestError) as caught:

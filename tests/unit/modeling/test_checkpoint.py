@@ -50,6 +50,14 @@ def test_weights_that_are_missing(checkpoint: Path) -> None:
     refused(checkpoint, r"weights are missing: model\.layers\.1\.mlp\.up_proj\.weight")
 
 
+def test_weights_of_another_shape(checkpoint: Path) -> None:
+    """A2 of the cases, the kind: the weights are named, and no report is spoken of that nobody was shown."""
+    configure(checkpoint, intermediate_size=40)
+    refused(
+        checkpoint, r"another shape than the configuration says: model\.layers\.0\.mlp\.down_proj\.weight \(\[.*40\]\)"
+    )
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
 def test_quantised_weights(checkpoint: Path, method: str) -> None:
     """B7 of the cases."""

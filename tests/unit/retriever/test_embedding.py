@@ -148,6 +148,7 @@ def test_what_cannot_be_used_is_refused(model_directory: Path, damage: Callable[
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "vocab.txt"])
 def test_a_changed_byte_is_another_model(name: str, model_directory: Path) -> None:
+    """Row A10: other weights of the same size."""
     before = find_embedding(str(model_directory)).fingerprint
     file = model_directory / name
     content = bytearray(file.read_bytes())

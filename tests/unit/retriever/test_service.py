@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from google.protobuf.struct_pb2 import Value
 
 from blockrag.errors import InvalidRequestError, NotFoundError, SettingsError
 from blockrag.retriever.edge import EdgeIndex
@@ -67,6 +68,13 @@ async def ingest(service: RetrieverService, document_id: str, collection: str = 
     await service.CommitDocument(commit)
 
 
+IN = common_pb2.CONDITION_OPERATOR_IN
+
+
+def equals(key: str, text: str) -> common_pb2.MetadataCondition:
+    return common_pb2.MetadataCondition(key=key, operator=IN, values=[Value(string_value=text)])
+
+
 def search(query: str, top_k: int = 3, **fields: Any) -> pb.SearchRequest:
     return pb.SearchRequest(context=context(), query=query, top_k=top_k, **fields)
 
@@ -116,9 +124,14 @@ async def test_filters_restrict_the_search(service: RetrieverService) -> None:
         (search("x", top_k=0), "top_k"),
         (search("x", collection="no/slash"), "collection"),
         (search("x", filter=[common_pb2.MetadataCondition()]), "filter"),
+        (search("Pru\u0308fung"), "query"),
+        (search("hail\u00adstorm"), "query"),
+        (search("x", filter=[common_pb2.MetadataCondition(key="u\u0308", operator=IN, values=[Value()])]), "filter"),
+        (search("x", filter=[equals("k", "u\u0308")]), "filter"),
     ],
 )
 async def test_bad_searches(service: RetrieverService, request_: pb.SearchRequest, field: str) -> None:
+    """Rows C3 and C4, called alone: what is written in another way than the gateway writes it would find nothing."""
     with pytest.raises(InvalidRequestError) as caught:
         await service.Search(request_)
     assert caught.value.field == field
@@ -140,6 +153,9 @@ async def test_unknown_collection(service: RetrieverService) -> None:
         (passages("norway.md") + passages("norway.md", document_version="v2"), "passages"),
         (passages("norway.md", ordinal=1), "passages"),
         (passages("norway.md", text=" "), "passages"),
+        (passages("norway.md", text="die Pru\u0308fung"), "passages"),
+        (passages("norway.md", title="hail\u200bstorm"), "passages"),
+        (passages("norway.md", document_id="u\u0308.md"), "document_id"),
         (passages("norway.md", document_id=""), "document_id"),
         (passages("norway.md", document_version=""), "version"),
     ],

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from blockrag.errors import SetupError
-from blockrag.training.lora import TARGET_MODULES, LoraLinear, add_lora, lora_layers
+from blockrag.training.lora import TARGET_MODULES, LoraLinear, add_lora
 from tests.models import make_tiny_model
 
 IDS = torch.arange(7, 47)[None]
@@ -59,7 +59,7 @@ def test_an_adapter_that_was_not_trained_changes_nothing_and_all_else_is_frozen(
 
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, before)
-    layers = dict(lora_layers(model))
+    layers = {name for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     assert len(layers) == model.config.num_hidden_layers * len(TARGET_MODULES)
     assert "model.layers.0.self_attn.q_proj" in layers
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -75,8 +75,13 @@ def test_equal_seeds_give_equal_adapters_and_leave_the_generator_alone() -> None
         add_lora(model, 2, seed=seed)
 
     assert torch.equal(torch.rand(3), expected)
-    pairs = zip(lora_layers(first), lora_layers(second), lora_layers(other), strict=True)
-    for (_, one), (_, same), (_, different) in pairs:
+    layers = [
+        (one, same, different)
+        for one, same, different in zip(first.modules(), second.modules(), other.modules(), strict=True)
+        if isinstance(one, LoraLinear)
+    ]
+    assert layers
+    for one, same, different in layers:
         assert torch.equal(one.lora_A, same.lora_A)
         assert not torch.equal(one.lora_A, different.lora_A)
 

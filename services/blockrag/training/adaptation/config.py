@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from blockrag.errors import SetupError
+from blockrag.training.configuring import RunConfig
 
 Masks = Literal["both", "mixed", "block", "full"]
 Trainable = Literal["all", "tokens"]
@@ -15,7 +15,7 @@ Precision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True)
-class BlockAdaptConfig:
+class BlockAdaptConfig(RunConfig):
     """An adaptation run. Defaults of learning rate, warm-up and steps are those of arXiv 2409.15355, section 3.1."""
 
     model: Path
@@ -96,77 +96,39 @@ class BlockAdaptConfig:
     tensorboard: bool = False
     """Write TensorBoard files to OUT.run."""
 
+    undecided: ClassVar[frozenset[str]] = frozenset(
+        {"model", "data", "out", "name", "template_file", "micro_batch", "exclude", "gradient_checkpointing"}
+        | {"attention", "dev", "eval_steps", "checkpoint_steps", "threads", "device", "tensorboard"}
+    )
+
     def __post_init__(self) -> None:
-        for field in (
-            "steps",
-            "batch_size",
-            "micro_batch",
-            "min_passages",
-            "max_tokens",
-            "eval_steps",
-            "questions",
-            "threads",
-        ):
-            self._require(getattr(self, field) >= 1, field, "must be at least 1")
-        self._require(self.checkpoint_steps >= 1, "checkpoint_steps", "must be at least 1")
-        self._require(self.max_passages >= self.min_passages, "max_passages", "must not be below min_passages")
-        self._require(0 <= self.refusal_share <= 1, "refusal_share", "must be from 0 to 1")
-        self._require(self.learning_rate > 0, "learning_rate", "must be positive")
-        for field in ("warmup_steps", "distillation", "link_tokens", "sink_tokens", "dev_rows", "lora_rank"):
-            self._require(getattr(self, field) >= 0, field, "must not be negative")
-        self._require(self.passage_tokens is None or self.passage_tokens >= 8, "passage_tokens", "must be at least 8")
-        self._require(
+        self.require_least(
+            1,
+            *("steps", "batch_size", "micro_batch", "min_passages", "max_tokens", "questions", "threads"),
+            *("eval_steps", "checkpoint_steps"),
+        )
+        self.require(self.max_passages >= self.min_passages, "max_passages", "must not be below min_passages")
+        self.require_share("refusal_share")
+        self.require_positive("learning_rate")
+        self.require_least(0, "warmup_steps", "distillation", "link_tokens", "sink_tokens", "dev_rows", "lora_rank")
+        self.require_least(8, "passage_tokens")
+        self.require(
             not self.distillation or self.masks == "both", "distillation", "needs both masks: the full one teaches"
         )
-        self._require(self.threads == 1 or self.device == "cpu", "threads", "is for a CPU")
-        self._require(
+        self.require(self.threads == 1 or self.device == "cpu", "threads", "is for a CPU")
+        self.require(
             self.questions > 1 or not (self.shares or self.exclude), "questions", "is 1: no shares, nothing to exclude"
         )
-        self._require(
+        self.require(
             not self.shares or (len(self.shares) == len(self.data) and min(self.shares) > 0),
             "shares",
             "must be positive, one for each file of data",
         )
-        self._require(
+        self.require(
             not (self.lora_rank and self.train == "tokens"), "lora_rank", "trains an adapter, not the tokens alone"
         )
-        self._require(
+        self.require(
             self.train == "all" or self.link_tokens + self.sink_tokens > 0,
             "train",
             "'tokens' needs link_tokens or sink_tokens to train",
         )
-
-    @property
-    def run_dir(self) -> Path:
-        """Checkpoints, metrics.jsonl and run.json; several workers need to share it."""
-        return self.out.parent / f"{self.out.name}.run"
-
-    def recipe(self) -> dict[str, Any]:
-        """The values that decide the result, beside model and data: a run continues only under the same ones."""
-        names = (
-            "steps",
-            "batch_size",
-            "learning_rate",
-            "warmup_steps",
-            "masks",
-            "questions",
-            "shares",
-            "lora_rank",
-            "min_passages",
-            "max_passages",
-            "passage_tokens",
-            "max_tokens",
-            "refusal_share",
-            "distillation",
-            "link_tokens",
-            "sink_tokens",
-            "train",
-            "precision",
-            "dev_rows",
-            "seed",
-        )
-        return {name: getattr(self, name) for name in names}
-
-    def _require(self, condition: bool, field: str, problem: str) -> None:
-        if not condition:
-            raise SetupError(f"{field} {getattr(self, field)!r}: {problem}")

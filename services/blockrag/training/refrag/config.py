@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from blockrag.errors import SetupError
 from blockrag.modeling.files import DEFAULT_BUNDLE
 from blockrag.modeling.refrag.record import POOLINGS, Alignment, Pooling
+from blockrag.training.configuring import RunConfig
 
 Stage = Literal["reconstruction", "pretrain", "mixed", "tune"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -25,7 +26,7 @@ def _only(default: Any, *stages: Stage) -> Any:
 
 
 @dataclass(frozen=True)
-class RefragConfig:
+class RefragConfig(RunConfig):
     """One stage. Each stage takes the bundle of the one before and writes one of its own."""
 
     out: Path
@@ -105,32 +106,31 @@ class RefragConfig:
     device: str = "cpu"
     """cpu or cuda."""
 
+    undecided: ClassVar[frozenset[str]] = frozenset(
+        {"out", "bundle", "text", "data", "name", "average_with", "eval_steps", "checkpoint_steps", "device"}
+    )
+
     def __post_init__(self) -> None:
-        self._require(self.stage in STAGES, "stage", f"must be one of {', '.join(STAGES)}")
-        self._require(self.pooling is None or self.pooling in POOLINGS, "pooling", f"must be {' or '.join(POOLINGS)}")
+        self.require(self.stage in STAGES, "stage", f"must be one of {', '.join(STAGES)}")
+        self.require(self.pooling is None or self.pooling in POOLINGS, "pooling", f"must be {' or '.join(POOLINGS)}")
         if (self.minutes is None) == (self.steps is None):
             raise SetupError("give exactly one of minutes and steps")
-        self._require(self.minutes is None or self.minutes > 0, "minutes", "must be positive")
-        for name in ("tokens_per_step", "max_passages", "targets", "parts", "eval_steps", "checkpoint_steps"):
-            self._require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("steps", "chunk_tokens"):
-            self._require(getattr(self, name) is None or getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("learning_rate", "decoder_learning_rate"):
-            self._require(getattr(self, name) > 0, name, "must be positive")
-        for name in ("warmup_steps", "dev_samples", "lora_rank"):
-            self._require(getattr(self, name) >= 0, name, "must not be negative")
-        shares = ("text_share", "compressed_share", "expanded_share", "full_share", "learnt_share", "distillation")
-        for name in shares:
-            self._require(0 <= getattr(self, name) <= 1, name, "must be from 0 to 1")
-        self._require(
+        self.require_positive("minutes", "learning_rate", "decoder_learning_rate")
+        self.require_least(1, "tokens_per_step", "max_passages", "targets", "parts", "eval_steps", "checkpoint_steps")
+        self.require_least(1, "steps", "chunk_tokens")
+        self.require_least(0, "warmup_steps", "dev_samples", "lora_rank")
+        self.require_share(
+            *("text_share", "compressed_share", "expanded_share", "full_share", "learnt_share", "distillation")
+        )
+        self.require(
             self.average_with is None or self.decoder_learns, "average_with", "the stage does not change the decoder"
         )
-        self._require(
+        self.require(
             self.lora_rank == 0 or (self.decoder_learns and self.average_with is None),
             "lora_rank",
             "needs a decoder that learns and is averaged with no other",
         )
-        self._require(
+        self.require(
             self.distillation == 0 or self.stage != "reconstruction",
             "distillation",
             "reconstruction has no other prompt",
@@ -139,11 +139,6 @@ class RefragConfig:
             raise SetupError(f"stage {self.stage}: needs texts (--text)")
         if self.stage == "tune" and not self.data:
             raise SetupError(f"stage {self.stage}: needs questions (--data)")
-
-    @property
-    def run_dir(self) -> Path:
-        """Checkpoints, metrics.jsonl and run.json; several workers need to share it."""
-        return self.out.parent / f"{self.out.name}.run"
 
     @property
     def decoder_learns(self) -> bool:
@@ -167,39 +162,3 @@ class RefragConfig:
         """How many of the decoder's own layers are the new chunk encoder; 0: it is another one."""
         found = _OWN_LAYERS.fullmatch(self.encoder)
         return int(found[1]) if found else 0
-
-    def recipe(self) -> dict[str, Any]:
-        """The values that decide the result, beside bundle and data: a run continues only under the same ones."""
-        names = (
-            "stage",
-            "chunk_tokens",
-            "encoder",
-            "pooling",
-            "minutes",
-            "steps",
-            "tokens_per_step",
-            "learning_rate",
-            "decoder_learning_rate",
-            "warmup_steps",
-            "optimizer",
-            "curriculum",
-            "train_decoder",
-            "lora_rank",
-            "max_passages",
-            "text_share",
-            "targets",
-            "compressed_share",
-            "distillation",
-            "expanded_share",
-            "full_share",
-            "learnt_share",
-            "precision",
-            "parts",
-            "dev_samples",
-            "seed",
-        )
-        return {name: getattr(self, name) for name in names}
-
-    def _require(self, condition: bool, name: str, problem: str) -> None:
-        if not condition:
-            raise SetupError(f"{name} {getattr(self, name)!r}: {problem}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from blockrag.errors import SetupError
 from blockrag.modeling.files import DEFAULT_BUNDLE, file_sha256
+from blockrag.training.configuring import RunConfig
 
 if TYPE_CHECKING:
     from blockrag.modeling.refrag.policy import PolicyConfig
@@ -42,7 +43,7 @@ class PpoSettings:
 
 
 @dataclass(frozen=True)
-class PolicyTrainingConfig:
+class PolicyTrainingConfig(RunConfig):
     """A policy's training."""
 
     out: Path
@@ -103,22 +104,14 @@ class PolicyTrainingConfig:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise SetupError("give exactly one of minutes and steps")
-        counts = ("contexts", "max_passages", "eval_steps", "checkpoint_steps", "threads")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise SetupError(f"{name} {getattr(self, name)!r}: must be at least 1")
-        if self.policy_width < _HEAD or self.policy_width % _HEAD:
-            raise SetupError(f"policy_width {self.policy_width!r}: must be a multiple of {_HEAD}")
-        if self.text_reward not in ("label", "divergence"):
-            raise SetupError(f"text_reward {self.text_reward!r}: must be label or divergence")
-        for name in ("minutes", "steps", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise SetupError(f"{name} {value!r}: must be positive")
-        if not 0 <= self.chosen_imitation < 1 or self.imitation_contexts < 1:
-            raise SetupError(f"imitation {self.imitation!r}: must be from 0 to below 1, with at least one context")
-        if self.text_share is not None and not 0 <= self.text_share <= 1:
-            raise SetupError(f"text_share {self.text_share!r}: must be from 0 to 1")
+        self.require_least(1, "contexts", "max_passages", "eval_steps", "checkpoint_steps", "threads")
+        self.require_positive("minutes", "steps", "learning_rate")
+        self.require_share("text_share")
+        width = self.policy_width
+        self.require(width >= _HEAD and width % _HEAD == 0, "policy_width", f"must be a multiple of {_HEAD}")
+        self.require(self.text_reward in ("label", "divergence"), "text_reward", "must be label or divergence")
+        imitates = 0 <= self.chosen_imitation < 1 and self.imitation_contexts >= 1
+        self.require(imitates, "imitation", "must be from 0 to below 1, with at least one context")
         if not (self.text or self.data):
             raise SetupError("a policy needs questions (--data), texts (--text) or both")
 
@@ -149,11 +142,6 @@ class PolicyTrainingConfig:
 
         width = self.policy_width
         return PolicyConfig(encoder_width, self.query, width=width, heads=width // _HEAD, hidden=2 * width)
-
-    @property
-    def run_dir(self) -> Path:
-        """Checkpoint, metrics.jsonl and run.json."""
-        return self.out.parent / f"{self.out.name}.run"
 
     def recipe(self) -> dict[str, Any]:
         """The values that decide the result, beside bundle and data."""

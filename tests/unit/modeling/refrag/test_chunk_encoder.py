@@ -14,7 +14,7 @@ from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.projector import Projector
-from blockrag.modeling.stock import load_stock_model
+from blockrag.modeling.stock import load_first_layers, load_stock_model
 from blockrag.retriever.embedding import find_embedding
 from tests.models import TINY_VOCAB, make_tiny_bundle, make_tiny_tokenizer
 
@@ -87,6 +87,20 @@ def test_the_decoders_own_first_layers_read_a_chunk_alone(pooling: str, tmp_path
             encoder([[1, 2, 3, 4, 5]])
     with pytest.raises(BundleError, match="the first 4 layers of a decoder that has 3"):
         ChunkEncoder.of_decoder(bundle, 4, pooling, 4)  # type: ignore[arg-type]
+
+
+def test_the_decoders_first_layers_keep_their_windows(tmp_path: Path) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+    bundle = load_bundle(make_tiny_bundle(tmp_path / "bundle", family="qwen2", num_hidden_layers=3, **windows))
+    chunk = [5, 7, 9, 11, 13, 15]
+
+    found = load_first_layers(bundle, 2)(torch.tensor([chunk]), use_cache=False).last_hidden_state
+
+    stock = load_stock_model(bundle)
+    torch.testing.assert_close(found, stock(torch.tensor([chunk]), output_hidden_states=True).hidden_states[2])
+    stock.config.sliding_window = 512
+    wide = stock(torch.tensor([chunk]), output_hidden_states=True).hidden_states[2]
+    assert (found - wide).abs().max() > 1e-2, "the window is shorter than the chunk, so it shows"
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])

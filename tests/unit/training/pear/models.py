@@ -1,4 +1,4 @@
-"""Tiny random models with every kind of position embedding: rotary, learned, ALiBi."""
+"""Tiny random models with every kind of position embedding: rotary (also with a sliding window), learned, ALiBi."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ _SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id"
 _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: make_tiny_model("llama", vocab_size=VOCAB, num_hidden_layers=2),
     "qwen2": lambda: make_tiny_model("qwen2", vocab_size=VOCAB, num_hidden_layers=2),
+    "windows": lambda: make_tiny_model(
+        "qwen2", vocab_size=VOCAB, num_hidden_layers=2, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, **_SPECIAL)
     ),

@@ -148,7 +148,12 @@ def masked_logits(model: PreTrainedModel, task: ProxyTask, tokens: Tensor) -> Te
     options: dict[str, Any] = {}
     if task.mask == "block":
         allowed = block_mask([task.n] * (task.distractors + 1), tokens.shape[1] - (task.distractors + 1) * task.n)
-        options["attention_mask"] = additive_mask(allowed, model.dtype).expand(len(tokens), -1, -1, -1)
+        whole = additive_mask(allowed, model.dtype).expand(len(tokens), -1, -1, -1)
+        places = torch.arange(tokens.shape[1])
+        near = places[:, None] - places < (getattr(model.config, "sliding_window", None) or tokens.shape[1])
+        slides = "sliding_attention" in getattr(model.config, "layer_types", [])
+        kinds = {"full_attention": whole, "sliding_attention": whole + additive_mask(near, model.dtype)}
+        options["attention_mask"] = kinds if slides else whole
         options["position_ids"] = torch.arange(tokens.shape[1])[None]
     logits: Tensor = model(tokens, use_cache=False, **options).logits
     return logits
