@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 
 from blockrag.cli import console
-from blockrag.cli.connection import connect
-from blockrag.cli.console import ApiKeyOption, JsonOption, SettingsOption, TargetOption
+from blockrag.cli.connection import Connection
+from blockrag.cli.console import JsonOption
 from blockrag.cli.options import command_of
 from blockrag.errors import InvalidRequestError
 from blockrag.simulation.scenario import Scenario, StageTimes
@@ -29,14 +29,25 @@ BenchOption = Annotated[
 ]
 TargetTimeOption = Annotated[float, typer.Option("--target-ms", min=1, help="Time to first token to keep.")]
 
-_OF_THE_SYSTEM = ("machines", "rate", "l1_mb", "store_mb", "disk_mb", "slot_bytes", "caching", "routing", "drift")
+_OF_THE_SYSTEM = (
+    *("machines", "rate", "l1_mb", "store_mb", "disk_mb", "slot_bytes", "caching", "routing", "drift"),
+    "max_sequences",
+)
 """Of a scenario, what a running system has by itself."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked, and of whom."""
+
+    scenario: Scenario
+    connection: Connection
 
 
 def register(app: typer.Typer, bench: typer.Typer) -> None:
     """Add the commands."""
-    bench.command(epilog="Example: blockrag bench load --rates 0.5,1,2 --questions 100 --passages 400")(
-        command_of(Scenario, left_out=(*_OF_THE_SYSTEM, "max_sequences"))(load)
+    bench.command(epilog="Example: blockrag bench load --rates 0.5,1,2 --passages 400")(
+        command_of(Load, left_out=_OF_THE_SYSTEM)(load)
     )
     app.command(epilog="Example: blockrag simulate --passages 1000000 --rate 100 --size")(
         command_of(Scenario)(simulate)
@@ -44,15 +55,14 @@ def register(app: typer.Typer, bench: typer.Typer) -> None:
 
 
 def load(
-    config: Scenario,
+    config: Load,
     rates: Annotated[str, typer.Option(help="Questions a second, one run each, comma separated.")] = "0.5,1,2",
+    questions: Annotated[int, typer.Option(min=1, help="Counted in each run, after a fifth as many to warm.")] = 60,
+    passages: Annotated[int, typer.Option(min=1, help="Passages of the sample corpus.")] = 400,
     full: Annotated[bool, typer.Option(help="Ask with full attention too, where no block is reused.")] = True,
     target_ms: TargetTimeOption = 1000.0,
     bench: BenchOption = None,
     out: Annotated[Path | None, typer.Option(help="File for the rows, as JSON.")] = None,
-    settings: SettingsOption = None,
-    target: TargetOption = "",
-    api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Ask a running system at given rates, however long it takes to answer, and show what a simulation predicts.
@@ -63,20 +73,19 @@ def load(
     from blockrag.evaluation.load import measure_load
     from blockrag.evaluation.ttft_grpc import first_passages
 
-    loaded = console.settings_from(settings)
-    bundle = configured_bundle(loaded)
-    passages = first_passages(bundle, config.passages)
-    scenario = _on(config, loaded)
+    loaded = console.settings_from(config.connection.settings)
+    scenario = _on(replace(config.scenario, questions=questions, passages=passages), loaded)
+    given = first_passages(configured_bundle(loaded), passages)
     parsed = _rates(rates)
 
     async def measure() -> list[LoadRow]:
         with console.progress_bar() as bar:
             task = bar.add_task("questions", total=None)
-            async with connect(settings, target, api_key) as client:
+            async with config.connection.client() as client:
                 return await measure_load(
                     client,
                     scenario,
-                    passages,
+                    given,
                     parsed,
                     ("block", "full") if full else ("block",),
                     _times(bench),
