@@ -13,17 +13,19 @@ import hmac
 import itertools
 import logging
 import time
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
+from google.protobuf.message import Message
+
 from blockrag.errors import InvalidRequestError, SettingsError, UnauthenticatedError
 from blockrag.limits import LOOPBACK_NAMES
 from blockrag.settings import Settings
-from blockrag.tenants import HASHED_KEY, TenantSettings, read_tenants
+from blockrag.tenants import HASHED_KEY, NO_LIMITS, TenantLimits, TenantSettings, read_tenants
 
 PUBLIC_TENANT = "public"
 _SCHEME = "bearer "
@@ -76,20 +78,45 @@ class OnBehalf:
         return ()
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What is known of some tenants."""
+
+    keys: tuple[tuple[bytes, Caller], ...]
+    """Digest and tenant of every key."""
+    limits: Mapping[str, TenantLimits]
+
+    @classmethod
+    def of(cls, tenants: Sequence[TenantSettings]) -> _Known:
+        callers = {tenant: Caller(tenant.name, tenant.operator) for tenant in tenants}
+        keys = tuple((_stored(key), caller) for tenant, caller in callers.items() for key in tenant.keys)
+        return cls(keys, {tenant.name: tenant.limits for tenant in tenants})
+
+
 class Tenants:
     """The tenants that have keys. Without any, everybody is the tenant ``public``, and its own operator."""
 
     def __init__(self, tenants: Sequence[TenantSettings], file: Path | None = None) -> None:
         """``file`` has more of them and is read again when it changes; what cannot be read then leaves those known
         before. Raises SettingsError when it cannot be read now."""
-        self._fixed = _known(tenants)
+        self._fixed = _Known.of(tenants)
         self._file = file
         self._version = _file_version(file) if file is not None else None
-        self._of_file = _known(read_tenants(file)) if file is not None else ()
+        self._of_file = _Known.of(read_tenants(file) if file is not None else ())
         self._look_again = time.monotonic() + _FILE_KEPT_S
 
     def __bool__(self) -> bool:
-        return bool(self._fixed) or self._file is not None
+        return bool(self._fixed.keys) or self._file is not None
+
+    def limits(self, tenant: str) -> TenantLimits:
+        """What a tenant may have and do, as settings and file say now."""
+        self._read_again()
+        return self._fixed.limits.get(tenant) or self._of_file.limits.get(tenant) or NO_LIMITS
+
+    def names(self) -> tuple[str, ...]:
+        """All of their names; without keys ``public``."""
+        self._read_again()
+        return (*self._fixed.limits, *self._of_file.limits) if self else (PUBLIC_TENANT,)
 
     def identify(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         """The caller that a call's metadata proves; ``UnauthenticatedError`` for a missing or wrong key."""
@@ -106,7 +133,7 @@ class Tenants:
         given = _digest(text[len(_SCHEME) :].strip())
         found = None
         # Every key is compared, each in constant time: the time taken says nothing about any of them.
-        for digest, caller in (*self._fixed, *self._of_file):
+        for digest, caller in (*self._fixed.keys, *self._of_file.keys):
             if hmac.compare_digest(digest, given):
                 found = caller
         if found is None:
@@ -123,11 +150,43 @@ class Tenants:
             return
         self._version = version
         try:
-            self._of_file = _known(read_tenants(self._file))
+            self._of_file = _Known.of(read_tenants(self._file))
         except SettingsError as error:
             _logger.error("the tenants known before stay: %s", error)
         else:
-            _logger.info("%s was read again: %d keys", self._file, len(self._of_file))
+            _logger.info("%s was read again: %d keys", self._file, len(self._of_file.keys))
+
+
+_DESCRIBING = {
+    "GetRetrieverStatusResponse": ("backend", "embedding_model", "dimensions", "tenants"),
+    "GetEncoderStatusResponse": ("bundle_fingerprint", "device", "compute_dtype"),
+    "GetKvCacheStatusResponse": ("budget_bytes", "shards", "tenants"),
+    "GetDecoderStatusResponse": (
+        *("bundle_fingerprint", "bundle_name", "max_positions", "device", "compute_dtype", "weights"),
+        *("total_slots", "l1_budget_bytes"),
+    ),
+}
+"""Of each service's status, what describes it. The rest counts what all tenants do or have."""
+
+
+def show_own(status: Message, caller: Caller) -> None:
+    """Leaves of a service's status, in place, what the caller may see.
+
+    An operator sees everything, a tenant what describes the service and its own row of ``tenants``. Sums that a row
+    has too, like ``passages``, are its own then.
+    """
+    if caller.operator:
+        return
+    shown = _DESCRIBING[status.DESCRIPTOR.name]
+    for field, _ in status.ListFields():
+        if field.name not in shown:
+            status.ClearField(field.name)
+    rows = getattr(status, "tenants", [])
+    show_own_rows(rows, caller)
+    for row in rows:
+        for field, value in row.ListFields():
+            if field.name in status.DESCRIPTOR.fields_by_name:
+                setattr(status, field.name, value)
 
 
 def show_own_rows(rows: MutableSequence[Row], caller: Caller) -> None:
@@ -154,6 +213,14 @@ class Access:
         file = settings.gateway.tenants_file
         self._tenants = Tenants(settings.gateway.tenants, Path(file).expanduser() if file else None)
         self._this_machine_only = settings.cluster.host in LOOPBACK_NAMES
+
+    def limits(self, tenant: str) -> TenantLimits:
+        """What a tenant may have and do; it changes with the file of tenants."""
+        return self._tenants.limits(tenant)
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the tenants that settings and file know now; without keys ``public``."""
+        return self._tenants.names()
 
     def check(self, request: Any, call: CallOrigin) -> Caller:
         """Who calls. Refuses a call without a known key, or with one that is not the tenant's it speaks for."""
@@ -211,11 +278,6 @@ def hashed_key(key: str) -> str:
     """How settings may name a key without giving it away. A key is random and long, so one round of a hash is enough:
     there is nothing to guess."""
     return HASHED_KEY + hashlib.sha256(key.encode()).hexdigest()
-
-
-def _known(tenants: Sequence[TenantSettings]) -> tuple[tuple[bytes, Caller], ...]:
-    """Digest and tenant of every key."""
-    return tuple((_stored(key), Caller(tenant.name, tenant.operator)) for tenant in tenants for key in tenant.keys)
 
 
 def _stored(key: str) -> bytes:

@@ -233,6 +233,7 @@ def description(message: system_pb2.DescribeResponse) -> Description:
         encoder=_fields(message.encoder),
         kv_cache=_fields(message.kv_cache),
         decoder=_fields(message.decoder),
+        tenants=tuple(map(_fields, message.tenants)),
     )
 
 

@@ -275,6 +275,8 @@ class Description:
     encoder: Mapping[str, Any]
     kv_cache: Mapping[str, Any]
     decoder: Mapping[str, Any]
+    tenants: tuple[Mapping[str, Any], ...] = ()
+    """Fields of TenantQuotas: what the caller, or for an operator everybody, uses of its limits."""
 
     @property
     def healthy(self) -> bool:

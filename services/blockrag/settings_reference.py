@@ -44,10 +44,18 @@ def _setting(key: str, field: FieldInfo) -> Iterator[str]:
     item = _item_model(field.annotation)
     if item is not None:
         yield from _comment(f"Each item: {_documentation(item)}", "  ")
-        for name, part in item.model_fields.items():
-            limits = _limits(part.annotation, part.metadata)
-            yield from _comment(f"- {name}: {part.description}{limits}", "  ")
+        yield from _parts(item, "  ")
     yield f"  {key}: {_yaml_value(field.default)}"
+
+
+def _parts(model: type[BaseModel], indent: str) -> Iterator[str]:
+    for name, part in model.model_fields.items():
+        inner = type(part.default) if isinstance(part.default, BaseModel) else None
+        documentation = f" {_documentation(inner)}" if inner else ""
+        limits = _limits(part.annotation, part.metadata)
+        yield from _comment(f"- {name}: {part.description}{documentation}{limits}", indent)
+        if inner:
+            yield from (f"{indent}#   {line.removeprefix(f'{indent}# ')}" for line in _parts(inner, indent))
 
 
 def _limits(annotation: Any, metadata: list[Any]) -> str:

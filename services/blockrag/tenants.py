@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import yaml
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from blockrag.errors import SettingsError
 from blockrag.limits import TENANT_PATTERN
@@ -29,6 +29,33 @@ def _checked_key(key: str) -> str:
 ApiKey = Annotated[str, AfterValidator(_checked_key)]
 
 
+class TenantLimits(Section):
+    """The most that one tenant may have, and do at a time. What is left out has no limit of its own.
+
+    What is stored is counted by the retriever. Of the others each gateway replica holds its share, at least one.
+    """
+
+    collections: PositiveInt | None = None
+    """Collections that it has."""
+    documents: PositiveInt | None = None
+    """Documents in all of them."""
+    index_mb: PositiveInt | None = None
+    """What they take of the index's disk, in MiB: a new passage is refused once it is reached. About 6 KiB a passage;
+    removed passages leave the disk with their collection."""
+    uploads: PositiveInt | None = None
+    """Documents that are received at a time."""
+    questions: PositiveInt | None = None
+    """Questions and searches under way at a time."""
+    questions_a_minute: PositiveInt | None = None
+    """Questions and searches begun in a minute."""
+    tokens_a_minute: PositiveInt | None = None
+    """Tokens of prompts and answers in a minute, counted when an answer ends: the question that passes the limit is
+    answered, the next one waits until as many are free again."""
+
+
+NO_LIMITS = TenantLimits()
+
+
 class TenantSettings(Section):
     """One tenant of the server."""
 
@@ -41,6 +68,8 @@ class TenantSettings(Section):
     """More of them: while a key is replaced, the old one and the new one are known."""
     operator: bool = False
     """Whether its status and traces list what belongs to other tenants too."""
+    limits: TenantLimits = NO_LIMITS
+    """What it may have and do."""
 
     @model_validator(mode="after")
     def _has_a_key(self) -> Self:

@@ -10,6 +10,7 @@ import pytest
 
 from blockrag.client import BlockragClient
 from blockrag.settings import GatewaySettings, TenantSettings
+from blockrag.tenants import TenantLimits
 from blockrag.v1 import rag_pb2, rag_pb2_grpc, system_pb2, system_pb2_grpc
 from tests.integration.conftest import Cluster
 
@@ -41,7 +42,11 @@ def guarded(cluster: Cluster) -> Iterator[tuple[tuple[str, str], ...]]:
         from blockrag.gateway.deployment import Gateway
 
     tenant = TenantSettings(name="acme", api_key="acme-key-0123456789")
-    settings = cluster.settings.model_copy(update={"gateway": GatewaySettings(tenants=(tenant,))})
+    limited = TenantSettings(
+        name="limited", api_key="limited-key-0123456789", limits=TenantLimits(questions_a_minute=2)
+    )
+    gateway = GatewaySettings(tenants=(tenant, limited), replicas=1)
+    settings = cluster.settings.model_copy(update={"gateway": gateway})
     deployment = serve.deployment(ray_actor_options={"num_cpus": 0.1})(Gateway)
     serve.run(deployment.bind(settings), name="guarded", route_prefix="/guarded")
     yield (("application", "guarded"),)
@@ -77,3 +82,31 @@ async def test_a_tenant_sees_neither_another_s_cache_nor_its_traces(
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await system.GetTrace(system_pb2.GetTraceRequest(trace_id=trace_id), metadata=(*guarded, KEY), timeout=10)
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_limit_that_is_reached_is_named_and_told_to_its_tenant_alone(
+    guarded: tuple[tuple[str, str], ...], channel: grpc.aio.Channel, client: BlockragClient, collection: str
+) -> None:
+    stub = rag_pb2_grpc.RagServiceStub(channel)  # type: ignore[no-untyped-call]
+    key = ("authorization", "Bearer limited-key-0123456789")
+    request = rag_pb2.RetrieveRequest(query="Where is Norway?", collection="nothing")
+    codes = []
+    for _ in range(3):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Retrieve(request, metadata=(*guarded, key), timeout=10)
+        codes.append(refused.value.code())
+    assert codes == [grpc.StatusCode.NOT_FOUND] * 2 + [grpc.StatusCode.RESOURCE_EXHAUSTED]
+    assert "2 questions_a_minute" in (refused.value.details() or "")
+    assert "retry in" in (refused.value.details() or "")
+
+    system = system_pb2_grpc.SystemServiceStub(channel)  # type: ignore[no-untyped-call]
+    described = await system.Describe(system_pb2.DescribeRequest(), metadata=(*guarded, key), timeout=20)
+    (row,) = described.tenants
+    assert row.tenant == "limited"
+    assert {quota.name: (quota.used, quota.limit) for quota in row.quotas}["questions_a_minute"] == (2, 2)
+    assert (described.retriever.collections, described.retriever.passages) == (0, 0)
+    assert (described.kv_cache.blocks, described.decoder.generated_tokens) == (0, 0)
+
+    operator = await client.describe()
+    assert {row["tenant"] for row in operator.tenants} >= {"public"}
+    assert operator.retriever["passages"]

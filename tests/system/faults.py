@@ -181,7 +181,7 @@ def processes(system: LocalSystem, target: str) -> list[int]:
     state = read_state(system.settings.state_path)
     assert state is not None
     mark = str(system.settings.state_path / "haproxy") if target == "haproxy" else ""
-    return [pid for pid, line in _descendants(state.pid) if _REPLICA[target] in line and mark in line]
+    return [pid for pid, line in descendants(state.pid) if _REPLICA[target] in line and mark in line]
 
 
 async def kill(system: LocalSystem, target: str, draw: random.Random, settle_s: float) -> Fault:
@@ -211,7 +211,7 @@ async def kill(system: LocalSystem, target: str, draw: random.Random, settle_s: 
     return Fault(target, victim, last_failure, replaced)
 
 
-def _descendants(root: int) -> Iterator[tuple[int, str]]:
+def descendants(root: int) -> Iterator[tuple[int, str]]:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -13,7 +13,7 @@ import pytest
 from blockrag.access import THE_SYSTEM, Access, Caller, Tenants, hashed_key, is_this_machine, own_addresses
 from blockrag.errors import InvalidRequestError, SettingsError, UnauthenticatedError
 from blockrag.settings import ClusterSettings, GatewaySettings, KvCacheSettings, Settings
-from blockrag.tenants import TenantSettings
+from blockrag.tenants import NO_LIMITS, TenantLimits, TenantSettings
 from blockrag.v1.common_pb2 import RequestContext
 from blockrag.v1.decoder_pb2 import GetDecoderStatusRequest
 from blockrag.v1.retriever_pb2 import SearchRequest
@@ -54,6 +54,23 @@ def test_anything_else_is_refused(metadata: list[tuple[str, str | bytes]]) -> No
     with pytest.raises(UnauthenticatedError) as refused:
         TENANTS.identify(metadata)
     assert "acme-key" not in str(refused.value)
+
+
+def test_limits_are_those_of_settings_and_file_as_they_are_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tenants.yaml"
+    line = "- {name: umbrella, api_key: umbrella-key-0123456789, limits: {documents: %d}}"
+    file.write_text(line % 5)
+    fixed = TenantSettings(name="acme", api_key="acme-key-0123456789", limits=TenantLimits(questions=2))
+    tenants = Tenants([fixed], file)
+    assert tenants.names() == ("acme", "umbrella")
+    assert tenants.limits("acme") == TenantLimits(questions=2)
+    assert tenants.limits("umbrella") == TenantLimits(documents=5)
+    assert tenants.limits("nobody") == NO_LIMITS
+    file.write_text(line % 10)
+    later = time.monotonic() + 10
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert tenants.limits("umbrella") == TenantLimits(documents=10)
+    assert Tenants([]).names() == ("public",)
 
 
 class Call:

@@ -144,6 +144,12 @@ def _print_status(description: Description) -> None:
     )
     facts.add_row("sequences", f"{decoder['running']} running, {decoder['waiting']} waiting")
     console.out.print(facts)
+    rows = [(tenant["tenant"], quota) for tenant in description.tenants for quota in tenant["quotas"]]
+    if any(int(quota["limit"]) for _, quota in rows):
+        quotas = Table("tenant", "of its limit", "used", "limit")
+        for name, quota in rows:
+            quotas.add_row(name, quota["name"], str(quota["used"]), str(quota["limit"]) if int(quota["limit"]) else "-")
+        console.out.print(quotas)
 
 
 def _mib(count: int) -> str:

@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
-from blockrag.access import Access
+from blockrag.access import Access, Caller, show_own
 from blockrag.configured import configured_bundle, configured_device
 from blockrag.grpc_status import rpc
 from blockrag.kv_cache.following import follow_purges
@@ -68,10 +68,16 @@ class Decoder:
 
     @rpc
     async def GetDecoderStatus(
-        self, request: decoder_pb2.GetDecoderStatusRequest, grpc_context: RayServegRPCContext | None = None
+        self,
+        request: decoder_pb2.GetDecoderStatusRequest,
+        grpc_context: RayServegRPCContext | None = None,
+        *,
+        caller: Caller,
     ) -> decoder_pb2.GetDecoderStatusResponse:
-        """Describes this replica."""
-        return self._runtime.service.status()
+        """Describes this replica, as far as the caller may see."""
+        status = self._runtime.service.status()
+        show_own(status, caller)
+        return status
 
     async def check_health(self) -> None:
         """Has Serve replace a replica whose engine or upkeep ended, or whose engine hangs in a step."""

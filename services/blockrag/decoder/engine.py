@@ -133,7 +133,7 @@ class Engine:
         for sequence in sequences:
             self._push(sequence, Event(error=UnavailableError("the decoder hangs; send the request again")))
 
-    def check(self, prompt_slots: int, max_tokens: int) -> None:
+    def check(self, prompt_slots: int, max_tokens: int, tenant: str = "") -> None:
         """Refuse early what ``submit`` would refuse now, before its blocks are fetched.
 
         Raises ``PromptTooLongError``, ``InvalidRequestError`` (``sampling.max_tokens``), ``OverloadedError`` or
@@ -156,9 +156,7 @@ class Engine:
             )
         with self._changed:
             self._check_open()
-            if self._scheduler.full:
-                waiting = len(self._scheduler.waiting)
-                raise OverloadedError(f"the decoder has {waiting} requests waiting", self._retry_after_ms())
+            self._scheduler.check(tenant, self._retry_after_ms())
 
     def submit(self, request: GenerationRequest, sink: EventSink) -> Sequence:
         """Take a request in; its events go to ``sink``, the last one has a finish or an error.
@@ -167,7 +165,7 @@ class Engine:
         """
         if not request.token_ids:
             raise InvalidRequestError("final_token_ids", "must hold at least one token")
-        self.check(request.prompt_slots, request.sampling.max_tokens)
+        self.check(request.prompt_slots, request.sampling.max_tokens, request.tenant)
         sequence = Sequence(request, self._new_detokenizer(), sink, self._clock())
         with self._changed:
             self._check_open()

@@ -44,6 +44,7 @@ def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Se
         max_waiting=decoder.max_waiting,
         max_batch_tokens=decoder.max_batch_tokens,
         slots=decoder.slots,
+        several_tenants=settings.gateway.asks_for_keys,
     )
     detokenizers = detokenizer_factory(bundle.load_tokenizer(), bundle.template.answer_prefix)
     engine = Engine(model, limits, detokenizers, threads=decoder.threads)

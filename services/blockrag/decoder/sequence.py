@@ -37,6 +37,8 @@ class GenerationRequest:
     """On the engine's clock (``time.monotonic``), in seconds."""
     released: Callable[[], None] = field(default=_nothing, repr=False)
     """Called once, from the engine's thread, when the engine no longer uses ``blocks``. Not when submit refuses."""
+    tenant: str = ""
+    """Whose it is: tenants take turns."""
 
     @property
     def prompt_slots(self) -> int:

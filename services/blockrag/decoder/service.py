@@ -76,7 +76,7 @@ class DecodeService:
         """
         deadline = _deadline(request.context.deadline_unix_ms)
         prompt = read_prompt(request, self._keys, self._model.vocab_size, self._model.chunk_tokens)
-        self._engine.check(prompt.slots, prompt.sampling.max_tokens)
+        self._engine.check(prompt.slots, prompt.sampling.max_tokens, request.context.tenant)
         started = time.monotonic()
         loaded = await self._load(request, prompt, deadline)
         fetch_seconds = time.monotonic() - started
@@ -90,6 +90,7 @@ class DecodeService:
                 blocks=composed.blocks,
                 token_ids=prompt.token_ids,
                 sampling=prompt.sampling,
+                tenant=request.context.tenant,
                 deadline=deadline,
                 released=partial(self._loader.release, loaded),
             )

@@ -12,7 +12,7 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from blockrag.access import Access
+from blockrag.access import Access, Caller, show_own
 from blockrag.encoder.pool import EncoderPool
 from blockrag.grpc_status import rpc
 from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
@@ -40,10 +40,16 @@ class Encoder:
 
     @rpc
     async def GetEncoderStatus(
-        self, request: encoder_pb2.GetEncoderStatusRequest, grpc_context: RayServegRPCContext | None = None
+        self,
+        request: encoder_pb2.GetEncoderStatusRequest,
+        grpc_context: RayServegRPCContext | None = None,
+        *,
+        caller: Caller,
     ) -> encoder_pb2.GetEncoderStatusResponse:
-        """Describes a replica."""
-        return cast("encoder_pb2.GetEncoderStatusResponse", await self._pool.status.remote())
+        """Describes a replica, as far as the caller may see."""
+        status = cast("encoder_pb2.GetEncoderStatusResponse", await self._pool.status.remote())
+        show_own(status, caller)
+        return status
 
 
 def build(args: dict[str, str]) -> Application:

@@ -22,19 +22,19 @@ from blockrag.configured import configured_bundle
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.gateway import remote, validation
-from blockrag.gateway.admission import Admission
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import count_answer, observed, request_context
 from blockrag.gateway.planning import NearPlanner
+from blockrag.gateway.quotas import Quotas
 from blockrag.gateway.spool import receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.gateway.warming import ALL_FORMS, Warming
 from blockrag.grpc_status import rpc
 from blockrag.ingest.parser_pool import ParserPool
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
-from blockrag.settings import GatewaySettings, Settings, load_application_settings
+from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import metrics, read_trace, setup_telemetry, trace_directory
 from blockrag.v1 import corpus_pb2, rag_pb2, system_pb2
 
@@ -62,11 +62,7 @@ class Gateway:
         self._limits = limits
         self._ability = CompressionAbility.of(bundle)
         self._trace_directory = trace_directory(settings)
-        self._answers = Admission("answers are in progress", limits.max_inflight)
-        self._ingests = Admission(
-            "documents are being received", limits.max_uploads, _share(limits.max_uploads, limits)
-        )
-        self._warmings = Admission("warmings are under way", limits.max_warmings, _share(limits.max_warmings, limits))
+        self._quotas = Quotas(limits, self.access.limits)
         passages = PassageTokenizer(tokenizer, bundle.template, _REMEMBERED_PASSAGES)
         drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
         planner = Planner(passages, bundle.max_context_tokens, self._ability, drafts)
@@ -104,6 +100,7 @@ class Gateway:
             bundle_name=bundle.name,
             bundle_fingerprint=bundle.fingerprint,
             max_positions=bundle.max_context_tokens,
+            quotas=lambda stored: self._quotas.rows(self.access.names(), stored),
         )
 
     @rpc
@@ -117,16 +114,17 @@ class Gateway:
             question = validation.check_generate(request, self._limits, self._ability)
             deadline = Deadline(question.timeout_ms)
             context.deadline_unix_ms = deadline.unix_ms
-            with self._answers.slot():
-                metrics.NUM_REQUESTS_RUNNING.set(self._answers.running, service="gateway")
+            with self._quotas.question(caller.tenant) as metered:
+                metrics.NUM_REQUESTS_RUNNING.set(self._quotas.answers.running, service="gateway")
                 try:
                     async with aclosing(self._answering.answer(question, current, timings, deadline)) as events:
                         async for event in events:
+                            metered.see(event)
                             if event.HasField("completion"):
                                 count_answer(event.completion)
                             yield event
                 finally:
-                    metrics.NUM_REQUESTS_RUNNING.set(self._answers.running - 1, service="gateway")
+                    metrics.NUM_REQUESTS_RUNNING.set(self._quotas.answers.running - 1, service="gateway")
 
     @rpc
     async def Retrieve(
@@ -134,7 +132,7 @@ class Gateway:
     ) -> rag_pb2.RetrieveResponse:
         """Searches without answering."""
         context = request_context(grpc_context, caller.tenant)
-        with observed("RagService", "Retrieve", context) as current, self._answers.slot():
+        with observed("RagService", "Retrieve", context) as current, self._quotas.question(caller.tenant):
             search = validation.check_retrieve(request, self._limits)
             deadline = Deadline(self._limits.max_timeout_ms)
             context.deadline_unix_ms = deadline.unix_ms
@@ -153,7 +151,7 @@ class Gateway:
         max_bytes = self._limits.max_document_mb * 2**20
         with observed("CorpusService", "IngestDocument", context) as current:
             async with refused_gently(request, max_bytes):
-                with self._ingests.slot(caller.tenant):
+                with self._quotas.ingests.slot(caller.tenant):
                     messages = while_it_moves(request, self._limits.upload_idle_s)
                     header = validation.check_header(await receive_header(messages))
                     with closing(await receive_content(messages, max_bytes)) as spool:
@@ -229,7 +227,7 @@ class Gateway:
             collection = validation.check_collection(request.collection)
             document_ids = validation.check_document_ids(request.document_ids)
             progress = self._warming.warm(collection, document_ids, request.pin, current.child_context())
-            with self._warmings.slot(caller.tenant):
+            with self._quotas.warmings.slot(caller.tenant):
                 async with aclosing(progress) as steps:
                     async for step in steps:
                         yield step
@@ -247,10 +245,9 @@ class Gateway:
     ) -> system_pb2.GetTraceResponse:
         """The spans of one of the tenant's requests, as far as this node keeps them."""
         trace_id = validation.check_trace_id(request.trace_id)
-        spans = await asyncio.to_thread(read_trace, self._trace_directory, trace_id)
-        if not caller.operator:
-            # what nobody is named for may be another's
-            spans = [stored for stored in spans if stored.attributes.get("blockrag.tenant") == caller.tenant]
+        # What nobody is named for may be another's.
+        tenant = None if caller.operator else caller.tenant
+        spans = await asyncio.to_thread(read_trace, self._trace_directory, trace_id, tenant)
         if not spans:
             raise NotFoundError(f"no spans of trace {trace_id}: not kept here, not sampled, or not written yet")
         return system_pb2.GetTraceResponse(
@@ -268,11 +265,6 @@ class Gateway:
                 for stored in spans
             ]
         )
-
-
-def _share(places: int, limits: GatewaySettings) -> int:
-    """Most of so many places for one tenant, where there are several."""
-    return max(1, places // 2) if limits.tenants else places
 
 
 def build(args: dict[str, str]) -> Application:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
 
 import blockrag
-from blockrag.access import Caller, show_own_rows
+from blockrag.access import Caller, show_own, show_own_rows
 from blockrag.settings import GatewaySettings
-from blockrag.v1.system_pb2 import DescribeResponse, ServiceHealth
+from blockrag.v1.retriever_pb2 import TenantStored
+from blockrag.v1.system_pb2 import DescribeResponse, ServiceHealth, TenantQuotas
 
 STATUS_TIMEOUT_S = 5.0
 """A service that says nothing for so long counts as unhealthy."""
@@ -33,12 +34,14 @@ class Describing:
     bundle_name: str
     bundle_fingerprint: str
     max_positions: int
+    quotas: Callable[[Iterable[TenantStored]], Iterable[TenantQuotas]]
+    """What all tenants use of their limits, from what they store."""
     timeout_s: float = STATUS_TIMEOUT_S
 
     async def describe(self, caller: Caller) -> DescribeResponse:
         """Never fails for a service that does: it is listed as unhealthy, with the reason.
 
-        Of the tenants' rows a caller who is no operator sees its own.
+        A caller who is no operator sees of it what describes the system, and what is its own.
         """
         response = DescribeResponse(
             version=blockrag.__version__,
@@ -61,7 +64,10 @@ class Describing:
                 getattr(response, health.name).CopyFrom(state)
         if response.HasField("decoder"):
             response.max_positions = response.decoder.max_positions
-        show_own_rows(response.kv_cache.tenants, caller)
+        response.tenants.extend(self.quotas(response.retriever.tenants))
+        show_own_rows(response.tenants, caller)
+        for status in (response.retriever, response.encoder, response.kv_cache, response.decoder):
+            show_own(status, caller)
         return response
 
     async def _ask(self, name: str, status: Awaitable[Any]) -> tuple[Any, ServiceHealth]:

@@ -13,7 +13,7 @@ from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from blockrag.access import Access, Caller, show_own_rows
+from blockrag.access import Access, Caller, show_own
 from blockrag.configured import configured_bundle, configured_keys
 from blockrag.grpc_status import rpc
 from blockrag.kv_cache.remote import APP, shard_group
@@ -59,9 +59,9 @@ class KvCache:
         *,
         caller: Caller,
     ) -> kv_cache_pb2.GetKvCacheStatusResponse:
-        """Sums up the shards that answer in time; of the tenants' rows it shows those that the caller may see."""
+        """Sums up the shards that answer in time, as far as the caller may see."""
         status = status_response(await self._shards.stats(), self._budget_bytes)
-        show_own_rows(status.tenants, caller)
+        show_own(status, caller)
         return status
 
     @rpc

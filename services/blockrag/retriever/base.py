@@ -199,6 +199,13 @@ class VectorIndex(ABC):
         """What is visible in a collection. Raises ``NotFoundError``."""
 
     @abstractmethod
+    async def disk_bytes(self, collection: CollectionId) -> int:
+        """What a collection takes of the engine's disk, staged and removed passages with it as long as they do.
+
+        Where the engine does not tell, an estimate by the number of its points. Raises ``NotFoundError``.
+        """
+
+    @abstractmethod
     async def collections(self, tenant: str | None) -> list[CollectionId]:
         """A tenant's collections, or all of them, sorted."""
 

@@ -6,7 +6,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext
 
-from blockrag.access import Access
+from blockrag.access import Access, Caller, show_own
 from blockrag.grpc_status import rpc
 from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
 from blockrag.retriever.opening import check_settings, open_service
@@ -24,7 +24,7 @@ class Retriever:
         setup_telemetry("retriever", settings)
         self.access = Access(settings)
         torch.set_num_threads(settings.retriever.threads)
-        self._service = open_service(settings)
+        self._service = open_service(settings, self.access.limits)
         await self._service.start()
 
     @rpc
@@ -85,10 +85,16 @@ class Retriever:
 
     @rpc
     async def GetRetrieverStatus(
-        self, request: pb.GetRetrieverStatusRequest, grpc_context: RayServegRPCContext | None = None
+        self,
+        request: pb.GetRetrieverStatusRequest,
+        grpc_context: RayServegRPCContext | None = None,
+        *,
+        caller: Caller,
     ) -> pb.GetRetrieverStatusResponse:
-        """Describes the index."""
-        return await self._service.GetRetrieverStatus(request)
+        """Describes the index, as far as the caller may see."""
+        status = await self._service.GetRetrieverStatus(request)
+        show_own(status, caller)
+        return status
 
 
 def build(args: dict[str, str]) -> Application:

@@ -86,6 +86,9 @@ class EdgeIndex(VectorIndex):
     async def counts(self, collection: CollectionId) -> Counts:
         return await self._call("counts", collection)  # type: ignore[no-any-return]
 
+    async def disk_bytes(self, collection: CollectionId) -> int:
+        return await self._call("disk_bytes", collection)  # type: ignore[no-any-return]
+
     async def collections(self, tenant: str | None) -> list[CollectionId]:
         return await self._call("collections", tenant)  # type: ignore[no-any-return]
 

@@ -8,6 +8,7 @@ from blockrag.errors import SettingsError
 from blockrag.retriever.base import EmbeddingInfo, VectorIndex
 from blockrag.retriever.edge import EdgeIndex
 from blockrag.retriever.embedding import Embedder, find_embedding
+from blockrag.retriever.quotas import LimitsOf, no_limits
 from blockrag.retriever.service import RetrieverService
 from blockrag.settings import Settings
 
@@ -33,8 +34,8 @@ def open_index(settings: Settings, embedding: EmbeddingInfo) -> VectorIndex:
     return EdgeIndex(path, embedding)
 
 
-def open_service(settings: Settings) -> RetrieverService:
-    """Loads the embedding model and opens the index."""
+def open_service(settings: Settings, limits_of: LimitsOf = no_limits) -> RetrieverService:
+    """Loads the embedding model and opens the index. ``limits_of``: what a tenant may store."""
     check_settings(settings)
     embedder = Embedder(find_embedding(settings.retriever.embedding_model))
-    return RetrieverService(open_index(settings, embedder.info), embedder, settings.retriever)
+    return RetrieverService(open_index(settings, embedder.info), embedder, settings.retriever, limits_of)

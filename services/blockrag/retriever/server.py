@@ -9,11 +9,11 @@ what it leaves out of sight has the field ``since`` and is swept.
 from __future__ import annotations
 
 import bisect
-import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http import HTTPStatus
 
 from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
@@ -49,6 +49,7 @@ from blockrag.retriever.server_points import (
     Payload,
     Points,
     any_of,
+    check_version,
     collection_name,
     equals,
     identity_of,
@@ -60,16 +61,12 @@ from blockrag.retriever.server_points import (
 )
 
 _FORMAT = 2
-_OLDEST_SERVER = (1, 16)
-"""The first with conditional updates; an older one would ignore the condition."""
 _TIMEOUT_S = 30
 _ROUNDS = 32
 """Most times that a search or a commit is repeated because documents changed under it."""
 _REMEMBERED_COMMITS = 65_536
 _LISTING_S = 60.0
-_HTTP_NOT_FOUND = 404
-_HTTP_CONFLICT = 409
-_HTTP_REFUSED = (401, 403)
+_REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
 class ServerIndex(VectorIndex):
@@ -214,6 +211,10 @@ class ServerIndex(VectorIndex):
             documents, passages = await points.count(states(fields.DOCUMENT)), await points.count(settled())
             return Counts(documents, passages)
 
+    async def disk_bytes(self, collection: CollectionId) -> int:
+        with self._translated(collection):
+            return await self._points(collection).disk_bytes(self._embedding.dimensions)
+
     async def collections(self, tenant: str | None) -> list[CollectionId]:
         with self._translated(None):
             answer = await self._client.get_collections()
@@ -338,7 +339,7 @@ class ServerIndex(VectorIndex):
                 )
             except (UnexpectedResponse, ValueError) as error:
                 # Another replica may have been faster.
-                if getattr(error, "status_code", _HTTP_CONFLICT) != _HTTP_CONFLICT:
+                if getattr(error, "status_code", HTTPStatus.CONFLICT) != HTTPStatus.CONFLICT:
                     raise
         for field in fields.KEYWORD_FIELDS:
             await self._client.create_payload_index(name, field, models.PayloadSchemaType.KEYWORD, wait=True)
@@ -375,10 +376,7 @@ class ServerIndex(VectorIndex):
         """Refuses a server that would ignore the conditions of changes."""
         if self._server_checked:
             return
-        version = (await self._client.info()).version
-        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST_SERVER:
-            oldest = ".".join(map(str, _OLDEST_SERVER))
-            raise SettingsError(f"the Qdrant server at {self._address} is {version}; at least {oldest} is needed")
+        check_version((await self._client.info()).version, self._address)
         self._server_checked = True
 
     @contextmanager
@@ -386,9 +384,9 @@ class ServerIndex(VectorIndex):
         try:
             yield
         except UnexpectedResponse as error:
-            if error.status_code == _HTTP_NOT_FOUND and collection is not None:
+            if error.status_code == HTTPStatus.NOT_FOUND and collection is not None:
                 raise NotFoundError(unknown_collection(collection)) from error
-            if error.status_code in _HTTP_REFUSED:
+            if error.status_code in _REFUSED:
                 raise UnavailableError(f"the vector store at {self._address} refuses the API key") from error
             raise UnavailableError(f"the vector store at {self._address} failed: {str(error)[:500]}") from error
         except (ResponseHandlingException, ApiException, OSError) as error:

@@ -6,6 +6,7 @@ so it holds whatever other callers do meanwhile.
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from qdrant_client import AsyncQdrantClient, models
 
-from blockrag.errors import InvalidRequestError
+from blockrag.errors import InvalidRequestError, SettingsError
 from blockrag.retriever import payload as fields
 from blockrag.retriever.base import Document, EmbeddedPassage, SearchQuery, SparseVector, too_few_staged
 from blockrag.retriever.filters import AnyTerm, Condition
@@ -24,10 +25,22 @@ from blockrag.retriever.identity import CollectionId
 _PREFIX = "blockrag."
 _NAMESPACE = uuid.UUID("b3c1d6de-52c7-5d0e-8f7f-9a1f6a3a2f11")
 _SCROLL_LIMIT = 1000
+_OLDEST_SERVER = (1, 16)
+"""The first with conditional updates; an older one would ignore the condition."""
+# The server tells nobody what a collection takes of its disk. Its own rule for vectors is 1.5 times four bytes.
+_VECTOR_BYTES = 6
+_PAYLOAD_BYTES = 2048
 _NOTHING = "nothing"
 """The mark that no entry has: an entry conditional on it is written only where there is none."""
 
 Payload = dict[str, Any]
+
+
+def check_version(version: str, address: str) -> None:
+    """Raises ``SettingsError`` for a server that would ignore the conditions of changes."""
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST_SERVER:
+        oldest = ".".join(map(str, _OLDEST_SERVER))
+        raise SettingsError(f"the Qdrant server at {address} is {version}; at least {oldest} is needed")
 
 
 class Points:
@@ -49,6 +62,10 @@ class Points:
             for item in passages
         ]
         await self._client.upsert(self._name, points, wait=True)
+
+    async def disk_bytes(self, dimensions: int) -> int:
+        """About what all points take of the server's disk, with vectors of so many dimensions."""
+        return await self.count(models.Filter()) * (_VECTOR_BYTES * dimensions + _PAYLOAD_BYTES)
 
     async def entries(self, document_ids: Iterable[str]) -> list[Document]:
         """The catalogue's entries of these documents, by id."""

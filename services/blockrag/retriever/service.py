@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
+from blockrag.fairness import Turns
 from blockrag.languages import LANGUAGES
 from blockrag.retriever import messages
-from blockrag.retriever.base import EmbeddedPassage, Passage, SearchQuery, VectorIndex, other_language
+from blockrag.retriever.base import EmbeddedPassage, FoundPassage, Passage, SearchQuery, VectorIndex, other_language
 from blockrag.retriever.embedding import Embedder
-from blockrag.retriever.filters import parse_conditions
+from blockrag.retriever.filters import Condition, parse_conditions
 from blockrag.retriever.identity import CollectionId, check_normalised
+from blockrag.retriever.quotas import LimitsOf, StorageQuotas, no_limits
 from blockrag.retriever.sparse import Bm25, bm25_of
 from blockrag.settings import RetrieverSettings
 from blockrag.telemetry import span
@@ -24,6 +26,8 @@ _logger = logging.getLogger(__name__)
 
 MOST_PASSAGES = 1000
 """A larger ``top_k`` is served with this many candidates."""
+_SEARCHES = 2
+"""Searches at a time: one embeds while another one is in the index."""
 _PAGE = 1000
 _DEFAULT_PAGE = 100
 _SCANNED_DOCUMENTS = 64
@@ -35,10 +39,20 @@ T = TypeVar("T")
 class RetrieverService:
     """Embeds, indexes, searches. Methods carry the names of ``blockrag.v1.RetrieverService``."""
 
-    def __init__(self, index: VectorIndex, embedder: Embedder, settings: RetrieverSettings) -> None:
+    def __init__(
+        self,
+        index: VectorIndex,
+        embedder: Embedder,
+        settings: RetrieverSettings,
+        limits_of: LimitsOf = no_limits,
+    ) -> None:
+        """``limits_of``: what a tenant may store."""
         self._index = index
+        self._quotas = StorageQuotas(index, limits_of)
         self._embedder = embedder
         self._settings = settings
+        # Embedder and index answer one after another: more at a time would wait in them, whoever they are of.
+        self._turns = Turns(_SEARCHES)
         # A question never waits for the passages of an ingest.
         self._query_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-query")
         self._passage_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-passages")
@@ -52,6 +66,13 @@ class RetrieverService:
         check_normalised("query", request.query)
         if not request.top_k:
             raise InvalidRequestError("top_k", "must be at least 1")
+        async with self._turns.turn(collection.tenant):
+            found = await self._search(request, collection, conditions)
+        return retriever_pb2.SearchResponse(passages=[messages.found_message(passage) for passage in found])
+
+    async def _search(
+        self, request: retriever_pb2.SearchRequest, collection: CollectionId, conditions: tuple[Condition, ...]
+    ) -> list[FoundPassage]:
         with span("embed", request.context):
             vector, language = await asyncio.gather(
                 _in(self._query_thread, self._embedder.embed_query, request.query), self._index.language(collection)
@@ -68,27 +89,31 @@ class RetrieverService:
         with span("search", request.context, collection=collection.name, top_k=request.top_k) as current:
             found = await self._index.search(collection, query)
             current.set(passages=len(found))
-        return retriever_pb2.SearchResponse(passages=[messages.found_message(passage) for passage in found])
+        return found
 
     async def AddPassages(self, request: retriever_pb2.AddPassagesRequest) -> retriever_pb2.AddPassagesResponse:
-        """Raises ``InvalidRequestError``, ``UnavailableError``."""
+        """Raises ``InvalidRequestError``, ``UnavailableError``, ``OverloadedError`` for one too many of the tenant."""
         collection = messages.collection_of(request.context, request.collection)
         passages = messages.staged_passages(collection, request)
+        await self._quotas.check(collection, passages[0].document_id)
         language = await self._language(collection, request.language)
         with span("embed_passages", request.context, passages=len(passages)):
             embedded = await _in(self._passage_thread, self._embed, passages, bm25_of(language))
         with span("stage", request.context, collection=collection.name):
-            await self._index.stage(collection, embedded, language)
+            async with self._quotas.storing(collection, passages[0].document_id):
+                await self._index.stage(collection, embedded, language)
         return retriever_pb2.AddPassagesResponse(added=len(embedded))
 
     async def CommitDocument(
         self, request: retriever_pb2.CommitDocumentRequest
     ) -> retriever_pb2.CommitDocumentResponse:
-        """Raises ``InvalidRequestError`` when passages are missing, ``UnavailableError``."""
+        """Raises ``InvalidRequestError`` when passages are missing, ``OverloadedError`` as ``AddPassages`` does,
+        ``UnavailableError``."""
         collection = messages.collection_of(request.context, request.collection)
         document = messages.committed_document(request)
         with span("commit", request.context, collection=collection.name, passages=document.passages):
-            replaced = await self._index.commit(collection, document)
+            async with self._quotas.storing(collection, document.document_id):
+                replaced = await self._index.commit(collection, document)
         return retriever_pb2.CommitDocumentResponse(replaced_version=replaced.version)
 
     async def RemoveDocument(
@@ -152,14 +177,21 @@ class RetrieverService:
         self, request: retriever_pb2.GetRetrieverStatusRequest
     ) -> retriever_pb2.GetRetrieverStatusResponse:
         """Raises ``UnavailableError``."""
-        collections = await self._index.collections(None)
-        counts = [await self._index.counts(collection) for collection in collections]
+        tenants: dict[str, retriever_pb2.TenantStored] = {}
+        for collection in await self._index.collections(None):
+            row = tenants.setdefault(collection.tenant, retriever_pb2.TenantStored(tenant=collection.tenant))
+            counts = await self._index.counts(collection)
+            row.collections += 1
+            row.documents += counts.documents
+            row.passages += counts.passages
+            row.bytes += await self._index.disk_bytes(collection)
         return retriever_pb2.GetRetrieverStatusResponse(
             backend=self._settings.backend,
             embedding_model=self._embedder.files.name,
             dimensions=self._embedder.files.dimensions,
-            collections=len(collections),
-            passages=sum(count.passages for count in counts),
+            collections=sum(row.collections for row in tenants.values()),
+            passages=sum(row.passages for row in tenants.values()),
+            tenants=[tenants[name] for name in sorted(tenants)],
         )
 
     async def start(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from opentelemetry.trace import StatusCode
 
 from blockrag.settings import Settings
 
+TENANT = "blockrag.tenant"
+"""Attribute that says whose a span is."""
 FILE_BYTES = 4 * 2**20
 DIRECTORY_BYTES = 48 * 2**20
 
@@ -87,27 +89,37 @@ class TraceFileExporter(SpanExporter):
         return self._directory / f"{self._service}-{os.getpid()}-{self._number}.jsonl"
 
 
-def read_trace(directory: Path, trace_id: str) -> list[StoredSpan]:
-    """All spans of a trace (32 hex digits) in a directory, in order of their start; empty when there are none."""
-    wanted = trace_id.strip().lower().encode()
+def read_trace(directory: Path, trace_id: str, tenant: str | None = None) -> list[StoredSpan]:
+    """All spans of a trace (32 hex digits) in a directory, in order of their start; empty when there are none.
+
+    ``tenant``: only those that name it. It takes as long whether others' spans are there or not.
+    """
+    wanted = trace_id.strip().lower()
+    owner = b"" if tenant is None else b'"' + TENANT.encode() + b'":"' + tenant.encode() + b'"'
     found: list[StoredSpan] = []
     for path in directory.glob("*.jsonl"):
         try:
             content = path.read_bytes()
         except OSError:  # deleted by the rotation meanwhile
             continue
-        if wanted not in content:
-            continue
-        for line in content.splitlines():
-            if wanted not in line:
+        for line in _lines_with(content, wanted.encode()):
+            if owner not in line:
                 continue
             try:
                 stored = StoredSpan(**json.loads(line))
             except (ValueError, TypeError):  # the last line while it is being written
                 continue
-            if stored.trace_id == trace_id.strip().lower():
+            if stored.trace_id == wanted and tenant in (None, stored.attributes.get(TENANT)):
                 found.append(stored)
     return sorted(found, key=lambda stored: (stored.start_unix_ns, stored.end_unix_ns))
+
+
+def _lines_with(content: bytes, wanted: bytes) -> Iterator[bytes]:
+    end = 0
+    while wanted and (place := content.find(wanted, end)) >= 0:
+        start, end = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place)
+        end = len(content) if end < 0 else end
+        yield content[start:end]
 
 
 def _line(span: ReadableSpan, service: str) -> bytes:

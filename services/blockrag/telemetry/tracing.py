@@ -15,6 +15,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
+from blockrag.telemetry.trace_files import TENANT
 from blockrag.traceparent import TRACEPARENT
 from blockrag.v1.common_pb2 import RequestContext
 
@@ -80,7 +81,7 @@ def span(
         if context is not None and context.request_id:
             inner.set_attribute("blockrag.request_id", context.request_id)
         if context is not None and context.tenant:  # by it a tenant is shown its own spans
-            inner.set_attribute("blockrag.tenant", context.tenant)
+            inner.set_attribute(TENANT, context.tenant)
         inner.set_attributes(_named(attributes))
     try:
         yield Span(inner, context)

@@ -187,15 +187,31 @@ class GetRetrieverStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetRetrieverStatusResponse(_message.Message):
-    __slots__ = ("backend", "embedding_model", "dimensions", "collections", "passages")
+    __slots__ = ("backend", "embedding_model", "dimensions", "collections", "passages", "tenants")
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_MODEL_FIELD_NUMBER: _ClassVar[int]
     DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
     COLLECTIONS_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
     backend: str
     embedding_model: str
     dimensions: int
     collections: int
     passages: int
-    def __init__(self, backend: _Optional[str] = ..., embedding_model: _Optional[str] = ..., dimensions: _Optional[int] = ..., collections: _Optional[int] = ..., passages: _Optional[int] = ...) -> None: ...
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantStored]
+    def __init__(self, backend: _Optional[str] = ..., embedding_model: _Optional[str] = ..., dimensions: _Optional[int] = ..., collections: _Optional[int] = ..., passages: _Optional[int] = ..., tenants: _Optional[_Iterable[_Union[TenantStored, _Mapping]]] = ...) -> None: ...
+
+class TenantStored(_message.Message):
+    __slots__ = ("tenant", "collections", "documents", "passages", "bytes")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIONS_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    PASSAGES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    collections: int
+    documents: int
+    passages: int
+    bytes: int
+    def __init__(self, tenant: _Optional[str] = ..., collections: _Optional[int] = ..., documents: _Optional[int] = ..., passages: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...

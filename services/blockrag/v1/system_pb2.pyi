@@ -15,7 +15,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("version", "bundle_fingerprint", "bundle_name", "max_positions", "max_top_k", "max_question_chars", "max_document_bytes", "services", "retriever", "encoder", "kv_cache", "decoder")
+    __slots__ = ("version", "bundle_fingerprint", "bundle_name", "max_positions", "max_top_k", "max_question_chars", "max_document_bytes", "services", "retriever", "encoder", "kv_cache", "decoder", "tenants")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class DescribeResponse(_message.Message):
     ENCODER_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_FIELD_NUMBER: _ClassVar[int]
     DECODER_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
     version: str
     bundle_fingerprint: str
     bundle_name: str
@@ -40,7 +41,26 @@ class DescribeResponse(_message.Message):
     encoder: _encoder_pb2.GetEncoderStatusResponse
     kv_cache: _kv_cache_pb2.GetKvCacheStatusResponse
     decoder: _decoder_pb2.GetDecoderStatusResponse
-    def __init__(self, version: _Optional[str] = ..., bundle_fingerprint: _Optional[str] = ..., bundle_name: _Optional[str] = ..., max_positions: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_question_chars: _Optional[int] = ..., max_document_bytes: _Optional[int] = ..., services: _Optional[_Iterable[_Union[ServiceHealth, _Mapping]]] = ..., retriever: _Optional[_Union[_retriever_pb2.GetRetrieverStatusResponse, _Mapping]] = ..., encoder: _Optional[_Union[_encoder_pb2.GetEncoderStatusResponse, _Mapping]] = ..., kv_cache: _Optional[_Union[_kv_cache_pb2.GetKvCacheStatusResponse, _Mapping]] = ..., decoder: _Optional[_Union[_decoder_pb2.GetDecoderStatusResponse, _Mapping]] = ...) -> None: ...
+    tenants: _containers.RepeatedCompositeFieldContainer[TenantQuotas]
+    def __init__(self, version: _Optional[str] = ..., bundle_fingerprint: _Optional[str] = ..., bundle_name: _Optional[str] = ..., max_positions: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_question_chars: _Optional[int] = ..., max_document_bytes: _Optional[int] = ..., services: _Optional[_Iterable[_Union[ServiceHealth, _Mapping]]] = ..., retriever: _Optional[_Union[_retriever_pb2.GetRetrieverStatusResponse, _Mapping]] = ..., encoder: _Optional[_Union[_encoder_pb2.GetEncoderStatusResponse, _Mapping]] = ..., kv_cache: _Optional[_Union[_kv_cache_pb2.GetKvCacheStatusResponse, _Mapping]] = ..., decoder: _Optional[_Union[_decoder_pb2.GetDecoderStatusResponse, _Mapping]] = ..., tenants: _Optional[_Iterable[_Union[TenantQuotas, _Mapping]]] = ...) -> None: ...
+
+class TenantQuotas(_message.Message):
+    __slots__ = ("tenant", "quotas")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    QUOTAS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    quotas: _containers.RepeatedCompositeFieldContainer[Quota]
+    def __init__(self, tenant: _Optional[str] = ..., quotas: _Optional[_Iterable[_Union[Quota, _Mapping]]] = ...) -> None: ...
+
+class Quota(_message.Message):
+    __slots__ = ("name", "used", "limit")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    used: int
+    limit: int
+    def __init__(self, name: _Optional[str] = ..., used: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
 
 class ServiceHealth(_message.Message):
     __slots__ = ("name", "healthy", "detail", "milliseconds")

@@ -5,7 +5,7 @@ import pytest
 from blockrag.cli.system import _print_status
 from blockrag.client_messages import description
 from blockrag.v1.kv_cache_pb2 import DiskUsage, GetKvCacheStatusResponse
-from blockrag.v1.system_pb2 import DescribeResponse
+from blockrag.v1.system_pb2 import DescribeResponse, Quota, TenantQuotas
 
 MIB = 2**20
 
@@ -31,3 +31,14 @@ def test_a_disk_that_cannot_be_used_is_its_warning_alone(capsys: pytest.CaptureF
 
 def test_without_an_answer_of_the_cache_there_is_a_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert "object store cache 0 blocks" in shown(None, capsys)
+
+
+def test_what_tenants_use_of_their_limits_is_shown_where_there_are_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    limited = TenantQuotas(tenant="acme", quotas=[Quota(name="documents", used=7, limit=10), Quota(name="uploads")])
+    _print_status(description(DescribeResponse(tenants=[limited])))
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("acme", "documents", "7", "10", "uploads", "-"))
+    _print_status(
+        description(DescribeResponse(tenants=[TenantQuotas(tenant="public", quotas=[Quota(name="uploads")])]))
+    )
+    assert "public" not in capsys.readouterr().out

@@ -7,14 +7,18 @@ from blockrag.errors import UnavailableError
 from blockrag.gateway.describing import Describing
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import compressor_pb2, decoder_pb2, encoder_pb2, kv_cache_pb2, retriever_pb2
-from blockrag.v1.system_pb2 import DescribeResponse
+from blockrag.v1.system_pb2 import DescribeResponse, TenantQuotas
 
 from .fakes import forever
 
 
 class Retriever:
     async def status(self) -> retriever_pb2.GetRetrieverStatusResponse:
-        return retriever_pb2.GetRetrieverStatusResponse(backend="edge", passages=7)
+        rows = [
+            retriever_pb2.TenantStored(tenant=name, collections=1, passages=passages)
+            for name, passages in (("acme", 2), ("umbrella", 5))
+        ]
+        return retriever_pb2.GetRetrieverStatusResponse(backend="edge", collections=2, passages=7, tenants=rows)
 
 
 class Encoder:
@@ -38,7 +42,9 @@ class Decoder:
         self._fingerprint = fingerprint
 
     async def status(self) -> decoder_pb2.GetDecoderStatusResponse:
-        return decoder_pb2.GetDecoderStatusResponse(bundle_fingerprint=self._fingerprint, max_positions=4096)
+        return decoder_pb2.GetDecoderStatusResponse(
+            bundle_fingerprint=self._fingerprint, max_positions=4096, running=3, generated_tokens=77
+        )
 
 
 class Compressor:
@@ -67,6 +73,7 @@ async def describe(
         bundle_name="reader",
         bundle_fingerprint="f00d",
         max_positions=99,
+        quotas=lambda stored: [TenantQuotas(tenant=row.tenant) for row in stored],
         timeout_s=0.05,
     )
     return await describing.describe(caller)
@@ -102,3 +109,21 @@ async def test_a_tenant_is_shown_its_own_row_and_an_operator_all() -> None:
         for caller in (Caller("acme"), Caller("nobody"), Caller("acme", operator=True), THE_SYSTEM)
     ]
     assert rows == [["acme"], [], ["acme", "umbrella"], ["acme", "umbrella"]]
+
+
+async def test_of_sums_over_all_tenants_a_tenant_is_shown_its_own() -> None:
+    seen = await describe(SharedCache(), caller=Caller("acme"))
+
+    assert (seen.retriever.backend, seen.retriever.collections, seen.retriever.passages) == ("edge", 1, 2)
+    assert [row.tenant for row in seen.retriever.tenants] == ["acme"]
+    assert seen.kv_cache.blocks == 3
+    assert (seen.decoder.max_positions, seen.decoder.running, seen.decoder.generated_tokens) == (4096, 0, 0)
+    assert [row.tenant for row in seen.tenants] == ["acme"]
+
+    stranger = await describe(SharedCache(), caller=Caller("nobody"))
+    assert (stranger.retriever.collections, stranger.retriever.passages, stranger.kv_cache.blocks) == (0, 0, 0)
+    assert not stranger.tenants
+
+    everything = await describe(SharedCache(), caller=Caller("acme", operator=True))
+    assert (everything.retriever.passages, everything.kv_cache.blocks, everything.decoder.running) == (7, 6, 3)
+    assert [row.tenant for row in everything.tenants] == ["acme", "umbrella"]

@@ -70,6 +70,16 @@ async def test_staged_passages_are_invisible_until_their_document_is_committed(i
     assert await index.counts(HOME) == Counts(1, 2)
 
 
+async def test_a_collection_takes_room_on_a_disk(index: VectorIndex) -> None:
+    await ingest(index, "a", "v1", 2)
+    small = await index.disk_bytes(HOME)
+    await ingest(index, "b", "v1", 200)
+    assert 0 < small < await index.disk_bytes(HOME)
+    await index.remove_collection(HOME)
+    with pytest.raises(NotFoundError):
+        await index.disk_bytes(HOME)
+
+
 async def test_a_passage_comes_back_as_it_was(index: VectorIndex) -> None:
     metadata = {
         "lang": "en",

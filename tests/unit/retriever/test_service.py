@@ -219,6 +219,9 @@ async def test_status(service: RetrieverService) -> None:
 
     assert (status.backend, status.embedding_model, status.dimensions) == ("edge", "all-MiniLM-L6-v2", 384)
     assert (status.collections, status.passages) == (1, 5)
+    (row,) = status.tenants
+    assert (row.tenant, row.collections, row.documents, row.passages) == ("public", 1, 3, 5)
+    assert row.bytes > 5 * 384 * 4
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockrag.settings import Settings
+from blockrag.settings import ClusterSettings, Settings
 from blockrag.telemetry import (
     new_traceparent,
     read_trace,
@@ -153,3 +153,21 @@ def test_files_are_bounded_and_a_torn_line_is_skipped(tmp_path: Path, settings: 
     (directory / "torn.jsonl").write_text(torn)
     assert len(read_trace(directory, trace_id)) == 1
     assert read_trace(tmp_path / "missing", trace_id) == []
+
+
+def test_of_a_trace_a_tenant_is_given_its_own_spans(tmp_path: Path) -> None:
+    settings = Settings(cluster=ClusterSettings(state_dir=str(tmp_path)))
+    directory = trace_directory(settings)
+    directory.mkdir(parents=True)
+    rows = [
+        {"trace_id": "f" * 32, "span_id": str(number), "attributes": {"blockrag.tenant": tenant, "text": text}}
+        for number, (tenant, text) in enumerate(
+            [("acme", ""), ("umbrella", '"blockrag.tenant":"acme"'), ("umbrella", ""), ("acme", "x")]
+        )
+    ]
+    spare = {"parent_span_id": "", "name": "n", "service": "s", "start_unix_ns": 1, "end_unix_ns": 2}
+    lines = [json.dumps({**spare, **row}, separators=(",", ":")) for row in rows]
+    (directory / "gateway-1-0.jsonl").write_text("\n".join(lines))
+    assert [each.span_id for each in read_trace(directory, "f" * 32, tenant="acme")] == ["0", "3"]
+    assert len(read_trace(directory, "f" * 32)) == 4
+    assert read_trace(directory, "f" * 32, tenant="nobody") == []
