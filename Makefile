@@ -24,9 +24,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 clients: .venv-clients/.installed ## Install clients that are not ours, which tests of HTTP use; apart, since they bring a hundred packages.
 
-.venv-clients/.installed: tests/integration/clients/requirements.txt
+.venv-clients/.installed: tests/integration/clients/requirements.txt examples/package.json
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet --requirement tests/integration/clients/requirements.txt
+	if command -v npm > /dev/null; then npm install --prefix examples --no-package-lock --no-audit --no-fund --silent; fi
 	touch .venv-clients/.installed
 
 services: $(STAMP) ## Write the registry's applications (services/blockrag/services.py) into cluster/ and k8s/.

@@ -1,4 +1,4 @@
-// Ask from Node.js, with what every gRPC client has: npm install @grpc/grpc-js @grpc/proto-loader
+// Ask from Node.js, with what every gRPC client has. npm install --prefix examples, then:
 // node examples/ask.mjs QUESTION [COLLECTION] [HOST:PORT]
 import grpc from "@grpc/grpc-js";
 import protoLoader from "@grpc/proto-loader";

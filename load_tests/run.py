@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.target:
         return _ask(options.target, options, locust_options)
 
-    settings = _own_settings(load_settings(options.settings), options.out / "state")
+    settings = own_settings(load_settings(options.settings), options.out / "state")
     with LocalSystem.start(settings, on_progress=_say, owned=True) as system:
         key = settings.gateway.tenants[0].api_key if settings.gateway.tenants else ""
         asyncio.run(_prepare(system.target, key, options.seed, options.hot_articles))
@@ -84,7 +84,7 @@ def _ask(target: str, options: argparse.Namespace, locust_options: Sequence[str]
     return code
 
 
-def _own_settings(settings: Settings, state: Path) -> Settings:
+def own_settings(settings: Settings, state: Path) -> Settings:
     """The settings with an empty state directory and free ports, so that a system in use is left alone."""
     shutil.rmtree(state, ignore_errors=True)
     changes = {"state_dir": str(state.resolve()), "grpc_port": free_port(), "http_port": free_port()}

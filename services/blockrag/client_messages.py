@@ -13,6 +13,7 @@ from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, O
 from blockrag.metadata import check_number, metadata_of, struct_of
 from blockrag.results import (
     AttentionModeName,
+    BlockSlots,
     ChunkFormName,
     Citation,
     CitedChunk,
@@ -233,6 +234,8 @@ def description(message: system_pb2.DescribeResponse) -> Description:
         encoder=_fields(message.encoder),
         kv_cache=_fields(message.kv_cache),
         decoder=_fields(message.decoder),
+        chunk_tokens=message.chunk_tokens,
+        compresses_chunks=message.compresses_chunks,
         tenants=tuple(map(_fields, message.tenants)),
     )
 
@@ -281,6 +284,7 @@ def _completion(message: rag_pb2.GenerateResponse) -> Completion:
                     for chunk in item.chunks
                 ),
                 also_in=_holders(item.also_in),
+                slots=_slots(item.slots),
             )
             for item in done.citations
         ),
@@ -303,6 +307,8 @@ def _completion(message: rag_pb2.GenerateResponse) -> Completion:
         bundle_fingerprint=done.bundle_fingerprint,
         attention_mode=cast(AttentionModeName, _name(common_pb2.AttentionMode, done.attention_mode, "ATTENTION_MODE_")),
         trace_id=done.trace_id,
+        instruction_slots=_slots(done.instruction_slots),
+        turn_slots=tuple(map(_slots, done.turn_slots)),
     )
 
 
@@ -332,6 +338,10 @@ def _value(key: str, value: Any) -> Value:
         raise InvalidRequestError("filter", f"a value of {key!r} is a {kind}; give text, numbers, true or false")
     check_number(value, "filter", f"a value of {key!r}")
     return Value(number_value=value)
+
+
+def _slots(message: common_pb2.BlockSlots) -> BlockSlots:
+    return BlockSlots(message.l1, message.store, message.disk, message.encoded)
 
 
 def _holders(messages: Iterable[common_pb2.PassageHolder]) -> tuple[PassageHolder, ...]:

@@ -71,6 +71,18 @@ class CitedChunk:
 
 
 @dataclass(frozen=True)
+class BlockSlots:
+    """Slots of one block in a prompt, by where they were found."""
+
+    l1: int = 0
+    """In the decoder's own memory."""
+    store: int = 0
+    disk: int = 0
+    encoded: int = 0
+    """For this request."""
+
+
+@dataclass(frozen=True)
 class Citation:
     """What of one retrieved passage was in the prompt."""
 
@@ -86,6 +98,8 @@ class Citation:
     chunks: tuple[CitedChunk, ...]
     also_in: tuple[PassageHolder, ...] = ()
     """The other documents that hold the same text."""
+    slots: BlockSlots = BlockSlots()
+    """Its slots in the prompt; none where it is not composed from cached blocks."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,10 @@ class Completion:
     bundle_fingerprint: str
     attention_mode: AttentionModeName
     trace_id: str
+    instruction_slots: BlockSlots = BlockSlots()
+    """Of the template's own instructions."""
+    turn_slots: tuple[BlockSlots, ...] = ()
+    """Of the caller's instructions, if there are any, and of each turn."""
 
 
 @dataclass(frozen=True)
@@ -275,6 +293,10 @@ class Description:
     encoder: Mapping[str, Any]
     kv_cache: Mapping[str, Any]
     decoder: Mapping[str, Any]
+    chunk_tokens: int = 0
+    """Tokens of a chunk: the highest rate of a compression."""
+    compresses_chunks: bool = False
+    """False: a compression leaves whole passages out."""
     tenants: tuple[Mapping[str, Any], ...] = ()
     """Fields of TenantQuotas: what the caller, or for an operator everybody, uses of its limits."""
 

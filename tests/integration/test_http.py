@@ -185,3 +185,13 @@ async def test_a_key_decides_the_tenant(guarded: str, http: httpx.AsyncClient, c
     assert [model["id"] for model in models.json()["data"]] == ["blockrag", "blockrag/acme-plans"]
     assert (await http.get("/files/acme-plans/own.txt")).status_code == 404
     assert (await http.delete(f"{guarded}/files/acme-plans/own.txt", headers=right)).status_code == 200
+
+
+def test_the_page_in_a_browser(base_url: str, guarded: str) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    shots = Path(__file__).parents[2] / "out" / "page"
+    addresses = [base_url.removesuffix("v1"), guarded.removesuffix("v1")]
+    page = str(_CLIENTS / "page.py")
+    assert "the page answers" in run("python", page, *addresses, _KEY, chromium, str(shots), seconds=280)

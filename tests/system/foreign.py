@@ -191,6 +191,11 @@ HTTP_CASES: dict[tuple[str, str], Callable[[Names], dict[str, Any]]] = {
     ("GET", "/v1/vector_stores/{collection}/files"): lambda n: {},
     ("GET", "/v1/vector_stores/{collection}/files/{file_id}"): lambda n: {},
     ("DELETE", "/v1/vector_stores/{collection}/files/{file_id}"): lambda n: {},
+    ("GET", "/v1/blockrag/system"): lambda n: {},
+    ("GET", "/v1/blockrag/traces/{trace_id}"): lambda n: {},
+    ("POST", "/v1/blockrag/warm"): lambda n: {
+        "json": {"collection": n.collection, "file_ids": [f"{n.collection}/{n.document}"]}
+    },
 }
 """By method and path of the OpenAPI schema, what is sent."""
 UNGUARDED_PATHS = frozenset({("GET", "/")})
@@ -322,6 +327,7 @@ class Trial:
                 await self._alice_acts(number)
             filled = path.replace("{collection}", names.collection)
             filled = filled.replace("{file_id}", f"{names.collection}/{names.document}")
+            filled = filled.replace("{trace_id}", names.trace_id)
             headers = {"Authorization": f"Bearer {KEYS['mallory']}"}
             answer = await self._http.request(method, filled, headers=headers, **case(names))
             outcomes.append((str(answer.status_code), _without(answer.text, names)))
@@ -389,7 +395,7 @@ def _without(text: str, names: Names) -> str:
     for place, name in enumerate((names.collection, names.document, names.trace_id)):
         text = text.replace(name, f"<{place}>")
     text = re.sub(r"(resp|chatcmpl|msg|rs)[-_][0-9a-f]+", "<id>", text)
-    return re.sub(r'"(created|created_at|completed_at)": ?\d+', "<time>", text)
+    return re.sub(r'"(created|created_at|completed_at|milliseconds)": ?[\d.e-]+', "<time>", text)
 
 
 def _auc(ones: Sequence[float], others: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import stat
 import subprocess
 import sys
@@ -57,6 +58,11 @@ async def _second_life(target: str) -> tuple[Answer, int, set[str], int]:
         return answer, int(cache["misses"]), names, from_disk
 
 
+async def _third_life(target: str) -> Answer:
+    async with BlockragClient(target) as client:
+        return await _ask(client)
+
+
 def _status(target: str, *options: str) -> str:
     command = [sys.executable, "-c", "from blockrag.cli.main import main; main()", "status", "--target", target]
     return subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout
@@ -71,6 +77,7 @@ def test_the_first_answer_after_a_restart_comes_from_disk(small_bundle: Path, tm
     kept = {path: path.stat() for path in block_paths(tmp_path / "blocks")}
     assert len(kept) >= 2, "the instructions and the passage"
     assert {stat.S_IMODE(each.st_mode) for each in kept.values()} == {0o600}
+    shutil.copytree(tmp_path / "index", tmp_path / "backup")
     # Another number of shards finds the same files.
     with LocalSystem.start(_settings(tmp_path, small_bundle, 2), owned=True) as system:
         after, misses, spans, from_disk = asyncio.run(_second_life(system.target))
@@ -85,3 +92,10 @@ def test_the_first_answer_after_a_restart_comes_from_disk(small_bundle: Path, tm
     assert as_json["kv_cache"]["disk"]["hits"] == len(kept)
     # The document is deleted: its file is gone, the instructions' stays.
     assert len(set(block_paths(tmp_path / "blocks"))) == 1
+    # Restored as docs/operations.md says, the document is back, and its block is encoded again.
+    shutil.rmtree(tmp_path / "index")
+    shutil.copytree(tmp_path / "backup", tmp_path / "index")
+    with LocalSystem.start(_settings(tmp_path, small_bundle, 2), owned=True) as system:
+        restored = asyncio.run(_third_life(system.target))
+    assert restored.text == before.text
+    assert restored.completion.usage.encoded_tokens > 0

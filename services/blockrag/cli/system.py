@@ -46,9 +46,11 @@ def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
                 }
             )
         else:
+            page = system.http_url.removesuffix("v1")
             console.out.print(
                 f"ready at {system.target} (gRPC) and {system.http_url} (OpenAI's API); stop it with 'blockrag down'"
             )
+            console.out.print(f"in a browser: {page}")
 
 
 def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,14 +20,12 @@ class ComposedPrompt:
 
     blocks: tuple[Slots, ...]
     """Blocks and slices of blocks, in order."""
-    l1_slots: int
-    """Slots in the prompt whose blocks were in the L1."""
-    store_slots: int
-    """Slots whose blocks came from the object store."""
-    disk_slots: int
-    """Slots whose blocks were read from disk."""
-    encoded_slots: int
-    """Slots whose blocks were encoded for this request."""
+    found: tuple[Mapping[BlockTier, int], ...]
+    """Of each part, its slots in the prompt by where their blocks were found."""
+
+    def slots(self, tier: BlockTier) -> int:
+        """Slots in the prompt whose blocks were found there."""
+        return sum(part[tier] for part in self.found)
 
 
 def compose(parts: Sequence[PromptPart], loaded: LoadedBlocks, chunk_tokens: int) -> ComposedPrompt:
@@ -36,9 +34,11 @@ def compose(parts: Sequence[PromptPart], loaded: LoadedBlocks, chunk_tokens: int
     ``chunk_tokens`` are those of a chunk of the parts that are mixtures.
     """
     slots: list[Slots] = []
-    counts: dict[BlockTier, int] = {"l1": 0, "store": 0, "disk": 0, "encoded": 0}
+    found: list[dict[BlockTier, int]] = []
     blocks = iter(zip(loaded.blocks, loaded.tiers, strict=True))
     for part in parts:
+        counts: dict[BlockTier, int] = {"l1": 0, "store": 0, "disk": 0, "encoded": 0}
+        found.append(counts)
         full = compressed = None
         compressed_slots = part.expanded.count(False)
         if part.full is not None:
@@ -51,4 +51,4 @@ def compose(parts: Sequence[PromptPart], loaded: LoadedBlocks, chunk_tokens: int
             slots += compose_passage(full, compressed, part.expanded, chunk_tokens)
         elif full is not None:
             slots.append(full)
-    return ComposedPrompt(tuple(slots), counts["l1"], counts["store"], counts["disk"], counts["encoded"])
+    return ComposedPrompt(tuple(slots), tuple(found))

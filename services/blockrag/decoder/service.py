@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from blockrag.decoder.blocks import BlockLoader, LoadedBlocks
+from blockrag.decoder.blocks import BlockLoader, BlockTier, LoadedBlocks
 from blockrag.decoder.composing import ComposedPrompt, compose
 from blockrag.decoder.cost import MOST_PREFILL_TOKENS, PrefillMeter
 from blockrag.decoder.engine import Engine
@@ -84,7 +84,7 @@ class DecodeService:
         try:
             composed = compose(prompt.parts, loaded, self._model.chunk_tokens)
             metrics.KV_CACHE_QUERY_TOKENS.inc(prompt.composed_slots, tier="l1")
-            metrics.KV_CACHE_HIT_TOKENS.inc(composed.l1_slots, tier="l1")
+            metrics.KV_CACHE_HIT_TOKENS.inc(composed.slots("l1"), tier="l1")
             generation = GenerationRequest(
                 request_id=request.context.request_id,
                 blocks=composed.blocks,
@@ -208,18 +208,23 @@ def _finished(
             reason=_REASONS[finish.reason],
             usage=common_pb2.Usage(
                 prompt_tokens=prompt.slots,
-                cached_tokens=composed.l1_slots + composed.store_slots + composed.disk_slots,
-                l1_tokens=composed.l1_slots,
-                store_tokens=composed.store_slots,
-                disk_tokens=composed.disk_slots,
-                encoded_tokens=composed.encoded_slots,
+                cached_tokens=composed.slots("l1") + composed.slots("store") + composed.slots("disk"),
+                l1_tokens=composed.slots("l1"),
+                store_tokens=composed.slots("store"),
+                disk_tokens=composed.slots("disk"),
+                encoded_tokens=composed.slots("encoded"),
                 prefill_tokens=len(prompt.token_ids),
                 completion_tokens=finish.completion_tokens,
                 compressed_chunks=sum(part.expanded.count(False) for part in prompt.parts),
             ),
             stages=[common_pb2.StageTime(stage=stage, milliseconds=1000 * seconds) for stage, seconds in times.items()],
+            blocks=[_slots(part) for part in composed.found],
         ),
     )
+
+
+def _slots(found: Mapping[BlockTier, int]) -> common_pb2.BlockSlots:
+    return common_pb2.BlockSlots(l1=found["l1"], store=found["store"], disk=found["disk"], encoded=found["encoded"])
 
 
 def _observe_pace(event: Event, last: float, mode: str) -> float:

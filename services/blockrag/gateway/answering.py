@@ -19,7 +19,7 @@ from blockrag.gateway.planning import ReadPlanMaker, decode_request
 from blockrag.gateway.validation import Question, Search
 from blockrag.grpc_status import as_known_error
 from blockrag.telemetry import Span, request_logger, span, trace_id_of
-from blockrag.v1.common_pb2 import ATTENTION_MODE_NONE, FinishReason, Passage, RequestContext, StageTime
+from blockrag.v1.common_pb2 import ATTENTION_MODE_NONE, BlockSlots, FinishReason, Passage, RequestContext, StageTime
 from blockrag.v1.compressor_pb2 import (
     PlanRequest,
     PlanResponse,
@@ -183,6 +183,7 @@ class Answering:
                 attention_mode=question.attention_mode,
                 trace_id=trace_id_of(current.traceparent),
             )
+            _tell_slots(completion, finish.blocks)
             yield GenerateResponse(request_id=request_id, completion=completion)
 
     def _describe(self, current: Span, finish: DecodeFinish, timings: Timings) -> None:
@@ -366,3 +367,14 @@ def _citations(passages: Sequence[Passage], plan: PlanResponse) -> list[Citation
         )
         for index, (passage, planned) in enumerate(zip(passages, plan.passages, strict=True))
     ]
+
+
+def _tell_slots(completion: Completion, blocks: Sequence[BlockSlots]) -> None:
+    """Says of each block where it was found; ``blocks`` in the order of ``decode_request``, or none."""
+    if not blocks:
+        return
+    completion.instruction_slots.CopyFrom(blocks[0])
+    cited = [citation for citation in completion.citations if citation.in_prompt]
+    for citation, slots in zip(cited, blocks[1:], strict=False):  # the rest are turns
+        citation.slots.CopyFrom(slots)
+    completion.turn_slots.extend(blocks[1 + len(cited) :])

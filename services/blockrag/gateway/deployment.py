@@ -97,9 +97,9 @@ class Gateway:
                 "http": remote.HttpClient(serve.get_app_handle).status,
             },
             limits=limits,
-            bundle_name=bundle.name,
             bundle_fingerprint=bundle.fingerprint,
             max_positions=bundle.max_context_tokens,
+            ability=self._ability,
             quotas=lambda stored: self._quotas.rows(self.access.names(), stored),
         )
 

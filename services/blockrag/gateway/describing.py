@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 import blockrag
 from blockrag.access import Caller, show_own, show_own_rows
+from blockrag.compressor.compression import CompressionAbility
 from blockrag.settings import GatewaySettings
 from blockrag.v1.retriever_pb2 import TenantStored
 from blockrag.v1.system_pb2 import DescribeResponse, ServiceHealth, TenantQuotas
@@ -31,9 +32,9 @@ class Describing:
     services: Mapping[str, AskState]
     """All but the gateway, by name, in the order in which they are listed."""
     limits: GatewaySettings
-    bundle_name: str
     bundle_fingerprint: str
     max_positions: int
+    ability: CompressionAbility
     quotas: Callable[[Iterable[TenantStored]], Iterable[TenantQuotas]]
     """What all tenants use of their limits, from what they store."""
     timeout_s: float = STATUS_TIMEOUT_S
@@ -46,11 +47,13 @@ class Describing:
         response = DescribeResponse(
             version=blockrag.__version__,
             bundle_fingerprint=self.bundle_fingerprint,
-            bundle_name=self.bundle_name,
+            bundle_name=self.ability.bundle_name,
             max_positions=self.max_positions,
             max_top_k=self.limits.max_top_k,
             max_question_chars=self.limits.max_question_chars,
             max_document_bytes=self.limits.max_document_mb * 2**20,
+            chunk_tokens=self.ability.chunk_tokens,
+            compresses_chunks=self.ability.policies is not None,
             services=[ServiceHealth(name="gateway", healthy=True)],
         )
         answers = await asyncio.gather(*(self._ask(name, ask()) for name, ask in self.services.items()))

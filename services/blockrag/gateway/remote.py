@@ -71,8 +71,8 @@ class RemoteService:
         except Exception as error:
             raise self._translated(error) from error
 
-    async def _stream(self, method: str, request: Message, last: str, **context: Any) -> AsyncGenerator[Any, None]:
-        """The messages of a stream, whose last one has the field ``last``."""
+    async def _stream(self, method: str, request: Message, last: str = "", **context: Any) -> AsyncGenerator[Any, None]:
+        """The messages of a stream, whose last one has the field ``last`` where it is named."""
         handle = self._handle or await self._connect()
         if method not in self._streams:  # options make a handle anew, so this one is kept
             self._streams[method] = getattr(handle.options(stream=True, **_TRANSPORT), method)
@@ -80,7 +80,7 @@ class RemoteService:
         finished = False
         try:
             async for response in responses:
-                finished = response.HasField(last)
+                finished = bool(last) and response.HasField(last)
                 yield response
             finished = True
         except Exception as error:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 import blockrag
 from blockrag.access import OnBehalf
-from blockrag.http import chat, documents, responses
+from blockrag.http import chat, documents, responses, static, system
 from blockrag.http.door import Door, Guard
 from blockrag.http.errors import ERROR_RESPONSES, add_handlers
 from blockrag.http.events import Answer, server_sent
@@ -49,7 +49,7 @@ class _Visit:
     call: OnBehalf
 
 
-def _visit(request: Request) -> _Visit:
+async def _visit(request: Request) -> _Visit:  # FastAPI hands what is not async to another thread, for a millisecond
     return _Visit(request.app.state.gateway, request.state.call)
 
 
@@ -60,7 +60,7 @@ _router = APIRouter(prefix="/v1", responses=ERROR_RESPONSES)
 
 
 def build_app(gateway: Gateway, settings: Settings) -> FastAPI:
-    """The application. It takes ``/v1``, ``/openapi.json`` and ``/docs``; the rest is free for others."""
+    """The application. It takes ``/v1``, ``/openapi.json``, ``/docs``, and for the page ``/`` and ``/page``."""
     app = FastAPI(
         title="blockrag",
         version=blockrag.__version__,
@@ -71,6 +71,7 @@ def build_app(gateway: Gateway, settings: Settings) -> FastAPI:
     add_handlers(app)
     app.add_middleware(Guard, door=Door(settings), max_document_bytes=settings.gateway.max_document_mb * 2**20)
     app.include_router(_router)
+    app.routes.extend(static.routes())
     return app
 
 
@@ -99,7 +100,16 @@ async def list_models(visit: Visit) -> dict[str, Any]:
     """The model, alone and with each of the tenant's collections."""
     found = await visit.gateway.list_collections(visit.call)
     names = [MODEL, *(f"{MODEL}/{one.name}" for one in found.collections)]
-    data = [{"id": name, "object": "model", "created": 0, "owned_by": "blockrag"} for name in names]
+    data: list[dict[str, Any]] = [
+        {"id": name, "object": "model", "created": 0, "owned_by": "blockrag"} for name in names
+    ]
+    for model, collection in zip(data[1:], found.collections, strict=True):
+        model["blockrag"] = {
+            "collection": collection.name,
+            "documents": collection.documents,
+            "passages": collection.passages,
+            "language": collection.language,
+        }
     return {"object": "list", "data": data}
 
 
@@ -166,3 +176,25 @@ async def delete_store_file(collection: str, file_id: str, visit: Visit) -> dict
     """Removes a document: it belongs to no other collection."""
     await documents.delete(visit.gateway, visit.call, file_id, collection)
     return {"id": file_id, "object": "vector_store.file.deleted", "deleted": True}
+
+
+@_router.get("/blockrag/system")
+async def get_system(visit: Visit) -> dict[str, Any]:
+    """The bundle that answers, the limits of requests, and every service."""
+    return system.system_object(await visit.gateway.describe(visit.call))
+
+
+@_router.get("/blockrag/traces/{trace_id}")
+async def get_trace(trace_id: str, visit: Visit) -> dict[str, Any]:
+    """The spans of a request whose answer named it in ``blockrag.trace_id``. Services write them a moment later,
+    so there may be none yet."""
+    return await system.trace_object(visit.gateway, visit.call, trace_id)
+
+
+@_router.post("/blockrag/warm", responses={200: _SSE})
+async def warm(body: system.WarmBody, visit: Visit) -> Response:
+    """Encodes a collection's passages ahead of time, or those of some of its files."""
+    warming = await system.Warming.begin(visit.gateway.warm(body.to_message(), visit.call))
+    if body.stream:
+        return server_sent(warming.events())
+    return JSONResponse(await warming.finished())

@@ -114,7 +114,7 @@ async def whole(request: ChatRequest, answer: Answer) -> dict[str, Any]:
             {"index": 0, "message": message, "logprobs": None, "finish_reason": _REASONS[completion.finish_reason]}
         ],
         "usage": usage_of(completion.usage),
-        "blockrag": usage_details(completion),
+        "blockrag": usage_details(completion, explain=request.explains),
     }
 
 
@@ -139,7 +139,10 @@ async def chunks(request: ChatRequest, answer: Answer) -> AsyncIterator[str]:
         assert completion is not None
         if opening:
             yield chunk({**opening, "content": ""})
-        more = {"system_fingerprint": completion.bundle_fingerprint, "blockrag": usage_details(completion)}
+        more = {
+            "system_fingerprint": completion.bundle_fingerprint,
+            "blockrag": usage_details(completion, explain=request.explains),
+        }
         yield chunk({}, _REASONS[completion.finish_reason], **more)
         if with_usage:
             yield data({**envelope, "choices": [], "usage": usage_of(completion.usage)})

@@ -98,7 +98,7 @@ def file_object(collection: str, document: corpus_pb2.DocumentSummary | corpus_p
         "status": "processed",
         "expires_at": None,
         "status_details": None,
-        "blockrag": {"collection": collection, "passages": document.passages, "version": document.version},
+        "blockrag": {"collection": collection, **_details(document)},
     }
 
 
@@ -117,6 +117,7 @@ def stored_file_object(
         "last_error": None,
         "attributes": attributes(metadata),
         "chunking_strategy": {"type": "other"},
+        "blockrag": _details(document),
     }
 
 
@@ -241,6 +242,13 @@ async def upload(gateway: Gateway, request: Request, collection: str = "") -> tu
             raise InvalidRequestError("blockrag.metadata", str(error)) from None
         stored = await gateway.ingest(header, _pieces(file), request.headers.get("authorization", ""))
     return header.collection, stored.documents[0]
+
+
+def _details(document: corpus_pb2.DocumentSummary | corpus_pb2.IngestedDocument) -> dict[str, Any]:
+    told: dict[str, Any] = {"passages": document.passages, "version": document.version}
+    if isinstance(document, corpus_pb2.DocumentSummary):
+        return {**told, "title": document.title}
+    return {**told, "outcome": corpus_pb2.IngestOutcome.Name(document.outcome).removeprefix("INGEST_OUTCOME_").lower()}
 
 
 def _within(collection: str, id: str) -> tuple[str, str]:

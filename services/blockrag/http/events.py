@@ -7,11 +7,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
+from google.protobuf.message import Message
 from starlette.responses import StreamingResponse
 
 from blockrag.errors import UnavailableError
 from blockrag.v1 import rag_pb2
-from blockrag.v1.common_pb2 import Passage
+from blockrag.v1.common_pb2 import ChunkForm, Passage
 
 _ENDED_EARLY = "the answer ended without its completion; ask again"
 
@@ -80,27 +81,47 @@ def data(message: dict[str, Any], event: str = "") -> str:
     return f"{name}data: {json.dumps(message, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def usage_details(completion: rag_pb2.Completion) -> dict[str, Any]:
-    """What blockrag says of an answer beyond OpenAI's fields."""
+def usage_details(completion: rag_pb2.Completion, *, explain: bool = False) -> dict[str, Any]:
+    """What blockrag says of an answer beyond OpenAI's fields; ``explain``: of each chunk too."""
     usage = completion.usage
     return {
-        "citations": [
-            {
-                "passage_id": citation.passage_id,
-                "document_id": citation.document_id,
-                "title": citation.title,
-                "tokens": citation.tokens,
-                "in_prompt": citation.in_prompt,
-                "dropped_reason": citation.dropped_reason,
-            }
-            for citation in completion.citations
-        ],
+        "citations": [_citation(citation, explain) for citation in completion.citations],
+        "instruction_slots": fields_of(completion.instruction_slots),
+        "turn_slots": [fields_of(slots) for slots in completion.turn_slots],
         "stages_ms": {stage.stage: round(stage.milliseconds, 3) for stage in completion.stages},
         "time_to_first_token_ms": round(completion.time_to_first_token_ms, 3),
-        "usage": {field.name: getattr(usage, field.name) for field in usage.DESCRIPTOR.fields},
+        "usage": fields_of(usage),
         "seed": completion.seed,
         "trace_id": completion.trace_id,
     }
+
+
+def fields_of(message: Message) -> dict[str, Any]:
+    """Fields of a message of plain values, those that are zero too."""
+    return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+
+
+def _citation(citation: rag_pb2.Citation, explain: bool) -> dict[str, Any]:
+    told = {
+        "passage_id": citation.passage_id,
+        "document_id": citation.document_id,
+        "title": citation.title,
+        "tokens": citation.tokens,
+        "slots": fields_of(citation.slots),
+        "in_prompt": citation.in_prompt,
+        "dropped_reason": citation.dropped_reason,
+    }
+    if explain:
+        told["chunks"] = [
+            {
+                "start_token": chunk.start_token,
+                "end_token": chunk.end_token,
+                "form": ChunkForm.Name(chunk.form).removeprefix("CHUNK_FORM_").lower(),
+                "text": chunk.text,
+            }
+            for chunk in citation.chunks
+        ]
+    return told
 
 
 def file_id(collection: str, document_id: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Protocol
 
 import grpc
@@ -10,7 +11,7 @@ import grpc
 from blockrag.access import OnBehalf
 from blockrag.client_calls import translated
 from blockrag.gateway.remote import FindHandle, RemoteService
-from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2
+from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2, system_pb2
 
 
 class Gateway(Protocol):
@@ -48,6 +49,18 @@ class Gateway(Protocol):
         """Removes a document, its passages and their KV."""
         ...
 
+    def warm(self, request: corpus_pb2.WarmRequest, call: OnBehalf) -> AsyncGenerator[corpus_pb2.WarmResponse, None]:
+        """Encodes passages ahead of time and says how far it is; closing the stream stops the work."""
+        ...
+
+    async def describe(self, call: OnBehalf) -> system_pb2.DescribeResponse:
+        """The bundle, the limits and every service's state."""
+        ...
+
+    async def trace(self, trace_id: str, call: OnBehalf) -> system_pb2.GetTraceResponse:
+        """The spans of one request."""
+        ...
+
 
 class RemoteGateway(RemoteService):
     """The gateway behind its deployment's handle, and for uploads behind the node's own gRPC port."""
@@ -64,12 +77,9 @@ class RemoteGateway(RemoteService):
         self, request: rag_pb2.GenerateRequest, call: OnBehalf
     ) -> AsyncGenerator[rag_pb2.GenerateResponse, None]:
         """Streams an answer."""
-        events = self._stream("Generate", request, "completion", grpc_context=call)
-        try:
+        async with aclosing(self._stream("Generate", request, "completion", grpc_context=call)) as events:
             async for event in events:
                 yield event
-        finally:
-            await events.aclose()
 
     async def retrieve(self, request: rag_pb2.RetrieveRequest, call: OnBehalf) -> rag_pb2.RetrieveResponse:
         """Searches without answering."""
@@ -110,3 +120,20 @@ class RemoteGateway(RemoteService):
     ) -> corpus_pb2.DeleteDocumentResponse:
         """Removes a document."""
         return await self._call("DeleteDocument", request, grpc_context=call)  # type: ignore[no-any-return]
+
+    async def warm(
+        self, request: corpus_pb2.WarmRequest, call: OnBehalf
+    ) -> AsyncGenerator[corpus_pb2.WarmResponse, None]:
+        """Encodes passages ahead of time."""
+        async with aclosing(self._stream("Warm", request, grpc_context=call)) as steps:
+            async for step in steps:
+                yield step
+
+    async def describe(self, call: OnBehalf) -> system_pb2.DescribeResponse:
+        """The running system."""
+        return await self._call("Describe", system_pb2.DescribeRequest(), grpc_context=call)  # type: ignore[no-any-return]
+
+    async def trace(self, trace_id: str, call: OnBehalf) -> system_pb2.GetTraceResponse:
+        """The spans of one request."""
+        request = system_pb2.GetTraceRequest(trace_id=trace_id)
+        return await self._call("GetTrace", request, grpc_context=call)  # type: ignore[no-any-return]

@@ -152,6 +152,8 @@ class BlockragOptions(Body):
     """Most slots that the passages may take."""
     timeout_ms: int | None = None
     """Gives up after so many milliseconds."""
+    explain: bool | None = None
+    """Say of each passage, chunk by chunk, what was read."""
 
 
 class Answering(Body):
@@ -178,6 +180,11 @@ class Answering(Body):
     service_tier: Unused = None
     parallel_tool_calls: Unused = None
     store: Annotated[bool | None, only(None, False)] = None
+
+    @property
+    def explains(self) -> bool:
+        """Whether the answer is to say what was read of each chunk."""
+        return self.blockrag is not None and bool(self.blockrag.explain)
 
 
 def collection_of(request: Answering) -> str:

@@ -144,7 +144,7 @@ class _Writer:
             "truncation": "disabled",
             "usage": None if completion is None else _usage(completion.usage),
             "user": request.user,
-            **({} if completion is None else {"blockrag": usage_details(completion)}),
+            **({} if completion is None else {"blockrag": usage_details(completion, explain=request.explains)}),
         }
 
     def search(self, status: str) -> dict[str, Any]:

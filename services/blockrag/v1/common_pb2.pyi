@@ -175,6 +175,18 @@ class Usage(_message.Message):
     disk_tokens: int
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., l1_tokens: _Optional[int] = ..., store_tokens: _Optional[int] = ..., encoded_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., compressed_chunks: _Optional[int] = ..., disk_tokens: _Optional[int] = ...) -> None: ...
 
+class BlockSlots(_message.Message):
+    __slots__ = ("l1", "store", "disk", "encoded")
+    L1_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
+    ENCODED_FIELD_NUMBER: _ClassVar[int]
+    l1: int
+    store: int
+    disk: int
+    encoded: int
+    def __init__(self, l1: _Optional[int] = ..., store: _Optional[int] = ..., disk: _Optional[int] = ..., encoded: _Optional[int] = ...) -> None: ...
+
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "seed", "stop")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]

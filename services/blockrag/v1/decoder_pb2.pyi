@@ -32,14 +32,16 @@ class DecodeResponse(_message.Message):
     def __init__(self, text: _Optional[str] = ..., tokens: _Optional[int] = ..., finish: _Optional[_Union[DecodeFinish, _Mapping]] = ...) -> None: ...
 
 class DecodeFinish(_message.Message):
-    __slots__ = ("reason", "usage", "stages")
+    __slots__ = ("reason", "usage", "stages", "blocks")
     REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     reason: _common_pb2.FinishReason
     usage: _common_pb2.Usage
     stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTime]
-    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.StageTime, _Mapping]]] = ...) -> None: ...
+    blocks: _containers.RepeatedCompositeFieldContainer[_common_pb2.BlockSlots]
+    def __init__(self, reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.StageTime, _Mapping]]] = ..., blocks: _Optional[_Iterable[_Union[_common_pb2.BlockSlots, _Mapping]]] = ...) -> None: ...
 
 class GetDecoderStatusRequest(_message.Message):
     __slots__ = ()

@@ -78,7 +78,7 @@ class TextChunk(_message.Message):
     def __init__(self, text: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Citation(_message.Message):
-    __slots__ = ("index", "passage_id", "document_id", "title", "chunks", "tokens", "in_prompt", "dropped_reason", "also_in")
+    __slots__ = ("index", "passage_id", "document_id", "title", "chunks", "tokens", "in_prompt", "dropped_reason", "also_in", "slots")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,7 @@ class Citation(_message.Message):
     IN_PROMPT_FIELD_NUMBER: _ClassVar[int]
     DROPPED_REASON_FIELD_NUMBER: _ClassVar[int]
     ALSO_IN_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
     index: int
     passage_id: str
     document_id: str
@@ -97,10 +98,11 @@ class Citation(_message.Message):
     in_prompt: bool
     dropped_reason: str
     also_in: _containers.RepeatedCompositeFieldContainer[_common_pb2.PassageHolder]
-    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., title: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.ChunkDecision, _Mapping]]] = ..., tokens: _Optional[int] = ..., in_prompt: _Optional[bool] = ..., dropped_reason: _Optional[str] = ..., also_in: _Optional[_Iterable[_Union[_common_pb2.PassageHolder, _Mapping]]] = ...) -> None: ...
+    slots: _common_pb2.BlockSlots
+    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., title: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.ChunkDecision, _Mapping]]] = ..., tokens: _Optional[int] = ..., in_prompt: _Optional[bool] = ..., dropped_reason: _Optional[str] = ..., also_in: _Optional[_Iterable[_Union[_common_pb2.PassageHolder, _Mapping]]] = ..., slots: _Optional[_Union[_common_pb2.BlockSlots, _Mapping]] = ...) -> None: ...
 
 class Completion(_message.Message):
-    __slots__ = ("answer", "citations", "usage", "stages", "finish_reason", "time_to_first_token_ms", "seed", "bundle_fingerprint", "attention_mode", "trace_id")
+    __slots__ = ("answer", "citations", "usage", "stages", "finish_reason", "time_to_first_token_ms", "seed", "bundle_fingerprint", "attention_mode", "trace_id", "instruction_slots", "turn_slots")
     ANSWER_FIELD_NUMBER: _ClassVar[int]
     CITATIONS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +113,8 @@ class Completion(_message.Message):
     BUNDLE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_MODE_FIELD_NUMBER: _ClassVar[int]
     TRACE_ID_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTION_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    TURN_SLOTS_FIELD_NUMBER: _ClassVar[int]
     answer: str
     citations: _containers.RepeatedCompositeFieldContainer[Citation]
     usage: _common_pb2.Usage
@@ -121,7 +125,9 @@ class Completion(_message.Message):
     bundle_fingerprint: str
     attention_mode: _common_pb2.AttentionMode
     trace_id: str
-    def __init__(self, answer: _Optional[str] = ..., citations: _Optional[_Iterable[_Union[Citation, _Mapping]]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.StageTime, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., time_to_first_token_ms: _Optional[float] = ..., seed: _Optional[int] = ..., bundle_fingerprint: _Optional[str] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., trace_id: _Optional[str] = ...) -> None: ...
+    instruction_slots: _common_pb2.BlockSlots
+    turn_slots: _containers.RepeatedCompositeFieldContainer[_common_pb2.BlockSlots]
+    def __init__(self, answer: _Optional[str] = ..., citations: _Optional[_Iterable[_Union[Citation, _Mapping]]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.StageTime, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., time_to_first_token_ms: _Optional[float] = ..., seed: _Optional[int] = ..., bundle_fingerprint: _Optional[str] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., trace_id: _Optional[str] = ..., instruction_slots: _Optional[_Union[_common_pb2.BlockSlots, _Mapping]] = ..., turn_slots: _Optional[_Iterable[_Union[_common_pb2.BlockSlots, _Mapping]]] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
     __slots__ = ("query", "collection", "top_k", "filter")

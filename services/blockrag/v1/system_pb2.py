@@ -28,7 +28,7 @@ from blockrag.v1 import kv_cache_pb2 as blockrag_dot_v1_dot_kv__cache__pb2
 from blockrag.v1 import retriever_pb2 as blockrag_dot_v1_dot_retriever__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62lockrag/v1/system.proto\x12\x0b\x62lockrag.v1\x1a\x19\x62lockrag/v1/decoder.proto\x1a\x19\x62lockrag/v1/encoder.proto\x1a\x1a\x62lockrag/v1/kv_cache.proto\x1a\x1b\x62lockrag/v1/retriever.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xf5\x03\n\x10\x44\x65scribeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x1a\n\x12\x62undle_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0b\x62undle_name\x18\x03 \x01(\t\x12\x15\n\rmax_positions\x18\x04 \x01(\r\x12\x11\n\tmax_top_k\x18\x05 \x01(\r\x12\x1a\n\x12max_question_chars\x18\x06 \x01(\r\x12\x1a\n\x12max_document_bytes\x18\x07 \x01(\x04\x12,\n\x08services\x18\x08 \x03(\x0b\x32\x1a.blockrag.v1.ServiceHealth\x12:\n\tretriever\x18\t \x01(\x0b\x32\'.blockrag.v1.GetRetrieverStatusResponse\x12\x36\n\x07\x65ncoder\x18\n \x01(\x0b\x32%.blockrag.v1.GetEncoderStatusResponse\x12\x37\n\x08kv_cache\x18\x0b \x01(\x0b\x32%.blockrag.v1.GetKvCacheStatusResponse\x12\x36\n\x07\x64\x65\x63oder\x18\x0c \x01(\x0b\x32%.blockrag.v1.GetDecoderStatusResponse\x12*\n\x07tenants\x18\r \x03(\x0b\x32\x19.blockrag.v1.TenantQuotas\"B\n\x0cTenantQuotas\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\"\n\x06quotas\x18\x02 \x03(\x0b\x32\x12.blockrag.v1.Quota\"2\n\x05Quota\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04used\x18\x02 \x01(\x04\x12\r\n\x05limit\x18\x03 \x01(\x04\"T\n\rServiceHealth\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07healthy\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x14\n\x0cmilliseconds\x18\x04 \x01(\x01\"#\n\x0fGetTraceRequest\x12\x10\n\x08trace_id\x18\x01 \x01(\t\"9\n\x10GetTraceResponse\x12%\n\x05spans\x18\x01 \x03(\x0b\x32\x16.blockrag.v1.TraceSpan\"\xfd\x01\n\tTraceSpan\x12\x0f\n\x07span_id\x18\x01 \x01(\t\x12\x16\n\x0eparent_span_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07service\x18\x04 \x01(\t\x12\x15\n\rstart_unix_ns\x18\x05 \x01(\x03\x12\x13\n\x0b\x65nd_unix_ns\x18\x06 \x01(\x03\x12:\n\nattributes\x18\x07 \x03(\x0b\x32&.blockrag.v1.TraceSpan.AttributesEntry\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xa1\x01\n\rSystemService\x12G\n\x08\x44\x65scribe\x12\x1c.blockrag.v1.DescribeRequest\x1a\x1d.blockrag.v1.DescribeResponse\x12G\n\x08GetTrace\x12\x1c.blockrag.v1.GetTraceRequest\x1a\x1d.blockrag.v1.GetTraceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62lockrag/v1/system.proto\x12\x0b\x62lockrag.v1\x1a\x19\x62lockrag/v1/decoder.proto\x1a\x19\x62lockrag/v1/encoder.proto\x1a\x1a\x62lockrag/v1/kv_cache.proto\x1a\x1b\x62lockrag/v1/retriever.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xa6\x04\n\x10\x44\x65scribeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x1a\n\x12\x62undle_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0b\x62undle_name\x18\x03 \x01(\t\x12\x15\n\rmax_positions\x18\x04 \x01(\r\x12\x11\n\tmax_top_k\x18\x05 \x01(\r\x12\x1a\n\x12max_question_chars\x18\x06 \x01(\r\x12\x1a\n\x12max_document_bytes\x18\x07 \x01(\x04\x12,\n\x08services\x18\x08 \x03(\x0b\x32\x1a.blockrag.v1.ServiceHealth\x12:\n\tretriever\x18\t \x01(\x0b\x32\'.blockrag.v1.GetRetrieverStatusResponse\x12\x36\n\x07\x65ncoder\x18\n \x01(\x0b\x32%.blockrag.v1.GetEncoderStatusResponse\x12\x37\n\x08kv_cache\x18\x0b \x01(\x0b\x32%.blockrag.v1.GetKvCacheStatusResponse\x12\x36\n\x07\x64\x65\x63oder\x18\x0c \x01(\x0b\x32%.blockrag.v1.GetDecoderStatusResponse\x12*\n\x07tenants\x18\r \x03(\x0b\x32\x19.blockrag.v1.TenantQuotas\x12\x14\n\x0c\x63hunk_tokens\x18\x0e \x01(\r\x12\x19\n\x11\x63ompresses_chunks\x18\x0f \x01(\x08\"B\n\x0cTenantQuotas\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\"\n\x06quotas\x18\x02 \x03(\x0b\x32\x12.blockrag.v1.Quota\"2\n\x05Quota\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04used\x18\x02 \x01(\x04\x12\r\n\x05limit\x18\x03 \x01(\x04\"T\n\rServiceHealth\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07healthy\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x14\n\x0cmilliseconds\x18\x04 \x01(\x01\"#\n\x0fGetTraceRequest\x12\x10\n\x08trace_id\x18\x01 \x01(\t\"9\n\x10GetTraceResponse\x12%\n\x05spans\x18\x01 \x03(\x0b\x32\x16.blockrag.v1.TraceSpan\"\xfd\x01\n\tTraceSpan\x12\x0f\n\x07span_id\x18\x01 \x01(\t\x12\x16\n\x0eparent_span_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07service\x18\x04 \x01(\t\x12\x15\n\rstart_unix_ns\x18\x05 \x01(\x03\x12\x13\n\x0b\x65nd_unix_ns\x18\x06 \x01(\x03\x12:\n\nattributes\x18\x07 \x03(\x0b\x32&.blockrag.v1.TraceSpan.AttributesEntry\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xa1\x01\n\rSystemService\x12G\n\x08\x44\x65scribe\x12\x1c.blockrag.v1.DescribeRequest\x1a\x1d.blockrag.v1.DescribeResponse\x12G\n\x08GetTrace\x12\x1c.blockrag.v1.GetTraceRequest\x1a\x1d.blockrag.v1.GetTraceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,21 +40,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=152
   _globals['_DESCRIBEREQUEST']._serialized_end=169
   _globals['_DESCRIBERESPONSE']._serialized_start=172
-  _globals['_DESCRIBERESPONSE']._serialized_end=673
-  _globals['_TENANTQUOTAS']._serialized_start=675
-  _globals['_TENANTQUOTAS']._serialized_end=741
-  _globals['_QUOTA']._serialized_start=743
-  _globals['_QUOTA']._serialized_end=793
-  _globals['_SERVICEHEALTH']._serialized_start=795
-  _globals['_SERVICEHEALTH']._serialized_end=879
-  _globals['_GETTRACEREQUEST']._serialized_start=881
-  _globals['_GETTRACEREQUEST']._serialized_end=916
-  _globals['_GETTRACERESPONSE']._serialized_start=918
-  _globals['_GETTRACERESPONSE']._serialized_end=975
-  _globals['_TRACESPAN']._serialized_start=978
-  _globals['_TRACESPAN']._serialized_end=1231
-  _globals['_TRACESPAN_ATTRIBUTESENTRY']._serialized_start=1182
-  _globals['_TRACESPAN_ATTRIBUTESENTRY']._serialized_end=1231
-  _globals['_SYSTEMSERVICE']._serialized_start=1234
-  _globals['_SYSTEMSERVICE']._serialized_end=1395
+  _globals['_DESCRIBERESPONSE']._serialized_end=722
+  _globals['_TENANTQUOTAS']._serialized_start=724
+  _globals['_TENANTQUOTAS']._serialized_end=790
+  _globals['_QUOTA']._serialized_start=792
+  _globals['_QUOTA']._serialized_end=842
+  _globals['_SERVICEHEALTH']._serialized_start=844
+  _globals['_SERVICEHEALTH']._serialized_end=928
+  _globals['_GETTRACEREQUEST']._serialized_start=930
+  _globals['_GETTRACEREQUEST']._serialized_end=965
+  _globals['_GETTRACERESPONSE']._serialized_start=967
+  _globals['_GETTRACERESPONSE']._serialized_end=1024
+  _globals['_TRACESPAN']._serialized_start=1027
+  _globals['_TRACESPAN']._serialized_end=1280
+  _globals['_TRACESPAN_ATTRIBUTESENTRY']._serialized_start=1231
+  _globals['_TRACESPAN_ATTRIBUTESENTRY']._serialized_end=1280
+  _globals['_SYSTEMSERVICE']._serialized_start=1283
+  _globals['_SYSTEMSERVICE']._serialized_end=1444
 # @@protoc_insertion_point(module_scope)

@@ -15,7 +15,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("version", "bundle_fingerprint", "bundle_name", "max_positions", "max_top_k", "max_question_chars", "max_document_bytes", "services", "retriever", "encoder", "kv_cache", "decoder", "tenants")
+    __slots__ = ("version", "bundle_fingerprint", "bundle_name", "max_positions", "max_top_k", "max_question_chars", "max_document_bytes", "services", "retriever", "encoder", "kv_cache", "decoder", "tenants", "chunk_tokens", "compresses_chunks")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,8 @@ class DescribeResponse(_message.Message):
     KV_CACHE_FIELD_NUMBER: _ClassVar[int]
     DECODER_FIELD_NUMBER: _ClassVar[int]
     TENANTS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSES_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     version: str
     bundle_fingerprint: str
     bundle_name: str
@@ -42,7 +44,9 @@ class DescribeResponse(_message.Message):
     kv_cache: _kv_cache_pb2.GetKvCacheStatusResponse
     decoder: _decoder_pb2.GetDecoderStatusResponse
     tenants: _containers.RepeatedCompositeFieldContainer[TenantQuotas]
-    def __init__(self, version: _Optional[str] = ..., bundle_fingerprint: _Optional[str] = ..., bundle_name: _Optional[str] = ..., max_positions: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_question_chars: _Optional[int] = ..., max_document_bytes: _Optional[int] = ..., services: _Optional[_Iterable[_Union[ServiceHealth, _Mapping]]] = ..., retriever: _Optional[_Union[_retriever_pb2.GetRetrieverStatusResponse, _Mapping]] = ..., encoder: _Optional[_Union[_encoder_pb2.GetEncoderStatusResponse, _Mapping]] = ..., kv_cache: _Optional[_Union[_kv_cache_pb2.GetKvCacheStatusResponse, _Mapping]] = ..., decoder: _Optional[_Union[_decoder_pb2.GetDecoderStatusResponse, _Mapping]] = ..., tenants: _Optional[_Iterable[_Union[TenantQuotas, _Mapping]]] = ...) -> None: ...
+    chunk_tokens: int
+    compresses_chunks: bool
+    def __init__(self, version: _Optional[str] = ..., bundle_fingerprint: _Optional[str] = ..., bundle_name: _Optional[str] = ..., max_positions: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_question_chars: _Optional[int] = ..., max_document_bytes: _Optional[int] = ..., services: _Optional[_Iterable[_Union[ServiceHealth, _Mapping]]] = ..., retriever: _Optional[_Union[_retriever_pb2.GetRetrieverStatusResponse, _Mapping]] = ..., encoder: _Optional[_Union[_encoder_pb2.GetEncoderStatusResponse, _Mapping]] = ..., kv_cache: _Optional[_Union[_kv_cache_pb2.GetKvCacheStatusResponse, _Mapping]] = ..., decoder: _Optional[_Union[_decoder_pb2.GetDecoderStatusResponse, _Mapping]] = ..., tenants: _Optional[_Iterable[_Union[TenantQuotas, _Mapping]]] = ..., chunk_tokens: _Optional[int] = ..., compresses_chunks: _Optional[bool] = ...) -> None: ...
 
 class TenantQuotas(_message.Message):
     __slots__ = ("tenant", "quotas")

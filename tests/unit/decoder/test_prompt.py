@@ -117,8 +117,8 @@ def test_a_composed_prompt_has_the_slots_of_its_chunks_in_order(passages: list) 
     loaded = LoadedBlocks(tuple(L1Entry(block, 0.0) for block in residents), tuple(places))
     composed = compose(prompt.parts, loaded, CHUNK)
     assert sum(piece.num_slots for piece in composed.blocks) == prompt.composed_slots
-    counted = (composed.l1_slots, composed.store_slots, composed.disk_slots, composed.encoded_slots)
-    assert sum(counted) == prompt.composed_slots
+    assert sum(map(composed.slots, tiers)) == prompt.composed_slots
+    assert [sum(part.values()) for part in composed.found] == [part.slots for part in prompt.parts]
     # Each slot's value says whose it is and which slot of it.
     found = np.concatenate([piece.slots[0, 0, 0].numpy() for piece in composed.blocks]).astype(int).tolist()
     expected, number = [], 0
@@ -137,7 +137,7 @@ def test_a_composed_prompt_has_the_slots_of_its_chunks_in_order(passages: list) 
     by_tier = dict.fromkeys(tiers, 0)
     for owner, _ in expected:
         by_tier[places[abs(owner) - 1]] += 1
-    assert counted == tuple(by_tier.values())
+    assert {tier: composed.slots(tier) for tier in tiers} == by_tier
 
 
 def test_without_mixtures_the_blocks_are_taken_as_they_are() -> None:

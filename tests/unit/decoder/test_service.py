@@ -106,6 +106,8 @@ async def test_usage_says_where_the_prompt_came_from(decoder: Decoder) -> None:
     assert first.usage.prompt_tokens == second.usage.prompt_tokens == 15
     assert (first.usage.encoded_tokens, first.usage.cached_tokens, first.usage.prefill_tokens) == (11, 0, 4)
     assert (second.usage.encoded_tokens, second.usage.cached_tokens, second.usage.l1_tokens) == (0, 11, 11)
+    assert sum(block.encoded for block in first.blocks) == sum(block.l1 for block in second.blocks) == 11
+    assert [block.encoded for block in first.blocks] == [block.l1 for block in second.blocks]
     assert [stage.stage for stage in second.stages] == ["queue", "kv_fetch", "compose", "prefill", "decode"]
     assert all(stage.milliseconds >= 0 for stage in second.stages)
 

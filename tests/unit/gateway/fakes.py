@@ -17,6 +17,7 @@ from blockrag.v1.common_pb2 import (
     CHUNK_FORM_DROPPED,
     CHUNK_FORM_EXPANDED,
     FINISH_REASON_END,
+    BlockSlots,
     ChunkDecision,
     FinishReason,
     Passage,
@@ -116,9 +117,10 @@ class FakeDecoder:
             if self.finish:
                 usage = Usage(prompt_tokens=50, cached_tokens=40, l1_tokens=40, completion_tokens=len(self.words))
                 stages = [StageTime(stage="prefill", milliseconds=3.0), StageTime(stage="decode", milliseconds=5.0)]
+                blocks = [BlockSlots(l1=len(block.token_ids)) for block in copy.blocks]
                 complete = True
                 yield decoder_pb2.DecodeResponse(
-                    finish=decoder_pb2.DecodeFinish(reason=self.reason, usage=usage, stages=stages)
+                    finish=decoder_pb2.DecodeFinish(reason=self.reason, usage=usage, stages=stages, blocks=blocks)
                 )
         finally:
             self.closed += not complete

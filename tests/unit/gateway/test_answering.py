@@ -18,6 +18,7 @@ from blockrag.v1.common_pb2 import (
     CHUNK_FORM_COMPRESSED,
     CHUNK_FORM_EXPANDED,
     FINISH_REASON_END,
+    BlockSlots,
     ChunkDecision,
     Compression,
 )
@@ -75,6 +76,15 @@ async def test_citations_say_what_was_in_the_prompt_and_why_not() -> None:
     assert [block.document_id for block in blocks] == ["", "d0", "d1"]
     assert [block.collection for block in blocks] == ["", "default", "default"]
     assert list(blocks[0].token_ids) == [1]
+
+
+async def test_where_each_block_was_found_is_told_of_it() -> None:
+    events = await collect(answering(planner=FakePlanner(fits=2)), top_k=3)
+    done = events[-1].completion
+    assert done.instruction_slots == BlockSlots(l1=1)
+    assert [citation.slots.l1 for citation in done.citations] == [3, 3, 0]
+    assert not done.citations[2].HasField("slots")
+    assert not done.turn_slots
 
 
 async def test_given_passages_are_not_retrieved() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from blockrag.access import THE_SYSTEM, Caller
+from blockrag.compressor.compression import CompressionAbility
 from blockrag.errors import UnavailableError
 from blockrag.gateway.describing import Describing
 from blockrag.settings import GatewaySettings
@@ -70,9 +71,9 @@ async def describe(
             "decoder": (decoder or Decoder()).status,
         },
         limits=GatewaySettings(max_document_mb=3),
-        bundle_name="reader",
         bundle_fingerprint="f00d",
         max_positions=99,
+        ability=CompressionAbility("reader", 8, frozenset({"query"})),
         quotas=lambda stored: [TenantQuotas(tenant=row.tenant) for row in stored],
         timeout_s=0.05,
     )
@@ -89,6 +90,9 @@ async def test_a_broken_service_is_listed_with_its_reason() -> None:
     assert description.retriever.passages == 7
     assert description.max_positions == 4096
     assert description.max_document_bytes == 3 * 2**20
+    assert description.bundle_name == "reader"
+    assert description.chunk_tokens == 8
+    assert description.compresses_chunks
 
 
 async def test_a_silent_service_is_not_waited_for() -> None:

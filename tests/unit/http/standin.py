@@ -6,12 +6,13 @@ import asyncio
 import functools
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 import httpx
 import uvicorn
+from google.protobuf.message import Message
 
 from blockrag.access import OnBehalf
 from blockrag.compressor.compression import CompressionAbility
@@ -19,12 +20,13 @@ from blockrag.errors import BlockragError, NotFoundError
 from blockrag.gateway import validation
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.corpus import Corpus
+from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import observed, request_context
 from blockrag.http.app import build_app
 from blockrag.http.gateway import Gateway
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.settings import Settings
-from blockrag.v1 import corpus_pb2, rag_pb2
+from blockrag.v1 import corpus_pb2, rag_pb2, retriever_pb2, system_pb2
 from blockrag.v1.common_pb2 import Passage
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 from tests.unit.gateway.fakes import FakeCache, FakeDecoder, FakeIndex, FakePlanner, FakeSearcher, preparing
@@ -124,6 +126,49 @@ class StandIn:
         return await self._corpus.delete_document(
             request.collection, request.document_id, request_context(call, call.caller.tenant)
         )
+
+    async def warm(
+        self, request: corpus_pb2.WarmRequest, call: OnBehalf
+    ) -> AsyncGenerator[corpus_pb2.WarmResponse, None]:
+        self._note(call)
+        for done in range(4):
+            yield corpus_pb2.WarmResponse(done=done, total=3, hits=min(done, 1), encoded_bytes=done * 100)
+
+    async def describe(self, call: OnBehalf) -> system_pb2.DescribeResponse:
+        self._note(call)
+        state: dict[str, Callable[[], Awaitable[Message]]] = {"retriever": _well, "decoder": _ill}
+        return await Describing(state, self.settings.gateway, "f00d", 512, ABILITY, quotas=lambda stored: []).describe(
+            call.caller
+        )
+
+    async def trace(self, trace_id: str, call: OnBehalf) -> system_pb2.GetTraceResponse:
+        self._note(call)
+        validation.check_trace_id(trace_id)
+        began = 1_700_000_000_123_456_789
+        return system_pb2.GetTraceResponse(
+            spans=[
+                system_pb2.TraceSpan(
+                    span_id="a", name="Generate", service="gateway", start_unix_ns=began, end_unix_ns=began + 9_000_000
+                ),
+                system_pb2.TraceSpan(
+                    span_id="b",
+                    parent_span_id="a",
+                    name="search",
+                    service="retriever",
+                    start_unix_ns=began + 1_500_000,
+                    end_unix_ns=began + 4_000_000,
+                    error="late",
+                ),
+            ]
+        )
+
+
+async def _well() -> Message:
+    return retriever_pb2.GetRetrieverStatusResponse()
+
+
+async def _ill() -> Message:
+    raise ConnectionError("gone")
 
 
 @asynccontextmanager

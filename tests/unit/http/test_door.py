@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import anyio.to_thread
 import httpx
 import pytest
 
@@ -99,14 +100,30 @@ async def test_a_system_for_other_machines_has_keys_alone() -> None:
         assert (await client.get("/v1/models", headers={"authorization": f"Bearer {KEY}"})).status_code == 200
 
 
-async def test_the_schema_is_open_and_the_root_is_free(guarded: httpx.AsyncClient) -> None:
+async def test_the_schema_is_open_and_the_rest_is_not_found(guarded: httpx.AsyncClient) -> None:
     schema = (await guarded.get("/openapi.json")).json()
-    assert len(schema["paths"]) == 8
+    assert len(schema["paths"]) == 11
     options = schema["components"]["schemas"]["BlockragOptions"]["properties"]
     assert all(option.get("description") for option in options.values()), options
-    for path in ("/", "/index.html"):
+    for path in ("/index.html", "/page/", "/page/..%2fapp.py", "/page/static.py"):
         missing = await guarded.get(path)
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+
+
+async def test_no_question_waits_for_a_thread(client: httpx.AsyncClient) -> None:
+    """FastAPI runs what is not async in threads, which take milliseconds to come back on busy cores."""
+    threads = anyio.to_thread.current_default_thread_limiter()
+    everybody = object()
+    many, threads.total_tokens = threads.total_tokens, 1
+    await threads.acquire_on_behalf_of(everybody)
+    try:
+        body = {"model": "blockrag/notes", "messages": [{"role": "user", "content": "Where?"}], "stream": True}
+        assert (await client.post("/v1/chat/completions", json=body, timeout=5)).status_code == 200
+        assert (await client.get("/v1/models", timeout=5)).status_code == 200
+        assert (await client.get("/", timeout=5)).status_code == 200
+    finally:
+        threads.release_on_behalf_of(everybody)
+        threads.total_tokens = many
 
 
 async def test_a_body_is_bounded(client: httpx.AsyncClient) -> None:
