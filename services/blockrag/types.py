@@ -45,11 +45,13 @@ class BlockKV:
     """Cache key, see ``blockrag.keys``."""
     token_ids: NDArray[np.int32]
     """Tokens of the block, shape [n]."""
-    keys: NDArray[np.float32] | NDArray[np.uint16]
+    keys: NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.int8]
     """Unrotated K, shape [layers, kv_heads, slots, head_dim]; uint16 holds the bits of bfloat16. There are n slots, in
     the compressed form one for each chunk."""
-    values: NDArray[np.float32] | NDArray[np.uint16]
+    values: NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.int8]
     """V, same shape and type as ``keys``."""
+    scales: tuple[NDArray[np.uint16], NDArray[np.uint16]] | None = None
+    """Of K and V in int8, see ``blockrag.modeling.narrow.Scales``; bits of bfloat16."""
 
     @property
     def num_slots(self) -> int:
@@ -59,7 +61,7 @@ class BlockKV:
     @property
     def nbytes(self) -> int:
         """Bytes of K and V."""
-        return int(self.keys.nbytes + self.values.nbytes)
+        return int(sum(array.nbytes for array in (self.keys, self.values, *(self.scales or ()))))
 
 
 @dataclass(frozen=True)

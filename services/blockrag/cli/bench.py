@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from blockrag.cli import console
+from blockrag.cli.bench_peers import peers
 from blockrag.cli.console import JsonOption, SettingsOption
 from blockrag.errors import SettingsError
 from blockrag.local import LocalSystem
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from blockrag.evaluation.ttft_report import ReportRow
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
+
+app.command(epilog="Example: blockrag bench peers --llama node_modules/node-llama-cpp --out out/peers")(peers)
 
 _L1_MB = 256
 """Holds the largest default context and not two of them, so that one displaces the other."""

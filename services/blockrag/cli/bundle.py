@@ -30,7 +30,8 @@ BundleArgument = Annotated[Path | None, typer.Argument(help="Directory; default:
 _SERVED = (
     ("float32", "float32", "none"),
     ("float32", "bfloat16", "none"),
-    ("bfloat16", "bfloat16", "int8"),
+    ("bfloat16", "bfloat16", "auto"),
+    ("bfloat16", "int8", "auto"),
 )
 """Types of the computation and of K and V, and weights of decode steps: from the most exact to the fastest."""
 
@@ -40,12 +41,12 @@ def verify(
     path: BundleArgument = None,
     store: Annotated[bool, typer.Option(help="Send blocks through Ray's object store too.")] = True,
     kv_dtype: Annotated[
-        Literal["both", "float32", "bfloat16"],
+        Literal["all", "float32", "bfloat16", "int8"],
         typer.Option(
             help="Of the cached K and V. float32 shows the smallest error; bfloat16, what is served, is checked with "
             "weights of each type."
         ),
-    ] = "both",
+    ] = "all",
     as_json: JsonOption = False,
 ) -> None:
     """The correctness gate: full mode against the stock model, block mode against an explicit mask. Exits with 1.
@@ -63,7 +64,7 @@ def verify(
                     through_store=through_store,
                 )
                 for compute, kv, weights in _SERVED
-                if kv_dtype in ("both", kv)
+                if kv_dtype in ("all", kv)
             ]
         passed = all(report.passed for report in reports)
         if as_json:

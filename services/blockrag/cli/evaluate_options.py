@@ -22,14 +22,13 @@ TypeOption = Literal["float32", "bfloat16"]
 ComputeTypeOption = Annotated[
     TypeOption | None, typer.Option(help="Type of weights and activations; default: the settings', as served.")
 ]
-KvTypeOption = Annotated[
-    TypeOption | None, typer.Option(help="Type of cached K and V; default: the settings', as served.")
-]
+KvType = Literal["float32", "bfloat16", "int8"]
+KvTypeOption = Annotated[KvType | None, typer.Option(help="Type of cached K and V; default: the settings', as served.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the draw and of the intervals.")]
 
 
 def measured_settings(
-    settings: Path | None, bundle: Path | None, compute_dtype: TypeOption | None, kv_dtype: TypeOption | None
+    settings: Path | None, bundle: Path | None, compute_dtype: TypeOption | None, kv_dtype: KvType | None
 ) -> Settings:
     """Settings of the system that is measured: those of a command's options, where they were given."""
     loaded = console.settings_from(settings)

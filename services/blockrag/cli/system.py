@@ -119,6 +119,8 @@ def _print_status(description: Description) -> None:
     facts.add_row("bundle", f"{description.bundle_name} {description.bundle_fingerprint[:12]}")
     read = "weights in eight bits for decode steps" if decoder["weights"] == "int8" else "whole weights"
     facts.add_row("computes", f"{decoder['compute_dtype']} on {decoder['device']}, {read}")
+    if decoder.get("kv_dtype"):  # absent where the decoder is down
+        facts.add_row("blocks", f"{decoder['kv_dtype']}, {int(decoder['slot_bytes']) / 1024:.1f} KiB a token")
     facts.add_row("index", f"{index['passages']} passages, {index['backend']}, {index['embedding_model']}")
     facts.add_row(
         "object store cache",

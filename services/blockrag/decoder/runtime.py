@@ -58,6 +58,8 @@ def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Se
         device=str(model.device),
         compute_dtype=str(model.compute_dtype).removeprefix("torch."),
         weights=model.weights,
+        kv_dtype=str(model.kv_dtype).removeprefix("torch."),
+        slot_bytes=model.slot_bytes,
         chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else 0,
     )
     keys = configured_keys(settings, bundle)

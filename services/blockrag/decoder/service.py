@@ -41,6 +41,8 @@ class ModelDescription:
     device: str
     compute_dtype: str
     weights: str
+    kv_dtype: str
+    slot_bytes: int
     chunk_tokens: int = 0
     """Tokens of a chunk; 0: the bundle cannot compress."""
 
@@ -125,6 +127,8 @@ class DecodeService:
             device=self._model.device,
             compute_dtype=self._model.compute_dtype,
             weights=self._model.weights,
+            kv_dtype=self._model.kv_dtype,
+            slot_bytes=self._model.slot_bytes,
             running=engine.running,
             waiting=engine.waiting,
             used_slots=engine.used_slots,

@@ -37,7 +37,7 @@ from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.composing import mixed_inputs
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.rotary import rotate_into
-from blockrag.modeling.slots import ResidentBlock, SequenceState, Slots
+from blockrag.modeling.slots import ResidentBlock, SequenceState, Slots, wide_slots
 from blockrag.settings import Settings
 from blockrag.v1.common_pb2 import (
     ATTENTION_MODE_BLOCK,
@@ -252,10 +252,10 @@ def compose_without_reencoding(model: SlotModel, blocks: Sequence[ResidentBlock]
     state = model.new_sequence([], slots + capacity)
     for block in blocks:
         start, end = state.num_slots, state.num_slots + block.num_slots
-        phases = model.rotary.phases([(0, block.num_slots)])
+        phases, kept = model.rotary.phases([(0, block.num_slots)]), wide_slots(block)
         for layer in range(model.num_layers):
             keys, values = state.layer(layer)
-            rotate_into(keys[:, start:end], block.keys[layer], phases[layer])
-            values[:, start:end].copy_(block.values[layer])
+            rotate_into(keys[:, start:end], kept[0, layer], phases[layer])
+            values[:, start:end].copy_(kept[1, layer])
         state.advance(block.num_slots)
     return state

@@ -71,6 +71,7 @@ def run_compression(
     answers: Mapping[Cell, Answers] = {}
     digests: dict[str, str] = {}
     data = kind = ""
+    weights = "none"
     if options.data is not None:
         drawn = draw_data(options, bundle, options.passages, 0, status)
         data, digests, kind = drawn.name, dict(drawn.sha256), drawn.distractors
@@ -85,6 +86,7 @@ def run_compression(
             rater=selectors,
             ability=selectors.ability(bundle.name, bundle.chunk_tokens),
         ) as answering:
+            weights = answering.model.weights
             answers = Asking(answering, selectors, reader, options.passages).ask(asked, cells, progress)
         scores, differences = score_questions(asked, answers, options.seed)
         numeric = sum(is_numeric(question.source.answers) for question in asked)
@@ -108,7 +110,7 @@ def run_compression(
         sha256=digests,
         distractors=kind,
         results=found,
-        **asked_facts(options, bundle, started),
+        **asked_facts(options, bundle, weights, started),
     )
     return CompressionRun(report, asked, answers)
 

@@ -79,13 +79,16 @@ def draw_data(options: ExperimentOptions, bundle: Bundle, most: int, absent: int
     return DrawnData(data.name, dict(data.sha256), kind, draw)
 
 
-def asked_facts(options: ExperimentOptions, bundle: Bundle, started: float) -> dict[str, Any]:
-    """Fields of an ``AnswersReport`` that say how answers were made; ``started`` by ``time.perf_counter``."""
+def asked_facts(options: ExperimentOptions, bundle: Bundle, weights: str, started: float) -> dict[str, Any]:
+    """Fields of an ``AnswersReport`` that say how answers were made; ``started`` by ``time.perf_counter``.
+
+    ``weights`` are what the model's steps read.
+    """
     return {
         "passages": options.passages,
         "max_answer_tokens": options.max_answer_tokens,
         "compute_dtype": bundle.compute_dtype,
-        "weights": bundle.weights,
+        "weights": weights,
         "kv_dtype": bundle.kv_dtype,
         "seed": options.seed,
         "seconds": round(time.perf_counter() - started, 1),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockrag.errors import SetupError
 from blockrag.evaluation.compression_scores import COMPRESSED, UNCOMPRESSED
+from blockrag.evaluation.peers.measuring import OUR_STATES, STATES, PeerRow
 from blockrag.evaluation.ttft_report import LABELS, ReportRow
 
 if TYPE_CHECKING:
@@ -92,6 +93,27 @@ def plot_rows(rows: Sequence[ReportRow], file: Path, title: str) -> None:
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=130)
+
+
+def plot_peers(rows: Sequence[PeerRow], title: str) -> bytes:
+    """Time to the first token, and of each further one, over context size, one stream: a line per peer and state."""
+    figure = load_figure()(figsize=(12, 4.8), layout="constrained")
+    single = sorted((row for row in rows if row.state and row.streams == 1), key=lambda row: row.context_tokens)
+    panels = (("first_ms", "time to first token, ms"), ("token_ms", "ms a token after it"))
+    for axes, (field, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for peer, state in dict.fromkeys((row.peer, row.state) for row in single):
+            line = [row for row in single if (row.peer, row.state) == (peer, state) and getattr(row, field) is not None]
+            sizes, taken = [row.context_tokens for row in line], [getattr(row, field) for row in line]
+            axes.plot(sizes, taken, "o-" if state in OUR_STATES else "s--", label=f"{peer}: {STATES[state]}")
+        axes.set(xscale="log", yscale="log", xlabel="passage tokens", ylabel=label)
+        sizes = sorted({row.context_tokens for row in single})
+        axes.set_xticks(sizes, [f"{size}" for size in sizes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return _png(figure)
 
 
 def _draw(axes: Any, points: list[tuple[str, float, tuple[float, float, float]]]) -> None:

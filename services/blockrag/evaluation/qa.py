@@ -49,6 +49,7 @@ def run_qa(options: QaOptions, progress: Progress | None = None, status: Status 
             for label, bundle in bundles.items()
         }
         bundle = next(iter(bundles.values()))
+        weights = next(iter(systems.values())).model.weights
         plan = QaPlan(options.passages, options.modes, options.counts, _places(options), options.absent)
         drawn = draw_data(options, bundle, plan.most_passages, plan.passages if plan.absent else 0, status)
         questions = drawn.draw.questions
@@ -72,7 +73,7 @@ def run_qa(options: QaOptions, progress: Progress | None = None, status: Status 
             for label, one in bundles.items()
         ),
         results=results,
-        **asked_facts(options, bundle, started),
+        **asked_facts(options, bundle, weights, started),
     )
     return QaRun(report, questions, answers)
 

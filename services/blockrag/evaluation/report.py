@@ -53,7 +53,7 @@ class AnswersReport(Report):
     kv_dtype: str
     """Of cached K and V."""
     weights: str
-    """What decode steps were to read, "int8" or "none"."""
+    """What decode steps read, "int8" or "none"."""
 
     @property
     def asked(self) -> str:

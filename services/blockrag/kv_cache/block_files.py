@@ -5,7 +5,7 @@ document or a collection can be removed without any record beside the files. A f
 
     prefix   magic, CRC-32 of all that follows it, bytes of the header, bytes of the arrays (little endian)
     header   JSON: tenant, form, what it cost to encode, token ids, shapes; spaces up to a multiple of 64 bytes
-    arrays   K and V before rotation, or the chunks' embeddings
+    arrays   K and V before rotation and, of int8, their scales, or the chunks' embeddings
 
 Its key can be made anew from the header (tenant, form, token ids) and a ``KeyMaker``: a file of other weights, another
 template or another secret has another key than its name says.
@@ -38,12 +38,12 @@ from blockrag.types import BlockForm, BlockKV, BlockRequest, CachedBlock, ChunkE
 
 UNFINISHED = ".part"
 """Ends the name of a file that is being written; the name without it is a whole file, or none."""
-_MAGIC = b"blockkv1"
+_MAGIC = b"blockkv2"
 _PREFIX = struct.Struct("<8sIIQ")
 _CRC_FROM = 12
 """The checksum counts everything from here: the sizes too."""
 _ALIGNMENT = 64
-_DTYPES = ("<u2", "<f4")
+_DTYPES = ("<u2", "<f4", "|i1")
 _FOLDER = re.compile(r"[0-9a-f]{16}")
 _KEY = re.compile(r"[0-9a-f]{40}")
 _MOST_HEADER_BYTES = 4 * 2**20
@@ -59,7 +59,15 @@ class BlockHeader:
     """Seconds that encoding it took."""
     token_ids: NDArray[np.int32]
     shapes: tuple[tuple[int, ...], ...]
-    dtype: str
+    dtypes: tuple[str, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each array."""
+        return [
+            int(np.prod(shape)) * np.dtype(dtype).itemsize
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
 
 
 @lru_cache(maxsize=4096)
@@ -88,7 +96,7 @@ def write_block(path: Path, block: CachedBlock, tenant: str, form: BlockForm, en
         "encode_s": encode_s,
         "token_ids": block.token_ids.tolist(),
         "shapes": [array.shape for array in arrays],
-        "dtype": arrays[0].dtype.str,
+        "dtypes": [array.dtype.str for array in arrays],
     }
     header = json.dumps(described).encode()
     header += b" " * (-(_PREFIX.size + len(header)) % _ALIGNMENT)
@@ -129,13 +137,13 @@ def read_block(path: Path, request: BlockRequest) -> CachedBlock:
     ):
         raise DataError(f"{path}: holds another block")
     found = []
-    for shape in header.shapes:
-        array = np.frombuffer(mapped, header.dtype, int(np.prod(shape)), start).reshape(shape)
+    for shape, dtype in zip(header.shapes, header.dtypes, strict=True):
+        array = np.frombuffer(mapped, dtype, int(np.prod(shape)), start).reshape(shape)
         found.append(array)
         start += array.nbytes
     if header.form.kind == "chunks":
         return ChunkEmbeddings(request.key, header.token_ids, found[0])
-    return BlockKV(request.key, header.token_ids, found[0], found[1])
+    return BlockKV(request.key, header.token_ids, found[0], found[1], (found[2], found[3]) if found[2:] else None)
 
 
 def read_header(path: Path, keys: KeyMaker) -> BlockHeader:
@@ -218,7 +226,7 @@ def _folders(root: Path, depth: int) -> Iterator[Path]:
 
 
 def _arrays(block: CachedBlock) -> Sequence[NDArray[Any]]:
-    return [block.keys, block.values] if isinstance(block, BlockKV) else [block.embeddings]
+    return [block.keys, block.values, *(block.scales or ())] if isinstance(block, BlockKV) else [block.embeddings]
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:
@@ -264,14 +272,14 @@ def _parsed(start: bytes | mmap.mmap, size: int) -> tuple[BlockHeader, int]:
             float(found["encode_s"]),
             np.array(found["token_ids"], dtype=np.int32),
             tuple(tuple(int(side) for side in shape) for shape in found["shapes"]),
-            str(found["dtype"]),
+            tuple(map(str, found["dtypes"])),
         )
-        if header.dtype not in _DTYPES or len(header.shapes) != (1 if header.form.kind == "chunks" else 2):
+        counts = (1,) if header.form.kind == "chunks" else (2, 4)
+        if not set(header.dtypes) <= set(_DTYPES) or len(header.shapes) not in counts:
             raise ValueError("unknown arrays")
         if min((min(shape, default=0) for shape in header.shapes), default=-1) < 0 or not header.encode_s >= 0:
             raise ValueError("negative sizes")
-        expected = sum(int(np.prod(shape)) for shape in header.shapes) * np.dtype(header.dtype).itemsize
-        if expected != payload:
+        if sum(header.sizes) != payload:
             raise ValueError("other sizes")
     except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise DataError(f"a block's file has a header that says nothing: {error}") from error

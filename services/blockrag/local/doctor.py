@@ -245,11 +245,11 @@ def _processor_flags() -> set[str]:
 
 
 def _token_bytes(bundle: Bundle, settings: Settings) -> int:
-    """Bytes of K and V of one token, over all layers."""
+    """Bytes of K and V of one token of a running sequence, over all layers; no less than of a cached one."""
     config = json.loads((bundle.decoder_dir / "config.json").read_text(encoding="utf-8"))
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    return int(2 * config["num_hidden_layers"] * heads * width * (2 if settings.bundle.kv_dtype == "bfloat16" else 4))
+    return int(2 * config["num_hidden_layers"] * heads * width * (4 if settings.bundle.kv_dtype == "float32" else 2))
 
 
 def _available_mb() -> int:

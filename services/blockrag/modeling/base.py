@@ -102,7 +102,7 @@ class Base:
                 raise BundleError(f"{folder}: no such directory; it is the base of {root}")
             check_listed(folder, self.files, root / "manifest.json", verify_files=verify_files)
             return
-        path = self._file(root)
+        path = self.gguf_file(root)
         if verify_files:
             if (found := file_sha256(path)) != self.sha256:
                 raise BundleError(f"{path}: SHA-256 {found}, where the base of {root} is {self.sha256}{self._mend()}")
@@ -115,9 +115,10 @@ class Base:
         as ``check`` and ``base_cache.converted``.
         """
         self.check(root, verify_files=False)
-        return _placed(self.directory, root) if self.directory else converted(self._file(root), self.sha256)
+        return _placed(self.directory, root) if self.directory else converted(self.gguf_file(root), self.sha256)
 
-    def _file(self, root: Path) -> Path:
+    def gguf_file(self, root: Path) -> Path:
+        """The GGUF file of the base of the bundle ``root``, where it is one. Raises BundleError where it is missing."""
         if not self.package:
             path = _placed(self.gguf, root)
         else:

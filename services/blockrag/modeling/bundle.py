@@ -56,8 +56,11 @@ __all__ = ["DEFAULT_BUNDLE", "DTYPES", "FORMAT", "Bundle", "file_sha256", "load_
 FORMAT = 1
 DTYPES = ("float32", "bfloat16")
 """What models are loaded in, by torch's names."""
-WEIGHTS = ("int8", "none")
-"""What decode steps and prefills of questions read: a copy of the weights in eight bits where it can, or no copy."""
+KV_DTYPES = (*DTYPES, "int8")
+"""What K and V of blocks are kept in."""
+WEIGHTS = ("auto", "int8", "none")
+"""What decode steps and prefills of questions read: a copy of the weights in eight bits where there can be one, that or
+an error, or no copy."""
 
 _SPECIAL = re.compile(r"<\|[^<>|]+\|>")
 _KEYS: dict[str, type] = {
@@ -97,7 +100,7 @@ class Bundle:
     compute_dtype: str = "float32"
     kv_dtype: str = "float32"
     weights: str = "none"
-    """What decode steps read, "int8" or "none"; in no fingerprint, since no block is encoded with it."""
+    """What decode steps read, of ``WEIGHTS``; in no fingerprint, since no block is encoded with it."""
     quality: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     base: Base | None = None
@@ -245,9 +248,9 @@ def load_bundle(
     file and the problem.
     """
     root = Path(path).expanduser()
-    for dtype in (compute_dtype, kv_dtype):
-        if dtype not in DTYPES:
-            raise BundleError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    for dtype, allowed in ((compute_dtype, DTYPES), (kv_dtype, KV_DTYPES)):
+        if dtype not in allowed:
+            raise BundleError(f"dtype {dtype!r}: must be one of {', '.join(allowed)}")
     if weights not in WEIGHTS:
         raise BundleError(f"weights {weights!r}: must be one of {', '.join(WEIGHTS)}")
     manifest = _read_manifest(root)

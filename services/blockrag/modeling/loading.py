@@ -16,6 +16,8 @@ from blockrag.modeling import bundle
 
 DTYPES = {name: getattr(torch, name) for name in bundle.DTYPES}
 """torch's types by the names that bundles and settings have for them."""
+KV_DTYPES = {name: getattr(torch, name) for name in bundle.KV_DTYPES}
+"""The same of cached K and V."""
 
 
 @contextmanager

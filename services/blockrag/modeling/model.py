@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError
+from blockrag.errors import InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from blockrag.modeling.attention.base import Capture, RaggedBatch, Segment, SlotAttention, segments_of
 from blockrag.modeling.attention.over_lists import attention_over_lists
 from blockrag.modeling.attention.registering import BATCH, register
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.differences import traced
 from blockrag.modeling.fused import fuse_linear_layers
-from blockrag.modeling.loading import DTYPES
+from blockrag.modeling.loading import KV_DTYPES
 from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.measuring import measure_rotations, without_rotation
 from blockrag.modeling.probing import STEP_TOLERANCE, TOLERANCES, check_close, own_logits, probe_of
@@ -28,6 +28,7 @@ from blockrag.modeling.rotary import LayerRotaries, Rotation
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots
 from blockrag.modeling.step import Step, UnsuitableError
 from blockrag.modeling.stock import configured_ends, load_stock_model
+from blockrag.modeling.stored import resident_block, stored_block
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.types import BlockKV
 
@@ -73,7 +74,7 @@ class SlotModel:
         self.compute_dtype: torch.dtype = model.dtype
         self.kv_dtype = kv_dtype
         self.slot_bytes = facts.shape.numbers * kv_dtype.itemsize
-        """Bytes of K and V of one slot of a block, over all layers."""
+        """Bytes of K and V of one slot of a block, over all layers; of int8 without the scales."""
         if self.device.type == "cpu":
             keep_freed_memory()
         self.unused_token_ids = torch.tensor(sorted(unused_token_ids), dtype=torch.long, device=self.device)
@@ -81,7 +82,7 @@ class SlotModel:
         self.rotary = LayerRotaries(rotations, facts.max_positions, self.device)
         """Rotations by position, for whoever composes slots in another way than ``new_sequence``."""
         # attention over slots of bfloat16 is computed in bfloat16: half the memory to read, twice the products' speed
-        narrow = torch.bfloat16 in (self.compute_dtype, kv_dtype)
+        narrow = torch.bfloat16 in (self.compute_dtype, kv_dtype) or kv_dtype == torch.int8
         self._slot_dtype = torch.bfloat16 if narrow else self.compute_dtype
         self._arena = SlotArena(facts.shape, self._slot_dtype, self.device, _ARENA_SLOTS)
         self._step: Step | None = None
@@ -99,9 +100,10 @@ class SlotModel:
     ) -> SlotModel:
         """Load a bundle's decoder.
 
-        ``compute_dtype`` and ``kv_dtype`` are "float32" or "bfloat16"; None takes the bundle's, which its fingerprint
-        counts. ``weights`` "int8" calls ``quantise_steps``; "none" is for who only encodes. Raises BundleError for
-        damaged weights and UnsupportedModelError for a model that cannot be driven.
+        ``compute_dtype`` is "float32" or "bfloat16", ``kv_dtype`` one of these or "int8"; None takes the bundle's,
+        which its fingerprint counts. ``weights``, by default the bundle's, is one of ``bundle.WEIGHTS``; "none" is for
+        who only encodes. Raises BundleError for damaged weights and UnsupportedModelError for a model that cannot be
+        driven, or not so.
         """
         stock = load_stock_model(bundle, device=device, compute_dtype=compute_dtype)
         tokenizer = bundle.load_tokenizer()
@@ -112,8 +114,9 @@ class SlotModel:
             end_token_ids=ends,
             unused_token_ids=set(range(bundle.vocab_size)).difference(tokenizer.get_vocab().values()),
         )
-        if (weights or bundle.weights) == "int8":
-            model.quantise_steps()
+        wanted = weights or bundle.weights
+        if wanted != "none":
+            model.quantise_steps(required=wanted == "int8")
         return model
 
     @classmethod
@@ -134,8 +137,8 @@ class SlotModel:
         model.train(False)
         model.requires_grad_(False)
         facts = inspect_model(model)
-        if kv_dtype not in DTYPES:
-            raise ValueError(f"kv_dtype {kv_dtype!r}: must be one of {', '.join(DTYPES)}")
+        if kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype {kv_dtype!r}: must be one of {', '.join(KV_DTYPES)}")
         ends = configured_ends(model) if end_token_ids is None else end_token_ids
         probe = probe_of(facts)
         rotations = measure_rotations(model, facts)
@@ -149,7 +152,7 @@ class SlotModel:
             model,
             facts,
             rotations,
-            kv_dtype=DTYPES[kv_dtype],
+            kv_dtype=KV_DTYPES[kv_dtype],
             end_token_ids=ends,
             unused_token_ids=unused_token_ids,
         )
@@ -158,16 +161,18 @@ class SlotModel:
             check_close(facts.name, slot_model._probed(probe, first), logits, TOLERANCES[slot_model._slot_dtype], how)
         return slot_model
 
-    def quantise_steps(self) -> bool:
+    def quantise_steps(self, *, required: bool = False) -> bool:
         """Compute decode steps and questions' prefills in one compiled call, with a copy of the weights in eight bits.
 
         False, and the reason in the log, where the processor or the model is not for it: all is computed with the
-        whole weights then, as blocks and long prefills always are. Raises UnsupportedModelError where the step's logits
-        differ from the model's.
+        whole weights then, as blocks and long prefills always are. Raises UnsupportedModelError there if it is
+        ``required``, and where the step's logits differ from the model's.
         """
         try:
             step = Step(self._model, self._facts, self.rotary.rotations)
         except UnsuitableError as error:
+            if required:
+                raise UnsupportedModelError(f"no weights in eight bits for {self._facts.name}: {error}") from error
             _logger.info("steps are computed with the whole weights: %s", error)
             return False
         probe = probe_of(self._facts)
@@ -243,18 +248,7 @@ class SlotModel:
     @torch.inference_mode()
     def to_resident(self, block: BlockKV) -> ResidentBlock:
         """Copy a block to the device. Raises DataError when its shape or type is not this model's."""
-        expected = (self.num_layers, self.num_kv_heads, block.num_slots, self.head_dim)
-        for array in (block.keys, block.values):
-            if array.shape != expected or array.dtype != _NUMPY_DTYPES[self.kv_dtype]:
-                raise DataError(
-                    f"block {block.key}: {array.dtype} {list(array.shape)} where this model needs "
-                    f"{np.dtype(_NUMPY_DTYPES[self.kv_dtype])} {list(expected)}"
-                )
-        # what comes from the object store is read-only; torch would warn about a tensor over it, and it is copied here
-        slots = torch.from_numpy(np.stack([block.keys, block.values]))
-        if self.kv_dtype == torch.bfloat16:
-            slots = slots.view(torch.bfloat16)
-        return ResidentBlock(key=block.key, slots=slots.to(self.device))
+        return resident_block(block, self._facts.shape, self.kv_dtype, self.device)
 
     @torch.inference_mode()
     def new_sequence(self, blocks: Sequence[Slots], capacity: int, *, first_position: int = 0) -> SequenceState:
@@ -314,7 +308,8 @@ class SlotModel:
         for length in lengths:
             self._check_length(length)
         shape = (self.num_layers, self.num_kv_heads, sum(lengths), self.head_dim)
-        options: dict[str, Any] = {"dtype": self.kv_dtype, "device": self.device}
+        narrow = self.kv_dtype == torch.int8
+        options: dict[str, Any] = {"dtype": self.compute_dtype if narrow else self.kv_dtype, "device": self.device}
         capture = Capture(keys=torch.empty(shape, **options), values=torch.empty(shape, **options))
         segments = segments_of([(None, length) for length in lengths])
         self._run(inputs, segments, capture)
@@ -322,14 +317,8 @@ class SlotModel:
         encoded = []
         for segment, ids, key in zip(segments, token_ids, keys, strict=True):
             span = slice(segment.start, segment.start + segment.length)
-            encoded.append(
-                BlockKV(
-                    key=key,
-                    token_ids=ids.astype(np.int32),
-                    keys=_to_numpy(captured_keys[:, :, span]),
-                    values=_to_numpy(captured_values[:, :, span]),
-                )
-            )
+            parts = (captured_keys[:, :, span], captured_values[:, :, span])
+            encoded.append(stored_block(key, ids, *parts, self.kv_dtype))
         return encoded
 
     def _run(
@@ -384,13 +373,3 @@ class SlotModel:
         got = self.forward([(state, probe)])[0]
         state.release()
         return got
-
-
-_NUMPY_DTYPES = {torch.float32: np.float32, torch.bfloat16: np.uint16}
-
-
-def _to_numpy(tensor: Tensor) -> NDArray[Any]:
-    own = tensor.contiguous()
-    if own.dtype == torch.bfloat16:
-        own = own.view(torch.uint16)
-    return own.numpy()

@@ -14,12 +14,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from blockrag.modeling.native.kernels import Kernels, kernels
+from blockrag.modeling.narrow import Scales, widened
+from blockrag.modeling.native.kernels import Kernels, Piece, kernels
 from blockrag.modeling.rotary import LayerRotaries, rotate_into
 
 _BUFFER_STEP = 256
 """Buffers are cut to a multiple of this many slots, so that a released one fits the next sequence more often."""
 
+_PLACED = (torch.bfloat16, torch.int8)
+"""Types of blocks that the compiled kernels place."""
 _ROTATED_AT_ONCE = 2**19
 """Numbers of K that are rotated in one step."""
 
@@ -45,10 +48,12 @@ class ResidentBlock:
     key: str
     slots: Tensor
     """Unrotated K in pair order, and V, [2, layers, kv_heads, n, head_dim]; together, so that one copy places both."""
+    scales: Scales | None = None
+    """Of slots in int8."""
 
     @property
     def keys(self) -> Tensor:
-        """Unrotated K in pair order, [layers, kv_heads, n, head_dim]."""
+        """Unrotated K in pair order, [layers, kv_heads, n, head_dim], as it is kept."""
         return self.slots[0]
 
     @property
@@ -62,14 +67,14 @@ class ResidentBlock:
         return self.slots.size(3)
 
     @property
-    def piece(self) -> tuple[Tensor, int, int]:
-        """``slots``, and which of them from where to where."""
-        return self.slots, 0, self.num_slots
+    def piece(self) -> Piece:
+        """All of it."""
+        return self.slots, 0, self.num_slots, self.scales
 
     @property
     def nbytes(self) -> int:
         """Bytes of K and V."""
-        return int(self.slots.nbytes)
+        return int(sum(tensor.nbytes for tensor in (self.slots, *(self.scales or ()))))
 
 
 @dataclass(frozen=True)
@@ -90,18 +95,19 @@ class SlotSlice:
         return self.stop - self.start
 
     @property
-    def piece(self) -> tuple[Tensor, int, int]:
-        """The block's slots, and which of them from where to where."""
-        return self.block.slots, self.start, self.stop
-
-    @property
-    def slots(self) -> Tensor:
-        """As of the block, [2, layers, kv_heads, stop - start, head_dim]; a view of it."""
-        return self.block.slots.narrow(3, self.start, self.stop - self.start)
+    def piece(self) -> Piece:
+        """The block's slots, and which of them."""
+        return self.block.slots, self.start, self.stop, self.block.scales
 
 
 Slots = ResidentBlock | SlotSlice
 """What a prompt is composed of."""
+
+
+def wide_slots(slots: Slots) -> Tensor:
+    """K in pair order and V, [2, layers, kv_heads, n, head_dim], in a type to compute with; a view where it can be."""
+    kept, start, stop, scales = slots.piece
+    return kept[:, :, :, start:stop] if scales is None else widened(kept, start, stop, scales).bfloat16()
 
 
 class SlotArena:
@@ -212,11 +218,11 @@ class SequenceState:
         compiled = kernels() if Kernels.take(self._slots) and len(rotary.runs) == 1 else None
         if compiled is not None:
             pieces = [block.piece for block in blocks]
-            if all(slots.dtype == torch.bfloat16 and slots.is_contiguous() for slots, _, _ in pieces):
+            if all(slots.dtype in _PLACED and slots.is_contiguous() for slots, *_ in pieces):
                 compiled.place(pieces, by_layer[0], self._slots)
                 return
         placed = self._slots[:, :, :, : self._num_slots]
-        torch.cat([block.slots for block in blocks], dim=3, out=placed)
+        torch.cat([wide_slots(block) for block in blocks], dim=3, out=placed)
         # as many layers at a time as the cores' shared cache holds
         for first, end, _ in rotary.runs:
             for keys in placed[0, first:end].split(max(1, _ROTATED_AT_ONCE // placed[0, 0].numel())):

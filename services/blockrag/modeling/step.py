@@ -14,6 +14,7 @@ from blockrag.modeling.attention.tiled import LEAST_SUM, LOG2_E
 from blockrag.modeling.native.kernels import kernels
 from blockrag.modeling.native.processor import has_instructions
 from blockrag.modeling.native.step import (
+    GROUP,
     PackedDecoder,
     PackedLayer,
     PackedProduct,
@@ -123,8 +124,8 @@ def _pack_layer(layer: Any) -> PackedLayer:
     inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
     if any(part.bias is not None for part in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
         raise UnsuitableError("a bias of attention's output or in the MLP")
-    if mlp.gate_proj.out_features % 16:
-        raise UnsuitableError(f"{mlp.gate_proj.out_features} numbers inside the MLP: no multiple of 16")
+    if mlp.gate_proj.out_features % GROUP:
+        raise UnsuitableError(f"{mlp.gate_proj.out_features} numbers inside the MLP: no multiple of {GROUP}")
     biases = [part.bias for part in inputs]
     if any(bias is not None for bias in biases) and any(bias is None for bias in biases):
         raise UnsuitableError("a bias of some of queries, keys and values")
@@ -149,9 +150,10 @@ def _norms(layer: Any) -> list[Any]:
 
 
 def _packed(weight: Tensor) -> PackedProduct:
-    if weight.shape[1] % 2:
-        raise UnsuitableError(f"a linear layer of {weight.shape[1]} inputs")
-    return PackedProduct.pack(weight.detach())
+    try:
+        return PackedProduct.pack(weight.detach())
+    except ValueError as error:
+        raise UnsuitableError(str(error)) from error
 
 
 def _floats(weight: Tensor) -> Tensor:

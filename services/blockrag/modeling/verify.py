@@ -43,6 +43,8 @@ SENTENCES = (
     "In spring the lake floods the lower meadows, where storks and cranes rest on their way north.",
 )
 """Text of no source; only its tokens matter."""
+_STEPPED = 64
+"""Tokens of a final block that are predicted step by step where steps have weights of their own."""
 QUESTION = "When was the first observatory opened, and by whom?"
 
 
@@ -196,7 +198,10 @@ class _Gate:
         return difference.check(name)
 
     def _all_logits(self, state: SequenceState, tokens: list[int]) -> Tensor:
-        logits = self.model.forward([(state, tokens)], every_token=True)
+        if self.model.weights == "int8" and len(tokens) <= _STEPPED:
+            logits = torch.cat([self.model.forward([(state, [token])]) for token in tokens])
+        else:  # every token's at once: by the whole weights, whatever steps read
+            logits = self.model.forward([(state, tokens)], every_token=True)
         state.release()
         return logits
 

@@ -44,6 +44,7 @@ def test_verify_checks_mixtures(compressing: Path) -> None:
         ("float32", "float32"),
         ("float32", "bfloat16"),
         ("bfloat16", "bfloat16"),
+        ("bfloat16", "int8"),
     ]
     assert {report["weights"] for report in found["reports"]} == {"none"}  # heads of 8 are not for the kernel
     for report in found["reports"]:

@@ -4,6 +4,7 @@ import pytest
 
 from blockrag.cli.system import _print_status
 from blockrag.client_messages import description
+from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 from blockrag.v1.kv_cache_pb2 import DiskUsage, GetKvCacheStatusResponse
 from blockrag.v1.system_pb2 import DescribeResponse, Quota, TenantQuotas
 
@@ -31,6 +32,16 @@ def test_a_disk_that_cannot_be_used_is_its_warning_alone(capsys: pytest.CaptureF
 
 def test_without_an_answer_of_the_cache_there_is_a_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert "object store cache 0 blocks" in shown(None, capsys)
+
+
+def test_what_steps_and_blocks_are_kept_in(capsys: pytest.CaptureFixture[str]) -> None:
+    decoder = GetDecoderStatusResponse(
+        compute_dtype="bfloat16", device="cpu", weights="int8", kv_dtype="int8", slot_bytes=11520
+    )
+    _print_status(description(DescribeResponse(decoder=decoder)))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "computes bfloat16 on cpu, weights in eight bits for decode steps" in text
+    assert "blocks int8, 11.2 KiB a token" in text
 
 
 def test_what_tenants_use_of_their_limits_is_shown_where_there_are_limits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from blockrag.decoder.l1 import L1Entry
 from blockrag.decoder.prompt import Prompt, read_prompt
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
-from blockrag.modeling.slots import ResidentBlock, SlotSlice
+from blockrag.modeling.slots import ResidentBlock, SlotSlice, wide_slots
 from blockrag.types import FULL, BlockForm
 from blockrag.v1.common_pb2 import (
     ATTENTION_MODE_BLOCK,
@@ -120,7 +120,7 @@ def test_a_composed_prompt_has_the_slots_of_its_chunks_in_order(passages: list) 
     assert sum(map(composed.slots, tiers)) == prompt.composed_slots
     assert [sum(part.values()) for part in composed.found] == [part.slots for part in prompt.parts]
     # Each slot's value says whose it is and which slot of it.
-    found = np.concatenate([piece.slots[0, 0, 0].numpy() for piece in composed.blocks]).astype(int).tolist()
+    found = np.concatenate([wide_slots(piece)[0, 0, 0].numpy() for piece in composed.blocks]).astype(int).tolist()
     expected, number = [], 0
     for (tokens, _, _), mask in zip(passages, masks, strict=True):
         needed = [True] if not mask else [kind for kind in (True, False) if kind in mask]

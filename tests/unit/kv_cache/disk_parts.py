@@ -42,7 +42,7 @@ def block_of(request: BlockRequest) -> CachedBlock:
 
 
 def arrays_of(block: CachedBlock) -> list[Any]:
-    return [block.keys, block.values] if isinstance(block, BlockKV) else [block.embeddings]
+    return [block.keys, block.values, *(block.scales or ())] if isinstance(block, BlockKV) else [block.embeddings]
 
 
 def assert_same_block(found: CachedBlock, expected: CachedBlock) -> None:

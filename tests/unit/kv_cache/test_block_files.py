@@ -57,6 +57,20 @@ def test_float32_is_kept_and_the_size_told(tmp_path: Path) -> None:
     assert nbytes == (tmp_path / request.key).stat().st_size
 
 
+def test_eight_bits_are_kept_with_their_scales(tmp_path: Path) -> None:
+    request, source = wanted(3), np.random.default_rng(0)
+    keys, values = source.integers(-127, 128, (2, 3, 2, 5, 8), dtype=np.int8)
+    scales = (
+        source.integers(0, 999, (2, 3, 2, 8), dtype=np.uint16),
+        source.integers(0, 999, (3, 2, 5), dtype=np.uint16),
+    )
+    block = BlockKV(request.key, request.token_ids, keys, values, scales)
+    nbytes = write_block(tmp_path / request.key, block, "t", FULL, 0.1)
+    assert block.nbytes <= nbytes == (tmp_path / request.key).stat().st_size
+    found = read_block(tmp_path / request.key, request)
+    assert_same_block(found, block)
+
+
 def test_files_and_folders_are_their_owner_s_alone(tmp_path: Path) -> None:
     path = written(tmp_path, wanted(1))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -11,8 +11,8 @@
 
 #include "../../../services/blockrag/modeling/native/step.h"
 
-void place_slots(int64_t, const uint16_t *const *, const int64_t *, const int64_t *, int64_t, int64_t, const float *,
-                 int64_t, uint16_t *, int64_t);
+void place_slots(int64_t, const void *const *, const int64_t *, const uint16_t *const *, const uint16_t *const *,
+                 const int64_t *, int64_t, int64_t, const float *, int64_t, uint16_t *, int64_t);
 int64_t attend(const float *, const uint16_t *, const uint16_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                float, float, float, int64_t, float *);
 
@@ -41,21 +41,26 @@ static void attended(int64_t tokens, int64_t kv_heads, int64_t group, int64_t wi
 }
 
 static void placed(int64_t blocks, int64_t key_planes, int64_t width, int64_t threads) {
-    const uint16_t *sources[8];
-    uint16_t *held[8];
+    const void *sources[8];
+    const uint16_t *key_scales[8], *value_scales[8];
+    uint16_t *held[8], *held_keys[8], *held_values[8];
     int64_t source_planes[8], starts[9] = {0};
     for (int64_t i = 0; i < blocks; i++) {
         int64_t slots = 1 + i * 5 % 7, skipped = i % 2; /* every other one is a slice to its block's end */
-        held[i] = narrow(2 * key_planes * (slots + skipped) * width);
-        sources[i] = held[i] + skipped * width;
+        int64_t all = slots + skipped, eight = i % 3 == 2; /* numbers of eight bits fill half of as many of sixteen */
+        held[i] = narrow(2 * key_planes * all * width / (1 + eight));
+        held_keys[i] = narrow(2 * key_planes * width), held_values[i] = narrow(key_planes * all);
+        sources[i] = (const char *)held[i] + skipped * width * (2 - eight);
+        key_scales[i] = eight ? held_keys[i] : NULL, value_scales[i] = eight ? held_values[i] + skipped : NULL;
         source_planes[i] = (slots + skipped) * width;
         starts[i + 1] = starts[i] + slots;
     }
     int64_t whole = starts[blocks];
     uint16_t *out = narrow(2 * key_planes * whole * width);
     float *phases = wide(whole * width);
-    place_slots(blocks, sources, source_planes, starts, key_planes, width, phases, threads, out, whole * width);
-    for (int64_t i = 0; i < blocks; i++) free(held[i]);
+    place_slots(blocks, sources, source_planes, key_scales, value_scales, starts, key_planes, width, phases, threads, out,
+                whole * width);
+    for (int64_t i = 0; i < blocks; i++) free(held[i]), free(held_keys[i]), free(held_values[i]);
     free(out), free(phases);
 }
 
@@ -68,18 +73,20 @@ static void *aligned(int64_t bytes) { /* to the byte at its end, as torch's own 
 
 static Product product(int64_t rows, int64_t inputs) {
     int64_t blocks = (rows + BLOCK - 1) / BLOCK;
-    int8_t *weights = aligned(blocks * BLOCK * inputs);
-    for (int64_t i = 0; i < blocks * BLOCK * inputs; i++) weights[i] = i * 29 % 255 - 127;
-    float *scales = wide(blocks * BLOCK);
-    for (int64_t i = 0; i < blocks * BLOCK; i++) scales[i] *= 1e-3f;
-    return (Product){weights, scales, blocks, inputs};
+    int64_t groups = blocks * inputs / GROUP, size = GROUP_LINES * LINE;
+    int8_t *weights = aligned(groups * size);
+    for (int64_t i = 0; i < groups * size; i++) weights[i] = i * 29 % 255 - 127;
+    for (int64_t i = 0; i < groups; i++)
+        for (int64_t row = 0; row < BLOCK; row++) /* about 1e-3 */
+            ((uint16_t *)(weights + i * size))[row] = 0x3a00 + (i * 31 + row) % 128;
+    return (Product){weights, blocks, inputs};
 }
 
-static void drop(Product product) { free((void *)product.weights), free((void *)product.scales); }
+static void drop(Product product) { free((void *)product.weights); }
 
 static void stepped(int64_t first, int64_t second, int64_t before, int64_t kv_heads, int64_t group, int64_t head_dim,
                     int64_t extra, int64_t threads, int64_t missing) {
-    enum { LAYERS = 2, WIDTH = 64, INNER = 48 };
+    enum { LAYERS = 2, WIDTH = 64, INNER = 96 };
     int64_t heads = kv_heads * group, attended = heads * head_dim, rows = attended + 2 * kv_heads * head_dim;
     int64_t count = second ? 2 : 1, tokens = first + second, most = attended > WIDTH ? attended : WIDTH;
     Layer layers[LAYERS];

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from blockrag.modeling.attention import tiled
 from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.rotary import pair_order
-from blockrag.modeling.slots import SequenceState
+from blockrag.modeling.slots import SequenceState, SlotSlice, wide_slots
 from blockrag.types import BlockKV
 from tests.models import FAMILIES, TINY_VOCAB, make_tiny_model
 
@@ -251,6 +252,35 @@ def test_bfloat16_cache_halves_the_bytes_and_stays_close() -> None:
     assert resident.keys.dtype == torch.bfloat16
     got = model.forward([(model.new_sequence([resident], 5), tokens(5, 1))])[0]
     assert close(got, stock_logits(stock, [tokens(20)], tokens(5, 1))[-1], 5e-2)
+
+
+def test_blocks_in_eight_bits_take_half_of_that_and_stay_close() -> None:
+    stock = make_tiny_model("qwen3")
+    model = SlotModel.from_pretrained_model(copy.deepcopy(stock), kv_dtype="int8")
+    wide = SlotModel.from_pretrained_model(copy.deepcopy(stock))
+    (block,), (exact,) = (each.encode([tokens(20)], ["a"]) for each in (model, wide))
+    assert block.keys.dtype == block.values.dtype == np.int8
+    assert block.scales is not None
+    assert [array.shape for array in block.scales] == [(2, 3, 2, 8), (3, 2, 20)]
+    assert block.nbytes == 20 * model.slot_bytes + 2 * (2 * 3 * 2 * 8 + 3 * 2 * 20)
+    resident = model.to_resident(block)
+    assert (resident.nbytes, resident.num_slots) == (block.nbytes, 20)
+    kept = wide_slots(resident)
+    assert kept.dtype == torch.bfloat16
+    for part, expected in zip(kept, (exact.keys, exact.values), strict=True):
+        channels = np.abs(expected).max(2, keepdims=True)  # a step is less than a hundredth of the largest
+        assert (
+            np.abs(part.float().numpy() - expected)
+            <= np.maximum(channels, np.abs(expected).max(3, keepdims=True)) / 100
+        ).all()
+    slices = [SlotSlice(resident, 0, 7), SlotSlice(resident, 7, 20)]
+    answers = [model.forward([(model.new_sequence(blocks, 5), tokens(5, 1))])[0] for blocks in ([resident], slices)]
+    assert torch.equal(*answers)
+    assert close(answers[0], stock_logits(stock, [tokens(20)], tokens(5, 1))[-1], 8e-2)
+    with pytest.raises(DataError, match="block a"):
+        model.to_resident(replace(block, scales=None))
+    with pytest.raises(DataError, match="block a"):
+        wide.to_resident(block)
 
 
 def test_bfloat16_weights() -> None:

@@ -20,6 +20,7 @@ from blockrag.modeling import slots
 from blockrag.modeling.attention import compiled as compiled_attention
 from blockrag.modeling.attention.over_lists import attend
 from blockrag.modeling.model import SlotModel
+from blockrag.modeling.narrow import quantised, widened
 from blockrag.modeling.native import kernels as native
 from blockrag.modeling.native.kernels import Kernels
 from blockrag.modeling.rotary import RotaryTable, rotate_into
@@ -75,15 +76,24 @@ class LibraryInTorch:
         written.copy_((weights @ wide[1] / sums).transpose(0, 1))
         return int((~((sums > least) & (sums < most))).sum())
 
-    def _place(self, blocks: int, sources: Any, source_planes: Any, starts: Any, *numbers: Any) -> None:
-        key_planes, width, phases, _, out, out_plane = numbers
+    def _place(self, blocks: int, sources: Any, source_planes: Any, of_keys: Any, of_values: Any, *rest: Any) -> None:
+        starts, key_planes, width, phases, _, out, out_plane = rest
         turns = at(phases, torch.complex64, starts[blocks] * width // 2).view(-1, width // 2)
         for block, plane in itertools.product(range(blocks), range(2 * key_planes)):
             start, stop = starts[block], starts[block + 1]
             count = (stop - start) * width
             if not count:
                 continue
-            placed = at(sources[block] + 2 * plane * source_planes[block], torch.bfloat16, count).view(-1, width)
+            if of_keys[block]:
+                narrow = at(sources[block] + plane * source_planes[block], torch.int8, count).view(-1, width).float()
+                if plane < key_planes:
+                    scales = at(of_keys[block], torch.bfloat16, 2 * key_planes * width).view(2, key_planes, width)
+                    placed = narrow * scales[0, plane].float() + scales[1, plane].float()
+                else:
+                    first = 2 * (plane - key_planes) * (source_planes[block] // width)
+                    placed = narrow * at(of_values[block] + first, torch.bfloat16, stop - start).float()[:, None]
+            else:
+                placed = at(sources[block] + 2 * plane * source_planes[block], torch.bfloat16, count).view(-1, width)
             if plane < key_planes:
                 rotated = torch.empty(placed.shape)
                 rotate_into(rotated, placed.float(), turns[start:stop])
@@ -172,19 +182,31 @@ def test_not_a_number_is_told(compiled: Kernels) -> None:
     assert not compiled.attend(query, keys, values, 40, 0.2, LIMIT, torch.empty_like(query))
 
 
-def made_blocks(lengths: list[int], width: int = 32) -> list[ResidentBlock]:
+def made_blocks(lengths: list[int], width: int = 32, narrow: bool = False) -> list[ResidentBlock]:
+    """Every third one of eight bits where some are."""
     source = torch.Generator().manual_seed(5)
-    return [
-        ResidentBlock(str(number), torch.randn(2, 3, 2, length, width, generator=source).bfloat16())
-        for number, length in enumerate(lengths)
-    ]
+    made = []
+    for number, length in enumerate(lengths):
+        slots, scales = torch.randn(2, 3, 2, length, width, generator=source).bfloat16(), None
+        if narrow and number % 3 == 0:
+            keys, values, scales = quantised(slots[0], slots[1])
+            slots = torch.stack([keys, values])
+        made.append(ResidentBlock(str(number), slots, scales))
+    return made
+
+
+def wide(slots: Slots) -> Tensor:
+    """Its numbers, in float32."""
+    kept, start, stop, scales = slots.piece
+    return kept[:, :, :, start:stop].float() if scales is None else widened(kept, start, stop, scales)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), width=st.sampled_from([32, 64]), spare=st.integers(0, 5), scaling=st.sampled_from([1.0, 1.2]))
 def test_placing(compiled: Kernels, data: st.DataObject, width: int, spare: int, scaling: float) -> None:
     """Blocks and slices of blocks; nothing beyond them is touched."""
-    blocks = made_blocks(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5)), width)
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    blocks = made_blocks(lengths, width, data.draw(st.booleans()))
     chosen: list[Slots] = []
     for block in data.draw(st.lists(st.sampled_from(blocks), min_size=1, max_size=8)):
         start = data.draw(st.integers(0, block.num_slots - 1))
@@ -195,34 +217,41 @@ def test_placing(compiled: Kernels, data: st.DataObject, width: int, spare: int,
     phases = rotary.phases(whole)[:whole]
     out = torch.full((2, 3, 2, whole + spare, width), 9.0, dtype=torch.bfloat16)
     compiled.place([block.piece for block in chosen], phases, out)
-    joined = torch.cat([block.slots for block in chosen], dim=3)
+    joined = torch.cat([wide(block) for block in chosen], dim=3)
     expected = torch.empty(joined[0].shape)
-    rotate_into(expected, joined[0].float(), phases)
+    rotate_into(expected, joined[0], phases)
     placed = out[..., :whole, :]
-    assert torch.equal(placed[1], joined[1])
+    assert torch.equal(placed[1], joined[1].bfloat16())
     # rounded to bfloat16 once: half of the last of eight bits, and what float32 leaves open
     assert bool(((placed[0].float() - expected).abs() <= 2.0**-8 * expected.abs() + 1e-6).all())
     assert bool((out[..., whole:, :] == 9.0).all())
 
 
 def test_placing_refuses_what_does_not_fit(compiled: Kernels) -> None:
-    (block,) = made_blocks([10])
+    (block,), (narrow,) = made_blocks([10]), made_blocks([10], narrow=True)
     phases = torch.ones(10, 16, dtype=torch.complex64)
     for room, known in ((9, phases), (10, phases[:9]), (10, phases.repeat(1, 2)[:, :16])):
         with pytest.raises(ValueError, match="10 slots"):
             compiled.place([block.piece], known, torch.empty(2, 3, 2, room, 32, dtype=torch.bfloat16))
     fits = torch.empty(2, 3, 2, 10, 32, dtype=torch.bfloat16)
     for piece in (
-        (block.slots, 0, 11),
-        (block.slots, -1, 5),
-        (block.slots, 6, 5),
-        (block.slots[:, :2].contiguous(), 0, 10),
-        (block.slots[..., :5, :], 0, 5),
-        (block.slots.float(), 0, 10),
-        (block.slots.view(2, 6, 10, 32), 0, 10),
+        (block.slots, 0, 11, None),
+        (block.slots, -1, 5, None),
+        (block.slots, 6, 5, None),
+        (block.slots[:, :2].contiguous(), 0, 10, None),
+        (block.slots[..., :5, :], 0, 5, None),
+        (block.slots.float(), 0, 10, None),
+        (block.slots.view(2, 6, 10, 32), 0, 10, None),
+        (narrow.slots, 0, 10, None),
+        (block.slots, 0, 10, narrow.scales),
     ):
         with pytest.raises(ValueError, match="slots"):
             compiled.place([piece], phases, fits)
+    assert narrow.scales is not None
+    channels, by_slot = narrow.scales
+    for scales in ((channels[:1], by_slot), (channels, by_slot[..., :9]), (channels.float(), by_slot)):
+        with pytest.raises(ValueError, match="scales"):
+            compiled.place([(narrow.slots, 0, 10, scales)], phases, fits)
     for out in (fits.float(), fits.view(1, 6, 2, 10, 32), fits.transpose(1, 2), fits.view(2, 3, 2, 20, 16)):
         with pytest.raises(ValueError, match=r"slots|out"):
             compiled.place([block.piece], phases, out)
@@ -231,9 +260,12 @@ def test_placing_refuses_what_does_not_fit(compiled: Kernels) -> None:
             compiled.place([block.piece], known, fits)
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models_with_and_without_kernels(family: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_with_and_without_kernels(
+    family: str, compiled: bool, kv_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Composed prompts, then steps of several sequences in one pass, against the explicit mask."""
     calls = []
     if compiled:
@@ -246,7 +278,7 @@ def test_models_with_and_without_kernels(family: str, compiled: bool, monkeypatc
         for module in (compiled_attention, slots):
             monkeypatch.setattr(module, "kernels", lambda: None)
     stock = make_tiny_model(family, head_dim=32, hidden_size=128, initializer_range=0.1)
-    model = SlotModel.from_pretrained_model(copy.deepcopy(stock), kv_dtype="bfloat16")
+    model = SlotModel.from_pretrained_model(copy.deepcopy(stock), kv_dtype=kv_dtype)
     blocks = [tokens(1), tokens(150, 1), tokens(33, 2)]
     first, second = compose(model, blocks, 40), compose(model, blocks[1:], 40)
     expected = [stock_logits(stock, blocks, tokens(30, 3))[-1], stock_logits(stock, blocks[1:], tokens(9, 4))[-1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +15,17 @@ from transformers import PreTrainedModel
 
 from blockrag.errors import UnsupportedModelError
 from blockrag.modeling import step as stepping
+from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.native import kernels as native
 from blockrag.modeling.native.step import PackedProduct, StepKernel, StepSegment, interleaved
 from blockrag.modeling.rotary import Rotation
 from blockrag.modeling.step import MOST_TOKENS, MOST_TOKENS_WITH_TILES, UnsuitableError
 from blockrag.modeling.support import inspect_model
-from tests.models import FAMILIES, make_tiny_model
+from tests.models import FAMILIES, make_tiny_bundle, make_tiny_model
 from tests.unit.modeling.test_model import close, compose, stock_logits, tokens
 
-SIZES: dict[str, Any] = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 112}
+SIZES: dict[str, Any] = {"head_dim": 32, "hidden_size": 64, "intermediate_size": 96}
 TOLERANCE = 8e-2
 """Of the rounding to bfloat16 of what is multiplied, and of blocks; eight bits themselves are in the reference too."""
 
@@ -43,7 +45,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def rounded_(model: PreTrainedModel) -> PreTrainedModel:
-    """The same with the weights that a step stands for: float32, each row of whole steps."""
+    """The same with the weights that a step stands for: float32, each group of whole steps."""
     model = copy.deepcopy(model).float()
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -66,14 +68,16 @@ def with_biases(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def test_packed_weights_are_the_nearest_steps() -> None:
-    weight = torch.randn(70, 34, generator=torch.Generator().manual_seed(0))
+def test_packed_weights_are_the_nearest_steps_of_each_group() -> None:
+    weight = torch.randn(70, 96, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
+    weight[5, 40] = 100.0  # costs the inputs beside it their precision, and no other's
     product = PackedProduct.pack(weight)
-    assert (product.rows, product.inputs) == (70, 34)
-    error = (product.unpacked() - weight).abs()
-    assert bool((error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5001).all())
-    assert product.nbytes == 96 * 34 + 96 * 4
+    assert (product.rows, product.inputs) == (70, 96)
+    largest = weight.view(70, 3, 32).abs().amax(2, keepdim=True)
+    error = (product.unpacked() - weight).abs().view(70, 3, 32)
+    assert bool((error <= largest / 127 * 0.503).all())  # scales are rounded to bfloat16
+    assert product.nbytes == 96 * 96 + 96 * 3 * 2
 
 
 def test_gate_and_up_take_turns() -> None:
@@ -166,9 +170,9 @@ def test_scores_out_of_range_are_computed_by_the_model() -> None:
     [
         ({"hidden_act": "gelu"}, "gelu"),
         ({"mlp_bias": True}, "bias"),
-        ({"intermediate_size": 40}, "multiple of 16"),
+        ({"intermediate_size": 80}, "multiple of 32"),
         ({"head_dim": 16}, "heads of 16"),
-        ({"hidden_size": 48}, "width of 48"),
+        ({"hidden_size": 48}, "48 inputs"),
     ],
 )
 def test_another_kind_of_model_is_left_alone(
@@ -181,6 +185,8 @@ def test_another_kind_of_model_is_left_alone(
     assert reason in caplog.text
     assert model.weights == "none"
     assert model.forward([(model.new_sequence([], 4), tokens(4))]).isfinite().all()
+    with pytest.raises(UnsupportedModelError, match=reason):
+        model.quantise_steps(required=True)
 
 
 def test_float32_and_machines_without_kernels_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,3 +253,25 @@ def test_stock_logits_are_near() -> None:
     blocks, final = [tokens(1), tokens(30, 1)], tokens(10, 3)
     got = model.forward([(compose(model, blocks, 10), final)])[0]
     assert close(got, stock_logits(stock, blocks, final)[-1], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "compute", "found"),
+    [
+        ("auto", "bfloat16", "int8"),
+        ("auto", "float32", "none"),
+        ("none", "bfloat16", "none"),
+        ("int8", "bfloat16", "int8"),
+    ],
+)
+def test_which_weights_steps_read(weights: str, compute: str, found: str, tmp_path: Path) -> None:
+    made = make_tiny_bundle(tmp_path / "bundle", **SIZES)
+    bundle = load_bundle(made, compute_dtype=compute, kv_dtype="bfloat16", weights=weights)
+    assert SlotModel.load(bundle).weights == found
+    assert SlotModel.load(bundle, weights="none").weights == "none"
+
+
+def test_eight_bits_or_an_error(tmp_path: Path) -> None:
+    bundle = load_bundle(make_tiny_bundle(tmp_path / "bundle", **SIZES), weights="int8")
+    with pytest.raises(UnsupportedModelError, match=r"computes in torch\.float32"):
+        SlotModel.load(bundle)

@@ -223,4 +223,4 @@ def test_refuses_unknown_layer_types() -> None:
 
 def test_refuses_an_unknown_cache_type() -> None:
     with pytest.raises(ValueError, match="int8"):
-        SlotModel.from_pretrained_model(make_tiny_model("llama"), kv_dtype="int8")
+        SlotModel.from_pretrained_model(make_tiny_model("llama"), kv_dtype="int4")

@@ -81,7 +81,7 @@ def test_every_kind_of_rotation_and_window_passes(family: str, tmp_path: Path) -
 def test_steps_in_eight_bits_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels() is None:
         pytest.skip("no compiled kernels on this machine")
-    made = make_tiny_bundle(tmp_path / "wide", head_dim=32, hidden_size=64, intermediate_size=112)
+    made = make_tiny_bundle(tmp_path / "wide", head_dim=32, hidden_size=64, intermediate_size=96)
     bundle = load_bundle(made, compute_dtype="bfloat16", kv_dtype="bfloat16", weights="int8")
     report = verify_bundle(bundle)
     assert report.weights == "int8"
@@ -98,6 +98,17 @@ def test_steps_in_eight_bits_are_checked(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("blockrag.modeling.model.Step", Damaged)
     failed = verify_bundle(bundle)
     assert {check.first_difference for check in failed.checks if not check.passed} == {"layer 1"}
+
+    class Unsure(Step):
+        def __call__(self, input_ids: Tensor, batch: RaggedBatch, trace: list[Tensor] | None) -> Tensor | None:
+            logits = super().__call__(input_ids, batch, trace)
+            return logits if logits is None or trace is not None or len(input_ids[0]) > 1 else 0.5 * logits
+
+    monkeypatch.setattr("blockrag.modeling.model.Step", Unsure)
+    failed = verify_bundle(bundle)
+    unsure = [check for check in failed.checks if not check.passed]
+    assert {check.first_difference for check in unsure} == {"probabilities"}
+    assert {check.name.partition(",")[0] for check in unsure} >= {"block mode", "block mode shuffled"}
 
 
 @pytest.mark.parametrize("layer", [0, 2])

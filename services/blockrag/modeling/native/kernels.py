@@ -29,6 +29,11 @@ _WORTH_THREADS = 2**15
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
+Piece = tuple[Tensor, int, int, tuple[Tensor, Tensor] | None]
+"""A block's slots [2, layers, kv_heads, n, head_dim], which of them from where to where, and the scales of those in
+int8 (``blockrag.modeling.narrow``); others are bfloat16."""
+
+
 class Kernels:
     """Functions of the compiled library."""
 
@@ -37,7 +42,7 @@ class Kernels:
         self.compiled = compiled
         self._place, self._attend = compiled.place_slots, compiled.attend
         self._place.restype = None
-        self._place.argtypes = [_INT, *[_POINTER] * 3, _INT, _INT, _POINTER, _INT, _POINTER, _INT]
+        self._place.argtypes = [_INT, *[_POINTER] * 5, _INT, _INT, _POINTER, _INT, _POINTER, _INT]
         self._attend.restype = _INT
         self._attend.argtypes = [*[_POINTER] * 3, *[_INT] * 6, *[_FLOAT] * 3, _INT, _POINTER]
 
@@ -59,35 +64,49 @@ class Kernels:
             and slots.stride()[-2:] == (slots.size(-1), 1)
         )
 
-    def place(self, pieces: Sequence[tuple[Tensor, int, int]], phases: Tensor, out: Tensor) -> None:
+    def place(self, pieces: Sequence[Piece], phases: Tensor, out: Tensor) -> None:
         """Copy pieces of blocks one behind the other to the beginning of ``out``, their keys rotated by ``phases``.
 
-        A piece is (slots of a block [2, layers, kv_heads, n, head_dim], start, stop); ``out`` has the same shape with
-        other n, at least the pieces' sum; both are contiguous. ``phases``: complex64 [that sum at least, head_dim / 2],
-        row i for the slot that gets place i. Computed in float32, rounded once. Raises ValueError for anything else.
+        ``out``, bfloat16, has the shape of a piece's slots with other n, at least the pieces' sum; all are contiguous.
+        ``phases``: complex64 [that sum at least, head_dim / 2], row i for the slot that gets place i. Computed in
+        float32, rounded once. Raises ValueError for anything else.
         """
-        for slots in (out, *(slots for slots, _, _ in pieces)):
-            if slots.dtype != torch.bfloat16 or not (slots.is_cpu and slots.is_contiguous()):
+        for slots, _, _, scales in ((out, 0, 0, None), *pieces):
+            kind = torch.bfloat16 if scales is None else torch.int8
+            if slots.dtype != kind or not (slots.is_cpu and slots.is_contiguous()):
                 raise ValueError(f"{slots.dtype} {tuple(slots.shape)} {slots.stride()} on {slots.device} for slots")
         if out.dim() != 5 or out.shape[0] != 2 or out.shape[4] not in _WIDTHS or not out.shape[1] * out.shape[2]:
             raise ValueError(f"out: {tuple(out.shape)}")
         _, layers, kv_heads, room, width = out.shape
-        for slots, start, stop in pieces:
+        for slots, start, stop, scales in pieces:
             if slots.shape != (2, layers, kv_heads, slots.size(-2), width):
                 raise ValueError(f"a block of {tuple(slots.shape)} for slots of {tuple(out.shape)}")
             if not 0 <= start <= stop <= slots.shape[3]:
                 raise ValueError(f"slots {start} to {stop} of a block of {slots.shape[3]}")
+            for found, shape in zip(
+                scales or (), ((2, layers, kv_heads, width), slots.shape[1:4]), strict=scales is not None
+            ):
+                if (
+                    found.dtype != torch.bfloat16
+                    or found.shape != shape
+                    or not (found.is_cpu and found.is_contiguous())
+                ):
+                    raise ValueError(f"scales: {found.dtype} {tuple(found.shape)} for {tuple(shape)}")
         if phases.dtype != torch.complex64 or not phases.is_cpu or phases.dim() != 2 or phases.shape[1] != width // 2:
             raise ValueError(f"phases {phases.dtype} {tuple(phases.shape)} on {phases.device} for heads of {width}")
-        starts = [0, *accumulate(stop - start for _, start, stop in pieces)]
+        starts = [0, *accumulate(stop - start for _, start, stop, _ in pieces)]
         whole = starts[-1]
         if whole > min(room, len(phases)) or not phases.is_contiguous() or phases.is_conj():
             raise ValueError(f"{whole} slots for {room} places and {len(phases)} phases")
-        count, step = len(pieces), width * out.itemsize
+        count = len(pieces)
+        of_keys = [None if scales is None else scales[0].data_ptr() for *_, scales in pieces]
+        of_values = [None if scales is None else scales[1].data_ptr() + 2 * start for _, start, _, scales in pieces]
         self._place(
             count,
-            (_POINTER * count)(*[slots.data_ptr() + start * step for slots, start, _ in pieces]),
-            (_INT * count)(*[slots.shape[3] * width for slots, _, _ in pieces]),
+            (_POINTER * count)(*[slots.data_ptr() + start * width * slots.itemsize for slots, start, _, _ in pieces]),
+            (_INT * count)(*[slots.shape[3] * width for slots, *_ in pieces]),
+            (_POINTER * count)(*of_keys),
+            (_POINTER * count)(*of_values),
             (_INT * len(starts))(*starts),
             layers * kv_heads,
             width,

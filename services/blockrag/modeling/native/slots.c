@@ -22,26 +22,60 @@ static inline __m512 widened(const uint16_t *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-void place_slots(int64_t blocks, const uint16_t *const *sources, const int64_t *source_planes, const int64_t *starts,
+static inline __m512 rotated(__m512 pairs, __m512 phases) {
+    __m512 crossed = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xB1), _mm512_movehdup_ps(phases));
+    return _mm512_fmaddsub_ps(pairs, _mm512_moveldup_ps(phases), crossed);
+}
+
+static inline __m512 whole_numbers(const int8_t *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+}
+
+/* A plane of keys in eight bits: ``steps`` and ``middles`` of its channels. */
+static void place_narrow_keys(const int8_t *from, int64_t numbers, int64_t width, const uint16_t *steps,
+                              const uint16_t *middles, const float *phase, uint16_t *to) {
+    for (int64_t slot = 0; slot < numbers; slot += width)
+        for (int64_t i = 0; i < width; i += LANES) {
+            __m512 pairs = _mm512_fmadd_ps(whole_numbers(from + slot + i), widened(steps + i), widened(middles + i));
+            store_narrow(to + slot + i, rotated(pairs, _mm512_loadu_ps(phase + slot + i)));
+        }
+}
+
+/* A plane of values in eight bits: a step for each slot. */
+static void place_narrow_values(const int8_t *from, int64_t numbers, int64_t width, const uint16_t *steps,
+                                uint16_t *to) {
+    for (int64_t slot = 0; slot < numbers; slot += width, steps++) {
+        __m512 step = _mm512_castsi512_ps(_mm512_set1_epi32((int32_t)((uint32_t)*steps << 16)));
+        for (int64_t i = 0; i < width; i += LANES)
+            store_narrow(to + slot + i, _mm512_mul_ps(whole_numbers(from + slot + i), step));
+    }
+}
+
+void place_slots(int64_t blocks, const void *const *sources, const int64_t *source_planes,
+                 const uint16_t *const *key_scales, const uint16_t *const *value_scales, const int64_t *starts,
                  int64_t key_planes, int64_t width, const float *phases, int64_t threads, uint16_t *out,
                  int64_t out_plane) {
     int64_t planes = 2 * key_planes;
 #pragma omp parallel for schedule(dynamic, key_planes) num_threads(threads)
     for (int64_t part = 0; part < blocks * planes; part++) { /* a block's planes follow each other in memory */
         int64_t block = part / planes, plane = part % planes;
-        const uint16_t *from = sources[block] + plane * source_planes[block];
         uint16_t *to = out + plane * out_plane + starts[block] * width;
         const float *phase = phases + starts[block] * width;
-        int64_t numbers = (starts[block + 1] - starts[block]) * width;
-        if (plane >= key_planes) {
+        int64_t numbers = (starts[block + 1] - starts[block]) * width, value = plane - key_planes;
+        if (key_scales[block]) {
+            const int8_t *from = (const int8_t *)sources[block] + plane * source_planes[block];
+            const uint16_t *steps = key_scales[block] + plane * width;
+            if (value < 0) place_narrow_keys(from, numbers, width, steps, steps + key_planes * width, phase, to);
+            else place_narrow_values(from, numbers, width, value_scales[block] + value * (source_planes[block] / width), to);
+            continue;
+        }
+        const uint16_t *from = (const uint16_t *)sources[block] + plane * source_planes[block];
+        if (value >= 0) {
             memcpy(to, from, numbers * sizeof *to);
             continue;
         }
-        for (int64_t i = 0; i < numbers; i += LANES) {
-            __m512 pairs = widened(from + i), phase_pairs = _mm512_loadu_ps(phase + i);
-            __m512 crossed = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xB1), _mm512_movehdup_ps(phase_pairs));
-            store_narrow(to + i, _mm512_fmaddsub_ps(pairs, _mm512_moveldup_ps(phase_pairs), crossed));
-        }
+        for (int64_t i = 0; i < numbers; i += LANES)
+            store_narrow(to + i, rotated(widened(from + i), _mm512_loadu_ps(phase + i)));
     }
 }
 

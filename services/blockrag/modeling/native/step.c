@@ -1,10 +1,11 @@
 /* A whole step of a Llama-like decoder for a few tokens: one call, one team of threads, weights of eight bits.
  *
  * What is computed is said where Python calls it (step.py). A product's weights lie as they are read: 32 rows are a
- * block, and a block holds, for each pair of neighbouring inputs, one cache line: the first input's weights of rows 0 to
- * 15, the second's, and both of rows 16 to 31. Whole numbers to 127 are exact in bfloat16, so a line becomes the
- * operand of vdpbf16ps without rounding; the row's scale is applied to the sum. Of gate and up, 16 rows each make a
- * block. Hidden states stay float32 from layer to layer; what is multiplied is rounded to bfloat16.
+ * block, and a block holds, for each group of 32 inputs, a cache line of the rows' scales in bfloat16, and then one for
+ * each pair of neighbouring inputs: the first input's weights of rows 0 to 15, the second's, and both of rows 16 to 31.
+ * Whole numbers to 127 are exact in bfloat16, so a line becomes the operand of vdpbf16ps without rounding; the scales
+ * are applied to the group's sum. Of gate and up, 16 rows each make a block. Hidden states stay float32 from layer to
+ * layer; what is multiplied is rounded to bfloat16.
  *
  * Between two parts of a layer the threads wait for each other by spinning: waking them takes longer than a part.
  */
@@ -52,22 +53,39 @@ static inline __m512i pairs_of(const int8_t *line) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second);
 }
 
-/* Sums of a block's rows for ``tokens`` tokens; weights of eight bits, or widened ones. */
+static inline __m512 scales_of(const int8_t *line) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i *)line));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+/* Sums of a block's rows for ``tokens`` tokens; weights of eight bits, or widened ones beside them. */
 static inline __attribute__((always_inline)) void add_up(const int8_t *lines, const __m512i *widened,
                                                          const uint16_t *input, int64_t inputs, int tokens,
                                                          __m512 (*sums)[2]) {
     __m512 total[TOKENS][2];
     for (int t = 0; t < tokens; t++) total[t][0] = total[t][1] = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < inputs / 2; pair++) {
-        if (!widened) _mm_prefetch((const char *)lines + (pair + AHEAD) * LINE, _MM_HINT_T0);
-        __m512bh low = (__m512bh)(widened ? widened[2 * pair] : pairs_of(lines + pair * LINE));
-        __m512bh high = (__m512bh)(widened ? widened[2 * pair + 1] : pairs_of(lines + pair * LINE + LINE / 2));
+    for (int64_t group = 0; group < inputs / GROUP; group++, lines += GROUP_LINES * LINE) {
+        __m512 part[TOKENS][2];
+        for (int t = 0; t < tokens; t++) part[t][0] = part[t][1] = _mm512_setzero_ps();
+        if (!widened) _mm_prefetch((const char *)lines + AHEAD * LINE, _MM_HINT_T0);
+        for (int64_t pair = 0; pair < GROUP / 2; pair++) {
+            const int8_t *line = lines + (1 + pair) * LINE;
+            const __m512i *wide = widened + group * GROUP + 2 * pair;
+            if (!widened) _mm_prefetch((const char *)line + AHEAD * LINE, _MM_HINT_T0);
+            __m512bh low = (__m512bh)(widened ? wide[0] : pairs_of(line));
+            __m512bh high = (__m512bh)(widened ? wide[1] : pairs_of(line + LINE / 2));
+            for (int t = 0; t < tokens; t++) {
+                int32_t numbers;
+                memcpy(&numbers, input + t * inputs + group * GROUP + 2 * pair, sizeof numbers);
+                __m512bh both = (__m512bh)_mm512_set1_epi32(numbers);
+                part[t][0] = _mm512_dpbf16_ps(part[t][0], both, low);
+                part[t][1] = _mm512_dpbf16_ps(part[t][1], both, high);
+            }
+        }
+        __m512 low = scales_of(lines), high = scales_of(lines + LINE / 2);
         for (int t = 0; t < tokens; t++) {
-            int32_t numbers;
-            memcpy(&numbers, input + t * inputs + 2 * pair, sizeof numbers);
-            __m512bh both = (__m512bh)_mm512_set1_epi32(numbers);
-            total[t][0] = _mm512_dpbf16_ps(total[t][0], both, low);
-            total[t][1] = _mm512_dpbf16_ps(total[t][1], both, high);
+            total[t][0] = _mm512_fmadd_ps(part[t][0], low, total[t][0]);
+            total[t][1] = _mm512_fmadd_ps(part[t][1], high, total[t][1]);
         }
     }
     for (int t = 0; t < tokens; t++) sums[t][0] = total[t][0], sums[t][1] = total[t][1];
@@ -92,29 +110,25 @@ static void multiply(Team *team, const Product *product, const uint16_t *input, 
                      const float *bias, void *out, int64_t stride, __m512i *wide) {
     int64_t inputs = product->inputs;
     for (int64_t block; (block = take(team)) < product->blocks;) {
-        const int8_t *lines = product->weights + block * inputs / 2 * LINE;
-        const float *scales = product->scales + block * BLOCK;
+        const int8_t *lines = product->weights + block * inputs / GROUP * GROUP_LINES * LINE;
         if (tokens > TOKENS)
-            for (int64_t half = 0; half < inputs; half++) wide[half] = pairs_of(lines + half * LINE / 2);
+            for (int64_t half = 0; half < inputs; half++) /* behind each group's scales */
+                wide[half] = pairs_of(lines + (half / GROUP + 1) * LINE + half * LINE / 2);
         for (int64_t token = 0; token < tokens; token += TOKENS) {
             int64_t taken = tokens - token < TOKENS ? tokens - token : TOKENS;
             __m512 sums[TOKENS][2];
             sum(lines, tokens > TOKENS ? wide : NULL, input + token * inputs, inputs, (int)taken, sums);
             for (int64_t t = 0; t < taken; t++) {
-                __m512 scaled[2];
-                for (int64_t half = 0; half < 2; half++)
-                    scaled[half] = _mm512_mul_ps(sums[t][half], _mm512_loadu_ps(scales + half * LANES));
                 if (ending == GATED) {
-                    store_narrow((uint16_t *)out + (token + t) * stride + block * LANES, gated(scaled[0], scaled[1]));
+                    store_narrow((uint16_t *)out + (token + t) * stride + block * LANES, gated(sums[t][0], sums[t][1]));
                     continue;
                 }
                 for (int64_t half = 0; half < 2; half++) {
                     float *to = (float *)out + (token + t) * stride + block * BLOCK + half * LANES;
-                    if (ending == ADD) scaled[half] = _mm512_add_ps(scaled[half], _mm512_loadu_ps(to));
-                    if (bias)
-                        scaled[half] =
-                            _mm512_add_ps(scaled[half], _mm512_loadu_ps(bias + block * BLOCK + half * LANES));
-                    _mm512_storeu_ps(to, scaled[half]);
+                    __m512 sum = sums[t][half];
+                    if (ending == ADD) sum = _mm512_add_ps(sum, _mm512_loadu_ps(to));
+                    if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + block * BLOCK + half * LANES));
+                    _mm512_storeu_ps(to, sum);
                 }
             }
         }

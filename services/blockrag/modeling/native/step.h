@@ -5,12 +5,13 @@
 
 enum {
     BLOCK = 32, /* rows of a product that are computed together */
-    LINE = 64,  /* bytes of a pair of inputs of a block */
+    LINE = 64,  /* bytes of a pair of inputs of a block, and of a group's scales */
+    GROUP = 32, /* inputs that share a row's scale */
+    GROUP_LINES = 1 + GROUP / 2,
 };
 
 typedef struct {
-    const int8_t *weights; /* [blocks, inputs / 2, LINE] */
-    const float *scales;   /* [blocks * BLOCK] */
+    const int8_t *weights; /* [blocks, inputs / GROUP, GROUP_LINES, LINE], from a cache line's beginning */
     int64_t blocks, inputs;
 } Product;
 

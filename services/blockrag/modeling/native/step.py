@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_LANES, _BLOCK = 16, 32
+_LANES, _BLOCK, _LINE = 16, 32, 64
+GROUP = 32
+"""Inputs that share a row's scale, as in llama.cpp's Q8_0."""
+_GROUP_LINES = 1 + GROUP // 2
 _LARGEST = 127
+_LEAST_SCALE = 2.0**-100
+"""So that a group of zeros divides by something."""
 
 
 class _Product(ctypes.Structure):
-    _fields_ = (("weights", _POINTER), ("scales", _POINTER), ("blocks", _INT), ("inputs", _INT))
+    _fields_ = (("weights", _POINTER), ("blocks", _INT), ("inputs", _INT))
 
 
 class _Layer(ctypes.Structure):
@@ -68,46 +73,54 @@ class _Buffers(ctypes.Structure):
 
 @dataclass(frozen=True)
 class PackedProduct:
-    """A linear layer's weights in eight bits, with one scale a row, in the order in which step.c reads them."""
+    """A linear layer's weights in eight bits, with a scale for each row and group of inputs, as step.c reads them."""
 
     weights: Tensor
-    """int8 [blocks, inputs / 2, 64]."""
-    scales: Tensor
-    """float32 [blocks * 32]."""
+    """int8 [blocks of 32 rows, inputs / 32, 17, 64]: a line of the rows' scales in bfloat16, and one for each pair."""
     rows: int
     """Of the layer; what is beyond them in the last block is zeros."""
 
     @classmethod
     def pack(cls, weight: Tensor) -> PackedProduct:
-        """Of ``weight`` [rows, inputs], rounded to the nearest of 255 steps of each row's largest. Inputs are even."""
+        """Of ``weight`` [rows, inputs], rounded to the nearest of 255 steps of each group's largest.
+
+        Raises ValueError where the inputs are no multiple of 32.
+        """
         rows, inputs = weight.shape
-        wide = weight.float()
-        scales = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
-        steps = (wide / scales[:, None]).round_().to(torch.int8)
+        if inputs % GROUP:
+            raise ValueError(f"a linear layer of {inputs} inputs, which must be a multiple of {GROUP}")
+        grouped = weight.float().view(rows, -1, GROUP)
+        scales = (grouped.abs().amax(2) / _LARGEST).clamp_min(_LEAST_SCALE).bfloat16()
+        steps = (grouped / scales.float()[..., None]).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
         missing = -rows % _BLOCK
         if missing:
-            steps = torch.cat([steps, steps.new_zeros(missing, inputs)])
-            scales = torch.cat([scales, scales.new_zeros(missing)])
-        lines = steps.view(-1, 2, _LANES, inputs // 2, 2).permute(0, 3, 1, 4, 2)
-        return cls(lines.reshape(-1, inputs // 2, 2 * _BLOCK).contiguous(), scales.contiguous(), rows)
+            steps = torch.cat([steps, steps.new_zeros(missing, *steps.shape[1:])])
+            scales = torch.cat([scales, scales.new_zeros(missing, scales.shape[1])])
+        weights = steps.new_empty(len(steps) // _BLOCK, inputs // GROUP, _GROUP_LINES, _LINE)
+        weights[:, :, 0] = scales.view(-1, _BLOCK, inputs // GROUP).transpose(1, 2).contiguous().view(torch.int8)
+        lines = steps.view(-1, 2, _LANES, inputs // GROUP, GROUP // 2, 2).permute(0, 3, 4, 1, 5, 2)
+        weights[:, :, 1:] = lines.reshape(*weights.shape[:2], GROUP // 2, _LINE)
+        return cls(weights, rows)
 
     @property
     def inputs(self) -> int:
         """Of the layer."""
-        return 2 * self.weights.shape[1]
+        return GROUP * self.weights.shape[1]
 
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        return self.weights.nbytes + self.scales.nbytes
+        return self.weights.nbytes
 
     def unpacked(self) -> Tensor:
         """The weights that it stands for, float32 [rows, inputs]."""
-        lines = self.weights.view(-1, self.inputs // 2, 2, 2, _LANES).permute(0, 2, 4, 1, 3)
-        return (lines.reshape(-1, self.inputs).float() * self.scales[:, None])[: self.rows]
+        groups = self.weights.shape[1]
+        scales = self.weights[:, :, 0].contiguous().view(torch.bfloat16).transpose(1, 2).reshape(-1, groups, 1)
+        lines = self.weights[:, :, 1:].reshape(-1, groups, GROUP // 2, 2, 2, _LANES).permute(0, 3, 5, 1, 2, 4)
+        return (lines.reshape(-1, groups, GROUP).float() * scales.float()).view(-1, self.inputs)[: self.rows]
 
     def _struct(self) -> _Product:
-        return _Product(self.weights.data_ptr(), self.scales.data_ptr(), self.weights.shape[0], self.inputs)
+        return _Product(self.weights.data_ptr(), self.weights.shape[0], self.inputs)
 
 
 def interleaved(gate: Tensor, up: Tensor) -> Tensor:
@@ -228,7 +241,7 @@ class StepKernel:
         if start != tokens or not segments:
             raise ValueError(f"{tokens} tokens, where the segments have {start}")
         threads = torch.get_num_threads()
-        logits = torch.empty(len(segments), decoder.head.scales.shape[0])
+        logits = torch.empty(len(segments), decoder.head.weights.shape[0] * _BLOCK)
         buffers = _Buffers(
             hidden=hidden.data_ptr(),
             phases=phases.data_ptr(),
@@ -292,8 +305,8 @@ def _check_decoder(decoder: PackedDecoder) -> None:
     ):
         raise ValueError(f"{len(decoder.layers)} layers of {heads} heads of {head_dim}, {kv_heads} of keys")
     inner = decoder.layers[0].down.inputs
-    if width % _BLOCK or inner % _LANES:
-        raise ValueError(f"a width of {width} and {inner} inside the MLP: must be multiples of {_BLOCK} and {_LANES}")
+    if width % GROUP or inner % GROUP:
+        raise ValueError(f"a width of {width} and {inner} inside the MLP: must be multiples of {GROUP}")
     rows = (heads + 2 * kv_heads) * head_dim
     for layer in decoder.layers:
         wanted = {
@@ -317,8 +330,8 @@ def _check_decoder(decoder: PackedDecoder) -> None:
 
 def _check_product(name: str, product: PackedProduct, shape: tuple[int, int]) -> None:
     weights, blocks = product.weights, -(-shape[0] // _BLOCK)
-    if (product.rows, product.inputs) != shape or weights.shape != (blocks, shape[1] // 2, 2 * _BLOCK):
+    lines = (blocks, shape[1] // GROUP, _GROUP_LINES, _LINE)
+    if (product.rows, product.inputs) != shape or weights.shape != lines:
         raise ValueError(f"{name}: {product.rows} rows of {product.inputs}, where {shape} is needed")
-    if weights.dtype != torch.int8 or not (weights.is_cpu and weights.is_contiguous()) or weights.data_ptr() % 16:
+    if weights.dtype != torch.int8 or not (weights.is_cpu and weights.is_contiguous()) or weights.data_ptr() % _LINE:
         raise ValueError(f"{name}: {weights.dtype} on {weights.device}, {weights.stride()}")
-    _check_floats(f"{name}'s scales", product.scales, (blocks * _BLOCK,))

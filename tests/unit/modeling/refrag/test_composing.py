@@ -20,7 +20,7 @@ from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.composing import compose_passage, mixed_inputs
 from blockrag.modeling.refrag.reference import ChosenSlot, pass_block, pass_final
-from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotSlice
+from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotSlice, wide_slots
 from tests.models import FAMILIES, TINY_VOCAB, make_tiny_model
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -151,7 +151,7 @@ def test_neighbouring_chunks_of_one_form_make_one_slice() -> None:
         (False, 2, 4),
         (True, 16, 22),
     ]
-    assert torch.equal(pieces[1].slots, compressed.slots[:, :, :, 2:4])
+    assert torch.equal(wide_slots(pieces[1]), compressed.slots[:, :, :, 2:4])
     assert sum(piece.num_slots for piece in pieces) == composed_slots([22], [True, True, False, False, True, True], 4)
 
 
