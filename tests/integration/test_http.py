@@ -102,10 +102,12 @@ async def test_a_client_that_leaves_its_stream_stops_the_decoder(
     http: httpx.AsyncClient, client: BlockragClient, collection: str
 ) -> None:
     body = {**await endless_question(http, collection), "max_tokens": 12_000, "stream": True}
+    # Answers that other tests' clients left without streaming may run to their ends.
+    await until_running(client, 0, seconds=90)
     async with http.stream("POST", "/chat/completions", json=body) as response:
         await anext(response.aiter_lines())
         await until_running(client, 1)
-    await until_running(client, 0)
+    await until_running(client, 0, seconds=8)
 
 
 async def endless_question(http: httpx.AsyncClient, collection: str) -> dict[str, object]:
@@ -119,9 +121,9 @@ async def endless_question(http: httpx.AsyncClient, collection: str) -> dict[str
     pytest.fail("every answer ended by itself")
 
 
-async def until_running(client: BlockragClient, sequences: int) -> None:
+async def until_running(client: BlockragClient, sequences: int, *, seconds: float = 30) -> None:
     """Waits until the decoder computes so many."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(seconds):
         while (await client.describe()).decoder["running"] != sequences:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
