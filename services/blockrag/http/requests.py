@@ -65,11 +65,17 @@ class Body(BaseModel):
 
 
 def _no_text(value: Any) -> bool:
-    if isinstance(value, str):
-        return _SURROGATE.search(value) is not None
-    if isinstance(value, Mapping):
-        return any(_no_text(name) or _no_text(item) for name, item in value.items())
-    return isinstance(value, list) and any(map(_no_text, value))
+    waiting = [value]  # not by recursion: JSON may be deeper than the interpreter's stack
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            if _SURROGATE.search(each) is not None:
+                return True
+        elif isinstance(each, Mapping):
+            waiting += [*each, *each.values()]
+        elif isinstance(each, list):
+            waiting += each
+    return False
 
 
 def only(*allowed: Any) -> AfterValidator:

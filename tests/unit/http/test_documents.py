@@ -194,3 +194,12 @@ async def test_documents_that_hold_an_equal_passage_are_named(client: httpx.Asyn
     assert found[0]["blockrag"]["also_in"] == ["notes/twin.md"]
     cited = [one["filename"] for one in answer["output"][-1]["content"][0]["annotations"]]
     assert cited[:2] == ["d0.md", "twin.md"]
+
+
+@pytest.mark.parametrize("depth", [50, 400, 900, 20_000])
+async def test_json_of_any_depth_is_refused(client: httpx.AsyncClient, depth: int) -> None:
+    body = b'{"query": "x", "messages": ' + b"[" * depth + b"]" * depth + b"}"
+    response = await client.post(
+        "/v1/vector_stores/notes/search", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400, response.text
