@@ -102,6 +102,8 @@ def _ray(dashboard: int, environment: dict[str, str]) -> Iterator[subprocess.Pop
     command += [f"--dashboard-port={dashboard}", "--num-cpus=8", f"--object-store-memory={2**28}"]
     # By default workers take the ports from 10002 to 19999, which free_port may have given away.
     command += ["--min-worker-port=0", "--max-worker-port=0"]
+    # Fixed ones by default, which a Ray that is just going may still hold: the node would end at once.
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
     with subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL) as ray:
         try:
             yield ray
