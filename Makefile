@@ -45,8 +45,9 @@ test: $(STAMP) clients ## All tests that need at most one running system at a ti
 	$(PYTEST) $(TWICE) tests/unit
 	$(BIN)/pytest -m "not own_cluster" tests/system tests/integration
 
-test-cluster: $(STAMP) ## Tests that start clusters of their own: demo, killed starter, killed parts, serve deploy, --workers 2.
-	$(BIN)/pytest -m own_cluster tests/system tests/integration
+test-cluster: $(STAMP) ## Tests that start clusters of their own, each file in a process of its own: what one leaves does not meet the next.
+	set -e; for file in $$(grep -l own_cluster tests/system/test_*.py) tests/integration/test_distributed_training.py; \
+		do $(BIN)/pytest -m own_cluster $$file; done
 
 lint: $(STAMP) check-stubs ## Style, who may import whom, the protocol.
 	$(BIN)/ruff check .

@@ -6,8 +6,8 @@ python examples/in_process.py [BUNDLE]
 import sys
 
 from blockrag.configured import configured_bundle
-from blockrag.evaluation.answering import Prompt, Reader
 from blockrag.evaluation.pieces import Piece
+from blockrag.evaluation.reader import Prompt, Reader
 from blockrag.settings import BundleSettings, Settings
 
 PASSAGES = (

@@ -26,14 +26,16 @@ import aiohttp
 from blockrag.client import BlockragClient
 from blockrag.corpus.sample import load_articles, load_questions
 from blockrag.errors import BlockragError
+from blockrag.evaluation.ttft_grpc import first_token_ms
 from blockrag.local import LocalSystem
-from blockrag.results import Completion
 from blockrag.settings import load_settings
-from load_tests.run import own_settings
+from load_tests.run import fresh_settings
 
 Door = Literal["grpc", "http"]
 COLLECTION = "doors"
 _TURNS = 5
+_READING_S = 1.0
+"""Between an answer and the next question: somebody reads."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,8 @@ class Doors:
         return await (self._over_grpc(question) if door == "grpc" else self._over_http(question))
 
     async def _over_grpc(self, question: str) -> Sample:
-        sent, first, served = time.perf_counter(), 0.0, 0.0
-        async for event in self.grpc.generate(question, collection=COLLECTION, max_tokens=self.tokens):
-            if isinstance(event, str):
-                first = first or time.perf_counter()
-            elif isinstance(event, Completion):
-                served = event.time_to_first_token_ms
-        return Sample("grpc", 1000 * (first - sent), served)
+        answer = await self.grpc.ask(question, collection=COLLECTION, max_tokens=self.tokens)
+        return Sample("grpc", first_token_ms(answer), answer.completion.time_to_first_token_ms)
 
     async def _over_http(self, question: str) -> Sample:
         body = _body([{"role": "user", "content": question}], self.tokens)
@@ -128,6 +125,7 @@ async def converse(doors: Doors, questions: Sequence[str]) -> list[dict[str, flo
             }
         )
         messages.append({"role": "assistant", "content": text or "."})
+        await asyncio.sleep(_READING_S)
     return turns
 
 
@@ -186,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.target:
         found = asyncio.run(measure(options.target, options.http, options))
     else:
-        settings = own_settings(load_settings(options.settings), Path("out/doors/state"))
+        settings = fresh_settings(load_settings(options.settings), Path("out/doors/state"))
         with LocalSystem.start(settings, owned=True) as system:
             found = asyncio.run(measure(system.target, system.http_url, options))
     for users, summary in found["users"].items():

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from blockrag.cli.measured import own_settings
 from blockrag.client import BlockragClient
 from blockrag.corpus.sample import Article, load_articles, load_questions
 from blockrag.errors import BlockragError
 from blockrag.local import LocalSystem
-from blockrag.local.preflight import free_port
 from blockrag.settings import Settings, load_settings
 from load_tests.mix import Mix
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.target:
         return _ask(options.target, options, locust_options)
 
-    settings = own_settings(load_settings(options.settings), options.out / "state")
+    settings = fresh_settings(load_settings(options.settings), options.out / "state")
     with LocalSystem.start(settings, on_progress=_say, owned=True) as system:
         key = settings.gateway.tenants[0].api_key if settings.gateway.tenants else ""
         asyncio.run(_prepare(system.target, key, options.seed, options.hot_articles))
@@ -84,11 +84,10 @@ def _ask(target: str, options: argparse.Namespace, locust_options: Sequence[str]
     return code
 
 
-def own_settings(settings: Settings, state: Path) -> Settings:
-    """The settings with an empty state directory and free ports, so that a system in use is left alone."""
+def fresh_settings(settings: Settings, state: Path) -> Settings:
+    """``own_settings`` with an empty state directory."""
     shutil.rmtree(state, ignore_errors=True)
-    changes = {"state_dir": str(state.resolve()), "grpc_port": free_port(), "http_port": free_port()}
-    return settings.model_copy(update={"cluster": settings.cluster.model_copy(update=changes)})
+    return own_settings(settings, state)
 
 
 async def _prepare(target: str, api_key: str, seed: int, hot: int) -> None:

@@ -31,10 +31,10 @@ from blockrag.corpus.sample import load_articles
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import create_bundle
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.compression import Projector
 from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig
-from blockrag.modeling.refrag.projector import Projector
 from blockrag.modeling.refrag.record import Alignment, Pooling
-from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
+from blockrag.modeling.refrag.refrag_writing import PolicyPart, write_refrag
 from blockrag.modeling.template import PromptTemplate
 
 TINY_VOCAB = 300
@@ -132,7 +132,7 @@ def make_tiny_bundle(path: Path, *, family: str = "llama", seed: int = 0, **over
     return path
 
 
-def make_small_bundle(path: Path) -> Path:
+def make_small_bundle(path: Path, seed: int = 0) -> Path:
     """A random bundle for what a tiny one is too small for, at ``path``; returns ``path``.
 
     6 million parameters, 16,384 positions, and a vocabulary learnt from the sample corpus, in which a word is about
@@ -150,7 +150,7 @@ def make_small_bundle(path: Path) -> Path:
         "max_position_embeddings": 16_384,
         "initializer_range": 0.1,
     }
-    model = make_tiny_model(**sizes)
+    model = make_tiny_model(seed=seed, **sizes)
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0.0
     with tempfile.TemporaryDirectory() as folder:

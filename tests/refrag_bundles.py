@@ -8,9 +8,9 @@ import torch
 
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.compression import Projector
 from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig
-from blockrag.modeling.refrag.projector import Projector
-from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
+from blockrag.modeling.refrag.refrag_writing import PolicyPart, write_refrag
 
 
 def make_refrag_bundle(plain: Bundle, out: Path, *, width: int, chunk_tokens: int, decoder_width: int) -> Bundle:

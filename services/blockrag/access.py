@@ -43,6 +43,7 @@ class TenantRow(Protocol):
 
 
 Row = TypeVar("Row", bound=TenantRow)
+Status = TypeVar("Status", bound=Message)
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,14 @@ _DESCRIBING = {
 """Of each service's status, what describes it. The rest counts what all tenants do or have."""
 
 
-def show_own(status: Message, caller: Caller) -> None:
-    """Leaves of a service's status, in place, what the caller may see.
+def show_own(status: Status, caller: Caller) -> Status:
+    """The status of a service, of which in place is left what the caller may see.
 
     An operator sees everything, a tenant what describes the service and its own row of ``tenants``. Sums that a row
     has too, like ``passages``, are its own then.
     """
     if caller.operator:
-        return
+        return status
     shown = _DESCRIBING[status.DESCRIPTOR.name]
     for field, _ in status.ListFields():
         if field.name not in shown:
@@ -187,6 +188,7 @@ def show_own(status: Message, caller: Caller) -> None:
         for field, value in row.ListFields():
             if field.name in status.DESCRIPTOR.fields_by_name:
                 setattr(status, field.name, value)
+    return status
 
 
 def show_own_rows(rows: MutableSequence[Row], caller: Caller) -> None:
@@ -204,23 +206,15 @@ class CallOrigin(Protocol):
     def peer(self) -> str: ...
 
 
-class Access:
+class Access(Tenants):
     """Who may call the RPC methods of a replica. A replica that has none is called by nobody (``rpc``)."""
 
     def __init__(self, settings: Settings) -> None:
         """With tenants a key is asked for. With ``cluster.host`` on loopback, calls from other machines are refused:
         Serve's replicas bind their own gRPC ports on all addresses, whatever the host is."""
         file = settings.gateway.tenants_file
-        self._tenants = Tenants(settings.gateway.tenants, Path(file).expanduser() if file else None)
+        super().__init__(settings.gateway.tenants, Path(file).expanduser() if file else None)
         self._this_machine_only = settings.cluster.host in LOOPBACK_NAMES
-
-    def limits(self, tenant: str) -> TenantLimits:
-        """What a tenant may have and do; it changes with the file of tenants."""
-        return self._tenants.limits(tenant)
-
-    def names(self) -> tuple[str, ...]:
-        """Names of the tenants that settings and file know now; without keys ``public``."""
-        return self._tenants.names()
 
     def check(self, request: Any, call: CallOrigin) -> Caller:
         """Who calls. Refuses a call without a known key, or with one that is not the tenant's it speaks for."""
@@ -228,8 +222,8 @@ class Access:
             raise UnauthenticatedError(
                 "this system serves its own machine only: set cluster.host and give tenants keys"
             )
-        caller = self._tenants.identify(call.invocation_metadata())
-        if self._tenants:
+        caller = self.identify(call.invocation_metadata())
+        if self:
             descriptor = getattr(request, "DESCRIPTOR", None)
             speaks = descriptor is not None and "context" in descriptor.fields_by_name
             if speaks and request.context.tenant != caller.tenant:

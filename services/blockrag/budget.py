@@ -25,7 +25,7 @@ from blockrag.errors import InvalidRequestError, PromptTooLongError
 
 BudgetKind = Literal["rate", "max_context_tokens", "max_ttft_ms"]
 """What a request bounds: tokens per slot, slots, milliseconds until the first token."""
-_WHOLE = " (the bundle has no chunk encoder: passages are read whole or not at all)"
+_WHOLE = " (by the policy retrieval passages are read whole or not at all)"
 
 
 @dataclass(frozen=True)
@@ -168,17 +168,23 @@ def expand_what_fits(
     return decisions
 
 
+def wanted_tokens(passage_tokens: Sequence[int], kind: BudgetKind, limit: float, budget_tokens: int) -> int:
+    """Passage tokens that a budget leaves where nothing is compressed to fewer slots; a time is not known here."""
+    wanted = int(limit) if kind == "max_context_tokens" else int(sum(passage_tokens) / limit)
+    return min(wanted, budget_tokens)
+
+
 def whole_passages(
     passage_tokens: Sequence[int], kind: BudgetKind, limit: float, budget_tokens: int
 ) -> list[PassageDecision]:
-    """What becomes small without a chunk encoder: passages are taken best first, and the rest left out.
+    """What becomes small by whole passages: they are taken best first, and the rest left out.
 
-    A rate keeps the best passage in any case; a time is not known here.
+    A rate keeps the best passage in any case.
     """
-    wanted = int(limit) if kind == "max_context_tokens" else int(sum(passage_tokens) / limit)
+    wanted = wanted_tokens(passage_tokens, kind, limit, budget_tokens)
     if kind == "rate" and passage_tokens:
-        wanted = max(wanted, passage_tokens[0])
-    decisions = expand_what_fits(passage_tokens, min(wanted, budget_tokens))
+        wanted = min(max(wanted, passage_tokens[0]), budget_tokens)
+    decisions = expand_what_fits(passage_tokens, wanted)
     return [
         decision if decision.in_prompt else replace(decision, dropped_reason=decision.dropped_reason + _WHOLE)
         for decision in decisions

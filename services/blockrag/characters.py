@@ -11,6 +11,8 @@ import re
 import unicodedata
 from typing import Any
 
+from blockrag.errors import InvalidRequestError
+
 _DROPPED = "\u00ad\u200b\u2060\ufeff"
 _INVISIBLE = re.compile(f"[{_DROPPED}]")
 # Tabs and newlines stay; what separates lines or paragraphs becomes newlines; the rest of C0, DEL, C1, lone
@@ -27,6 +29,9 @@ _BROKEN_WORD = re.compile("\u00ad[ \t]*\n[ \t]*")
 _BLANK_LETTERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | frozenset(
     map(chr, [*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)])
 )
+# Control characters but tab, line feed and carriage return; lone surrogates; U+FFFE and U+FFFF.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_LINE_BREAKS = re.compile(r"[\t\n\r]")
 
 
 def normalise(text: str) -> str:
@@ -81,3 +86,21 @@ def normalise_values(value: Any) -> Any:
             raise ValueError("two names differ only in how they are encoded")
         return named
     return value
+
+
+def check_text(field: str, text: str) -> None:
+    """Refuses control characters (but tab and line breaks) and what is no Unicode text."""
+    found = _FORBIDDEN.search(text)
+    if found is not None:
+        raise InvalidRequestError(
+            field, f"holds the control or invalid character U+{ord(found[0]):04X} at {found.start()}"
+        )
+
+
+def check_line(field: str, text: str, most: int) -> None:
+    """Refuses a text of more characters, or of several lines, and what ``check_text`` refuses."""
+    if len(text) > most:
+        raise InvalidRequestError(field, f"has {len(text)} characters; at most {most} are allowed")
+    check_text(field, text)
+    if _LINE_BREAKS.search(text):
+        raise InvalidRequestError(field, "must be one line without tabs")

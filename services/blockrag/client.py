@@ -28,9 +28,10 @@ from typing import Any, Unpack
 import grpc
 
 from blockrag import client_messages as messages
+from blockrag.alike import alike
 from blockrag.client_calls import CallSpan, Patience, open_channel, start_call, translated
 from blockrag.client_options import Filter, GenerateOptions, IngestOptions
-from blockrag.errors import BlockragError, NotFoundError, UnavailableError
+from blockrag.errors import DeadlineError, NotFoundError, OverloadedError, UnavailableError
 from blockrag.results import (
     Answer,
     Collection,
@@ -73,7 +74,8 @@ class BlockragClient:
         """``target``: host:port of the gRPC ingress, or ``grpcs://host:port`` of a proxy that speaks TLS.
 
         ``timeout_s`` is for calls that name none; ingest and warm have none at all. ``patience_s``: how long a call is
-        sent again after it met with ``UnavailableError``; 0: never. ``credentials`` (``grpc.ssl_channel_credentials``)
+        sent again after it met with ``UnavailableError``, an ingest or a warming also where it was refused with
+        ``OverloadedError`` and may come back by then; 0: never. ``credentials`` (``grpc.ssl_channel_credentials``)
         speak TLS with roots or a certificate of one's own; without them ``grpcs://`` trusts gRPC's roots, which
         ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` replaces.
         """
@@ -215,7 +217,7 @@ class BlockragClient:
         request = messages.made(corpus_pb2.DeleteDocumentRequest, collection=collection, document_id=document_id)
         gone = corpus_pb2.DeleteDocumentResponse()
         response = await self._send("CorpusService/DeleteDocument", self._corpus(), request, gone)
-        return DeletedDocument(response.passages, response.purged_blocks)
+        return alike(DeletedDocument, response)
 
     async def delete_source(self, source: str, *, collection: str = "") -> DeletedSource:
         """Removes all documents that came from a source; ``NotFoundError`` when there is none."""
@@ -233,7 +235,7 @@ class BlockragClient:
         request = messages.made(corpus_pb2.DeleteCollectionRequest, collection=collection)
         gone = corpus_pb2.DeleteCollectionResponse()
         response = await self._send("CorpusService/DeleteCollection", self._corpus(), request, gone)
-        return DeletedCollection(response.documents, response.passages, response.purged_blocks)
+        return alike(DeletedCollection, response)
 
     async def list_documents(self, *, collection: str = "", page_size: int = 100) -> AsyncIterator[Document]:
         """All documents of a collection, by id, fetched page by page."""
@@ -250,9 +252,7 @@ class BlockragClient:
         """The tenant's collections, by name."""
         request = corpus_pb2.ListCollectionsRequest()
         response = await self._send("CorpusService/ListCollections", self._corpus(), request)
-        return tuple(
-            Collection(item.name, item.documents, item.passages, item.language) for item in response.collections
-        )
+        return tuple(alike(Collection, item) for item in response.collections)
 
     async def warm(
         self, *, collection: str = "", document_ids: Sequence[str] = (), pin: bool = False
@@ -269,7 +269,7 @@ class BlockragClient:
                     async for step in steps:
                         yield step
                 return
-            except UnavailableError as error:
+            except (UnavailableError, OverloadedError) as error:
                 await patience.pause(error)
 
     async def _warm_once(self, request: corpus_pb2.WarmRequest) -> AsyncGenerator[WarmProgress, None]:
@@ -277,7 +277,7 @@ class BlockragClient:
             call = self._corpus().Warm(request, metadata=metadata)
             try:
                 async for step in call:
-                    yield WarmProgress(step.done, step.total, step.hits, step.encoded_bytes, step.over_budget)
+                    yield alike(WarmProgress, step)
             finally:
                 call.cancel()
 
@@ -324,12 +324,8 @@ class BlockragClient:
                 if described.healthy:
                     return described
                 missing = "; ".join(f"{item.name}: {item.detail}" for item in described.services if not item.healthy)
-            except UnavailableError as error:
-                missing = str(error)
-            except BlockragError as error:
-                # A wrong key, for instance, does not get better by waiting; an overload or a slow start may.
-                if not messages.passes_by_itself(error):
-                    raise
+            except (UnavailableError, OverloadedError, DeadlineError) as error:
+                # What gets better by waiting; a wrong key, for instance, does not.
                 missing = str(error)
             if time.monotonic() >= until:
                 raise UnavailableError(f"{self.target} is not ready after {timeout_s:g} s: {missing}")
@@ -355,7 +351,7 @@ class BlockragClient:
                 with self._call("CorpusService/IngestDocument") as metadata:
                     response = await self._corpus().IngestDocument(requests(), metadata=metadata)
                 return tuple(messages.ingested(document) for document in response.documents)
-            except UnavailableError as error:
+            except (UnavailableError, OverloadedError) as error:
                 await patience.pause(error)
             except asyncio.CancelledError:
                 # gRPC cancels a call whose requests it cannot have, and does not say why.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import sys
 import time
 from collections import deque
@@ -15,37 +14,16 @@ from typing import Any
 
 import grpc
 
-from blockrag.errors import (
-    BlockragError,
-    DataError,
-    DeadlineError,
-    InvalidRequestError,
-    NotFoundError,
-    OverloadedError,
-    PromptTooLongError,
-    SetupError,
-    UnauthenticatedError,
-    UnavailableError,
-)
+from blockrag.errors import OverloadedError, UnavailableError
 from blockrag.results import TraceSpan
+from blockrag.status import error_of
 from blockrag.traceparent import new_traceparent, span_id_of, trace_id_of
 
-_FIELD = re.compile(r"^([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): (.*)$", re.DOTALL)
-_RETRY = re.compile(r"^(.*); retry in (\d+) ms$", re.DOTALL)
-_DEFAULT_RETRY_MS = 250
 _MESSAGE_BYTES = 64 * 2**20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
-# What clients of gRPC make of a proxy or a server that went away in the middle of a call.
-_GONE = re.compile(r"^(Received RST_STREAM|Received http2 header with status: 5|Stream removed|Socket closed)")
-_BROKEN_WRITE = "Internal error from Core"  # what grpc.aio makes of a write on a call that is over
-_PLAIN: dict[grpc.StatusCode, type[BlockragError]] = {
-    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
-    grpc.StatusCode.UNAVAILABLE: UnavailableError,
-    grpc.StatusCode.CANCELLED: UnavailableError,
-    grpc.StatusCode.DATA_LOSS: DataError,
-    grpc.StatusCode.FAILED_PRECONDITION: SetupError,
-}
+LOST_STATUS = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+"""What gRPC's asyncio client reads, once in a hundred times, from a call that ended while it was still being sent
+(grpc/grpc issue 36066); no server of ours says so."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +71,17 @@ class Patience:
         """Seconds until the call's time is up."""
         return max(self._until - time.monotonic(), 0.001)
 
-    async def pause(self, error: UnavailableError) -> None:
-        """Waits before the next try, longer each time; raises ``error`` when there is no time for another."""
+    async def pause(self, error: UnavailableError | OverloadedError) -> None:
+        """Waits before the next try, longer each time and as long as a refusal says; raises ``error`` when there is no
+        time for another."""
         now = time.monotonic()
         if not self.failed:
             self.failed = True
             self._until = min(self._until, now + self._patience_s)
         # Not all together: those who lost the same replica would meet at the next one.
         pause_s = self._pause_s * random.uniform(0.5, 1.0)
+        if isinstance(error, OverloadedError):
+            pause_s += error.retry_after_ms / 1000
         if now + pause_s >= self._until:
             raise error
         await asyncio.sleep(pause_s)
@@ -139,27 +120,9 @@ def translated() -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
+        if (error.code(), error.details()) == LOST_STATUS:
+            raise UnavailableError("the call ended while it was being sent, and gRPC lost the reason") from error
         raise error_of(error.code(), error.details() or "") from error
-
-
-def error_of(code: grpc.StatusCode, details: str) -> BlockragError:
-    """The error that a status stands for: the reverse of ``blockrag.status``."""
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
-        found = _FIELD.match(details)
-        return InvalidRequestError(found[1], found[2]) if found else PromptTooLongError(details)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        found = _RETRY.match(details)
-        return OverloadedError(found[1], int(found[2])) if found else OverloadedError(details, _DEFAULT_RETRY_MS)
-    if code is grpc.StatusCode.NOT_FOUND:
-        # Serve says the same of an application that is not there (yet).
-        gone = details.startswith("Application ")
-        return UnavailableError(f"the gateway is not deployed: {details}") if gone else NotFoundError(details)
-    if code is grpc.StatusCode.INTERNAL and details == _BROKEN_WRITE:
-        return UnavailableError("the server refused or lost the upload before all of it was sent")
-    if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and _GONE.match(details):
-        return UnavailableError(f"the connection was lost in the middle of the call ({details[:100]})")
-    kind = _PLAIN.get(code)
-    return kind(details) if kind is not None else BlockragError(f"{code.name}: {details}")
 
 
 def _caller_span(name: str) -> Any:

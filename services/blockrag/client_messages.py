@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
 
-from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from blockrag.alike import alike
+from blockrag.errors import InvalidRequestError
 from blockrag.metadata import check_number, metadata_of, struct_of
 from blockrag.results import (
-    AttentionModeName,
     BlockSlots,
-    ChunkFormName,
     Citation,
     CitedChunk,
     Completion,
@@ -22,9 +21,7 @@ from blockrag.results import (
     Condition,
     Description,
     Document,
-    FinishReasonName,
     IngestedDocument,
-    IngestOutcomeName,
     Passage,
     PassageHolder,
     Retrieved,
@@ -186,130 +183,60 @@ def event(message: rag_pb2.GenerateResponse) -> Retrieved | TextChunk | Completi
 
 def passage(message: common_pb2.Passage) -> Passage:
     """A retrieved passage."""
-    return Passage(
-        passage_id=message.passage_id,
-        document_id=message.document_id,
-        document_version=message.document_version,
-        ordinal=message.ordinal,
-        title=message.title,
-        text=message.text,
-        metadata=metadata_of(message.metadata),
-        score=message.score,
-        also_in=_holders(message.also_in),
-    )
+    return alike(Passage, message, metadata=metadata_of(message.metadata), also_in=_holders(message.also_in))
 
 
 def ingested(message: corpus_pb2.IngestedDocument) -> IngestedDocument:
     """A stored document."""
     outcome = _name(corpus_pb2.IngestOutcome, message.outcome, "INGEST_OUTCOME_")
-    return IngestedDocument(message.document_id, message.version, message.passages, cast(IngestOutcomeName, outcome))
+    return alike(IngestedDocument, message, outcome=outcome)
 
 
 def document(message: corpus_pb2.DocumentSummary) -> Document:
     """A listed document."""
-    return Document(
-        document_id=message.document_id,
-        version=message.version,
-        title=message.title,
-        passages=message.passages,
-        metadata=metadata_of(message.metadata),
-        source=message.source,
-    )
+    return alike(Document, message, metadata=metadata_of(message.metadata))
 
 
 def description(message: system_pb2.DescribeResponse) -> Description:
     """The running system."""
-    return Description(
-        version=message.version,
-        bundle_name=message.bundle_name,
-        bundle_fingerprint=message.bundle_fingerprint,
-        max_positions=message.max_positions,
-        max_top_k=message.max_top_k,
-        max_question_chars=message.max_question_chars,
-        max_document_bytes=message.max_document_bytes,
-        services=tuple(
-            ServiceHealth(item.name, item.healthy, item.detail, item.milliseconds) for item in message.services
-        ),
-        retriever=_fields(message.retriever),
-        encoder=_fields(message.encoder),
-        kv_cache=_fields(message.kv_cache),
-        decoder=_fields(message.decoder),
-        chunk_tokens=message.chunk_tokens,
-        compresses_chunks=message.compresses_chunks,
+    services = ("retriever", "encoder", "kv_cache", "decoder")
+    return alike(
+        Description,
+        message,
+        services=tuple(alike(ServiceHealth, item) for item in message.services),
         tenants=tuple(map(_fields, message.tenants)),
+        **{name: _fields(getattr(message, name)) for name in services},
     )
 
 
 def trace_span(message: system_pb2.TraceSpan) -> TraceSpan:
     """A span that a service wrote."""
-    return TraceSpan(
-        span_id=message.span_id,
-        parent_span_id=message.parent_span_id,
-        name=message.name,
-        service=message.service,
-        start_unix_ns=message.start_unix_ns,
-        end_unix_ns=message.end_unix_ns,
-        attributes=dict(message.attributes),
-        error=message.error,
-    )
-
-
-def passes_by_itself(error: BlockragError) -> bool:
-    """Whether the same call may succeed a little later."""
-    return isinstance(error, UnavailableError | OverloadedError | DeadlineError)
+    return alike(TraceSpan, message, attributes=dict(message.attributes))
 
 
 def _completion(message: rag_pb2.GenerateResponse) -> Completion:
     done = message.completion
-    usage = done.usage
-    return Completion(
+    return alike(
+        Completion,
+        done,
         request_id=message.request_id,
-        answer=done.answer,
-        citations=tuple(
-            Citation(
-                index=item.index,
-                passage_id=item.passage_id,
-                document_id=item.document_id,
-                title=item.title,
-                tokens=item.tokens,
-                in_prompt=item.in_prompt,
-                dropped_reason=item.dropped_reason,
-                chunks=tuple(
-                    CitedChunk(
-                        chunk.start_token,
-                        chunk.end_token,
-                        cast(ChunkFormName, _name(common_pb2.ChunkForm, chunk.form, "CHUNK_FORM_")),
-                        chunk.text,
-                    )
-                    for chunk in item.chunks
-                ),
-                also_in=_holders(item.also_in),
-                slots=_slots(item.slots),
-            )
-            for item in done.citations
-        ),
-        usage=Usage(
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-            l1_tokens=usage.l1_tokens,
-            store_tokens=usage.store_tokens,
-            encoded_tokens=usage.encoded_tokens,
-            prefill_tokens=usage.prefill_tokens,
-            completion_tokens=usage.completion_tokens,
-            context_tokens=usage.context_tokens,
-            compressed_chunks=usage.compressed_chunks,
-            disk_tokens=usage.disk_tokens,
-        ),
+        citations=tuple(map(_citation, done.citations)),
+        usage=alike(Usage, done.usage),
         stages_ms={stage.stage: stage.milliseconds for stage in done.stages},
-        finish_reason=cast(FinishReasonName, _name(common_pb2.FinishReason, done.finish_reason, "FINISH_REASON_")),
-        time_to_first_token_ms=done.time_to_first_token_ms,
-        seed=done.seed,
-        bundle_fingerprint=done.bundle_fingerprint,
-        attention_mode=cast(AttentionModeName, _name(common_pb2.AttentionMode, done.attention_mode, "ATTENTION_MODE_")),
-        trace_id=done.trace_id,
-        instruction_slots=_slots(done.instruction_slots),
-        turn_slots=tuple(map(_slots, done.turn_slots)),
+        finish_reason=_name(common_pb2.FinishReason, done.finish_reason, "FINISH_REASON_"),
+        attention_mode=_name(common_pb2.AttentionMode, done.attention_mode, "ATTENTION_MODE_"),
+        instruction_slots=alike(BlockSlots, done.instruction_slots),
+        turn_slots=tuple(alike(BlockSlots, slots) for slots in done.turn_slots),
     )
+
+
+def _citation(message: rag_pb2.Citation) -> Citation:
+    chunks = (
+        alike(CitedChunk, chunk, form=_name(common_pb2.ChunkForm, chunk.form, "CHUNK_FORM_"))
+        for chunk in message.chunks
+    )
+    slots = alike(BlockSlots, message.slots)
+    return alike(Citation, message, chunks=tuple(chunks), also_in=_holders(message.also_in), slots=slots)
 
 
 def _mode(name: str | None) -> Any:
@@ -340,12 +267,8 @@ def _value(key: str, value: Any) -> Value:
     return Value(number_value=value)
 
 
-def _slots(message: common_pb2.BlockSlots) -> BlockSlots:
-    return BlockSlots(message.l1, message.store, message.disk, message.encoded)
-
-
 def _holders(messages: Iterable[common_pb2.PassageHolder]) -> tuple[PassageHolder, ...]:
-    return tuple(PassageHolder(item.passage_id, item.document_id, item.title) for item in messages)
+    return tuple(alike(PassageHolder, item) for item in messages)
 
 
 def _name(enum: Any, value: int, prefix: str) -> str:

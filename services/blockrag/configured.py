@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from blockrag.keys import KeyMaker
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 def configured_bundle(settings: Settings, *, verify_files: bool = False) -> Bundle:
     """The bundle of the settings, with their dtypes in its fingerprint; "auto" is decided here.
 
-    Services that load the weights verify the files; the others only read what is small. Raises ``BundleError``.
+    Services that load the weights verify the files, each read once for all of them; the others only read what is
+    small. Raises ``BundleError``.
     """
     from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
+    from blockrag.modeling.digests import remembered_sha256
 
     return load_bundle(
         settings.bundle.path or DEFAULT_BUNDLE,
@@ -25,6 +28,7 @@ def configured_bundle(settings: Settings, *, verify_files: bool = False) -> Bund
         compute_dtype=configured_compute_dtype(settings),
         kv_dtype=settings.bundle.kv_dtype,
         weights=settings.bundle.weights,
+        sha256=remembered_sha256,
     )
 
 
@@ -56,3 +60,11 @@ def configured_keys(settings: Settings, bundle: Bundle) -> KeyMaker:
     """Makes the keys of the bundle's blocks."""
     compression = bundle.compression_fingerprint if bundle.refrag is not None else ""
     return KeyMaker(bundle.fingerprint, settings.kv_cache.secret.encode(), compression)
+
+
+def token_bytes(bundle: Bundle, settings: Settings) -> int:
+    """Bytes of K and V of one token of a running sequence, over all layers; no less than of a cached one."""
+    config = json.loads((bundle.decoder_dir / "config.json").read_text(encoding="utf-8"))
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return int(2 * config["num_hidden_layers"] * heads * width * (4 if settings.bundle.kv_dtype == "float32" else 2))

@@ -14,10 +14,9 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Container, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -96,6 +95,14 @@ def as_known_error(error: BaseException, service: str = "") -> BlockragError | N
     return _from_ray(cause, service or "a service")
 
 
+def status_name(error: BaseException) -> str:
+    """The status that a call has which ends with this error."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return "CANCELLED"
+    known = as_known_error(error)
+    return status_code(known).name if known is not None else "INTERNAL"
+
+
 def original_error(error: BaseException) -> BaseException:
     """The exception that a remote method raised, without Ray's wrapping."""
     cause = error
@@ -107,34 +114,28 @@ def original_error(error: BaseException) -> BaseException:
     return cause
 
 
-class translated:  # noqa: N801  (used as ``async with translated(context)``)
+@asynccontextmanager
+async def translated(context: StatusContext | OnBehalf | None) -> AsyncIterator[None]:
     """Sets the status of a context when the body raises."""
-
-    def __init__(self, context: StatusContext | OnBehalf | None) -> None:
-        self._context = context
-
-    async def __aenter__(self) -> None:
-        return None
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._context is None or isinstance(self._context, OnBehalf) or not isinstance(error, Exception):
-            return
+    try:
+        yield
+    except Exception as error:
+        if context is None or isinstance(context, OnBehalf):
+            raise
         known = as_known_error(error)
         if known is not None:
-            self._context.set_code(status_code(known))
-            self._context.set_details(str(known)[:_LONGEST_MESSAGE])
+            context.set_code(status_code(known))
+            context.set_details(str(known)[:_LONGEST_MESSAGE])
             raise known from None
         if _is_cancellation(error):
-            self._context.set_code(grpc.StatusCode.CANCELLED)
-            self._context.set_details("cancelled")
-            raise error
+            context.set_code(grpc.StatusCode.CANCELLED)
+            context.set_details("cancelled")
+            raise
         error_id = secrets.token_hex(8)
         _logger.error("internal error %s", error_id, exc_info=error)
         message = f"{INTERNAL_MESSAGE} under id {error_id}"
-        self._context.set_code(grpc.StatusCode.INTERNAL)
-        self._context.set_details(message)
+        context.set_code(grpc.StatusCode.INTERNAL)
+        context.set_details(message)
         raise InternalError(message) from None
 
 
@@ -143,7 +144,7 @@ def _rpc_call(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def call(self: Any, request: Any, grpc_context: Any = None) -> Any:
         async with translated(grpc_context):
-            with _audited(method, grpc_context) as audit:
+            with _audited(self, method, grpc_context) as audit:
                 return await method(self, request, **_admitted(self, request, grpc_context, wanted, audit))
 
     return _dressed(call, method)
@@ -154,7 +155,7 @@ def _rpc_stream(method: Callable[..., Any]) -> Callable[..., Any]:
 
     async def stream(self: Any, request: Any, grpc_context: Any = None) -> Any:
         async with translated(grpc_context):
-            with _audited(method, grpc_context) as audit:
+            with _audited(self, method, grpc_context) as audit:
                 events = method(self, request, **_admitted(self, request, grpc_context, wanted, audit))
                 try:
                     async for event in events:
@@ -173,7 +174,7 @@ class _Audit:
 
 
 @contextmanager
-def _audited(method: Callable[..., Any], context: Any) -> Iterator[_Audit]:
+def _audited(replica: Any, method: Callable[..., Any], context: Any) -> Iterator[_Audit]:
     """Logs a call from outside when it ends: who, what, when, the outcome; nothing of what was said."""
     audit = _Audit()
     if context is None or not _calls.isEnabledFor(logging.INFO):
@@ -182,18 +183,14 @@ def _audited(method: Callable[..., Any], context: Any) -> Iterator[_Audit]:
     started, status = time.perf_counter(), "OK"
     try:
         yield audit
-    except (asyncio.CancelledError, GeneratorExit):
-        status = "CANCELLED"
-        raise
-    except Exception as error:
-        known = as_known_error(error)
-        status = status_code(known).name if known is not None else "INTERNAL"
+    except BaseException as error:
+        status = status_name(error)
         raise
     finally:
         sent = dict(context.invocation_metadata())
         facts = {
             "tenant": audit.tenant,
-            "method": method.__qualname__,
+            "method": f"{type(replica).__name__}.{method.__name__}",
             "status": status,
             "milliseconds": round((time.perf_counter() - started) * 1000, 1),
             "request_id": str(sent.get("request_id", ""))[:_LONGEST_ID],

@@ -21,7 +21,6 @@ STORE_HEADROOM = 1.5
 DISK_RESERVE = 0.05
 """Fraction of a disk that blocks leave free."""
 
-HEALTH_CHECK_PERIOD_S = 1.0
-"""How often Serve asks each replica whether it is well; a dead one is noticed within it."""
-HEALTH_CHECK_TIMEOUT_S = 10.0
-"""A replica that does not answer for so long, three times, is replaced."""
+HEALTH_CHECKS = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
+"""How often Serve asks each replica whether it is well: a dead one is noticed within it. One that does not answer for
+the second time, three times, is replaced."""

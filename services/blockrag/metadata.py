@@ -1,4 +1,4 @@
-"""Metadata of documents: JSON objects that travel as protobuf structs. A client imports it, so it stays light.
+"""Metadata of documents, JSON objects that travel as protobuf structs, and conditions on it. A client imports it.
 
 A struct's numbers are doubles. So a whole number that a double may have rounded is refused wherever it comes in, and a
 whole number that is exact comes out as an int.
@@ -6,13 +6,17 @@ whole number that is exact comes out as an int.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.struct_pb2 import Struct, Value
 
+from blockrag.characters import check_line, check_text, normalise_values
 from blockrag.errors import InvalidRequestError
+from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS
+from blockrag.v1.common_pb2 import ConditionOperator, MetadataCondition
 
 MAX_EXACT = 2**53
 """Whole numbers up to here are exact in a double; this one may stand for the next."""
@@ -20,7 +24,12 @@ MAX_DEPTH = 16
 """Objects and lists within each other; protobuf's own limit is little more than twice this."""
 MAX_KEY_CHARS = 128
 """Longest name of a field."""
+MAX_METADATA_BYTES = 8192
+"""Largest metadata of a document: each of its passages carries it, and 256 of them must fit a message of 4 MB."""
+MAX_TITLE_CHARS = 1024
+"""Longest title, and text in a condition."""
 _KEY_CHARS = 80
+_KINDS = ("string_value", "number_value", "bool_value")
 
 
 def check_metadata(metadata: Mapping[str, Any], field: str = "metadata") -> None:
@@ -38,6 +47,23 @@ def check_number(value: float, field: str, what: str) -> None:
         raise InvalidRequestError(field, f"{what} is too large to be exact as a number; send it as text")
 
 
+def check_filter(conditions: Sequence[MetadataCondition]) -> None:
+    """Refuses conditions that cannot be evaluated. Raises ``InvalidRequestError`` naming the field."""
+    if len(conditions) > MAX_CONDITIONS:
+        raise InvalidRequestError("filter", f"has {len(conditions)} conditions; at most {MAX_CONDITIONS} are allowed")
+    for index, condition in enumerate(conditions):
+        field = f"filter[{index}]"
+        check_key(f"{field}.key", condition.key)
+        _check_values(field, condition)
+
+
+def check_key(field: str, key: str) -> None:
+    """Refuses what names no field."""
+    if not key:
+        raise InvalidRequestError(field, "must not be empty")
+    check_line(field, key, MAX_KEY_CHARS)
+
+
 def metadata_of(struct: Struct, field: str = "metadata") -> dict[str, Any]:
     """A struct as JSON values; whole numbers become int. Raises as ``check_metadata``."""
     metadata = {key: _python(value) for key, value in struct.fields.items()}
@@ -51,6 +77,25 @@ def struct_of(metadata: Mapping[str, Any], field: str = "metadata") -> Struct:
     struct = Struct()
     struct.update(dict(metadata))
     return struct
+
+
+def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with its texts normalised. Raises ``ValueError`` saying which key cannot be kept, and why."""
+    try:
+        check_metadata(metadata)
+        normalised: dict[str, Any] = normalise_values(dict(metadata))
+        size = struct_of(normalised).ByteSize()
+    except InvalidRequestError as error:
+        raise ValueError(error.problem) from None
+    if size > MAX_METADATA_BYTES:
+        raise ValueError(f"has {size} bytes; at most {MAX_METADATA_BYTES} are allowed")
+    return normalised
+
+
+def canonical(metadata: Mapping[str, Any]) -> bytes:
+    """Equal for equal metadata."""
+    text = json.dumps(metadata, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode()
 
 
 def scalars(metadata: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float | bool]]:
@@ -106,3 +151,33 @@ def _python(value: Value) -> Any:
     if kind == "list_value":
         return [_python(item) for item in value.list_value.values]
     return None if kind in (None, "null_value") else getattr(value, kind)
+
+
+def _check_values(field: str, condition: MetadataCondition) -> None:
+    values = condition.values
+    kinds = {value.WhichOneof("kind") for value in values}
+    if condition.operator in (ConditionOperator.CONDITION_OPERATOR_IN, ConditionOperator.CONDITION_OPERATOR_NOT_IN):
+        if not 1 <= len(values) <= MAX_CONDITION_VALUES:
+            raise InvalidRequestError(f"{field}.values", f"must hold 1 to {MAX_CONDITION_VALUES} values")
+        if not kinds <= set(_KINDS):
+            raise InvalidRequestError(f"{field}.values", "must be strings, numbers or booleans, each value on its own")
+        for index, value in enumerate(values):
+            _check_value(f"{field}.values[{index}]", value)
+    elif condition.operator in (
+        ConditionOperator.CONDITION_OPERATOR_AT_LEAST,
+        ConditionOperator.CONDITION_OPERATOR_AT_MOST,
+    ):
+        if len(values) != 1 or kinds != {"number_value"}:
+            raise InvalidRequestError(f"{field}.values", "must be one number")
+        _check_value(f"{field}.values[0]", values[0])
+    else:
+        raise InvalidRequestError(f"{field}.operator", "must be IN, NOT_IN, AT_LEAST or AT_MOST")
+
+
+def _check_value(field: str, value: Value) -> None:
+    if value.WhichOneof("kind") == "number_value":
+        check_number(value.number_value, field, "the number")
+    if value.WhichOneof("kind") == "string_value":
+        if len(value.string_value) > MAX_TITLE_CHARS:
+            raise InvalidRequestError(field, f"has more than {MAX_TITLE_CHARS} characters")
+        check_text(field, value.string_value)

@@ -17,8 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from blockrag.errors import SettingsError
 from blockrag.languages import DEFAULT_LANGUAGE, Language
 from blockrag.modeling.cache import CACHE_VARIABLE
-from blockrag.sections import Section
-from blockrag.tenants import TenantSettings
+from blockrag.tenants import Section, TenantSettings
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
 API_KEY_VARIABLE = "BLOCKRAG_KEY"
@@ -68,6 +67,13 @@ class ClusterSettings(Section):
     """Where the process file, logs, traces, the embedded index and cached blocks live."""
     ha_proxy: bool = True
     """Serve gRPC through HAProxy, about three times faster per call than the Python proxy."""
+    upscale_delay_s: PositiveFloat = 30.0
+    """For how long a pool must be busier than it aims at before a replica is added; of encoder and decoder."""
+    downscale_delay_s: PositiveFloat = 600.0
+    """For how long it must be less busy before one is taken away."""
+    copy_workers: bool = True
+    """Make Ray's workers copies of one process that has imported everything, which starts them in a fraction of the
+    time and lets them share its memory; false: each is an interpreter of its own."""
 
 
 PUBLIC_SECRET = "change-me-before-serving"
@@ -97,6 +103,9 @@ class GatewaySettings(Section):
     """Documents received at a time per replica, of one tenant half as many; bounds memory and temporary files."""
     upload_idle_s: Annotated[float, Field(gt=0)] = 30.0
     """An upload that sends nothing for so many seconds, or less than 64 KiB in each so many, is ended."""
+    encode_turns: Literal["never", "conversations", "always"] = "conversations"
+    """Which answered turns are encoded at once, while their user reads, so that the next question finds them cached:
+    those of requests that have earlier turns, or the first turn of what may become a conversation too."""
     max_warmings: Positive = 4
     """Warmings under way per replica, of one tenant half as many."""
     tenants: tuple[TenantSettings, ...] = ()
@@ -157,8 +166,8 @@ class EncoderSettings(Section):
 
     min_replicas: Positive = 1
     """Replicas kept when idle."""
-    max_replicas: Positive = 2
-    """Replicas under load."""
+    max_replicas: Positive = 1
+    """Replicas under load; more pay where replicas * threads are no more than the cores."""
     target_ongoing_requests: Positive = 16
     """Blocks in progress per replica that autoscaling aims at."""
     max_batch_tokens: Positive = 1024
@@ -210,7 +219,14 @@ class DecoderSettings(Section):
     """Generation."""
 
     replicas: Positive = 1
-    """Decoder replicas."""
+    """Decoder replicas; with max_replicas, those that are kept when idle."""
+    max_replicas: NonNegative = 0
+    """Replicas under load; 0: as many as when idle. Each holds weights, slots and blocks of its own."""
+    target_ongoing_requests: Positive = 4
+    """Questions in progress per replica that autoscaling aims at."""
+    routing: Literal["blocks", "load"] = "blocks"
+    """Of several replicas, which one a question goes to: one that holds much of its blocks and is not busier than the
+    others, or the less busy one of two."""
     max_sequences: Positive = 16
     """Sequences computed together."""
     max_waiting: Positive = 64

@@ -1,6 +1,8 @@
-"""The one table that turns errors into gRPC status."""
+"""The one table that turns errors into gRPC status, and a status that a client sees into an error again."""
 
 from __future__ import annotations
+
+import re
 
 import grpc
 
@@ -16,6 +18,7 @@ from blockrag.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from blockrag.limits import RETRY_AFTER_MS
 
 _STATUS: tuple[tuple[type[BlockragError], grpc.StatusCode], ...] = (
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -29,6 +32,12 @@ _STATUS: tuple[tuple[type[BlockragError], grpc.StatusCode], ...] = (
     (SetupError, grpc.StatusCode.FAILED_PRECONDITION),
 )
 
+_FIELD = re.compile(r"^([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): (.*)$", re.DOTALL)
+_RETRY = re.compile(r"^(.*); retry in (\d+) ms$", re.DOTALL)
+# What clients of gRPC make of a proxy or a server that went away in the middle of a call.
+_GONE = re.compile(r"^(Received RST_STREAM|Received http2 header with status: 5|Stream removed|Socket closed)")
+_BROKEN_WRITE = "Internal error from Core"  # what grpc.aio makes of a write on a call that is over
+
 
 def status_code(error: BlockragError) -> grpc.StatusCode:
     """The gRPC status of an error; INTERNAL for a kind the table does not know."""
@@ -36,3 +45,27 @@ def status_code(error: BlockragError) -> grpc.StatusCode:
         if isinstance(error, kind):
             return code
     return grpc.StatusCode.INTERNAL
+
+
+def error_of(code: grpc.StatusCode, details: str) -> BlockragError:
+    """The error that a status stands for, as far as it says."""
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        found = _FIELD.match(details)
+        return InvalidRequestError(found[1], found[2]) if found else PromptTooLongError(details)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        found = _RETRY.match(details)
+        return OverloadedError(found[1], int(found[2])) if found else OverloadedError(details, RETRY_AFTER_MS)
+    if code is grpc.StatusCode.NOT_FOUND:
+        # Serve says the same of an application that is not there (yet).
+        gone = details.startswith("Application ")
+        return UnavailableError(f"the gateway is not deployed: {details}") if gone else NotFoundError(details)
+    if code is grpc.StatusCode.INTERNAL and details == _BROKEN_WRITE:
+        return UnavailableError("the server refused or lost the upload before all of it was sent")
+    if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and _GONE.match(details):
+        return UnavailableError(f"the connection was lost in the middle of the call ({details[:100]})")
+    if code is grpc.StatusCode.CANCELLED:
+        return UnavailableError(details)
+    for kind, status in _STATUS:
+        if status is code:
+            return kind(details)
+    return BlockragError(f"{code.name}: {details}")

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Self
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from blockrag.errors import SettingsError
 from blockrag.limits import TENANT_PATTERN
-from blockrag.sections import Section
 
 HASHED_KEY = "sha256:"
 """Begins a key that is given by its hash."""
 _SHORTEST_KEY = 16
+
+
+class Section(BaseModel):
+    """A part of the settings: unknown keys are errors, attributes are documented."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def _checked_key(key: str) -> str:
@@ -54,6 +69,13 @@ class TenantLimits(Section):
 
 
 NO_LIMITS = TenantLimits()
+LimitsOf = Callable[[str], TenantLimits]
+"""What a tenant may have and do, as it is now."""
+
+
+def no_limits(tenant: str) -> TenantLimits:
+    """For what is nobody's in particular."""
+    return NO_LIMITS
 
 
 class TenantSettings(Section):

@@ -14,8 +14,8 @@ import pytest
 
 from blockrag.client import BlockragClient
 from blockrag.local import LocalSystem
+from blockrag.local.local_system import ray_token_environment
 from blockrag.local.preflight import free_port
-from blockrag.local.system import ray_token_environment
 from blockrag.modeling.bundle import load_bundle
 from blockrag.settings import (
     BundleSettings,

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from blockrag.modeling.verify import verify_bundle
-from blockrag.training.adaptation.adapt import adapt_block
-from blockrag.training.adaptation.config import BlockAdaptConfig
+from blockrag.training.adaptation.block import adapt_block
+from blockrag.training.adaptation.block_config import BlockAdaptConfig
 from tests.models import make_tiny_bundle, make_tiny_checkpoint
 from tests.unit.training.adaptation.conftest import colour_rows, write_rows
 from tests.unit.training.refrag.conftest import write_texts

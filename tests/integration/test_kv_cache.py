@@ -16,7 +16,7 @@ from blockrag.configured import configured_bundle
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.block_files import block_paths
-from blockrag.kv_cache.client import KvCacheClient
+from blockrag.kv_cache.fetching import BlockFetcher
 from blockrag.kv_cache.shards import owner, shard_names
 from blockrag.modeling.model import SlotModel
 from blockrag.types import BlockRequest
@@ -36,8 +36,7 @@ from tests.integration.replicas import kill, replica_pids
 with warnings.catch_warnings():
     # Importing Serve warns about its own use of pydantic.
     warnings.simplefilter("ignore", DeprecationWarning)
-    from blockrag.kv_cache.objects import read_objects
-    from blockrag.kv_cache.remote import connect
+    from blockrag.kv_cache.remote import connect, read_objects
 
 TENANT = "cache-tests"
 CONTEXT = RequestContext(tenant=TENANT)
@@ -52,7 +51,7 @@ def keys(cluster: Cluster) -> KeyMaker:
 
 
 @pytest.fixture
-async def cache(cluster: Cluster) -> KvCacheClient:
+async def cache(cluster: Cluster) -> BlockFetcher:
     return connect(cluster.settings)
 
 
@@ -92,7 +91,7 @@ def assert_same_slots(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 async def test_blocks_are_encoded_once_and_read_from_shared_memory(
-    cache: KvCacheClient, keys: KeyMaker, cluster: Cluster
+    cache: BlockFetcher, keys: KeyMaker, cluster: Cluster
 ) -> None:
     # One token: so small that Ray keeps it out of the object store.
     blocks = fresh_blocks(keys, 6) + fresh_blocks(keys, 1, tokens=1)
@@ -111,7 +110,7 @@ async def test_blocks_are_encoded_once_and_read_from_shared_memory(
 
 
 async def test_a_hundred_requests_for_a_missing_block_are_one_encode(
-    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
+    cache: BlockFetcher, keys: KeyMaker, rpc: KvCacheServiceStub
 ) -> None:
     [block] = fresh_blocks(keys, 1, tokens=200)
     before = await status(rpc)
@@ -129,7 +128,7 @@ async def test_a_hundred_requests_for_a_missing_block_are_one_encode(
 
 
 async def test_a_request_that_is_cancelled_leaves_the_encode_to_the_others(
-    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
+    cache: BlockFetcher, keys: KeyMaker, rpc: KvCacheServiceStub
 ) -> None:
     async with asyncio.timeout(60):
         while True:  # until the second caller comes while the blocks are being encoded for the first
@@ -172,14 +171,14 @@ async def test_lost_and_late_objects_are_told_from_those_that_are_there(cluster:
     ray.kill(alive)
 
 
-async def test_what_the_encoder_refuses_reaches_the_caller(cache: KvCacheClient) -> None:
+async def test_what_the_encoder_refuses_reaches_the_caller(cache: BlockFetcher) -> None:
     block = BlockRequest("bad", np.array([5, 10**6], dtype=np.int32), TENANT)
     with pytest.raises(InvalidRequestError, match="vocabulary"):
         await cache.fetch([block])
 
 
 async def test_warming_pinning_and_purging_over_grpc(
-    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
+    cache: BlockFetcher, keys: KeyMaker, rpc: KvCacheServiceStub
 ) -> None:
     await cache.poll_purges()
     document = "warmed"
@@ -204,7 +203,7 @@ async def test_warming_pinning_and_purging_over_grpc(
 
 
 async def test_a_purge_removes_files_for_good(
-    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub, cluster: Cluster
+    cache: BlockFetcher, keys: KeyMaker, rpc: KvCacheServiceStub, cluster: Cluster
 ) -> None:
     blocks = fresh_blocks(keys, 6, document_id="on disk")
     await cache.fetch(blocks)
@@ -219,7 +218,7 @@ async def test_a_purge_removes_files_for_good(
     assert [fetched.tier for fetched in await cache.fetch(blocks)] == ["encoded"] * 6
 
 
-async def test_another_tenant_cannot_purge(cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub) -> None:
+async def test_another_tenant_cannot_purge(cache: BlockFetcher, keys: KeyMaker, rpc: KvCacheServiceStub) -> None:
     blocks = fresh_blocks(keys, 2, document_id="mine")
     await cache.fetch(blocks)
     purged = await rpc.PurgeDocuments(
@@ -243,7 +242,7 @@ async def test_bad_requests_name_their_field(rpc: KvCacheServiceStub) -> None:
 
 
 async def test_objects_survive_the_encoder_and_waiting_encodes_are_retried(
-    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
+    cache: BlockFetcher, keys: KeyMaker, rpc: KvCacheServiceStub
 ) -> None:
     # Ray sends results of less than 100 KB along with the reply: blocks on both sides of that.
     held = [*fresh_blocks(keys, 4, tokens=8), *fresh_blocks(keys, 4, tokens=100)]
@@ -271,7 +270,7 @@ async def written(rpc: KvCacheServiceStub) -> None:
 
 
 async def test_a_dead_shard_reads_its_blocks_from_disk(
-    cache: KvCacheClient, keys: KeyMaker, rpc: KvCacheServiceStub
+    cache: BlockFetcher, keys: KeyMaker, rpc: KvCacheServiceStub
 ) -> None:
     await cache.poll_purges()
     blocks = fresh_blocks(keys, 24)
@@ -291,7 +290,7 @@ async def test_a_dead_shard_reads_its_blocks_from_disk(
     assert (await status(rpc)).shards == 2
 
 
-async def test_a_shard_that_dies_between_acquire_and_read_is_a_miss(cache: KvCacheClient, keys: KeyMaker) -> None:
+async def test_a_shard_that_dies_between_acquire_and_read_is_a_miss(cache: BlockFetcher, keys: KeyMaker) -> None:
     """The reader holds references whose owner is dead."""
     block = next(each for each in fresh_blocks(keys, 50) if owner(each.key, shard_names(2)) == 1)
     read = cache._read_objects

@@ -9,7 +9,7 @@ import time
 from typer.testing import CliRunner
 
 from blockrag.cli.main import app
-from blockrag.cli.scraping import PREFIX, Scrape
+from blockrag.cli.top import PREFIX, Scrape
 from blockrag.client import BlockragClient
 from tests.integration.conftest import Cluster
 from tests.unit.deploy.monitoring import series_used

@@ -11,16 +11,13 @@ import argparse
 import asyncio
 import json
 import random
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from blockrag.client import BlockragClient
 from blockrag.errors import BlockragError
-from blockrag.local import LocalSystem
-from tests.system.foreign import KEYS, two_tenants
+from tests.system.foreign import KEYS, tenants_system
 
 TIMES = 10
 _COLLECTION = "contention"
@@ -121,10 +118,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--bundle", default="", help="empty: the reader that ships")
     options = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        LocalSystem.start(two_tenants(Path(folder) / "state", options.bundle), owned=True) as system,
-    ):
+    with tenants_system(options.bundle) as system:
         found = asyncio.run(
             measure(system.target, phases=options.phases, seconds=options.seconds, tokens=options.tokens)
         )

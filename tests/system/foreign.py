@@ -15,7 +15,8 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -416,6 +417,16 @@ def two_tenants(state_dir: Path, bundle: str) -> Settings:
     )
 
 
+@contextmanager
+def tenants_system(bundle: str) -> Iterator[LocalSystem]:
+    """A system of ``two_tenants``, started for the body."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LocalSystem.start(two_tenants(Path(folder) / "state", bundle), owned=True) as system,
+    ):
+        yield system
+
+
 def main() -> None:
     """The long form."""
     parser = argparse.ArgumentParser()
@@ -425,10 +436,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bundle", default="", help="empty: the reader that ships")
     options = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        LocalSystem.start(two_tenants(Path(folder) / "state", options.bundle), owned=True) as system,
-    ):
+    with tenants_system(options.bundle) as system:
         trial = Trial(system, options.seed)
         report = asyncio.run(trial.run(options.rounds, options.http_rounds, options.timing_rounds))
     for leak in report.leaks[:40]:

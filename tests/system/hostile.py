@@ -24,7 +24,7 @@ import grpc
 from blockrag.client import BlockragClient
 from blockrag.local import LocalSystem
 from blockrag.local.state import read_state
-from tests.system.faults import descendants, fault_settings
+from tests.system.faults import descendants, fault_settings, private_mib
 from tests.system.hostile_messages import Generator
 from tests.system.rpcs import Rpc, all_rpcs, call
 
@@ -252,10 +252,10 @@ def replicas(system: LocalSystem) -> dict[str, tuple[int, float]]:
         if not line.startswith(("ray::ServeReplica:", "ray::ProxyActor")) and "edge_worker" not in line:
             continue
         with contextlib.suppress(OSError):
-            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-            own = sum(int(each.split()[1]) for each in rollup.splitlines() if each.startswith(("Private_", "Swap:")))
-            name = line.split()[0].removeprefix("ray::") if line.startswith("ray::") else "index"
-            found[f"{name}/{sum(key.startswith(name) for key in found)}"] = (pid, own / 1024)
+            own = private_mib(pid)
+            # Its title, without the method that it is in right now.
+            name = line.split()[0].removeprefix("ray::").partition(".")[0] if line.startswith("ray::") else "index"
+            found[f"{name}/{sum(key.startswith(name) for key in found)}"] = (pid, own)
     return found
 
 

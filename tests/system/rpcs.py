@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 import blockrag.v1
+from blockrag.client_calls import LOST_STATUS
 from blockrag.services import SERVICES
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -83,7 +84,8 @@ async def call(
 ) -> Outcome:
     """Sends messages, ``pause_s`` apart where the method takes a stream, and receives whatever comes.
 
-    ``cancel_after_s``: leaves then, if it is not over. Raises what gRPC itself refuses to send (``ValueError``…).
+    ``cancel_after_s``: leaves then, if it is not over. A call whose status gRPC lost on this side counts as cancelled.
+    Raises what gRPC itself refuses to send (``ValueError``…).
     """
     sent = (("application", rpc.application), *metadata)
     outcome = Outcome(grpc.StatusCode.OK)
@@ -112,6 +114,8 @@ async def call(
         await asyncio.wait_for(receive(), cancel_after_s)
     except grpc.aio.AioRpcError as error:
         outcome.code, outcome.details = error.code(), error.details() or ""
+        if (outcome.code, outcome.details) == LOST_STATUS:
+            outcome.code = grpc.StatusCode.CANCELLED
     except TimeoutError:
         running.cancel()
         outcome.code = grpc.StatusCode.CANCELLED

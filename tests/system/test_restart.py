@@ -16,7 +16,7 @@ from blockrag.client import BlockragClient
 from blockrag.kv_cache.block_files import block_paths
 from blockrag.local import LocalSystem
 from blockrag.local.preflight import free_port
-from blockrag.results import Answer
+from blockrag.results import Answer, Compression
 from blockrag.settings import BundleSettings, ClusterSettings, KvCacheSettings, Settings
 
 _TEXT = "The Arle Bridge was built in 1874. It is 212 metres long and was designed by Clara Voss."
@@ -58,9 +58,12 @@ async def _second_life(target: str) -> tuple[Answer, int, set[str], int]:
         return answer, int(cache["misses"]), names, from_disk
 
 
-async def _third_life(target: str) -> Answer:
+async def _third_life(target: str) -> tuple[Answer, Answer]:
+    """The question again, and with half of the passage."""
     async with BlockragClient(target) as client:
-        return await _ask(client)
+        whole, compression = await _ask(client), Compression(rate=2, policy="sentences")
+        half = await client.ask(_QUESTION, collection="bridges", max_tokens=4, compression=compression)
+        return whole, half
 
 
 def _status(target: str, *options: str) -> str:
@@ -96,6 +99,14 @@ def test_the_first_answer_after_a_restart_comes_from_disk(small_bundle: Path, tm
     shutil.rmtree(tmp_path / "index")
     shutil.copytree(tmp_path / "backup", tmp_path / "index")
     with LocalSystem.start(_settings(tmp_path, small_bundle, 2), owned=True) as system:
-        restored = asyncio.run(_third_life(system.target))
+        restored, half = asyncio.run(_third_life(system.target))
     assert restored.text == before.text
     assert restored.completion.usage.encoded_tokens > 0
+    # Sentences are taken out of the block that is cached already.
+    (citation,) = half.completion.citations
+    read = [chunk.text for chunk in citation.chunks if chunk.form == "expanded"]
+    assert 0 < len(read) < len(citation.chunks)
+    assert sum(chunk.end_token - chunk.start_token for chunk in citation.chunks) == citation.tokens
+    assert {chunk.form for chunk in citation.chunks} == {"expanded", "dropped"}
+    assert half.completion.usage.encoded_tokens == 0
+    assert half.completion.usage.prompt_tokens < restored.completion.usage.prompt_tokens

@@ -21,6 +21,7 @@ from blockrag.client import BlockragClient
 from blockrag.errors import BlockragError
 from blockrag.local.preflight import free_port
 from blockrag.results import Answer
+from tests.system.nodes import deploy
 from tests.unit.deploy.files import CLUSTER, read_yaml, serve_config
 
 _BIN = Path(sys.executable).parent
@@ -48,7 +49,7 @@ def test_the_local_configuration_serves_a_question(tmp_path: Path) -> None:
     dashboard = free_port()
     address = f"http://127.0.0.1:{dashboard}"
     with _ray(dashboard, environment) as ray:
-        _deploy(tmp_path / "serve.yaml", address, environment, ray)
+        deploy(tmp_path / "serve.yaml", address, environment, ray)
         answer = asyncio.run(_answer(f"127.0.0.1:{config['grpc_options']['port']}", ray))
         subprocess.run([_BIN / "serve", "shutdown", "-y", "--address", address], env=environment, check=True)
     assert answer.text
@@ -80,19 +81,6 @@ async def _ingest(client: BlockragClient, ray: subprocess.Popen[bytes]) -> None:
             if time.monotonic() > deadline or ray.poll() is not None:
                 raise
             await asyncio.sleep(1)
-
-
-def _deploy(file: Path, address: str, environment: dict[str, str], ray: subprocess.Popen[bytes]) -> None:
-    """Repeated until the dashboard answers."""
-    deadline = time.monotonic() + 150
-    while True:
-        done = subprocess.run(
-            [_BIN / "serve", "deploy", "--address", address, str(file)], env=environment, capture_output=True, text=True
-        )
-        if done.returncode == 0:
-            return
-        assert ray.poll() is None, "Ray did not start"
-        assert time.monotonic() < deadline, done.stderr
 
 
 @contextmanager

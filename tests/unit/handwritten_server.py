@@ -29,8 +29,8 @@ class Server(
         self.requests: list[Any] = []
         self.metadata: dict[str, str] = {}
         self.error: BlockragError | None = None
-        self.lost: list[BlockragError | str] = []
-        """Errors of the next calls; a text is NOT_FOUND with it, as Serve says it."""
+        self.lost: list[BlockragError | str | tuple[grpc.StatusCode, str]] = []
+        """Errors of the next calls; a text is NOT_FOUND with it, as Serve says it; a pair is the status itself."""
         self.break_after: list[str] = []
         """Where the next streams break: behind ``retrieved`` or ``text``."""
         self.uploads: list[Any] = []
@@ -43,6 +43,8 @@ class Server(
         self.metadata = dict(context.invocation_metadata())
         if self.lost:
             error = self.lost.pop(0)
+            if isinstance(error, tuple):
+                await context.abort(*error)
             code = grpc.StatusCode.NOT_FOUND if isinstance(error, str) else status_code(error)
             await context.abort(code, str(error))
         if self.error is not None:

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from blockrag.client import BlockragClient
-from blockrag.client_calls import error_of
+from blockrag.client_calls import LOST_STATUS, error_of
 from blockrag.errors import (
     BlockragError,
     DataError,
@@ -280,6 +280,14 @@ async def test_what_went_away_is_asked_again(
         assert len(server[0].requests) == 3
     sent = [sum(len(message.content) for message in messages) for messages in server[0].uploads[-3:]]
     assert sent == [1_000_000] * 3
+
+
+async def test_a_status_that_grpc_lost_is_asked_again(client: BlockragClient, server: tuple[Server, str]) -> None:
+    code, details = LOST_STATUS
+    for _ in range(2):
+        server[0].lost.append((code, details))
+    assert (await client.ingest_text("d0", "text")).document_id
+    assert len(server[0].requests) == 3
 
 
 async def test_a_deletion_whose_answer_was_lost_is_done(client: BlockragClient, server: tuple[Server, str]) -> None:

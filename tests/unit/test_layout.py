@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from blockrag.services import SERVICES
 from tests.conftest import OWN_CLUSTER, SLOW
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -23,6 +24,14 @@ def test_no_folder_has_ten_files_that_share_a_prefix() -> None:
     prefixes = Counter((path.parent, path.stem.split("_")[0]) for path in MODULES if path.stem != "__init__")
 
     assert {f"{folder}/{prefix}*": count for (folder, prefix), count in prefixes.items() if count >= 10} == {}
+
+
+def test_no_two_files_of_the_services_have_one_name() -> None:
+    folders = {service.name for service in SERVICES} | {"ingest", "local", "telemetry", PACKAGE.name}
+    names = Counter(path.name for path in MODULES if path.parent.name in folders)
+    repeated = {name for name, count in names.items() if count > 1}
+
+    assert repeated <= {"__init__.py", "deployment.py"}
 
 
 def test_what_is_marked_by_name_exists() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
@@ -16,14 +18,14 @@ from blockrag.cli.options import command_of
 from blockrag.cli.training_workers import shown
 from blockrag.errors import SetupError
 from blockrag.modeling.files import DEFAULT_BUNDLE
-from blockrag.training.pear.config import PUBLISHED_SIZES, PearConfig
+from blockrag.training.pear.pear_config import PUBLISHED_SIZES, PearConfig
 
 if TYPE_CHECKING:
     from blockrag.modeling.bundle import Bundle
-    from blockrag.training.adaptation.metrics import OnProgress
-    from blockrag.training.adaptation.run import RunFolder
-    from blockrag.training.pear.adaptation import PearReport
-    from blockrag.training.pear.cost import FoldingCost
+    from blockrag.training.pear.pear_config import PearConfig
+    from blockrag.training.pear.procedure import PearReport
+    from blockrag.training.run import OnProgress, RunFolder
+
 
 _SIZES = ",".join(f"{samples}x{tokens}" for samples, tokens in PUBLISHED_SIZES)
 
@@ -55,8 +57,8 @@ def pear(
     """
     from blockrag.modeling.bundle import load_bundle
     from blockrag.modeling.bundle_writing import write_pear
-    from blockrag.training.adaptation.run import RunFolder
-    from blockrag.training.adaptation.workers import OneWorker
+    from blockrag.training.run import RunFolder
+    from blockrag.training.workers import OneWorker
 
     if (out is not None) + in_place + detect_only != 1:
         raise SetupError("give exactly one of --out, --in-place and --detect-only")
@@ -68,24 +70,21 @@ def pear(
     run_dir = (out or beside).with_name(f"{(out or beside).name}.run")
     run = None if detect_only else RunFolder(run_dir, OneWorker(device))
     with shown(as_json, lines=False) as show:
-        found, cost = _adapt(source, config, device, run, show)
+        found = _adapt(source, config, device, run, show)
     made = write_pear(source, found.record, out) if found.record else None
     if run is not None and out is not None and made is not None:
         run.drop_checkpoints()
     elif run is not None:
         shutil.rmtree(run_dir)  # nothing stands beside it that says which run it was
-    _tell(source, made, found, config, cost, report or beside, as_json)
+    _tell(source, made, found, config, report or beside, as_json)
 
 
-def _adapt(
-    source: Bundle, config: PearConfig, device: str, run: RunFolder | None, show: OnProgress
-) -> tuple[PearReport, FoldingCost | None]:
+def _adapt(source: Bundle, config: PearConfig, device: str, run: RunFolder | None, show: OnProgress) -> PearReport:
     """Detect, and with ``run`` learn; a run that was stopped there goes on."""
     from blockrag.modeling.model import load_stock_model
-    from blockrag.training.adaptation.metrics import StepMetrics
-    from blockrag.training.pear.adaptation import adapt
-    from blockrag.training.pear.cost import folding_cost
-    from blockrag.training.pear.task import ordinary_tokens
+    from blockrag.training.pear.passes import ordinary_tokens
+    from blockrag.training.pear.procedure import adapt
+    from blockrag.training.run import StepMetrics
 
     # coefficients that the bundle already has are replaced: they are relative to the weights as they are
     source = replace(source, pear=None)
@@ -95,12 +94,7 @@ def _adapt(
         model = load_stock_model(source, device=device)
         tokenizer = source.load_tokenizer()
         candidates = ordinary_tokens(min(source.vocab_size, len(tokenizer)), tuple(tokenizer.added_tokens_decoder))
-        found = adapt(model, candidates, config, run, learning=run is not None, on_progress=show)
-    if found.record is None:
-        return found, None
-    del model  # it is folded now
-    show(StepMetrics(step=0, fraction=0.0, stage="measure"))
-    return found, folding_cost(load_stock_model(source, device=device), found.record.heads)
+        return adapt(model, candidates, config, run, learning=run is not None, on_progress=show)
 
 
 def _tell(
@@ -108,25 +102,23 @@ def _tell(
     made: Bundle | None,
     found: PearReport,
     config: PearConfig,
-    cost: FoldingCost | None,
     folder: Path,
     as_json: bool,
 ) -> None:
-    from blockrag.cli.pear_report import as_dict, print_tables, write_files
-    from blockrag.training.pear.adaptation import suppressing
+    from blockrag.training.pear.procedure import suppressing
 
     content = {
         "bundle": str(source.path),
         "fingerprint": source.fingerprint,
         "made": str(made.path) if made else None,
         "made_fingerprint": made.fingerprint if made else None,
-        **as_dict(found, config, cost),
+        **as_dict(found, config),
     }
     data, picture = write_files(folder, found, content)
     if as_json:
         console.print_json(content)
         return
-    print_tables(found, config, cost)
+    print_tables(found, config)
     if made is not None:
         console.out.print(
             f"bundle: {made.path} ({made.fingerprint[:12]}, before {source.fingerprint[:12]})", soft_wrap=True
@@ -152,3 +144,95 @@ def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 def _beside(path: Path) -> Path:
     return path.parent / f"{path.name}-pear"
+
+
+_SHOWN_HEADS = 12
+
+
+def as_dict(report: PearReport, config: PearConfig) -> dict[str, Any]:
+    """Everything that was measured, as JSON has it."""
+    return {
+        "settings": asdict(config),
+        "detections": {
+            condition: {
+                "delta_pi": detection.delta_pi.tolist(),
+                "ranked": [
+                    {"layer": layer, "head": head, "delta_pi": value} for layer, head, value in detection.ranked()
+                ],
+                "pi": list(detection.pi),
+                "accuracy": detection.accuracy,
+            }
+            for condition, detection in report.detections.items()
+        },
+        "rank_correlations": dict(report.correlations),
+        "proxy_before": {mask: asdict(score) for mask, score in report.before.items()},
+        "pear": report.record.to_dict() if report.record else None,
+        "seconds": dict(report.seconds),
+    }
+
+
+def write_files(folder: Path, report: PearReport, content: dict[str, Any]) -> tuple[Path, Path]:
+    """``pear.json`` and ``delta_pi.png`` in ``folder``, which is made. Raises SetupError without matplotlib."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, picture = folder / "pear.json", folder / "delta_pi.png"
+    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw_heat_map(report, picture)
+    return data, picture
+
+
+def draw_heat_map(report: PearReport, file: Path) -> None:
+    """Layer × head for both masks, one scale; re-weighted heads are marked. Raises SetupError without matplotlib.
+
+    The scale is logarithmic outside its middle hundredth: heads that copy have changes a hundred times those that
+    suppress.
+    """
+    from blockrag.evaluation.plots import load_figure
+
+    figure_of = load_figure()
+    from matplotlib.colors import SymLogNorm
+
+    maps = {condition: report.detections[condition].delta_pi for condition in ("full", "block")}
+    layers, heads = maps["full"].shape
+    limit = max(1e-9, *(float(values.abs().max()) for values in maps.values()))
+    figure = figure_of(figsize=(2 * min(8, 2.5 + 0.3 * heads), min(10, 1.8 + 0.3 * layers)), layout="constrained")
+    scale = SymLogNorm(linthresh=limit / 100, vmin=-limit, vmax=limit)
+    images = []
+    for axes, (condition, values) in zip(figure.subplots(1, 2), maps.items(), strict=True):
+        images.append(axes.imshow(values.numpy(), cmap="RdBu_r", norm=scale, aspect="auto"))
+        axes.set(title=f"{condition} mask", xlabel="head", ylabel="layer")
+        axes.set_xticks(range(0, heads, max(1, heads // 8)))
+        axes.set_yticks(range(0, layers, max(1, layers // 8)))
+        if report.record is not None:
+            chosen = report.record.heads
+            axes.scatter([item.head for item in chosen], [item.layer for item in chosen], c="black", marker=".", s=16)
+    figure.colorbar(images[0], ax=figure.axes, label="Δπ (red: suppresses copying)")
+    figure.suptitle(f"rank correlation {report.correlations['full / block']:.2f}", fontsize=10)
+    figure.savefig(file, dpi=130)
+
+
+def print_tables(report: PearReport, config: PearConfig) -> None:
+    """The heads with the largest Δπ, and what was learned."""
+    taus = {(item.layer, item.head): item.tau for item in report.record.heads} if report.record else {}
+    table = Table("layer", "head", *report.detections, "τ", title=f"Δπ, by the {config.mask} mask")
+    for layer, head, _ in report.detections[config.mask].ranked()[: max(_SHOWN_HEADS, len(taus))]:
+        changes = [f"{float(found.delta_pi[layer, head]):+.1%}" for found in report.detections.values()]
+        tau = taus.get((layer, head))
+        table.add_row(str(layer), str(head), *changes, "" if tau is None else f"{tau:.3f}")
+    console.out.print(table)
+    copied = ", ".join(f"{condition} {found.accuracy:.0%}" for condition, found in report.detections.items())
+    console.out.print(f"prompts whose last token is copied: {copied}", soft_wrap=True)
+    for pair, value in report.correlations.items():
+        console.out.print(f"rank correlation of Δπ, {pair}: {value:.3f}", highlight=False, soft_wrap=True)
+    scores = Table("mask", "loss before", "loss after", "copied before", "copied after", title="proxy task, held out")
+    for mask, before in report.before.items():
+        after = report.record.after[mask] if report.record else None
+        scores.add_row(
+            mask,
+            f"{before.loss:.4f}",
+            f"{after.loss:.4f}" if after else "",
+            f"{before.accuracy:.1%}",
+            f"{after.accuracy:.1%}" if after else "",
+        )
+    console.out.print(scores)
+    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    console.out.print(f"time: {spent}", highlight=False, soft_wrap=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Annotated, Literal
 
 import typer
@@ -15,16 +17,17 @@ from blockrag.cli.connection import Connection
 from blockrag.cli.console import CollectionOption, JsonOption
 from blockrag.cli.filters import parse_filters
 from blockrag.cli.options import command_of
-from blockrag.cli.reading import compression_note, reading_lines
 from blockrag.client import BlockragClient
 from blockrag.client_options import GenerateOptions
 from blockrag.errors import UnavailableError
-from blockrag.results import Completion, Compression, Retrieved, TraceSpan
+from blockrag.results import ChunkFormName, Citation, Completion, Compression, Retrieved, TraceSpan, Usage
 
 FilterOption = Annotated[
     list[str] | None,
     typer.Option("--filter", "-f", help='Metadata: key=value, key="a, b", key!=a,b, author.name=Ann, key>=1.'),
 ]
+_SHOWN_CHARS = 18
+"""Of either end of what was compressed."""
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +58,9 @@ def ask(
     max_ttft_ms: Annotated[
         float | None, typer.Option(help="Compress: most milliseconds to the first token, instead of --rate.")
     ] = None,
-    policy: Annotated[str, typer.Option(help="Who chooses what is read word for word: query, blind, retrieval.")] = "",
+    policy: Annotated[
+        str, typer.Option(help="Who chooses what is read word for word: query, blind, sentences, retrieval.")
+    ] = "",
     trace: Annotated[bool, typer.Option("--trace", help="Show the tree of spans.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -124,6 +129,41 @@ def print_citations(completion: Completion) -> None:
         f"{usage.cached_tokens} cached{f' · {note}' if note else ''} · ms: {stages}"
     )
     console.out.print(Text(line, "dim"), highlight=False)
+
+
+def reading_lines(completion: Completion) -> Iterator[Text]:
+    """A paragraph for each passage in the prompt; nothing when the answer was not asked to compress.
+
+    What was read word for word is printed as it is. What was compressed is dimmed and stands in ‹ ›, shortened to its
+    beginning and end.
+    """
+    for citation in completion.citations:
+        if citation.in_prompt and any(chunk.text for chunk in citation.chunks):
+            yield _passage(citation)
+
+
+def compression_note(usage: Usage) -> str:
+    """How small the passages became; empty when nothing was compressed."""
+    if not usage.compressed_chunks:
+        return ""
+    return f"{usage.context_tokens} passage tokens, {usage.compressed_chunks} chunks of them compressed"
+
+
+def _passage(citation: Citation) -> Text:
+    line = Text(f"  [{citation.index + 1}] ", style="dim")
+    for form, run in groupby(citation.chunks, key=lambda chunk: chunk.form):
+        words = "".join(chunk.text for chunk in run)
+        line.append(*_shown(form, words))
+    return line
+
+
+def _shown(form: ChunkFormName, words: str) -> tuple[str, str]:
+    if form == "expanded":
+        return words, "default"
+    if len(words) > 2 * _SHOWN_CHARS + 3:
+        words = f"{words[:_SHOWN_CHARS].rstrip()} … {words[-_SHOWN_CHARS:].lstrip()}"
+    lead = " " if words.startswith(" ") else ""
+    return f"{lead}‹{words.strip()}›", "dim"
 
 
 def span_tree(spans: tuple[TraceSpan, ...]) -> Tree:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -13,18 +12,117 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from blockrag.cli import console
-from blockrag.cli.bench_peers import peers
 from blockrag.cli.console import JsonOption, SettingsOption
-from blockrag.errors import SettingsError
-from blockrag.local import LocalSystem
-from blockrag.local.preflight import free_port
+from blockrag.cli.measured import (
+    as_bytes,
+    counted,
+    environment,
+    own_settings,
+    own_system,
+    parse_numbers,
+    write_results,
+)
+from blockrag.errors import SetupError
 from blockrag.settings import Settings
 
 if TYPE_CHECKING:
+    from blockrag.evaluation.peers.rounds import PeerRow
     from blockrag.evaluation.ttft_grpc import GrpcSample
     from blockrag.evaluation.ttft_report import ReportRow
+
+
+_LONGEST = 10**6
+
+
+def peers(
+    contexts: Annotated[str, typer.Option(help="Passage tokens of one stream, comma separated.")] = "512,2048,7900",
+    streams: Annotated[int, typer.Option(min=1, max=64, help="Streams of the second measurement; 1: none.")] = 8,
+    stream_contexts: Annotated[str, typer.Option(help="Passage tokens of each of several streams.")] = "512",
+    question_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind the passages, always new.")] = 50,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each, interleaved.")] = 3,
+    llama: Annotated[
+        Path | None,
+        typer.Option(help="Folder of node-llama-cpp, as npm installs it; left out, llama.cpp's rows say how to."),
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="llama.cpp's model; default: the GGUF file of the base.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for peers.json and peers.png.")] = None,
+    settings: SettingsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The same weights, prompts, threads and machine: blockrag, stock transformers and llama.cpp, interleaved.
+
+    Each is a process of its own; the services between them and a client are not measured here. On a machine that does
+    other work compare within a run only.
+    """
+    from blockrag.configured import configured_bundle
+    from blockrag.evaluation.peers.rounds import PeerTask, all_peers, measure_peers
+    from blockrag.evaluation.plots import load_figure, plot_peers
+
+    with console.errors_to_exit():
+        if out is not None:
+            load_figure()
+        loaded = console.settings_from(settings)
+        bundle = configured_bundle(loaded)
+        tasks = [PeerTask(size, 1) for size in parse_numbers(contexts, "--contexts", _LONGEST)]
+        if streams > 1:
+            sizes = parse_numbers(stream_contexts, "--stream-contexts", _LONGEST)
+            tasks += [PeerTask(size, streams) for size in sizes]
+        if not tasks:
+            raise SetupError("nothing to measure: name --contexts or --stream-contexts")
+        longest = max(task.context_tokens for task in tasks) + question_tokens + new_tokens
+        if longest > bundle.max_context_tokens:
+            raise SetupError(f"{longest} tokens, where the bundle has {bundle.max_context_tokens}")
+        with tempfile.TemporaryDirectory(prefix="blockrag-peers-") as folder, counted("rounds") as tell:
+            rows = measure_peers(
+                all_peers(bundle, loaded, llama, gguf, Path(folder)),
+                tasks,
+                block_tokens=bundle.passage_tokens,
+                vocabulary=bundle.vocab_size,
+                question_tokens=question_tokens,
+                new_tokens=new_tokens,
+                repeats=repeats,
+                progress=tell,
+            )
+        place = environment()
+        result = {
+            "rows": [asdict(row) for row in rows],
+            "threads": loaded.decoder.threads,
+            "question_tokens": question_tokens,
+            "new_tokens": new_tokens,
+            "environment": place,
+        }
+        if out is not None:
+            title = f"{place['cores']} × {place['cpu']}, {loaded.decoder.threads} threads"
+            write_results(out, {"peers.json": as_bytes(result), "peers.png": plot_peers(rows, title)})
+        if as_json:
+            console.print_json(result)
+        else:
+            console.out.print(_peer_table(rows))
+
+
+def _peer_table(rows: list[PeerRow]) -> Table:
+    from blockrag.evaluation.peers.rounds import STATES
+
+    table = Table("", "passage tokens", "streams", "first token, ms", "ms a token", "memory, MiB", "")
+    shown = ""
+    for row in rows:
+        if row.peer != shown:
+            table.add_section()
+            table.add_row(Text(row.peer, "bold"), "", "", "", "", "", "" if row.state else row.note)
+            shown = row.peer
+        if row.state:
+            numbers = [
+                "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+                for value in (row.first_ms, row.token_ms)
+            ]
+            where = (f"{row.context_tokens}", f"{row.streams}")
+            table.add_row(f"  {STATES[row.state]}", *where, *numbers, f"{row.memory_mb or '–'}", row.note)
+    return table
+
 
 app = typer.Typer(no_args_is_help=True, help="Measure.")
 
@@ -55,13 +153,14 @@ def ttft(
     No retrieval, full attention, block attention cold and warm, everything compressed, and mixtures at rates 4, 8, 16.
     """
     from blockrag.configured import configured_bundle
-    from blockrag.evaluation.environment import describe_environment
     from blockrag.evaluation.plots import plot_rows
     from blockrag.evaluation.ttft_report import rate_notes
 
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
-        sizes = _sizes(contexts)
+        sizes = parse_numbers(contexts, "--contexts", most=10**6, least=128)
+        if not sizes:
+            raise SetupError("--contexts: name at least one size")
         rows: list[ReportRow] = []
         overhead: dict[str, float] = {}
         stages: dict[str, dict[str, float]] = {}
@@ -77,19 +176,18 @@ def ttft(
             samples = _measure_grpc(loaded, sizes, repeats)
             rows += _grpc_rows(samples)
             overhead, stages = _overhead(samples), _stages(samples)
-        environment = describe_environment()
+        place = environment()
         result = {
             "rows": [asdict(row) for row in rows],
             "notes": notes,
             "grpc_overhead_ms": overhead,
             "grpc_stages_ms": stages,
             "settings": loaded.model_dump(mode="json", include={"bundle", "decoder", "encoder"}),
-            "environment": asdict(environment),
+            "environment": place,
         }
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "ttft.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            plot_rows(rows, out / "ttft.png", f"{environment.cores} × {environment.cpu}, {environment.commit}")
+            picture = plot_rows(rows, f"{place['cores']} × {place['cpu']}, {place['commit']}")
+            write_results(out, {"ttft.json": as_bytes(result), "ttft.png": picture})
         if as_json:
             console.print_json(result)
         else:
@@ -112,28 +210,17 @@ def plan(
 ) -> None:
     """What a plan takes beside the call to the compressor, by policy, for passages that it saw before."""
     from blockrag.configured import configured_bundle
-    from blockrag.evaluation.environment import describe_environment
     from blockrag.evaluation.plan_time import measure_plans
     from blockrag.evaluation.ttft_grpc import first_passages
 
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
         bundle = configured_bundle(loaded)
-        with console.progress_bar() as bar:
-            task = bar.add_task("plans", total=None)
-            times = asyncio.run(
-                measure_plans(
-                    bundle,
-                    loaded,
-                    first_passages(bundle, passages),
-                    rate=rate,
-                    repeats=repeats,
-                    on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-                )
-            )
+        given = first_passages(bundle, passages)
+        with counted("plans") as tell:
+            times = asyncio.run(measure_plans(bundle, loaded, given, rate=rate, repeats=repeats, on_progress=tell))
         if as_json:
-            environment = asdict(describe_environment())
-            console.print_json({"rows": [asdict(row) for row in times], "rate": rate, "environment": environment})
+            console.print_json({"rows": times, "rate": rate, "environment": environment()})
             return
         title = f"Plan of {passages} passages ({times[0].chunks} chunks) at rate {rate:g}, ms"
         table = Table("policy", "median", "p90", "of it the policy", title=title)
@@ -142,22 +229,11 @@ def plan(
         console.out.print(table)
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise SettingsError(f"--contexts {text!r}: must be numbers, comma separated") from error
-    if not sizes or min(sizes) < 128:
-        raise SettingsError(f"--contexts {text!r}: must be at least 128 each")
-    return sizes
-
-
 def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int, chunk_tokens: int) -> list[ReportRow]:
     from blockrag.configured import configured_bundle, configured_device
     from blockrag.evaluation.ttft_model import measure_model_ttft
 
-    with console.progress_bar() as bar:
-        task = bar.add_task("model alone", total=None)
+    with counted("model alone") as tell:
         return measure_model_ttft(
             configured_bundle(settings),
             settings,
@@ -165,7 +241,7 @@ def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int, chu
             repeats=repeats,
             chunk_tokens=chunk_tokens,
             device=configured_device(settings),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=tell,
         )
 
 
@@ -176,37 +252,18 @@ def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> l
 
     bundle = configured_bundle(settings)
     workload = make_workload(bundle, sizes)
+    chunk_tokens = bundle.chunk_tokens if bundle.refrag is not None else None
 
     async def measure(target: str) -> list[GrpcSample]:
-        with console.progress_bar() as bar:
-            task = bar.add_task("over gRPC", total=None)
+        with counted("over gRPC") as tell:
             async with BlockragClient(target) as client:
                 return await measure_grpc_ttft(
-                    client,
-                    workload,
-                    chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else None,
-                    repeats=repeats,
-                    on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+                    client, workload, chunk_tokens=chunk_tokens, repeats=repeats, on_progress=tell
                 )
 
-    with tempfile.TemporaryDirectory(prefix="blockrag-bench-") as state_dir:
-        cluster = {
-            "state_dir": state_dir,
-            "grpc_port": free_port(),
-            "http_port": free_port(),
-            "object_store_mb": max(settings.cluster.object_store_mb, _BUDGET_MB * 3 // 2),
-        }
-        changed = settings.model_copy(
-            update={
-                "cluster": settings.cluster.model_copy(update=cluster),
-                "gateway": settings.gateway.model_copy(update={"max_top_k": 1000}),
-                "kv_cache": settings.kv_cache.model_copy(update={"budget_mb": _BUDGET_MB}),
-                "decoder": settings.decoder.model_copy(update={"l1_mb": _L1_MB}),
-            }
-        )
-        with console.err.status("starting") as line:
-            system = LocalSystem.start(changed, on_progress=line.update, owned=True)
-        with system:
+    with tempfile.TemporaryDirectory(prefix="blockrag-bench-") as folder:
+        changes = {"gateway": {"max_top_k": 1000}, "decoder": {"l1_mb": _L1_MB}}
+        with own_system(own_settings(settings, Path(folder), _BUDGET_MB, **changes)) as system:
             return asyncio.run(measure(system.target))
 
 
@@ -224,26 +281,28 @@ def _grpc_rows(samples: list[GrpcSample]) -> list[ReportRow]:
     ]
 
 
+def _medians(samples: list[GrpcSample], value: Callable[[GrpcSample], float]) -> dict[str, float]:
+    """By state."""
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        found.setdefault(sample.state, []).append(value(sample))
+    return {state: round(statistics.median(values), 2) for state, values in found.items()}
+
+
 def _overhead(samples: list[GrpcSample]) -> dict[str, float]:
     """Median of what the first token takes beyond the decoder's own work on it, by state."""
-    by_state: dict[str, list[float]] = {}
-    for sample in samples:
-        own = sum(sample.stages_ms[stage] for stage in ("kv_fetch", "compose", "prefill"))
-        by_state.setdefault(sample.state, []).append(sample.client_ms - own)
-    return {state: round(statistics.median(values), 2) for state, values in by_state.items()}
+    own = ("kv_fetch", "compose", "prefill")
+    return _medians(samples, lambda sample: sample.client_ms - sum(sample.stages_ms[stage] for stage in own))
 
 
 def _stages(samples: list[GrpcSample]) -> dict[str, dict[str, float]]:
     """Median time of each stage before the first token, by state."""
-    by_state: dict[str, dict[str, list[float]]] = {}
-    for sample in samples:
-        times = by_state.setdefault(sample.state, {})
-        for stage in ("plan", "queue", "kv_fetch", "compose", "prefill"):
-            times.setdefault(stage, []).append(sample.stages_ms[stage])
-    return {
-        state: {stage: round(statistics.median(values), 2) for stage, values in times.items()}
-        for state, times in by_state.items()
-    }
+
+    def median_of(name: str) -> dict[str, float]:
+        return _medians(samples, lambda sample: sample.stages_ms[name])
+
+    by_stage = {name: median_of(name) for name in ("plan", "queue", "kv_fetch", "compose", "prefill")}
+    return {state: {name: found[state] for name, found in by_stage.items()} for state in by_stage["plan"]}
 
 
 def _table(

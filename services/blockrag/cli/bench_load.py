@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +13,7 @@ from rich.table import Table
 from blockrag.cli import console
 from blockrag.cli.connection import Connection
 from blockrag.cli.console import JsonOption
+from blockrag.cli.measured import as_bytes, counted, parse_rates, write_results
 from blockrag.cli.options import command_of
 from blockrag.errors import InvalidRequestError
 from blockrag.simulation.scenario import Scenario, StageTimes
@@ -76,11 +76,12 @@ def load(
     loaded = console.settings_from(config.connection.settings)
     scenario = _on(replace(config.scenario, questions=questions, passages=passages), loaded)
     given = first_passages(configured_bundle(loaded), passages)
-    parsed = _rates(rates)
+    parsed = parse_rates(rates, "--rates")
+    if not parsed or not all(0 < rate < 1e6 for rate in parsed):
+        raise InvalidRequestError("rates", f"{rates!r}: must be numbers above 0, separated by commas")
 
     async def measure() -> list[LoadRow]:
-        with console.progress_bar() as bar:
-            task = bar.add_task("questions", total=None)
+        with counted("questions") as tell:
             async with config.connection.client() as client:
                 return await measure_load(
                     client,
@@ -90,16 +91,15 @@ def load(
                     ("block", "full") if full else ("block",),
                     _times(bench),
                     target_s=target_ms / 1000,
-                    on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+                    on_progress=tell,
                 )
 
     rows = asyncio.run(measure())
-    written = [asdict(row) for row in rows]
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"scenario": asdict(scenario), "rows": written}, indent=2) + "\n", encoding="utf-8")
+        result = {"scenario": asdict(scenario), "rows": [asdict(row) for row in rows]}
+        write_results(out.parent, {out.name: as_bytes(result)})
     if as_json:
-        console.print_json(written)
+        console.print_json(rows)
     else:
         console.out.print(_load_table(rows, target_ms))
 
@@ -115,16 +115,14 @@ def simulate(
 
     With --size also how many machines the load needs, beside prefix caching and no caching on the same machines.
     """
+    from blockrag.simulation.cluster import beside_others
     from blockrag.simulation.cluster import simulate as run
-    from blockrag.simulation.sizing import beside_others
 
     times = _times(bench)
     found: list[tuple[Scenario, Outcome | None]]
     found = beside_others(config, times, target_ms / 1000) if size else [(config, run(config, times))]
     if as_json:
-        console.print_json(
-            [{"scenario": asdict(each), "outcome": outcome and asdict(outcome)} for each, outcome in found]
-        )
+        console.print_json([{"scenario": each, "outcome": outcome} for each, outcome in found])
     else:
         console.out.print(_outcome_table(found))
 
@@ -142,16 +140,6 @@ def _on(config: Scenario, settings: Settings) -> Scenario:
 
 def _times(bench: Path | None) -> StageTimes:
     return StageTimes() if bench is None else StageTimes.of_bench(bench)
-
-
-def _rates(text: str) -> list[float]:
-    try:
-        rates = [float(each) for each in text.split(",")]
-    except ValueError:
-        rates = []
-    if not rates or not all(0 < rate < 1e6 for rate in rates):
-        raise InvalidRequestError("rates", f"{text!r}: must be numbers above 0, separated by commas")
-    return rates
 
 
 def _load_table(rows: list[LoadRow], target_ms: float) -> Table:

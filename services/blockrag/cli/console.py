@@ -10,15 +10,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from blockrag.errors import BlockragError
 from blockrag.settings import API_KEY_VARIABLE, Settings, load_settings
 
+_FILE_WIDTH = 160
+"""Columns of what goes into a file or a pipe: at a terminal's 80 the wider tables lose their numbers."""
+
+
+class _Console(Console):
+    @property  # type: ignore[misc]  # nobody sets it
+    def size(self) -> ConsoleDimensions:
+        found = super().size
+        known = self.is_terminal or "COLUMNS" in self._environ
+        return found if known else ConsoleDimensions(_FILE_WIDTH, found.height)
+
+
 # Text is printed as it is: what looks like Rich's markup came from a document. Styles are given as Text objects.
-out = Console(markup=False, emoji=False)
+out = _Console(markup=False, emoji=False)
 """Answers go here."""
 err = Console(stderr=True, markup=False, emoji=False)
 """Progress and errors go here, so that ``--json`` output stays clean."""

@@ -26,13 +26,11 @@ from blockrag.cli import console
 from blockrag.cli.ask import print_citations
 from blockrag.cli.console import JsonOption, SettingsOption
 from blockrag.cli.documents import describe_warming, show_warming
+from blockrag.cli.measured import environment, own_settings, own_system
 from blockrag.client import BlockragClient
 from blockrag.corpus.sample import Question, articles_path, load_questions
 from blockrag.errors import InvalidRequestError
-from blockrag.local import LocalSystem
-from blockrag.local.preflight import free_port
 from blockrag.results import Answer, AttentionModeName, Completion, Retrieved, WarmProgress
-from blockrag.settings import Settings
 
 _COLLECTION, _OWN_COLLECTION = "almanac", "document"
 _ARTICLES_AT_A_TIME = 8
@@ -40,6 +38,7 @@ _SHOWN = 3
 """Questions about the almanac whose answers are shown."""
 _STAGES = ("retrieve", "plan", "queue", "kv_fetch", "compose", "prefill")
 _BUDGET_MB = 1024
+"""Of the cache: it holds an eighth of the sample corpus."""
 _MEMORY_MB = 64
 """Of the decoder's own memory: less than the table's passages take, so that one row finds them in the store alone."""
 
@@ -84,51 +83,21 @@ def demo(
     with console.errors_to_exit(), tempfile.TemporaryDirectory(prefix="blockrag-demo-") as state_dir:
         if question and document is None:
             raise InvalidRequestError("question", "is asked about a document: name one with --document")
-        loaded = _demo_settings(console.settings_from(settings), Path(state_dir))
+        changes = {"decoder": {"l1_mb": _MEMORY_MB}, "retriever": {"threads": 2}}
+        loaded = own_settings(console.settings_from(settings), Path(state_dir), _BUDGET_MB, **changes)
         started = time.perf_counter()
-        with console.err.status("starting") as line:
-            system = LocalSystem.start(loaded, on_progress=line.update, owned=True)
-        with system:
+        with own_system(loaded) as system:
             console.err.print(f"the services are up at {system.target} ({time.perf_counter() - started:.0f} s)")
             drawn = Random(seed).sample(load_questions(), _SHOWN + questions)
             own = (document, tuple(question or ("What is it about?",))) if document is not None else None
             show = _Show(top_k, quiet=as_json)
             warmed, rows = asyncio.run(_run(system.target, show, drawn[:_SHOWN], own, drawn[_SHOWN:]))
         if as_json:
-            from blockrag.evaluation.environment import describe_environment
-
-            console.print_json(
-                {
-                    "rows": rows,
-                    "shown": show.asked,
-                    "warmed": warmed,
-                    "top_k": top_k,
-                    "environment": describe_environment(),
-                }
-            )
+            asked = {"rows": rows, "shown": show.asked, "warmed": warmed, "top_k": top_k}
+            console.print_json({**asked, "environment": environment()})
         else:
             console.out.print(_table(rows))
             console.out.print(Text(f"the whole demo took {time.perf_counter() - started:.0f} s", "dim"))
-
-
-def _demo_settings(settings: Settings, state_dir: Path) -> Settings:
-    """Own ports and folder, a cache that holds an eighth of the sample corpus, little memory in the decoder."""
-    cluster = settings.cluster.model_copy(
-        update={
-            "state_dir": str(state_dir),
-            "grpc_port": free_port(),
-            "http_port": free_port(),
-            "object_store_mb": max(settings.cluster.object_store_mb, _BUDGET_MB * 3 // 2),
-        }
-    )
-    return settings.model_copy(
-        update={
-            "cluster": cluster,
-            "kv_cache": settings.kv_cache.model_copy(update={"budget_mb": _BUDGET_MB}),
-            "decoder": settings.decoder.model_copy(update={"l1_mb": _MEMORY_MB}),
-            "retriever": settings.retriever.model_copy(update={"threads": 2}),
-        }
-    )
 
 
 @dataclass(frozen=True)
@@ -234,6 +203,8 @@ async def _ask(client: BlockragClient, question: Question, mode: AttentionModeNa
 
 
 def _row(name: str, answers: Sequence[Answer]) -> Row:
+    from blockrag.evaluation.ttft_grpc import first_token_ms
+
     def median(values: Sequence[float]) -> float:
         return round(statistics.median(values), 3)
 
@@ -241,7 +212,7 @@ def _row(name: str, answers: Sequence[Answer]) -> Row:
     prompt, cached = sum(usage.prompt_tokens for usage in usages), sum(usage.cached_tokens for usage in usages)
     return Row(
         name=name,
-        ttft_ms=median([answer.client_time_to_first_token_ms for answer in answers]),
+        ttft_ms=median([first_token_ms(answer) for answer in answers]),
         prompt_tokens=median([usage.prompt_tokens for usage in usages]),
         cached_tokens=median([usage.cached_tokens for usage in usages]),
         cached_share=round(cached / prompt, 4) if prompt else 0.0,

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from blockrag import __version__
-from blockrag.cli import adapt, ask, bench, bench_load, bundle, demo, documents, evaluate, system, top
+from blockrag.cli import adapt, ask, bench, bench_load, bundles, demo, documents, evaluate, system, top
 
 app = typer.Typer(
     name="blockrag",
@@ -36,7 +36,7 @@ for module in (system, top, documents, ask, demo):
     module.register(app)
 bench_load.register(app, bench.app)
 app.add_typer(bench.app, name="bench")
-app.add_typer(bundle.app, name="bundle")
+app.add_typer(bundles.app, name="bundle")
 app.add_typer(adapt.app, name="adapt")
 app.add_typer(evaluate.app, name="eval")
 

@@ -19,8 +19,8 @@ from blockrag.cli import console
 from blockrag.errors import SetupError
 
 if TYPE_CHECKING:
-    from blockrag.training.adaptation.metrics import OnProgress, StepMetrics
-    from blockrag.training.adaptation.workers import Workers
+    from blockrag.training.run import OnProgress, StepMetrics
+    from blockrag.training.workers import Workers
 
 WorkersOption = Annotated[int, typer.Option(help="Workers of Ray Train, one GPU or CPU each; 1: this process.")]
 RayOption = Annotated[str, typer.Option(help="Ray cluster for the workers; default: one of this command's own.")]
@@ -129,7 +129,7 @@ def training_workers(ray_address: str, workers: int, *, on_gpus: bool) -> Iterat
             token.write(secrets.token_hex(32))
             token.flush()
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token.name)
-        from blockrag.distributed_training.connecting import connected_ray
+        from blockrag.distributed_training.launching import connected_ray
 
         with connected_ray(ray_address, workers, on_gpus=on_gpus):
             yield

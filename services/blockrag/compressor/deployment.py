@@ -6,16 +6,15 @@ import asyncio
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.grpc_util import RayServegRPCContext
 
 from blockrag.access import Access
-from blockrag.compressor.runtime import assemble, embedding_cache
+from blockrag.compressor.assembly import assemble, embedding_cache
 from blockrag.configured import configured_bundle
-from blockrag.gateway.remote import DecoderClient
 from blockrag.grpc_status import rpc
-from blockrag.kv_cache.following import follow_purges
+from blockrag.handles import DecoderClient
+from blockrag.kv_cache.fetching import follow_purges
 from blockrag.kv_cache.remote import connect
-from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
+from blockrag.limits import HEALTH_CHECKS
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.v1 import compressor_pb2
@@ -38,9 +37,7 @@ class Compressor:
         self._planner = assemble(bundle, settings, embeddings, DecoderClient(serve.get_app_handle).status)
 
     @rpc
-    async def Plan(
-        self, request: compressor_pb2.PlanRequest, grpc_context: RayServegRPCContext | None = None
-    ) -> compressor_pb2.PlanResponse:
+    async def Plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
         """Decides what of each passage enters the prompt."""
         with span("plan", request.context, candidates=len(request.passages)) as current:
             response = await self._planner.plan(request)
@@ -49,7 +46,7 @@ class Compressor:
 
     @rpc
     async def PrepareQuestion(
-        self, request: compressor_pb2.PrepareQuestionRequest, grpc_context: RayServegRPCContext | None = None
+        self, request: compressor_pb2.PrepareQuestionRequest
     ) -> compressor_pb2.PrepareQuestionResponse:
         """Embeds a question ahead of its plan."""
         with span("prepare_question", request.context):
@@ -58,7 +55,7 @@ class Compressor:
 
     @rpc
     async def TokenizePassages(
-        self, request: compressor_pb2.TokenizePassagesRequest, grpc_context: RayServegRPCContext | None = None
+        self, request: compressor_pb2.TokenizePassagesRequest
     ) -> compressor_pb2.TokenizePassagesResponse:
         """Gives the passages' blocks without a question."""
         return self._planner.tokenize(request)
@@ -75,7 +72,6 @@ def build(args: dict[str, str]) -> Application:
     return serve.deployment(
         num_replicas=settings.compressor.replicas,
         max_ongoing_requests=256,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        **HEALTH_CHECKS,
         ray_actor_options={"num_cpus": 0.1},
     )(Compressor).bind(settings)

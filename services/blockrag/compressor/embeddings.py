@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from blockrag.errors import DataError
-from blockrag.kv_cache.messages import FetchedBlock
+from blockrag.kv_cache.shard_messages import BlockSource
+from blockrag.lru import Lru
 from blockrag.types import BlockRequest, CachedBlock, ChunkEmbeddings
-
-
-class EmbeddingSource(Protocol):
-    """Where missing embeddings come from: the cluster's cache, which has them encoded."""
-
-    async def fetch(self, requests: Sequence[BlockRequest]) -> list[FetchedBlock]:
-        """The blocks, in the order asked. Raises ``BlockragError`` kinds."""
-        ...
 
 
 class EmbeddingCache:
@@ -28,18 +19,16 @@ class EmbeddingCache:
     One prompt's embeddings may exceed the budget; then they are not kept.
     """
 
-    def __init__(self, source: EmbeddingSource, budget_bytes: int) -> None:
+    def __init__(self, source: BlockSource, budget_bytes: int) -> None:
         self._source = source
-        self._budget = budget_bytes
-        self._held: OrderedDict[str, Tensor] = OrderedDict()
-        self._nbytes = 0
+        self._held: Lru[str, Tensor] = Lru(budget_bytes, lambda embeddings: embeddings.nbytes)
         self._coming: list[set[str]] = []
         """Of each fetch under way, the keys that may be kept."""
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._nbytes
+        return self._held.size
 
     async def get(self, keys: Sequence[str], request: Callable[[int], BlockRequest]) -> list[Tensor]:
         """Embeddings of each block, float32 [chunks, width], in order. When all are here, the loop is not given up.
@@ -54,7 +43,6 @@ class EmbeddingCache:
             if held is None:
                 missing[key] = request(place)
             else:
-                self._held.move_to_end(key)
                 found[key] = held
         if missing:
             found.update(await self._fetch(missing))
@@ -65,15 +53,14 @@ class EmbeddingCache:
         gone = set(keys)
         for coming in self._coming:
             coming -= gone
-        for key in gone & self._held.keys():
-            self._drop(key)
+        for key in gone:
+            self._held.pop(key)
 
     def clear(self) -> None:
         """Forget all embeddings, those on their way included."""
         for coming in self._coming:
             coming.clear()
         self._held.clear()
-        self._nbytes = 0
 
     async def _fetch(self, missing: dict[str, BlockRequest]) -> dict[str, Tensor]:
         may_stay = set(missing)
@@ -87,19 +74,8 @@ class EmbeddingCache:
             for request, item in zip(missing.values(), fetched, strict=True)
         }
         for key in may_stay:
-            self._keep(key, found[key])
+            self._held.put(key, found[key])
         return found
-
-    def _keep(self, key: str, embeddings: Tensor) -> None:
-        if key in self._held:  # another plan fetched it meanwhile
-            return
-        self._held[key] = embeddings
-        self._nbytes += embeddings.nbytes
-        while self._nbytes > self._budget:
-            self._drop(next(iter(self._held)))
-
-    def _drop(self, key: str) -> None:
-        self._nbytes -= self._held.pop(key).nbytes
 
 
 def _embeddings(request: BlockRequest, block: CachedBlock) -> Tensor:

@@ -1,21 +1,94 @@
-"""From a plan request to a plan: tokenise, decide, describe."""
+"""From a plan request to a plan: tokenise, decide (here what needs no model), describe."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from blockrag.budget import PromptBudget, composed_slots, expand_what_fits, whole_passages
-from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression
-from blockrag.compressor.drafts import PassageDrafts
-from blockrag.compressor.mixtures import Candidates, Mixture, mix_by_size
-from blockrag.compressor.tokenizing import PassageTokenizer
+from blockrag.budget import (
+    PassageDecision,
+    PromptBudget,
+    Room,
+    chunk_count,
+    chunk_lengths,
+    composed_slots,
+    expand,
+    expand_what_fits,
+    retrieval_logits,
+    room_for,
+    wanted_tokens,
+    whole_passages,
+)
+from blockrag.compressor.compression_request import RETRIEVAL, CompressionAbility, CompressionRequest, read_compression
+from blockrag.compressor.sentences import chosen, order_of, read_spans
+from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
 from blockrag.errors import InvalidRequestError
 from blockrag.v1 import common_pb2, compressor_pb2
 
 if TYPE_CHECKING:
     from blockrag.compressor.mixing import Mixer
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a question's plan is made of."""
+
+    blocks: Sequence[tuple[int, ...]]
+    """Token ids of the passages' blocks, best first."""
+    document_ids: Sequence[str]
+    instruction_tokens: int
+    final_ids: Sequence[int]
+    most_slots: int
+    """What the model and the request let passages take in any case."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What becomes of the candidates."""
+
+    decisions: list[PassageDecision]
+    expanded: list[NDArray[np.bool_]]
+    """Of the chunks of each passage that is in the prompt; no rows for one that is dropped."""
+    policy_ms: float = 0.0
+    """Time that the policy took; 0: it was not asked."""
+
+
+def mix_by_size(compression: CompressionRequest, candidates: Candidates, chunk_tokens: int) -> Mixture:
+    """The mixture of a request that ``sizes_decide``. Raises ValueError for one that a policy or time decides."""
+    sizes = [len(ids) for ids in candidates.blocks]
+    room = room_for(sizes, chunk_tokens, compression.kind, compression.limit, candidates.most_slots)
+    if compression.kind == "max_ttft_ms" or (room.choice and compression.policy != RETRIEVAL):
+        raise ValueError(f"{compression} is not decided by sizes")
+    return mixture_by_size(room, sizes, chunk_tokens)
+
+
+def mixture_by_size(room: Room, sizes: Sequence[int], chunk_tokens: int) -> Mixture:
+    """Better passages' chunks first, where there is a choice."""
+    kept = room.kept
+    lengths = chunk_lengths([sizes[place] for place in kept], chunk_tokens)
+    if room.choice:
+        logits = retrieval_logits([sizes[place] for place in kept], chunk_tokens)
+        expanded = expand(logits, lengths, room.extra_slots)
+    else:
+        expanded = np.full(len(lengths), room.everything)
+    return Mixture(room.decisions, by_passage(expanded, sizes, kept, chunk_tokens))
+
+
+def by_passage(
+    expanded: NDArray[np.bool_], sizes: Sequence[int], kept: Sequence[int], chunk_tokens: int
+) -> list[NDArray[np.bool_]]:
+    """Of each passage, which of its chunks are expanded; none of one that is not ``kept``."""
+    parts = [np.zeros(0, dtype=np.bool_)] * len(sizes)
+    start = 0
+    for place in kept:
+        end = start + chunk_count(sizes[place], chunk_tokens)
+        parts[place] = expanded[start:end]
+        start = end
+    return parts
 
 
 class Planner:
@@ -30,11 +103,11 @@ class Planner:
         mixer: Mixer | None = None,
     ) -> None:
         """``mixer``: None where the bundle cannot compress, or compressed plans are made that ``sizes_decide`` only."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._max_positions = max_positions
-        self._ability = ability
+        self.ability = ability
         self._chunk_tokens = ability.chunk_tokens
-        self._drafts = drafts
+        self.drafts = drafts
         self._mixer = mixer
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
@@ -42,7 +115,7 @@ class Planner:
         ``InvalidRequestError`` for a compression that cannot be.
         """
         return await self.plan_read(
-            request, read_compression(request.compression, request.attention_mode, self._ability)
+            request, read_compression(request.compression, request.attention_mode, self.ability)
         )
 
     async def plan_read(
@@ -55,9 +128,9 @@ class Planner:
         Raises ``InvalidRequestError`` for a passage without text, ``PromptTooLongError`` when the question alone does
         not fit, and what the services raise that compression needs.
         """
-        final_ids = self._tokenizer.final_ids(request.question)
+        final_ids = self.tokenizer.final_ids(request.question)
         turns = self._turns(request)
-        before_tokens = len(self._tokenizer.instruction_ids) + sum(map(len, turns))
+        before_tokens = len(self.tokenizer.instruction_ids) + sum(map(len, turns))
         budget = PromptBudget(
             max_positions=self._max_positions,
             instruction_tokens=before_tokens,
@@ -70,26 +143,31 @@ class Planner:
         passages = [] if none else list(request.passages)
         blocks = [self._block(passage) for passage in passages]
         sizes = [len(ids) for ids in blocks]
-        mixture = None
+        mixture, drafted = None, None
         if compression is None:
             decisions = expand_what_fits(sizes, left)
-        elif self._ability.policies is None:
-            decisions = whole_passages(sizes, compression.kind, compression.limit, left)
-        else:
+        elif self.ability.policies is not None:
             mixture = await self._mixture(request, compression, blocks, before_tokens, final_ids, left)
             decisions = mixture.decisions
+        elif compression.policy == RETRIEVAL:
+            decisions = whole_passages(sizes, compression.kind, compression.limit, left)
+        else:
+            wanted = wanted_tokens(sizes, compression.kind, compression.limit, left)
+            most = left if compression.kind == "rate" else wanted  # a rate says how small, not how small it must be
+            drafted = self._by_sentences(request.question, passages, blocks, wanted, most)
+            decisions = [PassageDecision(plan.in_prompt, plan.dropped_reason) for plan in drafted]
         response = compressor_pb2.PlanResponse(
-            instruction_token_ids=self._tokenizer.instruction_ids,
+            instruction_token_ids=self.tokenizer.instruction_ids,
             final_token_ids=final_ids,
             prompt_tokens=before_tokens + len(final_ids),
             turns=[common_pb2.PromptBlock(token_ids=ids) for ids in turns],
             chunk_tokens=self._chunk_tokens,
             policy_ms=mixture.policy_ms if mixture else 0.0,
         )
-        draft = self._drafts.plain if mixture is None else self._drafts.worded
+        draft = self.drafts.plain if mixture is None else self.drafts.worded
         for place, (passage, ids, decision) in enumerate(zip(passages, blocks, decisions, strict=True)):
             planned = response.passages.add()
-            planned.CopyFrom(draft(ids))
+            planned.CopyFrom(draft(ids) if drafted is None else drafted[place])
             planned.passage_id = passage.passage_id
             planned.document_id = passage.document_id
             planned.in_prompt = decision.in_prompt
@@ -98,7 +176,8 @@ class Planner:
                 for chunk in planned.chunks:
                     chunk.form = common_pb2.CHUNK_FORM_DROPPED
             elif mixture is None:
-                response.prompt_tokens += len(ids)
+                read = len(ids) if drafted is None else sum(end - start for start, end in read_spans(planned))
+                response.prompt_tokens += read
             else:
                 expanded = mixture.expanded[place]
                 for index in np.flatnonzero(expanded).tolist():
@@ -106,15 +185,37 @@ class Planner:
                 response.prompt_tokens += composed_slots([len(ids)], expanded, self._chunk_tokens)
         return response
 
+    def _by_sentences(
+        self,
+        question: str,
+        passages: Sequence[common_pb2.Passage],
+        blocks: Sequence[tuple[int, ...]],
+        slots: int,
+        most: int,
+    ) -> list[compressor_pb2.PassagePlan]:
+        """What is read of each passage in so many slots, sentence by sentence; a single one may take ``most``."""
+        found = [self.drafts.sentences(ids, passage.text) for passage, ids in zip(passages, blocks, strict=True)]
+        taken = chosen(order_of(question, found, [passage.title for passage in passages]), found, slots, most)
+        plans = []
+        for ids, sentences, kept in zip(blocks, found, taken, strict=True):
+            plan = compressor_pb2.PassagePlan(token_ids=ids, in_prompt=bool(kept))
+            plan.dropped_reason = "" if kept else f"over the token budget: others' sentences take the {slots} slots"
+            for number, sentence in enumerate(sentences):
+                form = common_pb2.CHUNK_FORM_EXPANDED if number in kept else common_pb2.CHUNK_FORM_DROPPED
+                if sentence.slots:
+                    plan.chunks.add(start_token=sentence.start, end_token=sentence.end, form=form, text=sentence.text)
+            plans.append(plan)
+        return plans
+
     async def prepare(self, question: str) -> None:
         """Embed a question that will be planned for with compression; nothing where the bundle cannot compress."""
         if self._mixer is not None:
-            await self._mixer.prepare(self._tokenizer.final_ids(question))
+            await self._mixer.prepare(self.tokenizer.final_ids(question))
 
     def tokenize(self, request: compressor_pb2.TokenizePassagesRequest) -> compressor_pb2.TokenizePassagesResponse:
         """The passages' blocks, in the request's order."""
         response = compressor_pb2.TokenizePassagesResponse(
-            instruction_token_ids=self._tokenizer.instruction_ids,
+            instruction_token_ids=self.tokenizer.instruction_ids,
         )
         for passage in request.passages:
             response.passages.add(
@@ -139,10 +240,10 @@ class Planner:
 
     def _turns(self, request: compressor_pb2.PlanRequest) -> list[tuple[int, ...]]:
         """Blocks of what the caller asks of every answer, and of the conversation so far."""
-        asked = [self._tokenizer.request_ids(request.instructions)] if request.instructions else []
-        return asked + [self._tokenizer.turn_ids(turn.question, turn.answer) for turn in request.turns]
+        asked = [self.tokenizer.request_ids(request.instructions)] if request.instructions else []
+        return asked + [self.tokenizer.turn_ids(turn.question, turn.answer) for turn in request.turns]
 
     def _block(self, passage: common_pb2.Passage) -> tuple[int, ...]:
         if not passage.text:
             raise InvalidRequestError("passages", f"passage {passage.passage_id!r} has no text")
-        return self._tokenizer.passage_ids(passage.title, passage.text)
+        return self.tokenizer.passage_ids(passage.title, passage.text)

@@ -1,12 +1,21 @@
-"""Texts to token ids, remembered: the same passage is asked for again and again, a prepared question twice."""
+"""Texts to token ids, and what a plan says of a passage before anything is decided: both remembered, since the same
+passages are asked for again and again, and a prepared question twice.
+
+Making a message for each chunk takes ten times as long as copying one for the whole passage.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
+from blockrag.budget import chunk_bounds
+from blockrag.compressor.sentences import Sentence, sentences_of
+from blockrag.decoder.detokenizer import Detokenizer
+from blockrag.lru import Lru
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
+from blockrag.v1.common_pb2 import CHUNK_FORM_COMPRESSED, CHUNK_FORM_EXPANDED, ChunkDecision
+from blockrag.v1.compressor_pb2 import PassagePlan
 
 _REMEMBERED_QUESTIONS = 256
 
@@ -20,8 +29,7 @@ class PassageTokenizer:
     def __init__(self, tokenizer: BundleTokenizer, template: PromptTemplate, remembered: int = 65_536) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._remembered = remembered
-        self._cache: OrderedDict[tuple[str, str], tuple[int, ...]] = OrderedDict()
+        self._known: Lru[tuple[str, str], tuple[int, ...]] = Lru(remembered)
         self.instruction_ids: tuple[int, ...] = tuple(template.instruction_ids(tokenizer))
         self.final_ids = lru_cache(maxsize=_REMEMBERED_QUESTIONS)(self._final_ids)
         """Token ids of the final block of a question."""
@@ -32,28 +40,20 @@ class PassageTokenizer:
 
     def passage_ids(self, title: str, text: str) -> tuple[int, ...]:
         """Token ids of a passage's block."""
-        key = (title, text)
-        ids = self._cache.get(key)
+        ids = self._known.get((title, text))
         if ids is None:
             ids = tuple(self._template.passage_ids(self._tokenizer, title, text))
-            self._keep(key, ids)
-        else:
-            self._cache.move_to_end(key)
+            self._known.put((title, text), ids)
         return ids
 
     def remembers(self, title: str, text: str) -> bool:
         """Whether a passage needs no tokenising."""
-        return (title, text) in self._cache
+        return (title, text) in self._known
 
     def remember(self, title: str, text: str, ids: Iterable[int]) -> None:
         """Keep what another tokenizer of the same bundle made of a passage."""
-        if (title, text) not in self._cache:
-            self._keep((title, text), tuple(ids))
-
-    def _keep(self, key: tuple[str, str], ids: tuple[int, ...]) -> None:
-        self._cache[key] = ids
-        if len(self._cache) > self._remembered:
-            self._cache.popitem(last=False)
+        if (title, text) not in self._known:
+            self._known.put((title, text), tuple(ids))
 
     def _final_ids(self, question: str) -> tuple[int, ...]:
         return tuple(self._template.final_ids(self._tokenizer, question))
@@ -63,3 +63,58 @@ class PassageTokenizer:
 
     def _request_ids(self, instructions: str) -> tuple[int, ...]:
         return tuple(self._template.request_ids(self._tokenizer, instructions))
+
+
+class PassageDrafts:
+    """Token ids and chunks of passages' blocks, to be copied and never to be changed. Not thread-safe.
+
+    ``plain`` has every chunk expanded and without its words; ``worded`` has every chunk compressed and its words, for
+    readers who want to see what was read word for word. Together the words of a block's chunks are the block's text,
+    without the template's markers. A character whose bytes fall into two chunks counts to the later.
+    """
+
+    def __init__(self, new_detokenizer: Callable[[], Detokenizer], chunk_tokens: int, remembered: int = 8_192) -> None:
+        self._new_detokenizer = new_detokenizer
+        self._chunk_tokens = chunk_tokens
+        self._words: Lru[tuple[int, ...], PassagePlan] = Lru(remembered)
+        self.plain = lru_cache(maxsize=remembered)(self._plain)
+        self.sentences = lru_cache(maxsize=remembered)(self._sentences)
+        """The sentences of a block: of token ids and the passage's text."""
+
+    def worded(self, token_ids: tuple[int, ...]) -> PassagePlan:
+        """The draft with its words."""
+        draft = self._words.get(token_ids)
+        if draft is None:
+            draft = self._worded(token_ids)
+            self._words.put(token_ids, draft)
+        return draft
+
+    def has_words(self, token_ids: tuple[int, ...]) -> bool:
+        """Whether the draft with its words is remembered."""
+        return token_ids in self._words
+
+    def remember(self, planned: PassagePlan) -> None:
+        """Keep the words of a plan that was drafted by another's ``worded``."""
+        token_ids = tuple(planned.token_ids)
+        if token_ids not in self._words:
+            draft = PassagePlan(token_ids=token_ids, chunks=planned.chunks)
+            for chunk in draft.chunks:
+                chunk.form = CHUNK_FORM_COMPRESSED
+            self._words.put(token_ids, draft)
+
+    def _plain(self, token_ids: tuple[int, ...]) -> PassagePlan:
+        bounds = chunk_bounds(len(token_ids), self._chunk_tokens)
+        chunks = [ChunkDecision(start_token=start, end_token=end, form=CHUNK_FORM_EXPANDED) for start, end in bounds]
+        return PassagePlan(token_ids=token_ids, chunks=chunks)
+
+    def _sentences(self, token_ids: tuple[int, ...], text: str) -> tuple[Sentence, ...]:
+        detokenizer = self._new_detokenizer()
+        return sentences_of([detokenizer.feed(token) for token in token_ids], text)
+
+    def _worded(self, token_ids: tuple[int, ...]) -> PassagePlan:
+        detokenizer = self._new_detokenizer()
+        plan = PassagePlan(token_ids=token_ids)
+        for start, end in chunk_bounds(len(token_ids), self._chunk_tokens):
+            text = "".join(map(detokenizer.feed, token_ids[start:end]))
+            plan.chunks.add(start_token=start, end_token=end, form=CHUNK_FORM_COMPRESSED, text=text)
+        return plan

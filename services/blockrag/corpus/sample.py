@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
-from pathlib import Path
 
 ARTICLES = "almanac.jsonl.gz"
 QUESTIONS = "almanac_questions.jsonl"
@@ -45,21 +44,10 @@ def load_articles() -> list[Article]:
     return [Article(**json.loads(line)) for line in lines]
 
 
-def load_questions(path: Path | None = None) -> list[Question]:
-    """Questions about the almanac, from the package or from a file of the same form.
-
-    Raises:
-        ValueError: a line is not a question; the message names the line.
-    """
-    source = _data(QUESTIONS) if path is None else path
-    questions = []
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            fields = json.loads(line)
-            questions.append(Question(**{**fields, "answers": tuple(fields["answers"])}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{source}, line {number}: not a question ({error})") from error
-    return questions
+def load_questions() -> list[Question]:
+    """Questions about the almanac."""
+    lines = map(json.loads, _data(QUESTIONS).read_text(encoding="utf-8").splitlines())
+    return [Question(**{**fields, "answers": tuple(fields["answers"])}) for fields in lines]
 
 
 def articles_path() -> Traversable:

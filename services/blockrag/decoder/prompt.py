@@ -1,19 +1,29 @@
-"""From a DecodeRequest to what the engine and the block loader work on; every problem is named by its field."""
+"""From a DecodeRequest to what the engine and the block loader work on; every problem is named by its field.
+
+And from its parts, with the blocks that were loaded for them, to the slots that the engine composes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.budget import composed_slots
+from blockrag.decoder.block_loading import BlockTier, LoadedBlocks
 from blockrag.decoder.sampling import SamplingParams
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
+from blockrag.modeling.refrag.composing import compose_passage
+from blockrag.modeling.slots import SlotSlice
 from blockrag.types import FULL, BlockForm, BlockRequest
 from blockrag.v1 import common_pb2, decoder_pb2
+
+if TYPE_CHECKING:
+    from blockrag.modeling.slots import Slots
 
 MODE_NAMES = {
     common_pb2.ATTENTION_MODE_BLOCK: "block",
@@ -33,6 +43,8 @@ class PromptPart:
     """None: no chunk is compressed."""
     expanded: tuple[bool, ...] = ()
     """Of each chunk, for a mixture; empty: the full block as it is."""
+    kept: tuple[tuple[int, int], ...] = ()
+    """First tokens and ends of what is taken of the full block; empty: all of it."""
     slots: int = 0
     """Positions in the prompt."""
 
@@ -85,8 +97,9 @@ def read_prompt(request: decoder_pb2.DecodeRequest, keys: KeyMaker, vocab_size: 
     sampling = _sampling(request.sampling)
     if mode != common_pb2.ATTENTION_MODE_BLOCK:
         for place, block in enumerate(request.blocks):
-            if block.forms:
-                raise InvalidRequestError(f"blocks[{place}].forms", "can be given with attention_mode block only")
+            for field in ("forms", "kept"):
+                if getattr(block, field):
+                    raise InvalidRequestError(f"blocks[{place}].{field}", "can be given with attention_mode block only")
         whole = np.concatenate([*blocks, final])
         return Prompt(MODE_NAMES[mode], (), tuple(whole.tolist()), len(whole), sampling)
     parts = tuple(
@@ -116,7 +129,10 @@ def _part(
         )
 
     if not block.forms:
-        return PromptPart(wanted(FULL), slots=len(token_ids))
+        kept = _kept(f"{field}.kept", block.kept, len(token_ids))
+        return PromptPart(wanted(FULL), kept=kept, slots=sum(end - start for start, end in kept) or len(token_ids))
+    if block.kept:
+        raise InvalidRequestError(f"{field}.kept", "cannot be given together with forms")
     if not chunk_tokens:
         raise InvalidRequestError(f"{field}.forms", "the bundle has no chunk encoder, so no chunk can be compressed")
     if block.chunk_tokens != chunk_tokens:
@@ -140,6 +156,17 @@ def _part(
     )
 
 
+def _kept(field: str, spans: Sequence[common_pb2.TokenSpan], tokens: int) -> tuple[tuple[int, int], ...]:
+    before = 0
+    for place, span in enumerate(spans):
+        if not before <= span.start < span.end <= tokens:
+            raise InvalidRequestError(
+                f"{field}[{place}]", f"is {span.start} to {span.end}, behind {before} of {tokens}"
+            )
+        before = span.end
+    return tuple((span.start, span.end) for span in spans)
+
+
 def _sampling(message: common_pb2.Sampling) -> SamplingParams:
     return SamplingParams(
         max_tokens=message.max_tokens,
@@ -157,3 +184,45 @@ def _token_ids(field: str, values: Sequence[int], vocab_size: int) -> NDArray[np
     if int(ids.max()) >= vocab_size:
         raise InvalidRequestError(field, f"holds {int(ids.max())}, outside the vocabulary of {vocab_size} tokens")
     return ids.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class ComposedPrompt:
+    """The cached part of a prompt."""
+
+    blocks: tuple[Slots, ...]
+    """Blocks and slices of blocks, in order."""
+    found: tuple[Mapping[BlockTier, int], ...]
+    """Of each part, its slots in the prompt by where their blocks were found."""
+
+    def slots(self, tier: BlockTier) -> int:
+        """Slots in the prompt whose blocks were found there."""
+        return sum(part[tier] for part in self.found)
+
+
+def compose(parts: Sequence[PromptPart], loaded: LoadedBlocks, chunk_tokens: int) -> ComposedPrompt:
+    """Put the cached part of a prompt together; ``loaded`` holds the parts' requests in order.
+
+    ``chunk_tokens`` are those of a chunk of the parts that are mixtures.
+    """
+    slots: list[Slots] = []
+    found: list[dict[BlockTier, int]] = []
+    blocks = iter(zip(loaded.blocks, loaded.tiers, strict=True))
+    for part in parts:
+        counts: dict[BlockTier, int] = {"l1": 0, "store": 0, "disk": 0, "encoded": 0}
+        found.append(counts)
+        full = compressed = None
+        compressed_slots = part.expanded.count(False)
+        if part.full is not None:
+            full, tier = next(blocks)
+            counts[tier] += part.slots - compressed_slots
+        if part.compressed is not None:
+            compressed, tier = next(blocks)
+            counts[tier] += compressed_slots
+        if part.expanded:
+            slots += compose_passage(full, compressed, part.expanded, chunk_tokens)
+        elif full is not None and part.kept:
+            slots += [SlotSlice(full, start, end) for start, end in part.kept]
+        elif full is not None:
+            slots.append(full)
+    return ComposedPrompt(tuple(slots), tuple(found))

@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blockrag.configured import configured_keys
-from blockrag.decoder.blocks import BlockLoader, BlockSource
-from blockrag.decoder.cost import PrefillMeter
+from blockrag.decoder.block_loading import BlockLoader
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
+from blockrag.decoder.prefill_cost import PrefillMeter
 from blockrag.decoder.scheduler import EngineLimits
 from blockrag.decoder.service import DecodeService, ModelDescription
+from blockrag.kv_cache.shard_messages import BlockSource
 from blockrag.limits import MIB
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel
@@ -52,7 +53,7 @@ def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Se
     loader = BlockLoader(l1, source, model.to_resident)
     description = ModelDescription(
         bundle_name=bundle.name,
-        fingerprint=bundle.fingerprint,
+        bundle_fingerprint=bundle.fingerprint,
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,
         device=str(model.device),

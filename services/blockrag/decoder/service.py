@@ -8,12 +8,12 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from blockrag.decoder.blocks import BlockLoader, BlockTier, LoadedBlocks
-from blockrag.decoder.composing import ComposedPrompt, compose
-from blockrag.decoder.cost import MOST_PREFILL_TOKENS, PrefillMeter
+from blockrag.alike import alike
+from blockrag.decoder.block_loading import BlockLoader, BlockTier, LoadedBlocks
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
-from blockrag.decoder.prompt import Prompt, read_prompt
+from blockrag.decoder.prefill_cost import MOST_PREFILL_TOKENS, PrefillMeter
+from blockrag.decoder.prompt import ComposedPrompt, Prompt, compose, read_prompt
 from blockrag.decoder.sequence import Event, Finish, GenerationRequest
 from blockrag.decoder.stream import TokenStream
 from blockrag.errors import DeadlineError, OverloadedError
@@ -35,7 +35,7 @@ class ModelDescription:
     """What the status says of the model."""
 
     bundle_name: str
-    fingerprint: str
+    bundle_fingerprint: str
     vocab_size: int
     max_positions: int
     device: str
@@ -120,28 +120,18 @@ class DecodeService:
     def status(self) -> decoder_pb2.GetDecoderStatusResponse:
         """What this replica holds and does."""
         engine, l1, fit = self._engine.stats(), self._l1.stats(), self._meter.fit()
-        return decoder_pb2.GetDecoderStatusResponse(
-            bundle_fingerprint=self._model.fingerprint,
-            bundle_name=self._model.bundle_name,
-            max_positions=self._model.max_positions,
-            device=self._model.device,
-            compute_dtype=self._model.compute_dtype,
-            weights=self._model.weights,
-            kv_dtype=self._model.kv_dtype,
-            slot_bytes=self._model.slot_bytes,
+        return alike(
+            decoder_pb2.GetDecoderStatusResponse,
+            self._model,
             running=engine.running,
             waiting=engine.waiting,
             used_slots=engine.used_slots,
             total_slots=engine.total_slots,
             generated_tokens=engine.generated_tokens,
-            l1_blocks=l1.blocks,
-            l1_bytes=l1.bytes,
-            l1_budget_bytes=l1.budget_bytes,
-            l1_hits=l1.hits,
-            l1_misses=l1.misses,
             prefill_base_ms=fit.base_ms,
             prefill_slot_ms=fit.slot_ms,
             measured_prefills=fit.prefills,
+            **{f"l1_{name}": getattr(l1, name) for name in ("blocks", "bytes", "budget_bytes", "hits", "misses")},
         )
 
     def record_gauges(self) -> None:

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from blockrag.access import Access, Caller, show_own
 from blockrag.encoder.pool import EncoderPool
 from blockrag.grpc_status import rpc
-from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
+from blockrag.limits import HEALTH_CHECKS
+from blockrag.scaling import replicas_between
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry
 from blockrag.v1 import encoder_pb2
@@ -32,24 +32,16 @@ class Encoder:
         self._pool = pool
 
     @rpc
-    async def EncodeBlocks(
-        self, request: encoder_pb2.EncodeBlocksRequest, grpc_context: RayServegRPCContext | None = None
-    ) -> encoder_pb2.EncodeBlocksResponse:
+    async def EncodeBlocks(self, request: encoder_pb2.EncodeBlocksRequest) -> encoder_pb2.EncodeBlocksResponse:
         """Encodes blocks and describes them."""
         return cast("encoder_pb2.EncodeBlocksResponse", await self._pool.encode_blocks.remote(request))
 
     @rpc
     async def GetEncoderStatus(
-        self,
-        request: encoder_pb2.GetEncoderStatusRequest,
-        grpc_context: RayServegRPCContext | None = None,
-        *,
-        caller: Caller,
+        self, request: encoder_pb2.GetEncoderStatusRequest, *, caller: Caller
     ) -> encoder_pb2.GetEncoderStatusResponse:
         """Describes a replica, as far as the caller may see."""
-        status = cast("encoder_pb2.GetEncoderStatusResponse", await self._pool.status.remote())
-        show_own(status, caller)
-        return status
+        return show_own(cast("encoder_pb2.GetEncoderStatusResponse", await self._pool.status.remote()), caller)
 
 
 def build(args: dict[str, str]) -> Application:
@@ -59,20 +51,14 @@ def build(args: dict[str, str]) -> Application:
     pool = serve.deployment(
         # Twice a full forward pass of short blocks may wait in a replica; the rest waits with its callers.
         max_ongoing_requests=max(64, 4 * encoder.target_ongoing_requests),
-        autoscaling_config={
-            "min_replicas": encoder.min_replicas,
-            "max_replicas": max(encoder.min_replicas, encoder.max_replicas),
-            "target_ongoing_requests": encoder.target_ongoing_requests,
-        },
+        **replicas_between(encoder.min_replicas, encoder.max_replicas, encoder.target_ongoing_requests, settings),
         request_router_config={"request_router_class": _ROUTER},
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        **HEALTH_CHECKS,
         ray_actor_options={"num_cpus": encoder.num_cpus, "num_gpus": encoder.num_gpus},
     )(EncoderPool).bind(settings)
     ingress = serve.deployment(
         max_ongoing_requests=64,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        **HEALTH_CHECKS,
         ray_actor_options={"num_cpus": 0.1},
     )
     return ingress(Encoder).bind(pool, settings)

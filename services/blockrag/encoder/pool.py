@@ -10,7 +10,7 @@ import ray
 from blockrag.aio import gather_or_cancel
 from blockrag.configured import configured_bundle, configured_device
 from blockrag.errors import InvalidRequestError
-from blockrag.kv_cache.requests import block_form
+from blockrag.kv_cache.block_requests import block_form
 from blockrag.settings import Settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.types import BlockKV, BlockRequest, CachedBlock
@@ -24,7 +24,7 @@ class EncoderPool:
     """A replica that encodes; the cache's shards call ``encode_block``."""
 
     def __init__(self, settings: Settings) -> None:
-        from blockrag.encoder.blocks import BlockEncoder
+        from blockrag.encoder.block_encoder import BlockEncoder
         from blockrag.modeling.model import SlotModel
         from blockrag.modeling.refrag.compression import ChunkCompressor
 

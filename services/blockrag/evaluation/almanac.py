@@ -8,29 +8,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from blockrag.corpus.sample import Question
-from blockrag.evaluation.intervals import RESAMPLES, Interval, bootstrap
-from blockrag.evaluation.metrics import contains, exact_match, f1
-from blockrag.results import Passage
+from blockrag.evaluation.scoring import RESAMPLES, Interval, bootstrap, contains, exact_match, f1
+from blockrag.results import AttentionModeName, Passage
 
-Mode = Literal["block", "full", "none"]
-MODES: tuple[Mode, ...] = ("block", "full", "none")
+MODES: tuple[AttentionModeName, ...] = ("block", "full", "none")
 RECALL_AT = 5
 
 
 class Ask(Protocol):
     """Asks one question and gives the answer's text and the passages, best first; in mode ``none`` there are none."""
 
-    async def __call__(self, question: str, mode: Mode) -> tuple[str, Sequence[Passage]]: ...
+    async def __call__(self, question: str, mode: AttentionModeName) -> tuple[str, Sequence[Passage]]: ...
 
 
 @dataclass(frozen=True)
 class ModeScores:
     """Scores of one attention mode."""
 
-    mode: Mode
+    mode: AttentionModeName
     questions: int
     """How many were answered; the scores are over all questions, an unanswered one scores 0."""
     failed: int
@@ -48,7 +46,7 @@ class Failure:
     """A question that was not answered, and why."""
 
     question: str
-    mode: Mode
+    mode: AttentionModeName
     error: str
 
 
@@ -81,11 +79,11 @@ async def evaluate_almanac(
     questions: Sequence[Question],
     ask: Ask,
     *,
-    modes: Sequence[Mode] = MODES,
+    modes: Sequence[AttentionModeName] = MODES,
     concurrency: int = 4,
     seed: int = 0,
     resamples: int = RESAMPLES,
-    progress: Callable[[Mode, int], None] | None = None,
+    progress: Callable[[AttentionModeName, int], None] | None = None,
 ) -> AlmanacScores:
     """Ask all `questions` in each of `modes` and score the answers.
 
@@ -126,9 +124,9 @@ def recalled(question: Question, passages: Sequence[Passage], at: int = RECALL_A
 async def _ask_all(
     questions: Sequence[Question],
     ask: Ask,
-    mode: Mode,
+    mode: AttentionModeName,
     concurrency: int,
-    progress: Callable[[Mode, int], None] | None,
+    progress: Callable[[AttentionModeName, int], None] | None,
 ) -> list[_Outcome]:
     slots = asyncio.Semaphore(concurrency)
     done = 0
@@ -155,7 +153,7 @@ async def _ask_all(
     return list(await asyncio.gather(*(one(question) for question in questions)))
 
 
-def _score(mode: Mode, outcomes: Sequence[_Outcome], seed: int, resamples: int) -> ModeScores:
+def _score(mode: AttentionModeName, outcomes: Sequence[_Outcome], seed: int, resamples: int) -> ModeScores:
     by_relation: dict[str, list[bool]] = {}
     for outcome in outcomes:
         by_relation.setdefault(outcome.relation, []).append(outcome.exact)

@@ -10,9 +10,16 @@ from numpy.typing import NDArray
 
 from blockrag.evaluation.compression_selectors import RANDOM
 from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.experiment import AnswerScore, answer_values, differences, means
-from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_ratio
-from blockrag.evaluation.report import AnswersReport, percent, section
+from blockrag.evaluation.experiment import (
+    AnswerScore,
+    AnswersReport,
+    answer_values,
+    differences,
+    means,
+    percent,
+    section,
+)
+from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_ratio
 
 UNCOMPRESSED = "nothing compressed"
 COMPRESSED = "everything compressed"
@@ -210,9 +217,10 @@ def _pairs(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Cell]]:
         if base is not None and cell != base:
             yield cell, base
         chance = at.get((RANDOM, cell.rate))
-        if chance is None or cell == chance:
+        if cell == chance:
             continue
-        yield cell, chance
+        if chance is not None:
+            yield cell, chance
         first = next(one for one in cells if one.rate == cell.rate)
         if cell != first:
             yield first, cell
@@ -236,7 +244,7 @@ class CompressionReport(AnswersReport):
     version: str
     fingerprint: str
     compression: str
-    """Fingerprint of decoder, chunk encoder and projector."""
+    """Fingerprint of decoder, chunk encoder and projector; empty where the bundle has no chunk encoder."""
     chunk_tokens: int
     policies: tuple[str, ...]
     text: str
@@ -257,7 +265,7 @@ class CompressionReport(AnswersReport):
             f"slot; a selector says which chunks are expanded within it. Answers: {self.asked}; paragraphs in float32. "
             "Bootstrap 95 % intervals.",
             "",
-            *self.facts(f"fingerprint `{self.fingerprint}`, compression `{self.compression}`"),
+            *self.facts(f"fingerprint `{self.fingerprint}`, compression `{self.compression or 'none'}`"),
         ]
 
     def _questions(self) -> list[str]:

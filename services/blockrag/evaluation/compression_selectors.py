@@ -1,6 +1,7 @@
 """Who chooses the chunks to expand: a bundle's policies, and beside them simple rules and an oracle.
 
-A rule gives logits where a policy would, so the planner ranks, counts and expands for all of them alike.
+A rule gives logits where a policy would, so the planner ranks, counts and expands for all of them alike. None learns
+anything; of chunks with equal logits the earlier goes first.
 """
 
 from __future__ import annotations
@@ -12,23 +13,51 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from blockrag.budget import chunk_bounds
-from blockrag.compressor.compression import RETRIEVAL, CompressionAbility
+from blockrag.compressor.compression_request import RETRIEVAL, CompressionAbility
 from blockrag.compressor.rating import ChunkRater
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.policy_features import TokenTraits
 from blockrag.modeling.template import BundleTokenizer
-from blockrag.training.refrag.policy_baselines import (
-    Scores,
-    best_passages_first,
-    holding_answer,
-    random_scores,
-    similar_to_question,
-    surprising_first,
-    surprising_last,
-)
+
+Scores = NDArray[np.float32]
+"""[chunks]"""
+
+
+def similar_to_question(embeddings: Tensor, question: Tensor) -> Scores:
+    """Cosine of a chunk's embedding [chunks, width] and the nearest of the question's [question chunks, width].
+
+    All zeros where there is no question.
+    """
+    if not len(question) or not len(embeddings):
+        return np.zeros(len(embeddings), dtype=np.float32)
+    found = F.normalize(embeddings, dim=1) @ F.normalize(question, dim=1).T
+    scores: Scores = found.amax(dim=1).cpu().numpy().astype(np.float32)
+    return scores
+
+
+def holding_answer(
+    passages: Sequence[Sequence[int]], chunk_tokens: int, gold: int, spans: Sequence[tuple[int, int]]
+) -> Scores:
+    """What an oracle chooses: the chunks of passage ``gold`` that hold an answer, then those nearest to them.
+
+    ``spans`` are the answers' first tokens and ends in the gold passage's block; without any, its beginning is nearest.
+    Other passages come last.
+    """
+    scores = []
+    for number, passage in enumerate(passages):
+        bounds = chunk_bounds(len(passage), chunk_tokens)
+        if number != gold:
+            scores.append(np.full(len(bounds), -float(2 * len(bounds) + 1000), dtype=np.float32))
+            continue
+        held = [any(start < last and end > first for first, last in spans) for start, end in bounds]
+        places = np.flatnonzero(held) if any(held) else np.zeros(1, dtype=np.int64)
+        scores.append(-np.abs(np.arange(len(bounds))[:, None] - places).min(axis=1).astype(np.float32))
+    return np.concatenate(scores) if scores else np.zeros(0, dtype=np.float32)
+
 
 RANDOM = "random"
 SIMILARITY = "similarity"
@@ -90,13 +119,14 @@ class Selectors(ChunkRater):
             return super().rate(policy, passages, embeddings, question, question_embeddings, ranks)
         counts, asked = [len(found) for found in embeddings], self.asked
         if policy == RANDOM:
-            return random_scores(sum(counts), self.seed * 1_000_003 + asked.number)
+            generator = np.random.default_rng(self.seed * 1_000_003 + asked.number)
+            return generator.permutation(sum(counts)).astype(np.float32)
         if policy == "high perplexity":
-            return surprising_first(asked.chunk_losses)
+            return asked.chunk_losses
         if policy == "low perplexity":
-            return surprising_last(asked.chunk_losses)
+            return -asked.chunk_losses
         if policy == RETRIEVAL:
-            return best_passages_first(counts, ranks)
+            return -np.repeat(np.asarray(ranks, dtype=np.float32), counts)
         if policy == SIMILARITY and question_embeddings is not None:
             return similar_to_question(torch.cat(list(embeddings)), question_embeddings)
         if policy == ORACLE and asked.gold is not None:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from random import Random
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.metrics import contains
-from blockrag.evaluation.options import Distractors
-from blockrag.evaluation.pieces import Piece, PieceMaker, gold_piece, nearest_piece
+from blockrag.evaluation.experiment_options import Distractors
+from blockrag.evaluation.pieces import Piece, PieceMaker, Rank, bm25_ranking, dense_ranking, gold_piece, nearest_piece
 from blockrag.evaluation.question_data import QuestionData, SourceQuestion
-from blockrag.evaluation.ranking import Rank, bm25_ranking, dense_ranking
+from blockrag.evaluation.scoring import contains
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Literal
 from blockrag.client import BlockragClient
 from blockrag.client_options import GenerateOptions
 from blockrag.errors import BlockragError, OverloadedError
-from blockrag.evaluation.ttft_grpc import QUESTION
+from blockrag.evaluation.ttft_grpc import QUESTION, first_token_ms
 from blockrag.results import GivenPassage, Usage
 from blockrag.simulation.cluster import simulate
 from blockrag.simulation.scenario import Scenario, StageTimes, percentile
@@ -125,8 +125,7 @@ async def _ask(
     options = GenerateOptions(attention_mode=mode, max_tokens=scenario.answer_tokens, passages=tuple(passages))
     sent = time.perf_counter()
     answer = await client.ask(QUESTION, **options)
-    first_ms = answer.client_time_to_first_token_ms or answer.completion.time_to_first_token_ms
-    return _Heard(sent - due + first_ms / 1000, answer.completion.usage)
+    return _Heard(sent - due + first_token_ms(answer) / 1000, answer.completion.usage)
 
 
 def _row(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from blockrag.evaluation.metrics import contains, normalize
+import numpy as np
+from numpy.typing import NDArray
+
+from blockrag.bm25 import Bm25Scorer
 from blockrag.evaluation.question_data import SourcePassage, SourceQuestion
+from blockrag.evaluation.scoring import contains, normalize
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
+from blockrag.retriever.embedding import Embedder, find_embedding
 
 
 @dataclass(frozen=True)
@@ -57,3 +62,30 @@ def gold_piece(pieces: Sequence[Piece], question: SourceQuestion) -> tuple[Piece
     if holding:
         return nearest_piece(holding, question.text), True
     return nearest_piece(pieces, " ".join((question.text, *question.answers))), False
+
+
+Rank = Callable[[str], list[int]]
+"""A question to the numbers of all pieces with a score above 0, best first."""
+
+
+def bm25_ranking(pieces: Sequence[Piece]) -> Rank:
+    """BM25 with the retriever's own weights; the IDF, which its engines add, is computed over ``pieces``."""
+    scorer = Bm25Scorer([(piece.title, piece.text) for piece in pieces])
+    return lambda question: _above_zero(scorer.scores(question))
+
+
+def dense_ranking(pieces: Sequence[Piece], embedding_model: str = "") -> Rank:
+    """By cosine of the retriever's embeddings; ``embedding_model`` as in the settings, empty: the packaged one."""
+    embedder = Embedder(find_embedding(embedding_model))
+    vectors = embedder.embed_passages([f"{piece.title}\n{piece.text}" for piece in pieces])
+
+    def rank(question: str) -> list[int]:
+        scores: NDArray[np.float64] = (vectors @ embedder.embed_query(question)).astype(np.float64)
+        return _above_zero(scores)
+
+    return rank
+
+
+def _above_zero(scores: NDArray[np.float64]) -> list[int]:
+    order = np.argsort(-scores, kind="stable")
+    return [int(number) for number in order if scores[number] > 0]

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from blockrag.compressor.compression import RETRIEVAL
-from blockrag.compressor.runtime import assemble, embedding_cache
-from blockrag.decoder.blocks import EncodingBlockSource
-from blockrag.evaluation.answering import no_decoder
+from blockrag.compressor.assembly import assemble, embedding_cache
+from blockrag.compressor.compression_request import RETRIEVAL
+from blockrag.decoder.block_loading import EncodingBlockSource
+from blockrag.evaluation.reader import no_decoder
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.results import GivenPassage

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockrag.errors import SetupError
 from blockrag.evaluation.compression_scores import COMPRESSED, UNCOMPRESSED
-from blockrag.evaluation.peers.measuring import OUR_STATES, STATES, PeerRow
+from blockrag.evaluation.peers.rounds import STATES, PeerRow
 from blockrag.evaluation.ttft_report import LABELS, ReportRow
 
 if TYPE_CHECKING:
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
 
     from blockrag.evaluation.compression_scores import CompressionReport
     from blockrag.evaluation.qa_scores import QaReport
+
+_PEER_STATES = dict(zip(STATES, ("o-", "s-", "^-", "v--", "x:", "D-", "o:"), strict=True))
+"""Marker and line of each state; a peer is a colour."""
 
 
 def load_figure() -> type[Figure]:
@@ -70,11 +72,8 @@ def plot_compression(report: CompressionReport) -> bytes:
     return _png(figure)
 
 
-def plot_rows(rows: Sequence[ReportRow], file: Path, title: str) -> None:
-    """Median time to first token over context size, one line per state, one panel per path; written as PNG.
-
-    Raises ``SetupError`` where matplotlib is not installed.
-    """
+def plot_rows(rows: Sequence[ReportRow], title: str) -> bytes:
+    """Median time to first token over context size, one line per state, one panel per path."""
     paths = [path for path in ("model", "grpc") if any(row.path == path for row in rows)]
     figure = load_figure()(figsize=(6 * len(paths), 4.5), layout="constrained")
     for axes, path in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths, strict=True):
@@ -92,7 +91,7 @@ def plot_rows(rows: Sequence[ReportRow], file: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(file, dpi=130)
+    return _png(figure)
 
 
 def plot_peers(rows: Sequence[PeerRow], title: str) -> bytes:
@@ -100,11 +99,13 @@ def plot_peers(rows: Sequence[PeerRow], title: str) -> bytes:
     figure = load_figure()(figsize=(12, 4.8), layout="constrained")
     single = sorted((row for row in rows if row.state and row.streams == 1), key=lambda row: row.context_tokens)
     panels = (("first_ms", "time to first token, ms"), ("token_ms", "ms a token after it"))
+    colours = {peer: f"C{number}" for number, peer in enumerate(dict.fromkeys(row.peer for row in single))}
     for axes, (field, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for peer, state in dict.fromkeys((row.peer, row.state) for row in single):
             line = [row for row in single if (row.peer, row.state) == (peer, state) and getattr(row, field) is not None]
             sizes, taken = [row.context_tokens for row in line], [getattr(row, field) for row in line]
-            axes.plot(sizes, taken, "o-" if state in OUR_STATES else "s--", label=f"{peer}: {STATES[state]}")
+            kind, styled = peer.partition(",")[0], _PEER_STATES[state]
+            axes.plot(sizes, taken, styled, color=colours[peer], label=f"{kind}: {STATES[state]}", markersize=5)
         axes.set(xscale="log", yscale="log", xlabel="passage tokens", ylabel=label)
         sizes = sorted({row.context_tokens for row in single})
         axes.set_xticks(sizes, [f"{size}" for size in sizes])

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from blockrag.configured import configured_bundle
 from blockrag.errors import SetupError
-from blockrag.evaluation.answering import Prompt, Reader
 from blockrag.evaluation.drawing import DrawnQuestion
 from blockrag.evaluation.experiment import Progress, Status, ask_all, asked_facts, draw_data
-from blockrag.evaluation.options import QaOptions
-from blockrag.evaluation.qa_scores import Cell, QaPlan, QaReport, SystemFacts, score_answers
+from blockrag.evaluation.experiment_options import QaOptions
+from blockrag.evaluation.qa_scores import Cell, QaReport, SystemFacts, conditions, score_answers
+from blockrag.evaluation.reader import Prompt, Reader
 from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings
 
@@ -50,16 +50,16 @@ def run_qa(options: QaOptions, progress: Progress | None = None, status: Status 
         }
         bundle = next(iter(bundles.values()))
         weights = next(iter(systems.values())).model.weights
-        plan = QaPlan(options.passages, options.modes, options.counts, _places(options), options.absent)
-        drawn = draw_data(options, bundle, plan.most_passages, plan.passages if plan.absent else 0, status)
+        most, absent = max((options.passages, *options.counts)), options.passages if options.absent else 0
+        drawn = draw_data(options, bundle, most, absent, status)
         questions = drawn.draw.questions
         status("answering")
-        answers = evaluate_qa(questions, systems, plan, progress)
+        answers = evaluate_qa(questions, systems, options, progress)
         status("scoring")
         refused = {
             cell: [systems[cell.system].is_refusal(answer) for answer in found] for cell, found in answers.items()
         }
-        results = score_answers(questions, tuple(systems), plan, answers, refused, options.seed)
+        results = score_answers(questions, tuple(systems), options, answers, refused)
     report = QaReport(
         data=drawn.name,
         sha256=drawn.sha256,
@@ -81,15 +81,15 @@ def run_qa(options: QaOptions, progress: Progress | None = None, status: Status 
 def evaluate_qa(
     questions: Sequence[DrawnQuestion],
     systems: Mapping[str, Reader],
-    plan: QaPlan,
+    options: QaOptions,
     progress: Progress | None = None,
 ) -> dict[Cell, list[str]]:
     """Greedy answers of every cell, in the order of ``questions``."""
     cells = [
         Cell(system, mode, condition)
         for system in systems
-        for mode in plan.modes
-        for condition in plan.conditions(mode)
+        for mode in options.modes
+        for condition in conditions(options, mode)
     ]
 
     def answer(numbers: Sequence[int]) -> Iterator[tuple[Cell, int, str]]:
@@ -130,10 +130,3 @@ def _bundles(options: QaOptions) -> dict[str, Bundle]:
 def with_bundle(settings: Settings, path: Path) -> Settings:
     """The settings with another bundle."""
     return settings.model_copy(update={"bundle": settings.bundle.model_copy(update={"path": str(path)})})
-
-
-def _places(options: QaOptions) -> tuple[int, ...]:
-    last, places = options.passages - 1, min(options.places, options.passages)
-    if places < 2:
-        return ()
-    return tuple(round(number * last / (places - 1)) for number in range(places))

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.experiment import AnswerScore, Values, answer_values, differences, means
-from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_ratio
-from blockrag.evaluation.options import Mode
-from blockrag.evaluation.report import AnswersReport, percent, section, table
+from blockrag.evaluation.experiment import (
+    AnswerScore,
+    AnswersReport,
+    Values,
+    answer_values,
+    differences,
+    means,
+    percent,
+    section,
+    table,
+)
+from blockrag.evaluation.experiment_options import Mode, QaOptions
+from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_ratio
 
 
 @dataclass(frozen=True)
@@ -52,41 +61,20 @@ class Cell:
         return f"{self.system}, {self.mode}"
 
 
-@dataclass(frozen=True)
-class QaPlan:
-    """What a run asks."""
-
-    passages: int
-    """Passages of the main condition."""
-    modes: tuple[Mode, ...]
-    counts: tuple[int, ...] = ()
-    """Further numbers of passages."""
-    places: tuple[int, ...] = ()
-    """Indices of the gold passage among ``passages``."""
-    absent: bool = True
-    """Ask also without the gold passage."""
-
-    @property
-    def main(self) -> Condition:
-        return Condition(self.passages)
-
-    @property
-    def most_passages(self) -> int:
-        return max((self.passages, *self.counts))
-
-    def conditions(self, mode: Mode) -> Iterator[Condition]:
-        """What ``mode`` is asked under; without passages there is nothing to vary."""
-        if mode == "none":
-            yield NO_PASSAGES
-            return
-        yield self.main
-        if self.absent:
-            yield Condition(self.passages, gold=False)
-        for count in self.counts:
-            if count != self.passages:
-                yield Condition(count)
-        for place in self.places:
-            yield Condition(self.passages, place)
+def conditions(options: QaOptions, mode: Mode) -> Iterator[Condition]:
+    """What ``mode`` is asked under, the main one first; without passages there is nothing to vary."""
+    if mode == "none":
+        yield NO_PASSAGES
+        return
+    passages = options.passages
+    yield Condition(passages)
+    if options.absent:
+        yield Condition(passages, gold=False)
+    yield from (Condition(count) for count in options.counts if count != passages)
+    spread = min(options.places, passages)
+    if spread > 1:
+        for number in range(spread):
+            yield Condition(passages, round(number * (passages - 1) / (spread - 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +133,12 @@ class QaScores:
 def score_answers(
     questions: Sequence[DrawnQuestion],
     systems: Sequence[str],
-    plan: QaPlan,
+    options: QaOptions,
     answers: Mapping[Cell, Sequence[str]],
     refusals: Mapping[Cell, Sequence[bool]],
-    seed: int = 0,
 ) -> QaScores:
-    """Score what ``evaluate_qa`` returned; ``refusals`` says which answers are, ``seed`` draws the resamples."""
+    """Score what ``evaluate_qa`` returned; ``refusals`` says which answers are."""
+    seed, main = options.seed, Condition(options.passages)
     refused = {cell: np.array(found, dtype=np.float64) for cell, found in refusals.items()}
     values = {
         cell: answer_values(questions, outputs)
@@ -176,18 +164,18 @@ def score_answers(
             condition=first.condition.label,
             **differences(values[first], values[second], seed),
         )
-        for first, second in _pairs(systems, plan, values)
+        for first, second in _pairs(systems, options.modes, values)
     )
-    absent = tuple(_refusals(questions, refused, plan, seed)) if plan.absent else ()
-    return QaScores(scores, pairs, absent, _by_group(questions, plan, values))
+    absent = tuple(_refusals(questions, refused, main, seed)) if options.absent else ()
+    return QaScores(scores, pairs, absent, _by_group(questions, main, values))
 
 
-def _pairs(systems: Sequence[str], plan: QaPlan, values: Mapping[Cell, Values]) -> Iterator[tuple[Cell, Cell]]:
+def _pairs(systems: Sequence[str], modes: Sequence[Mode], values: Mapping[Cell, Values]) -> Iterator[tuple[Cell, Cell]]:
     """Within a system every mode against block mode; every other system against the first in the same mode."""
     conditions = list(dict.fromkeys(cell.condition for cell in values))
     for condition in conditions:
         for system in systems:
-            for mode in plan.modes:
+            for mode in modes:
                 cell = Cell(system, mode, condition)
                 for other in (Cell(system, "block", condition), Cell(systems[0], mode, condition)):
                     if cell in values and other in values and cell != other:
@@ -195,14 +183,14 @@ def _pairs(systems: Sequence[str], plan: QaPlan, values: Mapping[Cell, Values]) 
 
 
 def _refusals(
-    questions: Sequence[DrawnQuestion], refused: Mapping[Cell, NDArray[np.float64]], plan: QaPlan, seed: int
+    questions: Sequence[DrawnQuestion], refused: Mapping[Cell, NDArray[np.float64]], main: Condition, seed: int
 ) -> Iterator[RefusalScore]:
     clear = np.array([question.holds_answer for question in questions])
     if not clear.any():
         return
     for cell, present in refused.items():
-        without = Cell(cell.system, cell.mode, Condition(plan.passages, gold=False))
-        if cell.condition != plan.main or without not in refused:
+        without = Cell(cell.system, cell.mode, replace(main, gold=False))
+        if cell.condition != main or without not in refused:
             continue
         absent, present = refused[without][clear], present[clear]
         yield RefusalScore(
@@ -216,7 +204,7 @@ def _refusals(
 
 
 def _by_group(
-    questions: Sequence[DrawnQuestion], plan: QaPlan, values: Mapping[Cell, Values]
+    questions: Sequence[DrawnQuestion], main: Condition, values: Mapping[Cell, Values]
 ) -> dict[str, dict[str, float]]:
     groups = np.array([question.source.group for question in questions])
     found: dict[str, dict[str, float]] = {}
@@ -225,7 +213,7 @@ def _by_group(
         found[group] = {"questions": float(members.sum())} | {
             cell.label: float(columns["exact_match"][members].mean())
             for cell, columns in values.items()
-            if cell.condition == plan.main
+            if cell.condition == main
         }
     return found if len(found) > 1 else {}
 

@@ -16,19 +16,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from blockrag.bm25 import Bm25, SparseVector
 from blockrag.errors import SetupError
 from blockrag.evaluation.environment import describe_environment
-from blockrag.evaluation.intervals import Interval, bootstrap, bootstrap_difference
-from blockrag.evaluation.metrics import ndcg, recall, reciprocal_rank
+from blockrag.evaluation.experiment import Report, percent, table
 from blockrag.evaluation.pieces import Piece, PieceMaker, holding_pieces
 from blockrag.evaluation.question_data import QuestionData, SourceQuestion, load_questions
-from blockrag.evaluation.report import Report, percent, table
+from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_difference, ndcg, recall, reciprocal_rank
+from blockrag.identity import CollectionId, passage_id
 from blockrag.modeling.bundle import load_bundle
-from blockrag.retriever.base import Document, EmbeddedPassage, Passage, SearchQuery, SparseVector
 from blockrag.retriever.edge import EdgeIndex
 from blockrag.retriever.embedding import Embedder, find_embedding
-from blockrag.retriever.identity import CollectionId, passage_id
-from blockrag.retriever.sparse import Bm25
+from blockrag.retriever.vector_index import Document, EmbeddedPassage, Passage, SearchQuery
 from blockrag.settings import RetrieverSettings
 
 Search = Literal["dense", "bm25", "fused"]

@@ -11,42 +11,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from blockrag.client import BlockragClient
 from blockrag.client_options import GenerateOptions
 from blockrag.corpus.sample import load_articles
 from blockrag.errors import SettingsError
+from blockrag.evaluation.ttft_report import RATES, states_of
 from blockrag.results import Answer, Compression, GivenPassage
-
-State = Literal["none", "full", "block_cold", "block_store", "block_l1", "compressed_l1", "rate_4", "rate_8", "rate_16"]
-_RATES: dict[State, int] = {"rate_4": 4, "rate_8": 8, "rate_16": 16}
-
-
-def states_of(chunk_tokens: int | None) -> tuple[State, ...]:
-    """The states that a bundle's prompts can be in; ``chunk_tokens`` is None where it cannot compress.
-
-    With mixtures, the policy's choice is part of the time.
-    """
-    states: tuple[State, ...] = get_args(State)
-    if chunk_tokens is None:
-        return tuple(state for state in states if state != "compressed_l1" and state not in _RATES)
-    return tuple(state for state in states if _RATES.get(state, 0) < chunk_tokens)
 
 
 @dataclass(frozen=True)
 class GrpcSample:
     """One answer's first token."""
 
-    state: State
+    state: str
     context_tokens: int
     """Passage tokens asked for."""
     slots: int
     """Slots of the passages: what the prompt has less the instruction and the final block."""
-    prompt_tokens: int
-    cached_tokens: int
-    l1_tokens: int
-    store_tokens: int
     client_ms: float
     """Sending the request to receiving the first text, in the client."""
     stages_ms: dict[str, float]
@@ -74,9 +57,9 @@ async def measure_grpc_ttft(
 ) -> list[GrpcSample]:
     """Samples of every context and state; ``warmup`` repeats are run and not kept.
 
-    ``chunk_tokens``: of the served bundle, where it compresses.
+    ``chunk_tokens``: of the served bundle, where it compresses; with mixtures, the policy's choice is part of the time.
     """
-    states = states_of(chunk_tokens)
+    states = states_of("grpc", chunk_tokens)
     samples: list[GrpcSample] = []
     total = (repeats + warmup) * len(workload.contexts)
     done = alone = 0
@@ -98,7 +81,7 @@ async def _ask(
     client: BlockragClient,
     workload: Workload,
     passages: tuple[GivenPassage, ...],
-    state: State,
+    state: str,
     chunk_tokens: int | None,
 ) -> tuple[Answer, float]:
     if state == "none":
@@ -115,7 +98,7 @@ async def _ask(
         await _timed(client, workload.question, passages, "block")
         await _timed(client, workload.question, workload.displacing, "block")
         return await _timed(client, workload.question, passages, "block")
-    rate = chunk_tokens if state == "compressed_l1" else _RATES.get(state)
+    rate = chunk_tokens if state == "compressed_l1" else RATES.get(state)
     compression = Compression(rate=rate) if rate is not None else None
     await _timed(client, workload.question, passages, "block", compression)
     return await _timed(client, workload.question, passages, "block", compression)
@@ -132,8 +115,15 @@ async def _timed(
     if compression is not None:
         options["compression"] = compression
     answer = await client.ask(question, **options)
-    # An answer may be empty text: then the first token's time is the gateway's, plus nothing that a client sees.
-    return answer, answer.client_time_to_first_token_ms or answer.completion.time_to_first_token_ms
+    return answer, first_token_ms(answer)
+
+
+def first_token_ms(answer: Answer) -> float:
+    """From sending the request to receiving the first text, in the client.
+
+    An answer may be empty text: then it is the gateway's time, plus nothing that a client sees.
+    """
+    return answer.client_time_to_first_token_ms or answer.completion.time_to_first_token_ms
 
 
 def _stamped(text: str, stamp: str) -> str:
@@ -141,16 +131,11 @@ def _stamped(text: str, stamp: str) -> str:
     return stamp + text[len(stamp) :]
 
 
-def _sample(state: State, context_tokens: int, answer: Answer, first_ms: float, alone: int) -> GrpcSample:
-    usage = answer.completion.usage
+def _sample(state: str, context_tokens: int, answer: Answer, first_ms: float, alone: int) -> GrpcSample:
     return GrpcSample(
         state=state,
         context_tokens=context_tokens,
-        slots=usage.prompt_tokens - alone,
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        l1_tokens=usage.l1_tokens,
-        store_tokens=usage.store_tokens,
+        slots=answer.completion.usage.prompt_tokens - alone,
         client_ms=first_ms,
         stages_ms=dict(answer.completion.stages_ms),
     )

@@ -10,44 +10,24 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from blockrag.budget import chunk_count, expand_at_rate
-from blockrag.decoder.blocks import EncodingBlockSource
+from blockrag.decoder.block_loading import EncodingBlockSource
+from blockrag.decoder.engine import Engine
 from blockrag.decoder.runtime import assemble
 from blockrag.decoder.sampling import SamplingParams
 from blockrag.decoder.sequence import Event, GenerationRequest
-from blockrag.evaluation.ttft_report import ReportRow, make_row
+from blockrag.evaluation.ttft_report import RATES, ReportRow, make_row, states_of
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.refrag.composing import compose_passage
 from blockrag.modeling.slots import ResidentBlock, Slots
 from blockrag.settings import Settings
 from blockrag.types import BlockKV
-
-Method = Literal[
-    "none",
-    "stock",
-    "full",
-    "block_cold",
-    "block_copied",
-    "block_l1",
-    "compressed_copied",
-    "compressed_l1",
-    "rate_4",
-    "rate_8",
-    "rate_16",
-]
-METHODS: tuple[Method, ...] = get_args(Method)
-"""In order: the question alone; stock transformers, full prefill with a KV cache; our full mode; block mode with the
-blocks encoded first; with blocks that are copied in, as those of an object store once they are mapped; with resident
-blocks; every chunk compressed, copied in and resident; a mixture of expanded and compressed chunks with so many tokens
-per slot, both forms resident."""
-_RATES: dict[Method, int] = {"rate_4": 4, "rate_8": 8, "rate_16": 16}
 
 _PIECE_TOKENS = 1024
 _RESERVED = 64
@@ -60,33 +40,28 @@ def measure_model_ttft(
     question_tokens: int = 50,
     repeats: int = 20,
     *,
-    methods: Sequence[Method] | None = None,
     chunk_tokens: int | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ReportRow]:
-    """Measure every method at every context length, ``repeats`` times, interleaved, after one warm-up round.
+    """Measure every state that these chunks allow at every context length, ``repeats`` times, after a warm-up round.
 
     First tokens come from the decoder's engine, with the settings' threads and pieces of prefills.
 
     Contexts are random tokens in blocks of the bundle's ``passage_tokens``, and compressed blocks random input
     embeddings, one for each chunk of ``chunk_tokens`` (None: the bundle's): what they hold changes no time, so a bundle
-    need not have chunk compression. ``methods`` default to those that these chunks allow. ``progress(done, total)`` is
-    called after each round. Raises ValueError when a context does not fit the model, or a rate is not below
-    ``chunk_tokens``.
+    need not have chunk compression. ``progress(done, total)`` is called after each round. Raises ValueError when a
+    context does not fit the model.
     """
     chunk = chunk_tokens or bundle.chunk_tokens
-    chosen = reachable_methods(chunk) if methods is None else tuple(methods)
-    beyond = [method for method in chosen if method not in reachable_methods(chunk)]
-    if beyond:
-        raise ValueError(f"{', '.join(beyond)}: chunks of {chunk} tokens do not allow such a mixture")
+    chosen = states_of("model", chunk)
     bench = _Bench(bundle, settings, question_tokens, device, seed, chunk)
     longest = max(contexts, default=0) + question_tokens + _RESERVED
     if longest > bench.model.max_positions:
         raise ValueError(f"{longest} positions, where the model has {bench.model.max_positions}")
     cases = [_Case(bench, context) for context in contexts]
-    times: dict[tuple[Method, int], list[float]] = {}
+    times: dict[tuple[str, int], list[float]] = {}
     for number in range(repeats + 1):
         for case in cases:
             for method in chosen:
@@ -110,11 +85,6 @@ def measure_model_ttft(
     ]
 
 
-def reachable_methods(chunk_tokens: int) -> tuple[Method, ...]:
-    """The methods that chunks of so many tokens allow: a mixture's rate is below theirs."""
-    return tuple(method for method in METHODS if _RATES.get(method, 0) < chunk_tokens)
-
-
 class _Bench:
     """The models and the question, shared by all context lengths."""
 
@@ -122,10 +92,9 @@ class _Bench:
         self, bundle: Bundle, settings: Settings, question_tokens: int, device: str, seed: int, chunk_tokens: int
     ) -> None:
         self.model = SlotModel.load(bundle, device=device)
-        longest = self.model.max_positions
-        decoder = settings.decoder.model_copy(update={"slots": max(settings.decoder.slots, longest)})
-        source = EncodingBlockSource(self.model)
-        self.engine = assemble(bundle, self.model, source, settings.model_copy(update={"decoder": decoder})).engine
+        self.engine = engine_of(
+            bundle, self.model, settings, slots=max(settings.decoder.slots, self.model.max_positions)
+        )
         self.threads = settings.decoder.threads
         self.stock: PreTrainedModel = load_stock_model(bundle, device=device)
         self.block_tokens = bundle.passage_tokens
@@ -150,9 +119,9 @@ class _Case:
         self._resident: list[ResidentBlock] = [bench.model.to_resident(block) for block in self._stored]
         self._short_stored: list[BlockKV] = [pickle.loads(pickle.dumps(block)) for block in self._encode_compressed()]
         self._short: list[ResidentBlock] = [bench.model.to_resident(block) for block in self._short_stored]
-        self._masks = {method: self._mask(rate) for method, rate in _RATES.items() if rate < bench.chunk_tokens}
+        self._masks = {method: self._mask(rate) for method, rate in RATES.items() if rate < bench.chunk_tokens}
 
-    def slots(self, method: Method) -> int:
+    def slots(self, method: str) -> int:
         """Slots of the passages in the prompt."""
         if method == "none":
             return 0
@@ -162,12 +131,12 @@ class _Case:
             return sum(slots.num_slots for slots in self._mixture(method))
         return self.context
 
-    def kv_bytes(self, method: Method) -> int:
+    def kv_bytes(self, method: str) -> int:
         """K and V moved to the slot list."""
         return 0 if method in ("none", "stock", "full") else self.slots(method) * self._bench.model.slot_bytes
 
-    def time_ms(self, method: Method) -> float:
-        run: dict[Method, Callable[[], None]] = {
+    def time_ms(self, method: str) -> float:
+        run: dict[str, Callable[[], None]] = {
             "none": lambda: self._answer([], self._bench.question),
             "stock": self._stock,
             "full": lambda: self._answer([], [token for block in self._blocks for token in block]
@@ -186,12 +155,7 @@ class _Case:
         return (time.perf_counter() - start) * 1000
 
     def _encode(self) -> list[BlockKV]:
-        encoded: list[BlockKV] = []
-        per_pass = max(1, _PIECE_TOKENS // self._bench.block_tokens)
-        for start in range(0, len(self._blocks), per_pass):
-            span = slice(start, start + per_pass)
-            encoded += self._bench.model.encode(self._blocks[span], self._keys[span])
-        return encoded
+        return encode_in_passes(self._bench.model, self._blocks, self._keys)
 
     def _encode_compressed(self) -> list[BlockKV]:
         model, chunk = self._bench.model, self._bench.chunk_tokens
@@ -206,12 +170,12 @@ class _Case:
         ends = np.cumsum([short.num_slots for short in self._short])
         return [part.tolist() for part in np.split(expanded, ends[:-1])]
 
-    def _mixture(self, method: Method) -> list[Slots]:
+    def _mixture(self, method: str) -> list[Slots]:
         passages = zip(self._resident, self._short, self._masks[method], strict=True)
         chunk = self._bench.chunk_tokens
         return [piece for full, short, mask in passages for piece in compose_passage(full, short, mask, chunk)]
 
-    def _mixed(self, method: Method) -> None:
+    def _mixed(self, method: str) -> None:
         self._answer(self._mixture(method), self._bench.question)
 
     def _place(self, blocks: Sequence[BlockKV]) -> list[ResidentBlock]:
@@ -220,7 +184,7 @@ class _Case:
     def _answer(self, blocks: Sequence[Slots], tokens: Sequence[int]) -> None:
         """Have the decoder's engine generate the first token, in this thread."""
         request = GenerationRequest("bench", tuple(blocks), tuple(tokens), SamplingParams(max_tokens=1))
-        first = _Last()
+        first = LastEvent()
         self._bench.engine.submit(request, first)
         while self._bench.engine.step():
             pass
@@ -234,7 +198,23 @@ class _Case:
         int(self._bench.stock(input_ids=inputs, use_cache=True, logits_to_keep=1).logits.argmax())
 
 
-class _Last:
+def engine_of(bundle: Bundle, model: SlotModel, settings: Settings, **decoder: int) -> Engine:
+    """The decoder's engine in this process, with the settings but for what ``decoder`` says."""
+    changed = settings.model_copy(update={"decoder": settings.decoder.model_copy(update=decoder)})
+    return assemble(bundle, model, EncodingBlockSource(model), changed).engine
+
+
+def encode_in_passes(model: SlotModel, blocks: Sequence[Sequence[int]], keys: Sequence[str]) -> list[BlockKV]:
+    """Encode blocks, as many in a pass as serving takes."""
+    encoded: list[BlockKV] = []
+    per_pass = max(1, _PIECE_TOKENS // max(map(len, blocks), default=1))
+    for start in range(0, len(blocks), per_pass):
+        span = slice(start, start + per_pass)
+        encoded += model.encode(blocks[span], keys[span])
+    return encoded
+
+
+class LastEvent:
     """An ``EventSink`` that keeps the last event."""
 
     def __init__(self) -> None:

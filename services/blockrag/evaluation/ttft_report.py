@@ -23,6 +23,23 @@ LABELS = {
     "rate_8": "mixed at rate 8: decoder memory",
     "rate_16": "mixed at rate 16: decoder memory",
 }
+"""By state: the question alone; stock transformers, full prefill with a KV cache; our full mode; block mode with the
+blocks encoded first; with blocks that are copied in, as those of an object store once they are mapped; with those of a
+store; with resident blocks; every chunk compressed, copied in and resident; a mixture of expanded and compressed chunks
+with so many tokens per slot, both forms resident."""
+RATES = {"rate_4": 4, "rate_8": 8, "rate_16": 16}
+_ELSEWHERE = {"model": ("block_store",), "grpc": ("stock", "block_copied", "compressed_copied")}
+
+
+def states_of(path: MeasuredPath, chunk_tokens: int | None) -> tuple[str, ...]:
+    """The states that can be measured with chunks of so many tokens: a mixture's rate is below theirs.
+
+    ``chunk_tokens`` is None where nothing can be compressed.
+    """
+    states = [state for state in LABELS if state not in _ELSEWHERE[path]]
+    if chunk_tokens is None:
+        return tuple(state for state in states if not state.startswith("compressed") and state not in RATES)
+    return tuple(state for state in states if RATES.get(state, 0) < chunk_tokens)
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,7 @@ def make_row(
 def rate_notes(chunk_tokens: int) -> list[str]:
     """What chunks of so many tokens make of the rates that have no row."""
     notes = []
-    for rate in (4, 8, 16):
+    for rate in RATES.values():
         if rate == chunk_tokens:
             notes.append(f"rate {rate} is everything compressed")
         elif rate > chunk_tokens:

@@ -1,33 +1,30 @@
 """The way of one question: retrieve, plan, decode, and the events that its client sees.
 
-Pure: the services it calls are small protocols, so the whole flow runs in a test without a cluster.
+Pure: the services it calls are given, so the whole flow runs in a test without a cluster.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from blockrag.compressor.compression import RETRIEVAL
+from blockrag.compressor.compression_request import RETRIEVAL, SENTENCES
 from blockrag.errors import DeadlineError, UnavailableError
-from blockrag.gateway.overhead import Overhead
-from blockrag.gateway.planning import ReadPlanMaker, decode_request
+from blockrag.gateway.planning import NearPlanner, Overhead, decode_request
 from blockrag.gateway.validation import Question, Search
 from blockrag.grpc_status import as_known_error
-from blockrag.telemetry import Span, request_logger, span, trace_id_of
+from blockrag.handles import DecoderClient, RetrieverClient
+from blockrag.telemetry import Span, request_fields, span, trace_id_of
 from blockrag.v1.common_pb2 import ATTENTION_MODE_NONE, BlockSlots, FinishReason, Passage, RequestContext, StageTime
-from blockrag.v1.compressor_pb2 import (
-    PlanRequest,
-    PlanResponse,
-    PrepareQuestionRequest,
-)
+from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse, PrepareQuestionRequest
 from blockrag.v1.decoder_pb2 import DecodeFinish, DecodeRequest, DecodeResponse
 from blockrag.v1.rag_pb2 import Citation, Completion, GenerateResponse, Retrieved, RetrieveResponse, TextChunk
-from blockrag.v1.retriever_pb2 import SearchRequest, SearchResponse
+from blockrag.v1.retriever_pb2 import SearchRequest
 
 STAGES = ("retrieve", "plan", "queue", "kv_fetch", "compose", "prefill", "decode", "total")
 """Every answer reports all of them, in this order; one that did not happen took 0 ms."""
@@ -38,19 +35,9 @@ _PREPARING_GRACE_S = 1.0
 """What the embedding of a question may take beyond its answer: cancelled, it would be a failed span in the trace of an
 answer that did not fail."""
 
+_logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
-
-
-class Searcher(Protocol):
-    """The part of the retriever that answering needs."""
-
-    async def search(self, request: SearchRequest) -> SearchResponse: ...
-
-
-class TextDecoder(Protocol):
-    """The part of the decoder that answering needs; closing the stream stops the work."""
-
-    def decode(self, request: DecodeRequest) -> AsyncGenerator[DecodeResponse, None]: ...
 
 
 @dataclass
@@ -93,19 +80,24 @@ class Deadline:
 
 
 @dataclass
-class _Made:
-    """What the generation of an answer left behind."""
+class _Way:
+    """One question on its way."""
 
+    question: Question
+    context: RequestContext
+    timings: Timings
+    deadline: Deadline
     plan: PlanResponse = field(default_factory=PlanResponse)
+    """Empty until it is made."""
 
 
 @dataclass(frozen=True)
 class Answering:
     """Answers questions with the services it is given."""
 
-    searcher: Searcher
-    planner: ReadPlanMaker
-    decoder: TextDecoder
+    searcher: RetrieverClient
+    planner: NearPlanner
+    decoder: DecoderClient
     bundle_fingerprint: str
     model: str
     """The bundle's name, as traces tell it."""
@@ -132,14 +124,13 @@ class Answering:
         """
         if self.record_text:
             current.set(question=question.text)
-        context = current.child_context()
-        request_id = context.request_id
-        async with self._preparing(question, context):
-            passages = await self._passages(question, context, timings, deadline)
-            made = _Made()
+        way = _Way(question, current.child_context(), timings, deadline)
+        request_id = way.context.request_id
+        async with self._preparing(way):
+            passages = await self._passages(way)
             pieces: list[str] = []
             finish: DecodeFinish | None = None
-            async with aclosing(self._generate(question, passages, context, timings, deadline, made)) as events:
+            async with aclosing(self._generate(way, passages)) as events:
                 # The plan and the decoder's first token are under way while the passages are sent.
                 coming = asyncio.ensure_future(anext(events, None))
                 try:
@@ -159,7 +150,7 @@ class Answering:
                         finish = event.finish
                         break
                     event = await anext(events, None)
-            plan = made.plan
+            plan = way.plan
             if finish is None:
                 raise UnavailableError("the decoder ended its answer without saying why; ask again")
             timings.stage_ms.update((stage.stage, stage.milliseconds) for stage in finish.stages)
@@ -203,18 +194,20 @@ class Answering:
         )
 
     @asynccontextmanager
-    async def _preparing(self, question: Question, context: RequestContext) -> AsyncGenerator[None, None]:
+    async def _preparing(self, way: _Way) -> AsyncGenerator[None, None]:
         """Has the compressor embed the question while its passages are searched, where the plan may look at it.
 
         Nobody waits for it before everything was sent; what goes wrong there, the plan tells. An answer that fails, or
         that its client leaves, cancels it.
         """
-        compression = question.compression
-        sees_question = compression is not None and question.needs_compressor and compression.policy != RETRIEVAL
+        question, compression = way.question, way.question.compression
+        sees_question = (
+            compression is not None and question.needs_compressor and compression.policy not in (RETRIEVAL, SENTENCES)
+        )
         if not sees_question or question.given:
             yield
             return
-        request = PrepareQuestionRequest(context=context, question=question.text)
+        request = PrepareQuestionRequest(context=way.context, question=question.text)
         preparing = asyncio.ensure_future(self.planner.prepare_question(request))
         try:
             yield
@@ -222,27 +215,19 @@ class Answering:
         finally:
             await _ended(preparing)
 
-    async def _generate(
-        self,
-        question: Question,
-        passages: Sequence[Passage],
-        context: RequestContext,
-        timings: Timings,
-        deadline: Deadline,
-        made: _Made,
-    ) -> AsyncGenerator[DecodeResponse, None]:
-        """Plans, leaves the plan in ``made``, and decodes."""
-        made.plan = await self._plan(question, passages, context, timings, deadline)
+    async def _generate(self, way: _Way, passages: Sequence[Passage]) -> AsyncGenerator[DecodeResponse, None]:
+        """Plans and decodes."""
+        question = way.question
+        way.plan = await self._plan(way, passages)
         request = decode_request(
-            made.plan, question.sampling, mode=question.attention_mode, collection=question.collection
+            way.plan, question.sampling, mode=question.attention_mode, collection=question.collection
         )
-        async with aclosing(self._decode(request, context, deadline)) as events:
+        async with aclosing(self._decode(request, way)) as events:
             async for event in events:
                 yield event
 
-    async def _passages(
-        self, question: Question, context: RequestContext, timings: Timings, deadline: Deadline
-    ) -> Sequence[Passage]:
+    async def _passages(self, way: _Way) -> Sequence[Passage]:
+        question = way.question
         if question.attention_mode == ATTENTION_MODE_NONE:
             return []
         if question.given:
@@ -251,7 +236,7 @@ class Answering:
                 for index, given in enumerate(question.given)
             ]
         search = Search(question.text, question.collection, question.top_k, question.filter)
-        return await self._search(search, context, timings, deadline)
+        return await self._search(search, way.context, way.timings, way.deadline)
 
     async def _search(
         self, search: Search, context: RequestContext, timings: Timings, deadline: Deadline
@@ -274,16 +259,9 @@ class Answering:
         timings.stage_ms["retrieve"] = (time.perf_counter() - started) * 1000
         return found.passages
 
-    async def _plan(
-        self,
-        question: Question,
-        passages: Sequence[Passage],
-        context: RequestContext,
-        timings: Timings,
-        deadline: Deadline,
-    ) -> PlanResponse:
-        started = time.perf_counter()
-        with span("gateway.plan", context) as current:
+    async def _plan(self, way: _Way, passages: Sequence[Passage]) -> PlanResponse:
+        started, question = time.perf_counter(), way.question
+        with span("gateway.plan", way.context) as current:
             request = PlanRequest(
                 context=current.child_context(),
                 question=question.text,
@@ -297,21 +275,19 @@ class Answering:
             if question.compression is not None:
                 request.compression.CopyFrom(question.compression.to_message())
                 request.collection = question.collection
-                request.spent_ms = (started - timings.received) * 1000 + self.overhead.milliseconds
-            plan = await deadline.wait(self.planner.plan(request, question.compression))
-        timings.stage_ms["plan"] = (time.perf_counter() - started) * 1000
+                request.spent_ms = (started - way.timings.received) * 1000 + self.overhead.milliseconds
+            plan = await way.deadline.wait(self.planner.plan(request, question.compression))
+        way.timings.stage_ms["plan"] = (time.perf_counter() - started) * 1000
         return plan
 
-    async def _decode(
-        self, request: DecodeRequest, context: RequestContext, deadline: Deadline
-    ) -> AsyncGenerator[DecodeResponse, None]:
+    async def _decode(self, request: DecodeRequest, way: _Way) -> AsyncGenerator[DecodeResponse, None]:
         tokens = 0
         for attempt in range(1, _DECODE_ATTEMPTS + 1):
-            with span("gateway.decode", context, attempt=attempt) as current:
+            with span("gateway.decode", way.context, attempt=attempt) as current:
                 request.context.CopyFrom(current.child_context())
                 try:
                     async with aclosing(self.decoder.decode(request)) as events:
-                        while (event := await deadline.wait(anext(events, None))) is not None:
+                        while (event := await way.deadline.wait(anext(events, None))) is not None:
                             tokens += event.tokens
                             if event.HasField("finish"):
                                 break
@@ -328,9 +304,8 @@ class Answering:
                     if attempt == _DECODE_ATTEMPTS:
                         raise known from error
                     current.fail(str(known))
-                    request_logger(__name__, context).warning(
-                        "decoder lost before the first token, retrying: %s", known
-                    )
+                    fields = request_fields(way.context)
+                    _logger.warning("decoder lost before the first token, retrying: %s", known, extra=fields)
                     continue
             # Outside its span: whoever takes the last event leaves, and the span would say that it was cancelled.
             if event is not None:

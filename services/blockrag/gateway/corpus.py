@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from google.protobuf.struct_pb2 import Struct
 
+from blockrag.alike import alike
 from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
-from blockrag.gateway.paging import page_token_after, read_page_token
+from blockrag.handles import KvCacheClient, RetrieverClient
+from blockrag.identity import page_token_after, read_page_token
 from blockrag.ingest.pipeline import PreparedDocument, SourceDocument
 from blockrag.metadata import metadata_of, struct_of
 from blockrag.v1 import corpus_pb2, kv_cache_pb2, retriever_pb2
@@ -31,46 +33,29 @@ Prepare = Callable[[BinaryIO, SourceDocument], AbstractAsyncContextManager[Itera
 """Parses a received file; splitting it, while the documents are consumed, blocks."""
 
 
-class DocumentIndex(Protocol):
-    """The part of the retriever that keeps documents."""
-
-    async def scan_documents(
-        self, request: retriever_pb2.ScanDocumentsRequest
-    ) -> retriever_pb2.ScanDocumentsResponse: ...
-
-    async def scan_collections(
-        self, request: retriever_pb2.ScanCollectionsRequest
-    ) -> retriever_pb2.ScanCollectionsResponse: ...
-
-    async def add_passages(self, request: retriever_pb2.AddPassagesRequest) -> retriever_pb2.AddPassagesResponse: ...
-
-    async def commit_document(
-        self, request: retriever_pb2.CommitDocumentRequest
-    ) -> retriever_pb2.CommitDocumentResponse: ...
-
-    async def remove_document(
-        self, request: retriever_pb2.RemoveDocumentRequest
-    ) -> retriever_pb2.RemoveDocumentResponse: ...
-
-    async def remove_collection(
-        self, request: retriever_pb2.RemoveCollectionRequest
-    ) -> retriever_pb2.RemoveCollectionResponse: ...
-
-
-class Purger(Protocol):
-    """The part of the KV cache that forgets."""
-
-    async def purge_documents(
-        self, request: kv_cache_pb2.PurgeDocumentsRequest
-    ) -> kv_cache_pb2.PurgeDocumentsResponse: ...
+async def all_documents(
+    index: RetrieverClient, collection: str, context: RequestContext
+) -> AsyncIterator[retriever_pb2.StoredDocument]:
+    """A collection's documents by id, read page by page."""
+    after = ""
+    while True:
+        request = retriever_pb2.ScanDocumentsRequest(
+            context=context, collection=collection, after_document_id=after, limit=_SCANNED
+        )
+        page = (await index.scan_documents(request)).documents
+        for document in page:
+            yield document
+        if len(page) < _SCANNED:
+            return
+        after = page[-1].document_id
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Keeps a tenant's documents by means of the services it is given."""
 
-    index: DocumentIndex
-    cache: Purger
+    index: RetrieverClient
+    cache: KvCacheClient
     prepare: Prepare
     batch_passages: int
 
@@ -110,25 +95,16 @@ class Corpus:
     ) -> corpus_pb2.DeleteSourceResponse:
         """Removes all documents that came from ``source``, with their KV; ``NotFoundError`` when there is none."""
         response = corpus_pb2.DeleteSourceResponse()
-        after = ""
-        while True:
-            request = retriever_pb2.ScanDocumentsRequest(
-                context=context, collection=collection, after_document_id=after, limit=_SCANNED
-            )
-            documents = (await self.index.scan_documents(request)).documents
-            for document in documents:
-                if document.source != source:
-                    continue
-                try:
-                    removed = await self.delete_document(collection, document.document_id, context)
-                except NotFoundError:  # somebody else removed it
-                    continue
-                response.document_ids.append(document.document_id)
-                response.passages += removed.passages
-                response.purged_blocks += removed.purged_blocks
-            if len(documents) < _SCANNED:
-                break
-            after = documents[-1].document_id
+        async for document in all_documents(self.index, collection, context):
+            if document.source != source:
+                continue
+            try:
+                removed = await self.delete_document(collection, document.document_id, context)
+            except NotFoundError:  # somebody else removed it
+                continue
+            response.document_ids.append(document.document_id)
+            response.passages += removed.passages
+            response.purged_blocks += removed.purged_blocks
         if not response.document_ids:
             raise NotFoundError(f"no document in collection {collection!r} came from {source!r}")
         return response
@@ -140,9 +116,7 @@ class Corpus:
             retriever_pb2.RemoveCollectionRequest(context=context, collection=collection)
         )
         purged += await self._purge(collection, "", context)
-        return corpus_pb2.DeleteCollectionResponse(
-            documents=removed.documents, passages=removed.passages, purged_blocks=purged
-        )
+        return alike(corpus_pb2.DeleteCollectionResponse, removed, purged_blocks=purged)
 
     async def list_documents(
         self,
@@ -165,17 +139,7 @@ class Corpus:
         page = found.documents[:page_size]
         more = len(found.documents) > page_size
         return corpus_pb2.ListDocumentsResponse(
-            documents=[
-                corpus_pb2.DocumentSummary(
-                    document_id=document.document_id,
-                    version=document.version,
-                    title=document.title,
-                    passages=document.passages,
-                    metadata=document.metadata,
-                    source=document.source,
-                )
-                for document in page
-            ],
+            documents=[alike(corpus_pb2.DocumentSummary, document) for document in page],
             next_page_token=page_token_after(collection, page[-1].document_id) if more else "",
             total=found.total_documents,
         )
@@ -184,12 +148,7 @@ class Corpus:
         """All of the tenant's collections, by name."""
         found = await self.index.scan_collections(retriever_pb2.ScanCollectionsRequest(context=context))
         return corpus_pb2.ListCollectionsResponse(
-            collections=[
-                corpus_pb2.CollectionSummary(
-                    name=item.name, documents=item.documents, passages=item.passages, language=item.language
-                )
-                for item in found.collections
-            ]
+            collections=[alike(corpus_pb2.CollectionSummary, item) for item in found.collections]
         )
 
     async def _store(
@@ -198,13 +157,14 @@ class Corpus:
         collection, source = header.collection, header.source or header.document_id
         version = _version_from(document.version, source, document.document_id)
         stored = await self._stored(collection, document.document_id, context)
-        if stored is not None and stored.version == version:
+
+        def told(outcome: corpus_pb2.IngestOutcome, passages: int) -> IngestedDocument:
             return IngestedDocument(
-                document_id=document.document_id,
-                version=version,
-                passages=stored.passages,
-                outcome=corpus_pb2.INGEST_OUTCOME_UNCHANGED,
+                document_id=document.document_id, version=version, passages=passages, outcome=outcome
             )
+
+        if stored is not None and stored.version == version:
+            return told(corpus_pb2.INGEST_OUTCOME_UNCHANGED, stored.passages)
         metadata = struct_of(document.metadata)
         if header.dry_run:
             count = await asyncio.to_thread(_count, document.passages)
@@ -213,12 +173,7 @@ class Corpus:
         if not count:
             raise InvalidRequestError("content", f"document {document.document_id!r} has no text")
         if header.dry_run:
-            return IngestedDocument(
-                document_id=document.document_id,
-                version=version,
-                passages=count,
-                outcome=corpus_pb2.INGEST_OUTCOME_CREATED if stored is None else corpus_pb2.INGEST_OUTCOME_REPLACED,
-            )
+            return told(corpus_pb2.INGEST_OUTCOME_REPLACED if stored else corpus_pb2.INGEST_OUTCOME_CREATED, count)
         if stored is not None:
             # Before as well as after: when the cache cannot be reached, nothing has changed yet and a second try
             # finds it so; what a question encodes again between the two is purged by the other.
@@ -243,12 +198,7 @@ class Corpus:
         replaced = bool(committed.replaced_version)
         if replaced:
             await self._purge(collection, document.document_id, context)
-        return IngestedDocument(
-            document_id=document.document_id,
-            version=version,
-            passages=count,
-            outcome=corpus_pb2.INGEST_OUTCOME_REPLACED if replaced else corpus_pb2.INGEST_OUTCOME_CREATED,
-        )
+        return told(corpus_pb2.INGEST_OUTCOME_REPLACED if replaced else corpus_pb2.INGEST_OUTCOME_CREATED, count)
 
     async def _stage(
         self,

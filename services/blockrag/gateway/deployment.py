@@ -7,33 +7,36 @@ import functools
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, closing
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
+from ray.serve.handle import DeploymentHandle
 
+from blockrag import handles
 from blockrag.access import Access, Caller
-from blockrag.compressor.compression import CompressionAbility
-from blockrag.compressor.drafts import PassageDrafts
+from blockrag.alike import alike
+from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.compressor.plans import Planner
-from blockrag.compressor.tokenizing import PassageTokenizer
+from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
 from blockrag.configured import configured_bundle
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.errors import InvalidRequestError, NotFoundError
-from blockrag.gateway import remote, validation
+from blockrag.gateway import validation
+from blockrag.gateway.admission import Quotas
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import count_answer, observed, request_context
 from blockrag.gateway.planning import NearPlanner
-from blockrag.gateway.quotas import Quotas
 from blockrag.gateway.spool import receive_content, receive_header, refused_gently, while_it_moves
+from blockrag.gateway.turns import AnsweredTurns
 from blockrag.gateway.warming import ALL_FORMS, Warming
 from blockrag.grpc_status import rpc
 from blockrag.ingest.parser_pool import ParserPool
 from blockrag.ingest.splitting import PassageSplitter
-from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S
+from blockrag.limits import HEALTH_CHECKS
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import metrics, read_trace, setup_telemetry, trace_directory
 from blockrag.v1 import corpus_pb2, rag_pb2, system_pb2
@@ -55,10 +58,10 @@ class Gateway:
         tokenizer = bundle.load_fast_tokenizer()
         splitter = PassageSplitter(bundle.template, tokenizer, settings.ingest.passage_tokens)
         parsers = ParserPool(settings.ingest.parsers, settings.ingest.parse_timeout_s, settings.ingest.parse_memory_mb)
-        retriever = remote.RetrieverClient(serve.get_app_handle)
-        compressor = remote.CompressorClient(serve.get_app_handle)
-        kv_cache = remote.KvCacheClient(serve.get_app_handle)
-        decoder = remote.DecoderClient(serve.get_app_handle)
+        retriever = handles.RetrieverClient(serve.get_app_handle)
+        compressor = handles.CompressorClient(serve.get_app_handle)
+        kv_cache = handles.KvCacheClient(serve.get_app_handle)
+        decoder = handles.DecoderClient(_find_decoders)
         self._limits = limits
         self._ability = CompressionAbility.of(bundle)
         self._trace_directory = trace_directory(settings)
@@ -68,7 +71,7 @@ class Gateway:
         planner = Planner(passages, bundle.max_context_tokens, self._ability, drafts)
         self._answering = Answering(
             retriever,
-            NearPlanner(planner, passages, drafts, compressor, self._ability),
+            NearPlanner(planner, compressor),
             decoder,
             bundle.fingerprint,
             bundle.name,
@@ -87,14 +90,15 @@ class Gateway:
             ALL_FORMS if bundle.refrag is not None else (),
             int(settings.kv_cache.budget_mb * 2**20 * settings.kv_cache.tenant_share),
         )
+        self._turns = AnsweredTurns(limits.encode_turns, passages.turn_ids, kv_cache)
         self._describing = Describing(
             {
                 "retriever": retriever.status,
-                "encoder": remote.EncoderClient(serve.get_app_handle).status,
+                "encoder": handles.EncoderClient(serve.get_app_handle).status,
                 "kv_cache": kv_cache.status,
-                "compressor": compressor.status,
+                "compressor": compressor.tokenize_passages,
                 "decoder": decoder.status,
-                "http": remote.HttpClient(serve.get_app_handle).status,
+                "http": handles.HttpClient(serve.get_app_handle).answer,
             },
             limits=limits,
             bundle_fingerprint=bundle.fingerprint,
@@ -122,6 +126,7 @@ class Gateway:
                             metered.see(event)
                             if event.HasField("completion"):
                                 count_answer(event.completion)
+                                self._turns.encode(question, event.completion.answer, context)
                             yield event
                 finally:
                     metrics.NUM_REQUESTS_RUNNING.set(self._quotas.answers.running - 1, service="gateway")
@@ -165,8 +170,7 @@ class Gateway:
         self, request: corpus_pb2.DeleteDocumentRequest, grpc_context: GrpcContext = None, *, caller: Caller
     ) -> corpus_pb2.DeleteDocumentResponse:
         """Removes a document, its passages and their KV."""
-        context = request_context(grpc_context, caller.tenant)
-        with observed("CorpusService", "DeleteDocument", context) as current:
+        with observed("CorpusService", "DeleteDocument", request_context(grpc_context, caller.tenant)) as current:
             collection = validation.check_collection(request.collection)
             document_id = validation.read_document_id(request.document_id)
             return await self._corpus.delete_document(collection, document_id, current.child_context())
@@ -176,8 +180,7 @@ class Gateway:
         self, request: corpus_pb2.DeleteSourceRequest, grpc_context: GrpcContext = None, *, caller: Caller
     ) -> corpus_pb2.DeleteSourceResponse:
         """Removes the documents that came from one source."""
-        context = request_context(grpc_context, caller.tenant)
-        with observed("CorpusService", "DeleteSource", context) as current:
+        with observed("CorpusService", "DeleteSource", request_context(grpc_context, caller.tenant)) as current:
             collection = validation.check_collection(request.collection)
             source = validation.check_source(request.source)
             return await self._corpus.delete_source(collection, source, current.child_context())
@@ -187,8 +190,7 @@ class Gateway:
         self, request: corpus_pb2.ListDocumentsRequest, grpc_context: GrpcContext = None, *, caller: Caller
     ) -> corpus_pb2.ListDocumentsResponse:
         """Pages through a collection."""
-        context = request_context(grpc_context, caller.tenant)
-        with observed("CorpusService", "ListDocuments", context) as current:
+        with observed("CorpusService", "ListDocuments", request_context(grpc_context, caller.tenant)) as current:
             collection = validation.check_collection(request.collection)
             page_size = validation.check_page_size(request.page_size)
             document_ids = validation.check_listed_ids(request.document_ids)
@@ -201,8 +203,7 @@ class Gateway:
         self, request: corpus_pb2.ListCollectionsRequest, grpc_context: GrpcContext = None, *, caller: Caller
     ) -> corpus_pb2.ListCollectionsResponse:
         """Names the tenant's collections."""
-        context = request_context(grpc_context, caller.tenant)
-        with observed("CorpusService", "ListCollections", context) as current:
+        with observed("CorpusService", "ListCollections", request_context(grpc_context, caller.tenant)) as current:
             return await self._corpus.list_collections(current.child_context())
 
     @rpc
@@ -210,8 +211,7 @@ class Gateway:
         self, request: corpus_pb2.DeleteCollectionRequest, grpc_context: GrpcContext = None, *, caller: Caller
     ) -> corpus_pb2.DeleteCollectionResponse:
         """Removes a collection with everything in it."""
-        context = request_context(grpc_context, caller.tenant)
-        with observed("CorpusService", "DeleteCollection", context) as current:
+        with observed("CorpusService", "DeleteCollection", request_context(grpc_context, caller.tenant)) as current:
             if not request.collection:
                 raise InvalidRequestError("collection", "must be named to be deleted")
             collection = validation.check_collection(request.collection)
@@ -222,8 +222,7 @@ class Gateway:
         self, request: corpus_pb2.WarmRequest, grpc_context: GrpcContext = None, *, caller: Caller
     ) -> AsyncIterator[corpus_pb2.WarmResponse]:
         """Encodes passages ahead of time and reports progress."""
-        context = request_context(grpc_context, caller.tenant)
-        with observed("CorpusService", "Warm", context) as current:
+        with observed("CorpusService", "Warm", request_context(grpc_context, caller.tenant)) as current:
             collection = validation.check_collection(request.collection)
             document_ids = validation.check_document_ids(request.document_ids)
             progress = self._warming.warm(collection, document_ids, request.pin, current.child_context())
@@ -250,21 +249,13 @@ class Gateway:
         spans = await asyncio.to_thread(read_trace, self._trace_directory, trace_id, tenant)
         if not spans:
             raise NotFoundError(f"no spans of trace {trace_id}: not kept here, not sampled, or not written yet")
-        return system_pb2.GetTraceResponse(
-            spans=[
-                system_pb2.TraceSpan(
-                    span_id=stored.span_id,
-                    parent_span_id=stored.parent_span_id,
-                    name=stored.name,
-                    service=stored.service,
-                    start_unix_ns=stored.start_unix_ns,
-                    end_unix_ns=stored.end_unix_ns,
-                    attributes=stored.attributes,
-                    error=stored.error,
-                )
-                for stored in spans
-            ]
-        )
+        return system_pb2.GetTraceResponse(spans=[alike(system_pb2.TraceSpan, stored) for stored in spans])
+
+
+def _find_decoders(application: str) -> DeploymentHandle[Any]:
+    """The decoders themselves, not the door that there may be before several of them."""
+    serve.get_app_handle(application)  # raises when it is not deployed
+    return serve.get_deployment_handle("Decoder", application)
 
 
 def build(args: dict[str, str]) -> Application:
@@ -276,7 +267,6 @@ def build(args: dict[str, str]) -> Application:
         num_replicas=settings.gateway.replicas,
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        **HEALTH_CHECKS,
         ray_actor_options={"num_cpus": 0.1},
     )(Gateway).bind(settings)

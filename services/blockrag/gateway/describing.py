@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 import blockrag
 from blockrag.access import Caller, show_own, show_own_rows
-from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.settings import GatewaySettings
 from blockrag.v1.retriever_pb2 import TenantStored
 from blockrag.v1.system_pb2 import DescribeResponse, ServiceHealth, TenantQuotas
@@ -21,16 +21,12 @@ STATUS_TIMEOUT_S = 5.0
 """A service that says nothing for so long counts as unhealthy."""
 
 
-AskState = Callable[[], Awaitable[Message]]
-"""Asks a service for its state; what it answers is told where ``DescribeResponse`` has a field of its name."""
-
-
 @dataclass(frozen=True)
 class Describing:
     """Asks the services it is given."""
 
-    services: Mapping[str, AskState]
-    """All but the gateway, by name, in the order in which they are listed."""
+    services: Mapping[str, Callable[[], Awaitable[Message]]]
+    """What asks each for its state: all but the gateway, by name, in the order in which they are listed."""
     limits: GatewaySettings
     bundle_fingerprint: str
     max_positions: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 import uuid
@@ -13,8 +12,7 @@ from typing import Protocol
 from opentelemetry.trace import SpanKind
 
 from blockrag.errors import OverloadedError
-from blockrag.grpc_status import as_known_error
-from blockrag.status import status_code
+from blockrag.grpc_status import as_known_error, status_name
 from blockrag.telemetry import Span, metrics, span
 from blockrag.v1.common_pb2 import AttentionMode, RequestContext
 from blockrag.v1.rag_pb2 import Completion
@@ -30,14 +28,9 @@ class CallContext(Protocol):
     def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
 
 
-def call_metadata(call: CallContext | None) -> Sequence[tuple[str, str | bytes]]:
-    """The client's metadata; none for calls through a handle."""
-    return call.invocation_metadata() if call is not None else ()
-
-
 def request_context(call: CallContext | None, tenant: str, deadline_unix_ms: int = 0) -> RequestContext:
     """A call's context: the client's request id and ``traceparent`` where it sent usable ones."""
-    sent = {key: value for key, value in call_metadata(call) if isinstance(value, str)}
+    sent = {} if call is None else {key: value for key, value in call.invocation_metadata() if isinstance(value, str)}
     # Serve makes an id for calls without one and puts it into the trailing metadata: use the same.
     made = dict(call.trailing_metadata()) if call is not None else {}
     request_id = sent.get("request_id") or made.get("request_id") or ""
@@ -65,14 +58,10 @@ def observed(service: str, method: str, context: RequestContext) -> Iterator[Spa
     ) as current:
         try:
             yield current
-        except (asyncio.CancelledError, GeneratorExit):
-            status = "CANCELLED"
-            raise
-        except Exception as error:
-            known = as_known_error(error)
-            if isinstance(known, OverloadedError):
+        except BaseException as error:
+            status = status_name(error)
+            if isinstance(as_known_error(error), OverloadedError):
                 metrics.ADMISSION_REJECTIONS.inc(method=method, tenant=context.tenant)
-            status = status_code(known).name if known is not None else "INTERNAL"
             raise
         finally:
             current.set(**{"rpc.response.status_code": status})

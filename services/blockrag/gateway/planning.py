@@ -7,93 +7,68 @@ tokenising is the compressor's: its replicas can be scaled for it, and this even
 
 from __future__ import annotations
 
-from typing import Protocol
+import statistics
+from collections import deque
+from collections.abc import Mapping
 
-from blockrag.compressor.compression import CompressionAbility, CompressionRequest, sizes_decide
-from blockrag.compressor.drafts import PassageDrafts
+from blockrag.compressor.compression_request import CompressionRequest, sizes_decide
 from blockrag.compressor.plans import Planner
-from blockrag.compressor.tokenizing import PassageTokenizer
+from blockrag.compressor.sentences import read_spans
+from blockrag.handles import CompressorClient
 from blockrag.v1.common_pb2 import (
     ATTENTION_MODE_BLOCK,
     CHUNK_FORM_COMPRESSED,
+    CHUNK_FORM_DROPPED,
     AttentionMode,
     Passage,
     PromptBlock,
     Sampling,
+    TokenSpan,
 )
-from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse, PrepareQuestionRequest, PrepareQuestionResponse
+from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
 from blockrag.v1.decoder_pb2 import DecodeRequest
 
 MOST_UNKNOWN_CHARS = 8_192
 """Passage text that is tokenised and described here for one plan; takes about 5 ms, three times that where the
 vocabulary is not byte-level."""
-
-
-class PlanMaker(Protocol):
-    """The part of the compressor that planning needs."""
-
-    async def plan(self, request: PlanRequest) -> PlanResponse: ...
-
-    async def prepare_question(self, request: PrepareQuestionRequest) -> PrepareQuestionResponse: ...
-
-
-class ReadPlanMaker(Protocol):
-    """What answering needs: a maker of plans whose compression was read already, once for the whole gateway."""
-
-    async def plan(self, request: PlanRequest, compression: CompressionRequest | None) -> PlanResponse: ...
-
-    async def prepare_question(self, request: PrepareQuestionRequest) -> PrepareQuestionResponse: ...
+_KEPT = 32
+_ELSEWHERE = ("retrieve", "compose", "prefill")
+"""Stages that a plan under a latency budget knows or predicts itself."""
 
 
 class NearPlanner:
     """Plans without the compressor where it can. Not thread-safe: it lives in one event loop."""
 
-    def __init__(
-        self,
-        own: Planner,
-        tokenizer: PassageTokenizer,
-        drafts: PassageDrafts,
-        compressor: PlanMaker,
-        ability: CompressionAbility,
-    ) -> None:
-        """``own`` plans with ``tokenizer`` and ``drafts``, which also remember the compressor's results.
-
-        ``ability``: the bundle's.
-        """
+    def __init__(self, own: Planner, compressor: CompressorClient) -> None:
+        """``own`` plans what sizes decide, and remembers the compressor's results too."""
         self._own = own
-        self._tokenizer = tokenizer
-        self._drafts = drafts
         self._compressor = compressor
-        self._ability = ability
+        self.prepare_question = compressor.prepare_question
 
     async def plan(self, request: PlanRequest, compression: CompressionRequest | None) -> PlanResponse:
         """Decides what enters the prompt. Raises what either planner raises.
 
         ``compression``: what the request's message was read as.
         """
-        near = sizes_decide(compression, self._ability)
-        worded = compression is not None and self._ability.policies is not None
+        near = sizes_decide(compression, self._own.ability)
+        worded = compression is not None and self._own.ability.policies is not None
         if near and self._unknown_chars(request, worded) <= MOST_UNKNOWN_CHARS:
             return await self._own.plan_read(request, compression)
         response = await self._compressor.plan(request)
         for passage, planned in zip(request.passages, response.passages, strict=False):
-            self._tokenizer.remember(passage.title, passage.text, planned.token_ids)
+            self._own.tokenizer.remember(passage.title, passage.text, planned.token_ids)
             if near and worded:
-                self._drafts.remember(planned)
+                self._own.drafts.remember(planned)
         return response
-
-    async def prepare_question(self, request: PrepareQuestionRequest) -> PrepareQuestionResponse:
-        """Has the compressor embed a question ahead of its plan."""
-        return await self._compressor.prepare_question(request)
 
     def _unknown_chars(self, request: PlanRequest, worded: bool) -> int:
         return sum(len(passage.text) for passage in request.passages if not self._knows(passage, worded))
 
     def _knows(self, passage: Passage, worded: bool) -> bool:
         """Whether a passage was tokenised before, and ``worded``: whether its chunks' words are known too."""
-        if not self._tokenizer.remembers(passage.title, passage.text):
+        if not self._own.tokenizer.remembers(passage.title, passage.text):
             return False
-        return not worded or self._drafts.has_words(self._tokenizer.passage_ids(passage.title, passage.text))
+        return not worded or self._own.drafts.has_words(self._own.tokenizer.passage_ids(passage.title, passage.text))
 
 
 def decode_request(
@@ -114,6 +89,41 @@ def decode_request(
             if CHUNK_FORM_COMPRESSED in forms:
                 block.chunk_tokens = plan.chunk_tokens
                 block.forms.extend(forms)
+            elif CHUNK_FORM_DROPPED in forms:
+                block.kept.extend(TokenSpan(start=start, end=end) for start, end in read_spans(planned))
             blocks.append(block)
     blocks.extend(plan.turns)
     return DecodeRequest(blocks=blocks, final_token_ids=plan.final_token_ids, attention_mode=mode, sampling=sampling)
+
+
+class Overhead:
+    """The median, over the latest answers, of fetching, waiting, the calls between services and planning, without
+    the policy's own time.
+
+    A plan for a latency needs it: time that is spent there cannot be spent on slots. Answers whose plans took a call to
+    the compressor count where there are any. Not for several threads.
+    """
+
+    def __init__(self) -> None:
+        self._by_compressor: deque[float] = deque(maxlen=_KEPT)
+        self._near: deque[float] = deque(maxlen=_KEPT)
+
+    def record(
+        self,
+        time_to_first_token_ms: float,
+        stage_ms: Mapping[str, float],
+        policy_ms: float = 0.0,
+        *,
+        by_compressor: bool = False,
+    ) -> None:
+        """Count one answer, ``by_compressor``: planned by it; one without a first token says nothing."""
+        if time_to_first_token_ms > 0:
+            known = policy_ms + sum(stage_ms.get(stage, 0.0) for stage in _ELSEWHERE)
+            latest = self._by_compressor if by_compressor else self._near
+            latest.append(max(0.0, time_to_first_token_ms - known))
+
+    @property
+    def milliseconds(self) -> float:
+        """Typical overhead of an answer that the compressor plans; 0 before the first answer."""
+        latest = self._by_compressor or self._near
+        return statistics.median(latest) if latest else 0.0

@@ -1,23 +1,47 @@
-"""What Serve's gRPC servers are given to listen for.
+"""What Serve's gRPC servers are given to listen for, and what they tell nobody.
+
+Serve turns the error of a dead actor into INTERNAL with its id, process, namespace and address in the text. To a client
+that is a fault of the server which will not pass, and more than it should know: who it was is left out.
 
 Serve imports the function in its proxies and in the replicas of every ingress, so this module stays light.
 Server reflection needs nothing here: ``gRPCOptions.enable_reflection`` is on by default and lists all of them.
+The standard health protocol, ``grpc.health.v1``, is answered over the applications that run.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import inspect
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
+import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from blockrag.gateway.discreet import DiscreetHandlers
-from blockrag.gateway.health import HealthServicer, serving_applications
-from blockrag.grpc_status import MalformedRequest
+from blockrag.grpc_status import INTERNAL_MESSAGE, MalformedRequest
 from blockrag.services import SERVICES
+
+APPLICATION_OF_SERVICE: dict[str, str] = {
+    "": "gateway",
+    **{f"blockrag.v1.{name}": service.name for service in SERVICES for name in service.protobuf},
+}
+"""The Serve application behind each protobuf service; the empty name is the protocol's "server as a whole"."""
+
+FRESH_S = 1.0
+"""How long an answer of the controller's is used."""
+_WATCH_S = 1.0
+LOST = "a replica that worked on this request went away; send it again"
+# grpc.aio gives the code back as a number.
+_INTERNAL = (grpc.StatusCode.INTERNAL, grpc.StatusCode.INTERNAL.value[0])
+_RAY_S_WORDS = ("actor", "replica", "node", "worker", "raylet")
+
+_logger = logging.getLogger(__name__)
 
 
 def add_services_to_server(servicer: object, server: Any) -> None:
@@ -81,3 +105,110 @@ def _forgiving_parser(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return MalformedRequest(str(error).split(": ", 1)[-1])
 
     return parse_or_say
+
+
+class DiscreetHandlers:
+    """Makes Serve's handlers, with contexts that keep to themselves what Ray says.
+
+    Takes the place of ``gRPCGenericServer.service_handler_factory``.
+    """
+
+    def __init__(self, make: Callable[..., Callable[..., Any]]) -> None:
+        self._make = make
+
+    def __call__(self, **options: Any) -> Callable[..., Any]:
+        handler = self._make(**options)
+        if inspect.isasyncgenfunction(handler):
+
+            async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+                async with aclosing(handler(request, DiscreetContext(context))) as messages:
+                    async for message in messages:
+                        yield message
+
+            return stream
+
+        async def call(request: Any, context: Any) -> Any:
+            return await handler(request, DiscreetContext(context))
+
+        return call
+
+
+class DiscreetContext:
+    """A gRPC context on which an INTERNAL that is not of ours tells nothing of actors and addresses."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def set_details(self, details: str) -> None:
+        """Called after ``set_code``, as Serve does."""
+        if self._context.code() in _INTERNAL and not details.startswith(INTERNAL_MESSAGE):
+            _logger.warning("kept from a client: %s", details)
+            if any(word in details.lower() for word in _RAY_S_WORDS):
+                self._context.set_code(grpc.StatusCode.UNAVAILABLE)
+                details = LOST
+            else:
+                details = INTERNAL_MESSAGE
+        self._context.set_details(details)
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """Answers Check and Watch.
+
+    ``serving`` gives the names of the applications that can take requests; it may block.
+    """
+
+    def __init__(self, serving: Callable[[], frozenset[str]], fresh_s: float = FRESH_S) -> None:
+        self._serving = serving
+        self._fresh_s = fresh_s
+        self._known: frozenset[str] = frozenset()
+        self._known_until = 0.0
+        self._asking: asyncio.Lock | None = None
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
+        """SERVING or NOT_SERVING; NOT_FOUND for a service that is none of ours."""
+        if request.service not in APPLICATION_OF_SERVICE:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service[:100]!r}")
+        return health_pb2.HealthCheckResponse(status=await self._status(request.service))
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """The status now, and each change of it."""
+        last = None
+        while True:
+            status = await self._status(request.service)
+            if status != last:
+                last = status
+                yield health_pb2.HealthCheckResponse(status=status)
+            await asyncio.sleep(_WATCH_S)
+
+    async def _status(self, service: str) -> int:
+        application = APPLICATION_OF_SERVICE.get(service)
+        if application is None:
+            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        if self._asking is None:  # made here: a servicer is made before its event loop runs
+            self._asking = asyncio.Lock()
+        async with self._asking:
+            if time.monotonic() >= self._known_until:
+                self._known = await asyncio.to_thread(self._serving)
+                self._known_until = time.monotonic() + self._fresh_s
+        serving = application in self._known
+        return health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def serving_applications() -> frozenset[str]:
+    """Applications each of whose deployments has a running replica, as Serve's controller sees it."""
+    from ray import serve
+
+    return frozenset(
+        name
+        for name, application in serve.status().applications.items()
+        if application.deployments
+        and all(
+            any(state == "RUNNING" and replicas > 0 for state, replicas in deployment.replica_states.items())
+            for deployment in application.deployments.values()
+        )
+    )

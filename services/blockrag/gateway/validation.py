@@ -7,18 +7,23 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from google.protobuf.struct_pb2 import Value
+from google.protobuf.message import Message
 
-from blockrag.characters import is_blank, normalise
-from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression, sizes_decide
+from blockrag.characters import check_line, check_text, is_blank, normalise
+from blockrag.compressor.compression_request import (
+    CompressionAbility,
+    CompressionRequest,
+    read_compression,
+    sizes_decide,
+)
 from blockrag.errors import InvalidRequestError
+from blockrag.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
 from blockrag.languages import LANGUAGES
-from blockrag.limits import MAX_CONDITION_VALUES, MAX_CONDITIONS, MAX_TEMPERATURE
-from blockrag.metadata import MAX_KEY_CHARS, check_number, metadata_of
-from blockrag.retriever.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
+from blockrag.limits import MAX_TEMPERATURE
+from blockrag.metadata import MAX_TITLE_CHARS, check_filter, check_key, metadata_of
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2
-from blockrag.v1.common_pb2 import AttentionMode, ConditionOperator, MetadataCondition, Sampling
+from blockrag.v1.common_pb2 import AttentionMode, MetadataCondition, Sampling
 
 MAX_TOKENS = 100_000
 """Beyond any model; the decoder refuses what its own model cannot hold."""
@@ -31,16 +36,11 @@ MAX_GIVEN_TOTAL_CHARS = 262_144
 MAX_TURNS = 128
 MAX_CONVERSATION_CHARS = 262_144
 """Longest text of instructions and earlier turns together."""
-MAX_TITLE_CHARS = 1024
 MAX_SOURCE_CHARS = 1024
 MAX_PAGE = 500
 MAX_WARM_DOCUMENTS = 10_000
 
-# Control characters but tab, line feed and carriage return; lone surrogates; U+FFFE and U+FFFF.
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_LINE_BREAKS = re.compile(r"[\t\n\r]")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
-_KINDS = ("string_value", "number_value", "bool_value")
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,16 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
         raise InvalidRequestError("passages", "cannot be given with attention_mode none, which uses no passages")
     if request.HasField("max_context_tokens") and request.max_context_tokens == 0:
         raise InvalidRequestError("max_context_tokens", "must be at least 1; leave it out for no limit")
+    most_ms = limits.max_timeout_ms
     compression = read_compression(request.compression, mode, ability)
     return Question(
         text=text,
         collection=check_collection(request.collection),
-        top_k=_check_top_k(request, limits),
-        filter=check_filter(request.filter),
+        top_k=_number(request, "top_k", limits.default_top_k, limits.max_top_k),
+        filter=read_filter(request.filter),
         attention_mode=mode,
         sampling=_check_sampling(request, limits),
-        timeout_ms=_check_timeout(request, limits),
+        timeout_ms=min(_number(request, "timeout_ms", most_ms, 2**32), most_ms),
         max_context_tokens=request.max_context_tokens,
         given=given,
         compression=compression,
@@ -113,8 +114,8 @@ def check_retrieve(request: rag_pb2.RetrieveRequest, limits: GatewaySettings) ->
     return Search(
         query=check_question("query", request.query, limits.max_question_chars),
         collection=check_collection(request.collection),
-        top_k=_check_top_k(request, limits),
-        filter=check_filter(request.filter),
+        top_k=_number(request, "top_k", limits.default_top_k, limits.max_top_k),
+        filter=read_filter(request.filter),
     )
 
 
@@ -129,15 +130,6 @@ def check_question(field: str, text: str, max_chars: int) -> str:
     return text
 
 
-def check_text(field: str, text: str) -> None:
-    """Refuses control characters (but tab and line breaks) and what is no Unicode text."""
-    found = _FORBIDDEN.search(text)
-    if found is not None:
-        raise InvalidRequestError(
-            field, f"holds the control or invalid character U+{ord(found[0]):04X} at {found.start()}"
-        )
-
-
 def check_collection(name: str) -> str:
     """A collection's name; the empty one means the default."""
     if not name:
@@ -148,18 +140,18 @@ def check_collection(name: str) -> str:
 
 def check_header(header: corpus_pb2.DocumentHeader) -> corpus_pb2.DocumentHeader:
     """The header normalised, with its collection filled in."""
-    _check_line("title", header.title, MAX_TITLE_CHARS)
+    check_line("title", header.title, MAX_TITLE_CHARS)
     for key in header.metadata.fields:
-        _check_key("metadata", key)
+        check_key("metadata", key)
     metadata_of(header.metadata)
     checked = corpus_pb2.DocumentHeader()
-    # The metadata's own texts are normalised with those that the file brings (ingest.metadata).
+    # The metadata's own texts are normalised with those that the file brings (checked_metadata).
     checked.CopyFrom(header)
     checked.collection = check_collection(header.collection)
     checked.document_id = read_document_id(header.document_id)
     checked.title = normalise(header.title)
     checked.source = normalise(header.source) or checked.document_id
-    _check_line("source", checked.source, MAX_SOURCE_CHARS)
+    check_line("source", checked.source, MAX_SOURCE_CHARS)
     if header.language and header.language not in LANGUAGES:
         raise InvalidRequestError("language", f"{header.language[:80]!r} is none of {', '.join(LANGUAGES)}")
     return checked
@@ -169,7 +161,7 @@ def check_source(source: str) -> str:
     """What documents came from, by which they are removed; normalised as it is stored."""
     if not source:
         raise InvalidRequestError("source", "must not be empty")
-    _check_line("source", source, MAX_SOURCE_CHARS)
+    check_line("source", source, MAX_SOURCE_CHARS)
     return normalise(source)
 
 
@@ -180,14 +172,9 @@ def read_document_id(document_id: str) -> str:
     return document_id
 
 
-def check_filter(conditions: Sequence[MetadataCondition]) -> tuple[MetadataCondition, ...]:
+def read_filter(conditions: Sequence[MetadataCondition]) -> tuple[MetadataCondition, ...]:
     """Conditions that can be evaluated, normalised as metadata is."""
-    if len(conditions) > MAX_CONDITIONS:
-        raise InvalidRequestError("filter", f"has {len(conditions)} conditions; at most {MAX_CONDITIONS} are allowed")
-    for index, condition in enumerate(conditions):
-        field = f"filter[{index}]"
-        _check_key(f"{field}.key", condition.key)
-        _check_values(field, condition)
+    check_filter(conditions)
     return tuple(map(_normalised, conditions))
 
 
@@ -219,30 +206,20 @@ def check_trace_id(trace_id: str) -> str:
     return trace_id.lower()
 
 
-def _check_top_k(request: rag_pb2.GenerateRequest | rag_pb2.RetrieveRequest, limits: GatewaySettings) -> int:
-    if not request.HasField("top_k"):
-        return limits.default_top_k
-    if request.top_k == 0:
-        raise InvalidRequestError("top_k", "must be at least 1")
-    if request.top_k > limits.max_top_k:
-        raise InvalidRequestError("top_k", f"is {request.top_k}; at most {limits.max_top_k} are allowed")
-    return request.top_k
-
-
-def _check_timeout(request: rag_pb2.GenerateRequest, limits: GatewaySettings) -> int:
-    if not request.HasField("timeout_ms"):
-        return limits.max_timeout_ms
-    if request.timeout_ms == 0:
-        raise InvalidRequestError("timeout_ms", "must be at least 1")
-    return min(request.timeout_ms, limits.max_timeout_ms)
+def _number(request: Message, field: str, default: int, most: int) -> int:
+    """A number from 1 to ``most``, if the request has it."""
+    if not request.HasField(field):
+        return default
+    number: int = getattr(request, field)
+    if number == 0:
+        raise InvalidRequestError(field, "must be at least 1")
+    if number > most:
+        raise InvalidRequestError(field, f"is {number}; at most {most} are allowed")
+    return number
 
 
 def _check_sampling(request: rag_pb2.GenerateRequest, limits: GatewaySettings) -> Sampling:
-    max_tokens = request.max_tokens if request.HasField("max_tokens") else limits.default_max_tokens
-    if max_tokens == 0:
-        raise InvalidRequestError("max_tokens", "must be at least 1")
-    if max_tokens > MAX_TOKENS:
-        raise InvalidRequestError("max_tokens", f"is {max_tokens}; at most {MAX_TOKENS} are allowed")
+    max_tokens = _number(request, "max_tokens", limits.default_max_tokens, MAX_TOKENS)
     temperature = request.temperature if request.HasField("temperature") else 0.0
     if not 0.0 <= temperature <= MAX_TEMPERATURE:  # refuses NaN as well
         raise InvalidRequestError("temperature", f"must be between 0 and {MAX_TEMPERATURE:g}")
@@ -270,7 +247,7 @@ def _check_given(passages: Sequence[rag_pb2.GivenPassage], most: int) -> tuple[r
         check_text(f"{field}.text", passage.text)
         if is_blank(passage.text):
             raise InvalidRequestError(f"{field}.text", "must not be empty")
-        _check_line(f"{field}.title", passage.title, MAX_TITLE_CHARS)
+        check_line(f"{field}.title", passage.title, MAX_TITLE_CHARS)
     total = sum(len(passage.text) for passage in passages)
     if total > MAX_GIVEN_TOTAL_CHARS:
         raise InvalidRequestError(
@@ -309,47 +286,3 @@ def _check_conversation(request: rag_pb2.GenerateRequest) -> tuple[common_pb2.Tu
     return tuple(
         common_pb2.Turn(question=normalise(turn.question), answer=normalise(turn.answer)) for turn in request.turns
     )
-
-
-def _check_key(field: str, key: str) -> None:
-    if not key:
-        raise InvalidRequestError(field, "must not be empty")
-    _check_line(field, key, MAX_KEY_CHARS)
-
-
-def _check_line(field: str, text: str, most: int) -> None:
-    if len(text) > most:
-        raise InvalidRequestError(field, f"has {len(text)} characters; at most {most} are allowed")
-    check_text(field, text)
-    if _LINE_BREAKS.search(text):
-        raise InvalidRequestError(field, "must be one line without tabs")
-
-
-def _check_values(field: str, condition: MetadataCondition) -> None:
-    values = condition.values
-    kinds = {value.WhichOneof("kind") for value in values}
-    if condition.operator in (ConditionOperator.CONDITION_OPERATOR_IN, ConditionOperator.CONDITION_OPERATOR_NOT_IN):
-        if not 1 <= len(values) <= MAX_CONDITION_VALUES:
-            raise InvalidRequestError(f"{field}.values", f"must hold 1 to {MAX_CONDITION_VALUES} values")
-        if not kinds <= set(_KINDS):
-            raise InvalidRequestError(f"{field}.values", "must be strings, numbers or booleans, each value on its own")
-        for index, value in enumerate(values):
-            _check_value(f"{field}.values[{index}]", value)
-    elif condition.operator in (
-        ConditionOperator.CONDITION_OPERATOR_AT_LEAST,
-        ConditionOperator.CONDITION_OPERATOR_AT_MOST,
-    ):
-        if len(values) != 1 or kinds != {"number_value"}:
-            raise InvalidRequestError(f"{field}.values", "must be one number")
-        _check_value(f"{field}.values[0]", values[0])
-    else:
-        raise InvalidRequestError(f"{field}.operator", "must be IN, NOT_IN, AT_LEAST or AT_MOST")
-
-
-def _check_value(field: str, value: Value) -> None:
-    if value.WhichOneof("kind") == "number_value":
-        check_number(value.number_value, field, "the number")
-    if value.WhichOneof("kind") == "string_value":
-        if len(value.string_value) > MAX_TITLE_CHARS:
-            raise InvalidRequestError(field, f"has more than {MAX_TITLE_CHARS} characters")
-        check_text(field, value.string_value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from blockrag.alike import alike
 from blockrag.errors import NotFoundError
+from blockrag.gateway.corpus import all_documents
+from blockrag.handles import CompressorClient, KvCacheClient, RetrieverClient
 from blockrag.v1 import compressor_pb2, corpus_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.common_pb2 import (
     BLOCK_FORM_CHUNKS,
@@ -27,37 +29,13 @@ _GROUP_PASSAGES = 512
 _BATCH_BLOCKS = 64
 
 
-class PassageSource(Protocol):
-    """The part of the retriever that lists passages."""
-
-    async def scan_documents(
-        self, request: retriever_pb2.ScanDocumentsRequest
-    ) -> retriever_pb2.ScanDocumentsResponse: ...
-
-    async def scan_passages(self, request: retriever_pb2.ScanPassagesRequest) -> retriever_pb2.ScanPassagesResponse: ...
-
-
-class BlockTokenizer(Protocol):
-    """The part of the compressor that makes blocks."""
-
-    async def tokenize_passages(
-        self, request: compressor_pb2.TokenizePassagesRequest
-    ) -> compressor_pb2.TokenizePassagesResponse: ...
-
-
-class BlockWarmer(Protocol):
-    """The part of the KV cache that encodes ahead."""
-
-    async def warm_blocks(self, request: kv_cache_pb2.WarmBlocksRequest) -> kv_cache_pb2.WarmBlocksResponse: ...
-
-
 @dataclass(frozen=True)
 class Warming:
     """Warms collections by means of the services it is given."""
 
-    source: PassageSource
-    tokenizer: BlockTokenizer
-    cache: BlockWarmer
+    source: RetrieverClient
+    tokenizer: CompressorClient
+    cache: KvCacheClient
     forms: Sequence[BlockForm] = ()
     """Of the passages' blocks; empty: full only."""
     budget_bytes: int = 0
@@ -80,12 +58,12 @@ class Warming:
             # Documents may be replaced meanwhile: the sum grows rather than ends below what was done.
             progress.total = max(progress.total, progress.done)
             if progress.over_budget and self._full(progress):
-                yield _copy(progress)
+                yield alike(corpus_pb2.WarmResponse, progress)
                 return
             if progress.done < progress.total:
-                yield _copy(progress)
+                yield alike(corpus_pb2.WarmResponse, progress)
         progress.total = progress.done
-        yield _copy(progress)
+        yield alike(corpus_pb2.WarmResponse, progress)
 
     def _full(self, progress: corpus_pb2.WarmResponse) -> bool:
         """Whether another batch would not fit beside what was done, found warm or encoded."""
@@ -97,31 +75,21 @@ class Warming:
     async def _documents(
         self, collection: str, document_ids: Sequence[str], context: RequestContext
     ) -> list[retriever_pb2.StoredDocument]:
+        if not document_ids:
+            return [document async for document in all_documents(self.source, collection, context)]
         found: list[retriever_pb2.StoredDocument] = []
-        if document_ids:
-            for start in range(0, len(document_ids), _SCAN_DOCUMENTS):
-                wanted = document_ids[start : start + _SCAN_DOCUMENTS]
-                page = await self.source.scan_documents(
-                    retriever_pb2.ScanDocumentsRequest(
-                        context=context, collection=collection, document_ids=wanted, limit=len(wanted)
-                    )
-                )
-                missing = set(wanted) - {document.document_id for document in page.documents}
-                if missing:
-                    raise NotFoundError(f"no document {min(missing)!r} in collection {collection!r}")
-                found.extend(page.documents)
-            return found
-        after = ""
-        while True:
+        for start in range(0, len(document_ids), _SCAN_DOCUMENTS):
+            wanted = document_ids[start : start + _SCAN_DOCUMENTS]
             page = await self.source.scan_documents(
                 retriever_pb2.ScanDocumentsRequest(
-                    context=context, collection=collection, after_document_id=after, limit=_SCAN_DOCUMENTS
+                    context=context, collection=collection, document_ids=wanted, limit=len(wanted)
                 )
             )
+            missing = set(wanted) - {document.document_id for document in page.documents}
+            if missing:
+                raise NotFoundError(f"no document {min(missing)!r} in collection {collection!r}")
             found.extend(page.documents)
-            if len(page.documents) < _SCAN_DOCUMENTS:
-                return found
-            after = page.documents[-1].document_id
+        return found
 
     async def _passages(
         self, collection: str, documents: Sequence[retriever_pb2.StoredDocument], context: RequestContext
@@ -173,9 +141,3 @@ def _groups(documents: Sequence[retriever_pb2.StoredDocument]) -> list[list[str]
         groups[-1].append(document.document_id)
         passages += document.passages
     return groups
-
-
-def _copy(progress: corpus_pb2.WarmResponse) -> corpus_pb2.WarmResponse:
-    copy = corpus_pb2.WarmResponse()
-    copy.CopyFrom(progress)
-    return copy

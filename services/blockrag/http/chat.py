@@ -6,14 +6,29 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
+from fastapi import APIRouter
 from pydantic import Field
+from starlette.responses import JSONResponse, Response
 
-from blockrag.http.conversation import Said, put_conversation
-from blockrag.http.errors import error_detail
-from blockrag.http.events import Answer, data, usage_details
-from blockrag.http.requests import Answering, Body, Refused, Unused, generate_request, only, set_number
+from blockrag.http.error_objects import error_detail
+from blockrag.http.events import STREAMED, Answer, data, server_sent, usage_details
+from blockrag.http.gateway import Visit
+from blockrag.http.shared_fields import (
+    Answering,
+    Body,
+    Refused,
+    Said,
+    StreamOptions,
+    TextFormat,
+    Unused,
+    generate_request,
+    only,
+    put_conversation,
+    set_number,
+)
 from blockrag.v1 import common_pb2, rag_pb2
 
+router = APIRouter()
 _REASONS = {
     common_pb2.FINISH_REASON_END: "stop",
     common_pb2.FINISH_REASON_STOP: "stop",
@@ -40,24 +55,12 @@ class Message(Body):
     function_call: Refused = None
     tool_calls: Annotated[Any, only(None, [])] = None
 
-    def said(self) -> Said:
-        """Role and text."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Said(self.role, text)
 
-
-class StreamOptions(Body):
+class UsageOptions(StreamOptions):
     """What a stream holds beside the text."""
 
     include_usage: bool | None = False
     """A last chunk with the usage."""
-    include_obfuscation: Annotated[bool | None, only(None, False)] = None
-
-
-class TextFormat(Body):
-    """Plain text, the only format."""
-
-    type: Literal["text"]
 
 
 class ChatRequest(Answering):
@@ -65,7 +68,7 @@ class ChatRequest(Answering):
     the prompt as earlier turns, cached like passages."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    stream_options: StreamOptions | None = None
+    stream_options: UsageOptions | None = None
     max_tokens: int | None = None
     """Most tokens of the answer; left out: the server's default."""
     max_completion_tokens: int | None = None
@@ -85,7 +88,7 @@ class ChatRequest(Answering):
     def to_message(self) -> rag_pb2.GenerateRequest:
         """The gateway's request. Raises ``InvalidRequestError``, ``NotFoundError``."""
         message = generate_request(self)
-        put_conversation([one.said() for one in self.messages], message, "messages")
+        put_conversation([Said.of(one.role, one.content) for one in self.messages], message, "messages")
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         set_number(message, "max_tokens", most)
         set_number(message, "seed", self.seed)
@@ -101,6 +104,15 @@ def usage_of(usage: common_pb2.Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+
+
+@router.post("/chat/completions", responses=STREAMED)
+async def create_chat_completion(body: ChatRequest, visit: Visit) -> Response:
+    """Answers the last message of a conversation."""
+    answer = await Answer.begin(visit.gateway.generate(body.to_message(), visit.call))
+    if body.stream:
+        return server_sent(chunks(body, answer))
+    return JSONResponse(await whole(body, answer))
 
 
 async def whole(request: ChatRequest, answer: Answer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blockrag.access import Access, OnBehalf
 from blockrag.errors import UnauthenticatedError
-from blockrag.http.errors import error_response, too_large, too_large_response
+from blockrag.http.error_objects import error_response, too_large, too_large_response
 from blockrag.limits import LOOPBACK_NAMES
 from blockrag.settings import Settings
 

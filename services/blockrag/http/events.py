@@ -14,6 +14,10 @@ from blockrag.errors import UnavailableError
 from blockrag.v1 import rag_pb2
 from blockrag.v1.common_pb2 import ChunkForm, Passage
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer; with stream as server-sent events.", "content": {"text/event-stream": {}}}
+}
+"""For the OpenAPI schema of paths that may stream."""
 _ENDED_EARLY = "the answer ended without its completion; ask again"
 
 
@@ -102,15 +106,9 @@ def fields_of(message: Message) -> dict[str, Any]:
 
 
 def _citation(citation: rag_pb2.Citation, explain: bool) -> dict[str, Any]:
-    told = {
-        "passage_id": citation.passage_id,
-        "document_id": citation.document_id,
-        "title": citation.title,
-        "tokens": citation.tokens,
-        "slots": fields_of(citation.slots),
-        "in_prompt": citation.in_prompt,
-        "dropped_reason": citation.dropped_reason,
-    }
+    names = ("passage_id", "document_id", "title", "tokens", "in_prompt", "dropped_reason")
+    told: dict[str, Any] = {name: getattr(citation, name) for name in names}
+    told["slots"] = fields_of(citation.slots)
     if explain:
         told["chunks"] = [
             {

@@ -7,16 +7,32 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
+from fastapi import APIRouter
 from google.protobuf.struct_pb2 import Struct
 from pydantic import Field
+from starlette.responses import JSONResponse, Response
 
-from blockrag.http.conversation import Said, put_conversation
-from blockrag.http.errors import error_detail
-from blockrag.http.events import Answer, cited_documents, data, file_id, usage_details
-from blockrag.http.requests import Answering, Body, Refused, Unused, collection_of, generate_request, only, set_number
+from blockrag.http.error_objects import error_detail
+from blockrag.http.events import STREAMED, Answer, cited_documents, data, file_id, server_sent, usage_details
+from blockrag.http.gateway import Visit
+from blockrag.http.shared_fields import (
+    Answering,
+    Body,
+    Refused,
+    Said,
+    StreamOptions,
+    TextFormat,
+    Unused,
+    collection_of,
+    generate_request,
+    only,
+    put_conversation,
+    set_number,
+)
 from blockrag.metadata import metadata_of
 from blockrag.v1 import common_pb2, rag_pb2
 
+router = APIRouter()
 RESULTS = "file_search_call.results"
 """What ``include`` asks for the passages by."""
 
@@ -51,23 +67,11 @@ class SearchItem(Body):
     results: Unused = None
 
 
-class TextFormat(Body):
-    """Plain text, the only format."""
-
-    type: Literal["text"]
-
-
 class TextOptions(Body):
     """How the answer is written."""
 
     format: TextFormat | None = None
     verbosity: Annotated[str | None, only(None, "medium")] = None
-
-
-class StreamOptions(Body):
-    """What a stream holds beside the text."""
-
-    include_obfuscation: Annotated[bool | None, only(None, False)] = None
 
 
 class ResponsesRequest(Answering):
@@ -98,8 +102,7 @@ class ResponsesRequest(Answering):
         items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         for item in items:
             if isinstance(item, MessageItem):
-                parts = [item.content] if isinstance(item.content, str) else [part.text for part in item.content]
-                said.append(Said(item.role, "".join(parts)))
+                said.append(Said.of(item.role, item.content))
         put_conversation(said, message, "input")
         set_number(message, "max_tokens", self.max_output_tokens, "max_output_tokens")
         return message
@@ -119,7 +122,7 @@ class _Writer:
 
     def response(self, output: list[dict[str, Any]], status: str) -> dict[str, Any]:
         request, completion = self._request, self._answer.completion
-        cut = completion is not None and completion.finish_reason == common_pb2.FINISH_REASON_LENGTH
+        cut = self.message_status() == "incomplete"
         return {
             "id": f"resp_{self._answer.request_id}",
             "object": "response",
@@ -212,6 +215,16 @@ def text_part(text: str, annotations: list[dict[str, Any]]) -> dict[str, Any]:
 def attributes(metadata: Struct) -> dict[str, Any]:
     """A document's metadata, as far as OpenAI's attributes can hold it: texts, numbers, booleans."""
     return {key: value for key, value in metadata_of(metadata).items() if isinstance(value, str | int | float)}
+
+
+@router.post("/responses", responses=STREAMED)
+async def create_response(body: ResponsesRequest, visit: Visit) -> Response:
+    """Answers with the documents that were read as citations."""
+    message = body.to_message()
+    answer = await Answer.begin(visit.gateway.generate(message, visit.call))
+    if body.stream:
+        return server_sent(events(body, message.question, answer))
+    return JSONResponse(await whole(body, message.question, answer))
 
 
 async def whole(request: ResponsesRequest, question: str, answer: Answer) -> dict[str, Any]:

@@ -80,7 +80,11 @@ class ParserPool:
     async def prepare(
         self, spool: BinaryIO, source: SourceDocument, splitter: PassageSplitter
     ) -> AsyncIterator[Iterator[PreparedDocument]]:
-        """The documents of a received file, as ``prepare_documents`` gives them; making passages blocks."""
+        """The documents of one received file: one, or one for each line of a jsonl file; making passages blocks.
+
+        Consume a document's passages before the next document, or not at all. Raises ``InvalidRequestError`` naming the
+        field: ``document_id``, ``media_type``, ``metadata`` or ``content``.
+        """
         checked = check_source(source)
         size = check_spool(spool)
         if _is_plain(spool, size, checked.media_type):

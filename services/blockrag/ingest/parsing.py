@@ -10,13 +10,13 @@ from typing import Any, BinaryIO
 from blockrag.characters import clean_text, is_blank
 from blockrag.errors import InvalidRequestError
 from blockrag.ingest.html import read_html
-from blockrag.ingest.jsonl import copy_jsonl
+from blockrag.ingest.json_documents import copy_jsonl
 from blockrag.ingest.markdown import read_markdown
 from blockrag.ingest.media import READ_BYTES, MediaType, decode, no_text
-from blockrag.ingest.metadata import checked_metadata
 from blockrag.ingest.pdf import read_pdf
 from blockrag.ingest.plain import unwrap_lines
 from blockrag.ingest.titles import choose_title
+from blockrag.metadata import checked_metadata
 
 PARSER_VERSION = 2
 """Raise it when the same bytes would give other text: part of a document's version."""

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from blockrag.characters import clean_line, normalise
 from blockrag.errors import InvalidRequestError
-from blockrag.ingest.jsonl import read_documents
+from blockrag.identity import check_document_id
+from blockrag.ingest.json_documents import read_documents
 from blockrag.ingest.media import READ_BYTES, MediaType, media_type_of
-from blockrag.ingest.metadata import canonical, checked_metadata
-from blockrag.ingest.parsing import PARSER_VERSION, ParsedFile, parse
+from blockrag.ingest.parsing import PARSER_VERSION, ParsedFile
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.ingest.titles import title_from_id
-from blockrag.retriever.identity import check_document_id
+from blockrag.metadata import canonical, checked_metadata
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,6 @@ class PreparedDocument:
     passages: Iterator[str]
     """The passages' texts in order, made while they are consumed."""
 
-    @property
-    def title_cut(self) -> bool:
-        """Passages carry only the title's beginning."""
-        return self.passage_title != self.title
-
 
 @dataclass(frozen=True)
 class CheckedSource:
@@ -80,23 +73,6 @@ def check_spool(spool: BinaryIO) -> int:
     if not size:
         raise InvalidRequestError("content", "the file is empty")
     return size
-
-
-@contextmanager
-def prepare_documents(
-    spool: BinaryIO, source: SourceDocument, splitter: PassageSplitter
-) -> Iterator[Iterator[PreparedDocument]]:
-    """The documents of one received file: one, or one for each line of a jsonl file.
-
-    Parses in this process; see ``parser_pool`` for one that can be stopped. Consume a document's passages before the
-    next document, or not at all. Blocking. Raises ``InvalidRequestError`` naming the field: ``document_id``,
-    ``media_type``, ``metadata`` or ``content``.
-    """
-    checked = check_source(source)
-    check_spool(spool)
-    with cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=1 << 20)) as text:
-        parsed = parse(spool, text, checked.media_type, checked.source.metadata)
-        yield documents_of(parsed, text, checked, splitter)
 
 
 def documents_of(

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
 from blockrag.errors import InvalidRequestError
-from blockrag.ingest.blocks import Solid, Span, Table, blocks_of, cut_solid, pack_table
 from blockrag.ingest.counting import BlockCounter
+from blockrag.ingest.tables_and_runs import Solid, Span, Table, blocks_of, cut_solid, pack_table
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
 
 WINDOW_CHARS = 1 << 16
@@ -37,8 +37,6 @@ class FittedTitle:
     """A title as every passage's block repeats it."""
 
     text: str
-    cut: bool
-    """It was longer than half of a passage and lost its end."""
     text_tokens: int
     """Tokens that it leaves for a passage's text."""
 
@@ -59,7 +57,7 @@ class PassageSplitter:
         budget = self._passage_tokens // 2
         overhead = self._counter.overhead(title)
         if overhead <= budget:
-            return FittedTitle(title, False, self._passage_tokens - overhead)
+            return FittedTitle(title, self._passage_tokens - overhead)
         # Most characters that fit; counts grow with length but for a token or so, which the loop below settles.
         low, high = 0, len(title)
         while low < high:
@@ -74,7 +72,7 @@ class PassageSplitter:
         text_tokens = self._passage_tokens - self._counter.overhead(fitted)
         if text_tokens < 1:
             raise InvalidRequestError("title", "leaves no room for text in a passage")
-        return FittedTitle(fitted, True, text_tokens)
+        return FittedTitle(fitted, text_tokens)
 
     def split(self, title: FittedTitle, pieces: Iterable[str], *, markdown: bool = False) -> Iterator[str]:
         """Passages' texts, lazily; ``pieces`` concatenated are the text.

@@ -1,4 +1,4 @@
-"""Blocks as files: one file a block, one folder a document, read through a mapping and checked before use.
+"""Blocks as files: one file a block, one folder a document, checked before use.
 
 A file's path is ``<tenant>/<collection>/<document>/<key>``, the first three as hashes, so that whatever belongs to a
 document or a collection can be removed without any record beside the files. A file is::
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
@@ -33,7 +32,7 @@ from numpy.typing import NDArray
 
 from blockrag.errors import DataError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.messages import DocumentId
+from blockrag.kv_cache.shard_messages import DocumentId
 from blockrag.types import BlockForm, BlockKV, BlockRequest, CachedBlock, ChunkEmbeddings
 
 UNFINISHED = ".part"
@@ -120,14 +119,14 @@ def write_block(path: Path, block: CachedBlock, tenant: str, form: BlockForm, en
 
 
 def read_block(path: Path, request: BlockRequest) -> CachedBlock:
-    """The block asked for, in read-only views of the mapped file.
+    """The block asked for, in read-only views of the file's bytes.
 
     Raises ``DataError`` for a file that is damaged or holds another block, ``OSError`` for one that cannot be read.
     """
-    mapped = _map(path)
-    header, start = _parsed(mapped, len(mapped))
-    magic, checksum, _, _ = _PREFIX.unpack_from(mapped)
-    if zlib.crc32(memoryview(mapped)[_CRC_FROM:]) != checksum or magic != _MAGIC:
+    content = _read(path)
+    header, start = _parsed(content, len(content))
+    magic, checksum, _, _ = _PREFIX.unpack_from(content)
+    if zlib.crc32(memoryview(content)[_CRC_FROM:]) != checksum or magic != _MAGIC:
         raise DataError(f"{path}: the checksum is another")
     if (
         header.tenant != request.tenant
@@ -138,7 +137,7 @@ def read_block(path: Path, request: BlockRequest) -> CachedBlock:
         raise DataError(f"{path}: holds another block")
     found = []
     for shape, dtype in zip(header.shapes, header.dtypes, strict=True):
-        array = np.frombuffer(mapped, dtype, int(np.prod(shape)), start).reshape(shape)
+        array = np.frombuffer(content, dtype, int(np.prod(shape)), start).reshape(shape)
         found.append(array)
         start += array.nbytes
     if header.form.kind == "chunks":
@@ -246,17 +245,13 @@ def _new_file(path: Path) -> Any:
         return open(path, "xb", buffering=0, opener=opener)
 
 
-def _map(path: Path) -> mmap.mmap:
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        if not os.fstat(handle).st_size:
-            raise DataError(f"{path}: is empty")
-        return mmap.mmap(handle, 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    finally:
-        os.close(handle)
+def _read(path: Path) -> bytes:
+    """Not through a mapping: a bad sector, or a file that is cut off meanwhile, would end the process (SIGBUS)."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
+        return file.read()
 
 
-def _parsed(start: bytes | mmap.mmap, size: int) -> tuple[BlockHeader, int]:
+def _parsed(start: bytes, size: int) -> tuple[BlockHeader, int]:
     """The header of a file of ``size`` bytes that begins so, and where its arrays begin. Raises ``DataError``."""
     if len(start) < _PREFIX.size:
         raise DataError("a block's file is cut off")
@@ -265,7 +260,7 @@ def _parsed(start: bytes | mmap.mmap, size: int) -> tuple[BlockHeader, int]:
     if magic != _MAGIC or arrays_from + payload != size or header_bytes > _MOST_HEADER_BYTES:
         raise DataError("a block's file is cut off, or no block's file")
     try:
-        found = json.loads(bytes(start[_PREFIX.size : arrays_from]))
+        found = json.loads(start[_PREFIX.size : arrays_from])
         header = BlockHeader(
             str(found["tenant"]),
             BlockForm(found["form"][0], int(found["form"][1])),

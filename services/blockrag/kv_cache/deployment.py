@@ -10,23 +10,22 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
-from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from blockrag.access import Access, Caller, show_own
 from blockrag.configured import configured_bundle, configured_keys
 from blockrag.grpc_status import rpc
-from blockrag.kv_cache.remote import APP, shard_group
-from blockrag.kv_cache.requests import (
+from blockrag.kv_cache.block_requests import (
     block_forms,
     block_requests,
     document_ids,
     status_response,
     warm_response,
 )
+from blockrag.kv_cache.remote import APP, shard_group
 from blockrag.kv_cache.shard_actor import KvCacheShard
 from blockrag.kv_cache.shards import shard_names
-from blockrag.limits import HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S, MIB, STORE_HEADROOM
+from blockrag.limits import HEALTH_CHECKS, MIB, STORE_HEADROOM
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry, span
 from blockrag.v1 import kv_cache_pb2
@@ -53,21 +52,13 @@ class KvCache:
 
     @rpc
     async def GetKvCacheStatus(
-        self,
-        request: kv_cache_pb2.GetKvCacheStatusRequest,
-        grpc_context: RayServegRPCContext | None = None,
-        *,
-        caller: Caller,
+        self, request: kv_cache_pb2.GetKvCacheStatusRequest, *, caller: Caller
     ) -> kv_cache_pb2.GetKvCacheStatusResponse:
         """Sums up the shards that answer in time, as far as the caller may see."""
-        status = status_response(await self._shards.stats(), self._budget_bytes)
-        show_own(status, caller)
-        return status
+        return show_own(status_response(await self._shards.stats(), self._budget_bytes), caller)
 
     @rpc
-    async def WarmBlocks(
-        self, request: kv_cache_pb2.WarmBlocksRequest, grpc_context: RayServegRPCContext | None = None
-    ) -> kv_cache_pb2.WarmBlocksResponse:
+    async def WarmBlocks(self, request: kv_cache_pb2.WarmBlocksRequest) -> kv_cache_pb2.WarmBlocksResponse:
         """Encodes blocks ahead of time, in every form asked for."""
         forms = block_forms(request.forms, self._chunk_tokens)
         with span("warm_blocks", request.context, blocks=len(request.blocks), forms=len(forms)) as current:
@@ -78,18 +69,14 @@ class KvCache:
         return response
 
     @rpc
-    async def SetPins(
-        self, request: kv_cache_pb2.SetPinsRequest, grpc_context: RayServegRPCContext | None = None
-    ) -> kv_cache_pb2.SetPinsResponse:
+    async def SetPins(self, request: kv_cache_pb2.SetPinsRequest) -> kv_cache_pb2.SetPinsResponse:
         """Pins or unpins documents' blocks in all shards."""
         documents = document_ids(request.context, request.documents)
         with span("set_pins", request.context, documents=len(documents)):
             return kv_cache_pb2.SetPinsResponse(blocks=await self._shards.set_pins(documents, request.pinned))
 
     @rpc
-    async def PurgeDocuments(
-        self, request: kv_cache_pb2.PurgeDocumentsRequest, grpc_context: RayServegRPCContext | None = None
-    ) -> kv_cache_pb2.PurgeDocumentsResponse:
+    async def PurgeDocuments(self, request: kv_cache_pb2.PurgeDocumentsRequest) -> kv_cache_pb2.PurgeDocumentsResponse:
         """Forgets documents' blocks in all shards; the decoders follow within their polling interval."""
         documents = document_ids(request.context, request.documents)
         with span("purge", request.context, documents=len(documents)):
@@ -120,8 +107,7 @@ def build(args: dict[str, str]) -> Application:
             name=name,
             num_replicas=1,
             max_ongoing_requests=_MAX_ONGOING,
-            health_check_period_s=HEALTH_CHECK_PERIOD_S,
-            health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+            **HEALTH_CHECKS,
             ray_actor_options={"num_cpus": 0.1},
         )(KvCacheShard).bind(name, settings)
         for name in shard_names(settings.kv_cache.shards)
@@ -129,7 +115,6 @@ def build(args: dict[str, str]) -> Application:
     return serve.deployment(
         num_replicas=1,
         max_ongoing_requests=_MAX_ONGOING,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        **HEALTH_CHECKS,
         ray_actor_options={"num_cpus": 0.1},
     )(KvCache).bind(settings, *shards)

@@ -32,9 +32,8 @@ from blockrag.kv_cache.block_files import (
     remove_folder,
     write_block,
 )
-from blockrag.kv_cache.disk_index import DiskEntry, DiskIndex, on_disk
-from blockrag.kv_cache.disk_scan import affordable, scan, space
-from blockrag.kv_cache.messages import DiskUsage, DocumentId, EncodedObject
+from blockrag.kv_cache.disk_index import DiskEntry, DiskIndex, affordable, on_disk, scan, space
+from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId, EncodedObject
 from blockrag.limits import DISK_RESERVE, MIB
 from blockrag.types import BlockForm, BlockRequest, CachedBlock
 

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable
 from itertools import islice
 
-from blockrag.kv_cache.messages import DocumentId, PurgeLog
+from blockrag.kv_cache.shard_messages import DocumentId, PurgeLog
 
 
 def process_start() -> int:

@@ -1,72 +1,65 @@
-"""The way to the shards from other processes: their handles, with our errors instead of Ray's."""
+"""The way to the shards from other processes: their handles, with our errors instead of Ray's; and their objects."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
+import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from blockrag.errors import UnavailableError
 from blockrag.grpc_status import as_known_error, original_error
-from blockrag.kv_cache.client import KvCacheClient
-from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
-from blockrag.kv_cache.objects import read_objects
+from blockrag.kv_cache.fetching import BlockFetcher
 from blockrag.kv_cache.shards import Shard, ShardGroup, shard_names
 from blockrag.settings import Settings
-from blockrag.types import BlockRequest
+from blockrag.types import CachedBlock
 
 APP = "kv_cache"
+_READ_TIMEOUT_S = 10.0
+"""An object that takes longer to read than this is encoded anew."""
 
-P = ParamSpec("P")
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-class RemoteShard:
+def _remote(method: Method) -> Method:
+    """The method, of the shard that this stands for."""
+
+    async def call(self: RemoteShard, *arguments: Any, **named: Any) -> Any:
+        return await translated(self.name, self.send(method.__name__, *arguments, **named))
+
+    return cast(Method, call)
+
+
+class RemoteShard(Shard):
     """A ``Shard`` in another process."""
 
     def __init__(self, name: str, resolve: Callable[[], DeploymentHandle[Any]]) -> None:
         """``resolve`` gives the handle, when it is first needed."""
-        self._name = name
+        self.name = name
         self._resolve = resolve
         self._handle: DeploymentHandle[Any] | None = None
 
-    async def acquire(self, blocks: list[BlockRequest]) -> list[AcquiredBlock]:
-        return await self._call(Shard.acquire, blocks)
+    acquire = _remote(Shard.acquire)
+    warm = _remote(Shard.warm)
+    report_lost = _remote(Shard.report_lost)
+    purged_since = _remote(Shard.purged_since)
+    set_pins = _remote(Shard.set_pins)
+    purge = _remote(Shard.purge)
+    stats = _remote(Shard.stats)
 
-    async def warm(self, blocks: list[BlockRequest], pin: bool) -> WarmOutcome:
-        return await self._call(Shard.warm, blocks, pin)
-
-    async def report_lost(self, keys: list[str], generations: list[int] | None = None) -> int:
-        return await self._call(Shard.report_lost, keys, generations)
-
-    async def purged_since(self, cursor: int) -> PurgeLog:
-        return await self._call(Shard.purged_since, cursor)
-
-    async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
-        return await self._call(Shard.set_pins, documents, pinned)
-
-    async def purge(self, documents: list[DocumentId]) -> int:
-        return await self._call(Shard.purge, documents)
-
-    async def stats(self) -> ShardStats:
-        return await self._call(Shard.stats)
-
-    async def _call(
-        self, method: Callable[Concatenate[Shard, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        async def send() -> T:
-            if self._handle is None:
-                # References must not travel by Serve's gRPC transport: it would keep them for ever.
-                self._handle = self._resolve().options(_by_reference=True)
-            answer: T = await getattr(self._handle, method.__name__).remote(*args, **kwargs)
-            return answer
-
-        return await translated(self._name, send())
+    async def send(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """The answer, or what Ray raises."""
+        if self._handle is None:
+            # References must not travel by Serve's gRPC transport: it would keep them for ever.
+            self._handle = self._resolve().options(_by_reference=True)
+        return await getattr(self._handle, method).remote(*arguments, **named)
 
 
 def shard_group(resolvers: Mapping[str, Callable[[], DeploymentHandle[Any]]]) -> ShardGroup:
@@ -74,11 +67,11 @@ def shard_group(resolvers: Mapping[str, Callable[[], DeploymentHandle[Any]]]) ->
     return ShardGroup([RemoteShard(name, resolve) for name, resolve in resolvers.items()], list(resolvers))
 
 
-def connect(settings: Settings) -> KvCacheClient:
+def connect(settings: Settings) -> BlockFetcher:
     """A client for a replica of another service; shards are looked up when they are first needed."""
     names = shard_names(settings.kv_cache.shards)
     resolvers = {name: partial(serve.get_deployment_handle, name, app_name=APP) for name in names}
-    return KvCacheClient(shard_group(resolvers), read_objects)
+    return BlockFetcher(shard_group(resolvers), read_objects)
 
 
 async def translated(name: str, call: Awaitable[T]) -> T:
@@ -92,3 +85,37 @@ async def translated(name: str, call: Awaitable[T]) -> T:
         if isinstance(known, UnavailableError):
             raise type(known)(f"{name}: {known}") from error
         raise (known or original_error(error)) from error
+
+
+async def read_objects(refs: list[Any], timeout_s: float) -> list[CachedBlock | None]:
+    """Objects of the store, zero-copy, in one call; None for what is lost or late."""
+    # In a thread: an object of another node, or one that was spilled, takes its time.
+    return await asyncio.to_thread(_read_objects, refs, min(timeout_s, _READ_TIMEOUT_S))
+
+
+def _read_objects(refs: list[Any], timeout_s: float) -> list[CachedBlock | None]:
+    try:
+        return list(ray.get(refs, timeout=timeout_s))
+    except (ObjectLostError, GetTimeoutError):
+        distinct = list(set(refs))
+        here = set(ray.wait(distinct, num_returns=len(distinct), timeout=0)[0])
+        return [_read_object(ref) if ref in here else None for ref in refs]
+
+
+def _read_object(ref: Any) -> CachedBlock | None:
+    try:
+        block: CachedBlock = ray.get(ref, timeout=_READ_TIMEOUT_S)
+    except (ObjectLostError, GetTimeoutError):
+        return None
+    return block
+
+
+async def exists(ref: Any) -> None:
+    """Returns when the object, or the error in its place, exists somewhere; fetches nothing."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+    stop = ref._on_ready(lambda _error: loop.call_soon_threadsafe(done.set))
+    try:
+        await done.wait()
+    finally:
+        stop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter as Tally
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from blockrag.aio import SingleFlight, gather_or_cancel
 from blockrag.errors import UnavailableError
 from blockrag.kv_cache.disk import DiskTier
-from blockrag.kv_cache.messages import (
+from blockrag.kv_cache.shard_messages import (
     AcquiredBlock,
     DiskUsage,
     DocumentId,
@@ -30,6 +30,13 @@ from blockrag.kv_cache.messages import (
 )
 from blockrag.kv_cache.store import BlockStore
 from blockrag.kv_cache.suspects import Suspects
+from blockrag.telemetry.metrics import (
+    KV_CACHE_HIT_TOKENS,
+    KV_CACHE_QUERY_TOKENS,
+    KV_CACHE_USAGE_PERC,
+    Counter,
+    Gauge,
+)
 from blockrag.types import BlockForm, BlockRequest
 
 ENCODE_ATTEMPTS = 4
@@ -38,6 +45,19 @@ WARM_CONCURRENCY = 64
 """Blocks that warming has in the encoder at a time, over all callers of a shard: two forward passes' worth."""
 _FIRST_BACKOFF_S = 0.05
 
+KV_CACHE_BYTES = Gauge("blockrag_kv_cache_bytes", "Bytes of block KV that a shard holds.", ("shard",))
+KV_CACHE_EVICTIONS = Counter("blockrag_kv_cache_evictions", "Blocks removed to make room.", ("shard",))
+KV_CACHE_EXPIRATIONS = Counter("blockrag_kv_cache_expirations", "Blocks removed for their age.", ("shard",))
+KV_CACHE_LOST = Counter("blockrag_kv_cache_lost", "Blocks whose objects the store lost.", ("shard",))
+KV_CACHE_JOINED = Counter("blockrag_kv_cache_joined", "Requests that waited for another's encode.", ("shard",))
+KV_CACHE_DISK_BYTES = Gauge("blockrag_kv_cache_disk_bytes", "Bytes of disk that a shard's blocks take.", ("shard",))
+KV_CACHE_DISK_EVICTIONS = Counter("blockrag_kv_cache_disk_evictions", "Files removed to make room.", ("shard",))
+KV_CACHE_DISK_REJECTED = Counter(
+    "blockrag_kv_cache_disk_rejected", "Files that were damaged or of another bundle.", ("shard",)
+)
+KV_CACHE_DISK_DROPPED = Counter(
+    "blockrag_kv_cache_disk_dropped", "Blocks that the disk had no room or no time for.", ("shard",)
+)
 
 Encode = Callable[[BlockRequest], Awaitable[EncodedObject]]
 
@@ -75,8 +95,8 @@ class CacheShard:
     ) -> None:
         self.store = store
         self.disk = disk
-        self.hits: Counter[BlockForm] = Counter()
-        self.misses: Counter[BlockForm] = Counter()
+        self.hits: Tally[BlockForm] = Tally()
+        self.misses: Tally[BlockForm] = Tally()
         self.joined = 0
         self._encode = encode
         self._flights: SingleFlight[_Acquired] = SingleFlight()
@@ -116,17 +136,17 @@ class CacheShard:
             return WarmOutcome(hits=1, over_budget=over_budget)
         return WarmOutcome(encoded=frozenset([request.key]), encoded_bytes=block.nbytes, over_budget=over_budget)
 
-    def report_lost(self, keys: Sequence[str], generations: Sequence[int] | None = None) -> int:
+    async def report_lost(self, keys: Sequence[str], generations: Sequence[int] | None = None) -> int:
         """Forgets blocks whose objects could not be read; how many. A newer object of the same key stays."""
         stale = [0] * len(keys) if generations is None else generations
         return sum(self.store.lose(key, generation) for key, generation in zip(keys, stale, strict=True))
 
-    def purged_since(self, cursor: int) -> PurgeLog:
+    async def purged_since(self, cursor: int) -> PurgeLog:
         """Keys purged since a reader's cursor; 0 for a new reader."""
         self.store.expire()
         return self.store.journal.since(cursor)
 
-    def set_pins(self, documents: Sequence[DocumentId], pinned: bool) -> int:
+    async def set_pins(self, documents: Sequence[DocumentId], pinned: bool) -> int:
         """Pins or unpins documents' blocks; how many changed."""
         for encoding in self._encodings.values():
             for document in documents:
@@ -134,20 +154,19 @@ class CacheShard:
                 encoding.pins = encoding.pins | chosen if pinned else encoding.pins - chosen
         return sum(self.store.set_pins(document, pinned) for document in documents)
 
-    def purge(self, documents: Sequence[DocumentId]) -> int:
-        """Forgets documents' blocks, also those being encoded or written; how many were held.
+    async def purge(self, documents: Sequence[DocumentId]) -> int:
+        """Forgets documents' blocks, also those being encoded or written, and removes their files; how many were held.
 
-        From now on none of them is handed out. Their files are gone once ``erase`` has returned.
+        None of them is handed out from the call on, and once it returns none is on disk. Raises ``UnavailableError``
+        if a file cannot be removed.
         """
-        return sum(self._purge(document) for document in documents)
-
-    async def erase(self, documents: Sequence[DocumentId]) -> None:
-        """Removes the files of documents that were purged. Raises ``UnavailableError`` if it cannot."""
+        forgotten = sum(self._purge(document) for document in documents)
         if self.disk is not None:
             for document in documents:
                 await self.disk.erase(document)
+        return forgotten
 
-    def stats(self) -> ShardStats:
+    async def stats(self) -> ShardStats:
         """What is held, and what happened since the start."""
         store = self.store
         store.expire()
@@ -281,3 +300,41 @@ def _covers(purged: DocumentId, document: DocumentId) -> bool:
     if purged.document_id:
         return purged == document
     return (purged.tenant, purged.collection) == (document.tenant, document.collection)
+
+
+class ShardMetrics:
+    """One shard's metrics; counters advance by what the shard's own counters have grown."""
+
+    def __init__(self, shard: str) -> None:
+        self._shard = shard
+        self._last: ShardStats | None = None
+
+    def record_acquired(self, requests: Sequence[BlockRequest], acquired: Sequence[AcquiredBlock]) -> None:
+        """Counts the tokens looked up and found."""
+        tokens: dict[Tier, int] = {"store": 0, "disk": 0, "encoded": 0}
+        for request, block in zip(requests, acquired, strict=True):
+            tokens[block.tier] += int(request.token_ids.size)
+        KV_CACHE_QUERY_TOKENS.inc(sum(tokens.values()), tier="store")
+        KV_CACHE_HIT_TOKENS.inc(tokens["store"], tier="store")
+        KV_CACHE_QUERY_TOKENS.inc(tokens["disk"] + tokens["encoded"], tier="disk")
+        KV_CACHE_HIT_TOKENS.inc(tokens["disk"], tier="disk")
+
+    def record_stats(self, stats: ShardStats) -> None:
+        """Brings gauges and counters up to date."""
+        last, self._last = self._last, stats
+        KV_CACHE_BYTES.set(stats.nbytes, shard=self._shard)
+        KV_CACHE_USAGE_PERC.set(stats.nbytes / stats.budget_bytes, tier="store")
+        disk, disk_before = stats.disk, last.disk if last else DiskUsage()
+        KV_CACHE_DISK_BYTES.set(disk.nbytes, shard=self._shard)
+        if disk.budget_bytes:
+            KV_CACHE_USAGE_PERC.set(disk.nbytes / disk.budget_bytes, tier="disk")
+        for counter, now, before in (
+            (KV_CACHE_EVICTIONS, stats.evictions, last.evictions if last else 0),
+            (KV_CACHE_EXPIRATIONS, stats.expirations, last.expirations if last else 0),
+            (KV_CACHE_LOST, stats.lost, last.lost if last else 0),
+            (KV_CACHE_JOINED, stats.joined, last.joined if last else 0),
+            (KV_CACHE_DISK_EVICTIONS, disk.evictions, disk_before.evictions),
+            (KV_CACHE_DISK_REJECTED, disk.rejected, disk_before.rejected),
+            (KV_CACHE_DISK_DROPPED, disk.dropped, disk_before.dropped),
+        ):
+            counter.inc(now - before, shard=self._shard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -14,11 +15,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from blockrag.configured import configured_bundle, configured_keys
 from blockrag.kv_cache.block_files import remove_all
 from blockrag.kv_cache.disk import DiskTier
-from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, EncodedObject, PurgeLog, ShardStats, WarmOutcome
-from blockrag.kv_cache.metrics import ShardMetrics
-from blockrag.kv_cache.objects import exists, read_objects
-from blockrag.kv_cache.remote import APP, translated
-from blockrag.kv_cache.shard import CacheShard
+from blockrag.kv_cache.remote import APP, exists, read_objects, translated
+from blockrag.kv_cache.shard import CacheShard, ShardMetrics
+from blockrag.kv_cache.shard_messages import AcquiredBlock, EncodedObject, PurgeLog
 from blockrag.kv_cache.shards import Shard, owner, shard_names
 from blockrag.kv_cache.store import BlockStore
 from blockrag.limits import MIB
@@ -33,7 +32,7 @@ _READ_TIMEOUT_S = 10.0
 _logger = logging.getLogger(__name__)
 
 
-class KvCacheShard:
+class KvCacheShard(CacheShard):
     """Holds references to block KV. One replica: its objects live and die with its process."""
 
     def __init__(self, name: str, settings: Settings) -> None:
@@ -42,52 +41,30 @@ class KvCacheShard:
         store = BlockStore(
             cache.budget_mb * MIB // cache.shards, tenant_share=cache.tenant_share, ttl_s=float(cache.ttl_s)
         )
+        super().__init__(store, self._have_encoded, disk=_disk_tier(name, settings))
         self._encoder: DeploymentHandle[Any] | None = None
-        self._shard = CacheShard(store, self._encode, disk=_disk_tier(name, settings))
         self._metrics = ShardMetrics(name)
 
-    async def acquire(self, blocks: list[BlockRequest]) -> list[AcquiredBlock]:
+    async def acquire(self, blocks: Sequence[BlockRequest]) -> list[AcquiredBlock]:
         """References to the blocks, in order; what is missing is encoded."""
         traced = next((block for block in blocks if block.traceparent), None)
         if traced is not None:
             context = common_pb2.RequestContext(traceparent=traced.traceparent, tenant=traced.tenant)
             with span("kv_acquire", context, blocks=len(blocks)) as current:
-                acquired = await self._shard.acquire(blocks)
+                acquired = await super().acquire(blocks)
                 found = [block.tier for block in acquired]
                 current.set(disk=found.count("disk"), encoded=found.count("encoded"))
         else:
-            acquired = await self._shard.acquire(blocks)
+            acquired = await super().acquire(blocks)
         self._metrics.record_acquired(blocks, acquired)
         return acquired
 
-    async def warm(self, blocks: list[BlockRequest], pin: bool) -> WarmOutcome:
-        """Has blocks held ahead of time."""
-        return await self._shard.warm(blocks, pin)
-
-    async def report_lost(self, keys: list[str], generations: list[int] | None = None) -> int:
-        """Forgets blocks whose objects could not be read."""
-        return self._shard.report_lost(keys, generations)
-
     async def purged_since(self, cursor: int) -> PurgeLog:
         """Keys purged since a reader's cursor; the decoders poll it each second."""
-        self._metrics.record_stats(self._shard.stats())
-        return self._shard.purged_since(cursor)
+        self._metrics.record_stats(await self.stats())
+        return await super().purged_since(cursor)
 
-    async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
-        """Pins or unpins documents' blocks."""
-        return self._shard.set_pins(documents, pinned)
-
-    async def purge(self, documents: list[DocumentId]) -> int:
-        """Forgets documents' blocks; on disk too, once this returns."""
-        forgotten = self._shard.purge(documents)
-        await self._shard.erase(documents)
-        return forgotten
-
-    async def stats(self) -> ShardStats:
-        """What is held, and what happened since the start."""
-        return self._shard.stats()
-
-    async def _encode(self, request: BlockRequest) -> EncodedObject:
+    async def _have_encoded(self, request: BlockRequest) -> EncodedObject:
         """Has a block encoded. This process makes the call, so it owns the object, which outlives the encoder."""
         return await translated("encoder", self._encode_in_pool(request))
 

@@ -6,11 +6,12 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 from blockrag.aio import gather_or_cancel
 from blockrag.errors import BlockragError, UnavailableError
-from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
+from blockrag.kv_cache.shard_messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
 from blockrag.types import BlockRequest
 
 PATIENCE_S = 60.0
@@ -23,35 +24,21 @@ T = TypeVar("T")
 
 
 class Shard(Protocol):
-    """A cache shard as its callers see it. Every method raises ``UnavailableError`` when the shard is gone."""
+    """A ``CacheShard`` as its callers see it. Every method raises ``UnavailableError`` when the shard is gone."""
 
-    async def acquire(self, blocks: list[BlockRequest]) -> list[AcquiredBlock]:
-        """References to blocks, in order; what is missing is encoded."""
-        ...
+    async def acquire(self, blocks: list[BlockRequest]) -> list[AcquiredBlock]: ...
 
-    async def warm(self, blocks: list[BlockRequest], pin: bool) -> WarmOutcome:
-        """Has blocks held ahead of time."""
-        ...
+    async def warm(self, blocks: list[BlockRequest], pin: bool) -> WarmOutcome: ...
 
-    async def report_lost(self, keys: list[str], generations: list[int] | None = None) -> int:
-        """Forgets blocks whose objects could not be read."""
-        ...
+    async def report_lost(self, keys: list[str], generations: list[int] | None = None) -> int: ...
 
-    async def purged_since(self, cursor: int) -> PurgeLog:
-        """Keys purged since a reader's cursor."""
-        ...
+    async def purged_since(self, cursor: int) -> PurgeLog: ...
 
-    async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
-        """Pins or unpins documents' blocks."""
-        ...
+    async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int: ...
 
-    async def purge(self, documents: list[DocumentId]) -> int:
-        """Forgets documents' blocks."""
-        ...
+    async def purge(self, documents: list[DocumentId]) -> int: ...
 
-    async def stats(self) -> ShardStats:
-        """What is held, and what happened since the start."""
-        ...
+    async def stats(self) -> ShardStats: ...
 
 
 def shard_names(shards: int) -> list[str]:
@@ -142,8 +129,6 @@ class ShardGroup:
         answers = await gather_or_cancel([ask(shard) for shard in self.shards])
         return [answer for answer in answers if answer is not None]
 
-    async def _call(self, index: int, call: Callable[[Shard], Awaitable[T]]) -> T:
-        return await patiently(self.names[index], lambda: call(self.shards[index]), self.patience_s)
-
     async def _call_all(self, call: Callable[[Shard], Awaitable[T]]) -> list[T]:
-        return await gather_or_cancel([self._call(index, call) for index in range(len(self.shards))])
+        named = zip(self.names, self.shards, strict=True)
+        return await gather_or_cancel([patiently(name, partial(call, shard), self.patience_s) for name, shard in named])

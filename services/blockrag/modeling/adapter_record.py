@@ -9,7 +9,7 @@ from typing import Any
 
 from blockrag.errors import BundleError
 from blockrag.modeling.base import Base
-from blockrag.modeling.files import read_json
+from blockrag.modeling.files import check_keys, read_json
 
 ADAPTER_DIR = "adapter"
 ADAPTER_FILES = (f"{ADAPTER_DIR}/adapter_config.json", f"{ADAPTER_DIR}/adapter_model.safetensors")
@@ -34,10 +34,8 @@ class AdapterConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: Path) -> AdapterConfig:
         """Read a manifest's ``adapter``. Raises BundleError naming ``where`` and the problem."""
-        names = ("rank", "alpha", "target_modules")
-        if set(values) != set(names):
-            raise BundleError(f"{where}: adapter must have the keys {', '.join(names)}")
-        rank, alpha, targets = (values[name] for name in names)
+        check_keys(cls, values, f"{where}: adapter")
+        rank, alpha, targets = (values[name] for name in ("rank", "alpha", "target_modules"))
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise BundleError(f"{where}: adapter rank {rank!r}: must be a positive whole number")
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -91,22 +91,23 @@ class Base:
             return replace(self, gguf=_written(_placed(self.gguf, old), new))
         return replace(self, directory=_written(_placed(self.directory, old), new)) if self.directory else self
 
-    def check(self, root: Path, *, verify_files: bool) -> None:
+    def check(self, root: Path, *, verify_files: bool, sha256: Callable[[Path], str] = file_sha256) -> None:
         """Check that the base of the bundle ``root`` is there; with ``verify_files`` its content too.
 
-        Nothing is converted. Raises BundleError saying what is missing or different and what mends it.
+        ``sha256`` gives a file's. Nothing is converted. Raises BundleError saying what is missing or different and what
+        mends it.
         """
         if self.directory:
             folder = _placed(self.directory, root)
             if not folder.is_dir():
                 raise BundleError(f"{folder}: no such directory; it is the base of {root}")
-            check_listed(folder, self.files, root / "manifest.json", verify_files=verify_files)
+            check_listed(folder, self.files, root / "manifest.json", verify_files=verify_files, sha256=sha256)
             return
         path = self.gguf_file(root)
         if verify_files:
-            if (found := file_sha256(path)) != self.sha256:
+            if (found := sha256(path)) != self.sha256:
                 raise BundleError(f"{path}: SHA-256 {found}, where the base of {root} is {self.sha256}{self._mend()}")
-            check_converted(self.sha256)
+            check_converted(self.sha256, sha256)
 
     def checkpoint(self, root: Path) -> Path:
         """Directory of the base's Hugging Face checkpoint, for the bundle ``root``.

@@ -20,8 +20,8 @@ Reading what a bundle says of itself needs no torch: the gateway and the cache k
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,11 +129,6 @@ class Bundle:
         """Names of the files that make the decoder, but for ``base``, by name."""
         return tuple(name for name in sorted(self.files) if is_decoder_file(name))
 
-    @property
-    def on_top_files(self) -> tuple[str, ...]:
-        """The names among them of what was learnt on top of ``base``."""
-        return tuple(name for name in self.decoder_files if not name.startswith("decoder/"))
-
     def weights_dir(self) -> Path:
         """Directory of the checkpoint that holds the weights before anything is merged into them.
 
@@ -239,13 +234,14 @@ def load_bundle(
     compute_dtype: str = "float32",
     kv_dtype: str = "float32",
     weights: str = "none",
+    sha256: Callable[[Path], str] = file_sha256,
 ) -> Bundle:
     """Check the directory ``path``.
 
-    ``verify_files`` reads every file, those of ``base`` too, to compare its SHA-256; without it only presence and the
-    lengths that safetensors headers promise are checked, and torch is not needed. The dtypes are what the model will
-    be loaded with: the fingerprint counts them; ``weights`` is what decode steps read. Raises BundleError naming the
-    file and the problem.
+    ``verify_files`` compares the SHA-256 of every file, those of ``base`` too, as ``sha256`` gives it; without it only
+    presence and the lengths that safetensors headers promise are checked, and torch is not needed. The dtypes are what
+    the model will be loaded with: the fingerprint counts them; ``weights`` is what decode steps read. Raises
+    BundleError naming the file and the problem.
     """
     root = Path(path).expanduser()
     for dtype, allowed in ((compute_dtype, DTYPES), (kv_dtype, KV_DTYPES)):
@@ -254,9 +250,9 @@ def load_bundle(
     if weights not in WEIGHTS:
         raise BundleError(f"weights {weights!r}: must be one of {', '.join(WEIGHTS)}")
     manifest = _read_manifest(root)
-    template = _read_template(root, manifest["template"])
-    files = _check_files(root, manifest, verify_files=verify_files)
-    base, adapter, token_rows = _read_base(root, manifest, verify_files)
+    template = PromptTemplate.from_dict(manifest["template"], root / "manifest.json")
+    files = _check_files(root, manifest, verify_files=verify_files, sha256=sha256)
+    base, adapter, token_rows = _read_base(root, manifest, verify_files, sha256)
     config = read_json(root / "decoder" / "config.json")
     vocab_size = config.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size <= 0:
@@ -311,22 +307,6 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_template(root: Path, values: dict[str, Any]) -> PromptTemplate:
-    path = root / "manifest.json"
-    names = {item.name for item in fields(PromptTemplate)}
-    if set(values) != names:
-        wrong = ", ".join(sorted(set(values) ^ names))
-        raise BundleError(f"{path}: template must have the keys {', '.join(sorted(names))}; wrong: {wrong}")
-    if not all(isinstance(value, str) for value in values.values()):
-        raise BundleError(f"{path}: template texts must be strings")
-    for name, needed in (("passage", "{text}"), ("final", "{question}")):
-        if needed not in values[name]:
-            raise BundleError(f"{path}: template.{name} lacks {needed}")
-    if not values["end"]:
-        raise BundleError(f"{path}: template.end is empty")
-    return PromptTemplate(**values)
-
-
 def _read_refrag(
     root: Path, manifest: Mapping[str, Any], files: Mapping[str, str], config: Mapping[str, Any], verify_files: bool
 ) -> RefragRecord:
@@ -339,7 +319,9 @@ def _read_refrag(
     return record
 
 
-def _check_files(root: Path, manifest: Mapping[str, Any], *, verify_files: bool) -> dict[str, str]:
+def _check_files(
+    root: Path, manifest: Mapping[str, Any], *, verify_files: bool, sha256: Callable[[Path], str]
+) -> dict[str, str]:
     where, listed = root / "manifest.json", manifest["files"]
     needed = [
         *_REQUIRED_FILES,
@@ -358,16 +340,16 @@ def _check_files(root: Path, manifest: Mapping[str, Any], *, verify_files: bool)
             raise BundleError(f"{where}: files lacks weights (*.safetensors)")
     elif weights:
         raise BundleError(f"{where}: both a base and weights of its own: {', '.join(weights)}")
-    return check_listed(root, listed, where, verify_files=verify_files)
+    return check_listed(root, listed, where, verify_files=verify_files, sha256=sha256)
 
 
 def _read_base(
-    root: Path, manifest: Mapping[str, Any], verify_files: bool
+    root: Path, manifest: Mapping[str, Any], verify_files: bool, sha256: Callable[[Path], str]
 ) -> tuple[Base | None, AdapterConfig | None, dict[str, int] | None]:
     if "base" not in manifest:
         return None, None, None
     base = Base.from_dict(manifest["base"], root / "manifest.json")
-    base.check(root, verify_files=verify_files)
+    base.check(root, verify_files=verify_files, sha256=sha256)
     adapter = rows = None
     if "adapter" in manifest:
         adapter = AdapterConfig.from_dict(manifest["adapter"], root / "manifest.json")

@@ -10,10 +10,8 @@ instruction block is cached and counted by fingerprints, so it says the same eve
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError
+from blockrag.modeling.files import read_json
 from blockrag.modeling.template import INSTRUCTION, PromptTemplate
 
 REFUSAL = "not in the passages"
@@ -46,20 +45,7 @@ _NO_CLOCK = "{%- set strftime_now = no_such_function_for_template %}{{ '' }}"
 
 def read_template(path: Path) -> PromptTemplate:
     """A template from a JSON file. Raises BundleError naming the file and what it must hold."""
-    names = [field.name for field in fields(PromptTemplate)]
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"template {path}: {error}") from error
-    if not isinstance(values, dict) or set(values) != set(names):
-        raise BundleError(f"template {path}: must be a JSON object with exactly the keys {', '.join(names)}")
-    wrong = sorted(name for name, value in values.items() if not isinstance(value, str))
-    if wrong:
-        raise BundleError(f"template {path}: {', '.join(wrong)} must be texts")
-    for name, needed in (("passage", "{text}"), ("final", "{question}")):
-        if needed not in values[name]:
-            raise BundleError(f"template {path}: {name} lacks {needed}")
-    return PromptTemplate(**values)
+    return PromptTemplate.from_dict(read_json(path), path)
 
 
 def default_template(tokenizer: PreTrainedTokenizerFast) -> PromptTemplate:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,10 +50,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def check_listed(root: Path, listed: Mapping[str, Any], where: Path, *, verify_files: bool) -> dict[str, str]:
+def check_keys(record: type, values: Mapping[str, Any], where: str) -> None:
+    """Raises BundleError naming ``where`` unless ``values`` has the names of the dataclass ``record``'s fields."""
+    names = {item.name for item in fields(record)}
+    if set(values) != names:
+        wrong = ", ".join(sorted(set(values) ^ names))
+        raise BundleError(f"{where}: must have the keys {', '.join(sorted(names))}; wrong keys: {wrong}")
+
+
+def check_listed(
+    root: Path,
+    listed: Mapping[str, Any],
+    where: Path,
+    *,
+    verify_files: bool,
+    sha256: Callable[[Path], str] = file_sha256,
+) -> dict[str, str]:
     """Check files by their SHA-256 ``listed``, by path within ``root``; without ``verify_files`` not their content.
 
-    Raises BundleError naming the file, or ``where`` for a list that cannot be right.
+    ``sha256`` gives a file's. Raises BundleError naming the file, or ``where`` for a list that cannot be right.
     """
     for name, digest in listed.items():
         place = PurePosixPath(name)
@@ -65,7 +81,7 @@ def check_listed(root: Path, listed: Mapping[str, Any], where: Path, *, verify_f
             raise BundleError(f"{path}: missing")
         if name.endswith(".safetensors"):
             check_safetensors(path)
-        if verify_files and file_sha256(path) != digest:
+        if verify_files and sha256(path) != digest:
             raise BundleError(f"{path}: content differs from the manifest (SHA-256)")
     return dict(listed)
 

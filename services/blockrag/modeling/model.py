@@ -14,21 +14,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockrag.errors import InvalidRequestError, PromptTooLongError, UnsupportedModelError
-from blockrag.modeling.attention.base import Capture, RaggedBatch, Segment, SlotAttention, segments_of
-from blockrag.modeling.attention.over_lists import attention_over_lists
-from blockrag.modeling.attention.registering import BATCH, register
+from blockrag.modeling.attention.contract import Capture, RaggedBatch, Segment, SlotAttention, segments_of
+from blockrag.modeling.attention.over_lists import BATCH, attention_over_lists, register
 from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.checkpoint import configured_ends, load_stock_model
 from blockrag.modeling.differences import traced
-from blockrag.modeling.fused import fuse_linear_layers
+from blockrag.modeling.linear_layers import fuse_linear_layers, keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.loading import KV_DTYPES
-from blockrag.modeling.matmul import keep_freed_memory, speed_up_linear_layers
-from blockrag.modeling.measuring import measure_rotations, without_rotation
-from blockrag.modeling.probing import STEP_TOLERANCE, TOLERANCES, check_close, own_logits, probe_of
+from blockrag.modeling.long_pass import LongPass
+from blockrag.modeling.measuring import (
+    STEP_TOLERANCE,
+    TOLERANCES,
+    check_close,
+    measure_rotations,
+    own_logits,
+    probe_of,
+    without_rotation,
+)
+from blockrag.modeling.plain_decoder import UnsuitableError
 from blockrag.modeling.rotary import LayerRotaries, Rotation
-from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots
-from blockrag.modeling.step import Step, UnsuitableError
-from blockrag.modeling.stock import configured_ends, load_stock_model
-from blockrag.modeling.stored import resident_block, stored_block
+from blockrag.modeling.served import load_served_model
+from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots, resident_block, stored_block
+from blockrag.modeling.step import Step
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.types import BlockKV
 
@@ -85,6 +92,7 @@ class SlotModel:
         narrow = torch.bfloat16 in (self.compute_dtype, kv_dtype) or kv_dtype == torch.int8
         self._slot_dtype = torch.bfloat16 if narrow else self.compute_dtype
         self._arena = SlotArena(facts.shape, self._slot_dtype, self.device, _ARENA_SLOTS)
+        self._long: LongPass | None = None
         self._step: Step | None = None
         self._trace: list[Tensor] | None = None
 
@@ -105,7 +113,8 @@ class SlotModel:
         who only encodes. Raises BundleError for damaged weights and UnsupportedModelError for a model that cannot be
         driven, or not so.
         """
-        stock = load_stock_model(bundle, device=device, compute_dtype=compute_dtype)
+        served = load_served_model(bundle, device=device, compute_dtype=compute_dtype)
+        stock = served.model
         tokenizer = bundle.load_tokenizer()
         ends = {*tokenizer(bundle.template.end, add_special_tokens=False)["input_ids"], *configured_ends(stock)}
         model = cls.from_pretrained_model(
@@ -116,7 +125,7 @@ class SlotModel:
         )
         wanted = weights or bundle.weights
         if wanted != "none":
-            model.quantise_steps(required=wanted == "int8")
+            model.quantise_steps(required=wanted == "int8", packed=served.packed)
         return model
 
     @classmethod
@@ -156,20 +165,24 @@ class SlotModel:
             end_token_ids=ends,
             unused_token_ids=unused_token_ids,
         )
-        for first, logits in zip(firsts, expected, strict=True):
-            how = f"over slots from position {first} on"
-            check_close(facts.name, slot_model._probed(probe, first), logits, TOLERANCES[slot_model._slot_dtype], how)
+        slot_model._check(probe, firsts, expected, "over slots")
+        if attention is attention_over_lists:
+            try:
+                slot_model._long = LongPass(model, facts, rotations)
+                slot_model._check(probe, firsts, expected, "in compiled passes")
+            except UnsuitableError as error:
+                _logger.info("blocks and long prefills are computed by the model's own modules: %s", error)
         return slot_model
 
-    def quantise_steps(self, *, required: bool = False) -> bool:
+    def quantise_steps(self, *, required: bool = False, packed: Mapping[str, Tensor] | None = None) -> bool:
         """Compute decode steps and questions' prefills in one compiled call, with a copy of the weights in eight bits.
 
-        False, and the reason in the log, where the processor or the model is not for it: all is computed with the
-        whole weights then, as blocks and long prefills always are. Raises UnsupportedModelError there if it is
-        ``required``, and where the step's logits differ from the model's.
+        ``packed`` has those that are made already. False, and the reason in the log, where the processor or the model
+        is not for it: all is computed with the whole weights then, as blocks and long prefills always are. Raises
+        UnsupportedModelError there if it is ``required``, and where the step's logits differ from the model's.
         """
         try:
-            step = Step(self._model, self._facts, self.rotary.rotations)
+            step = Step(self._model, self._facts, self.rotary.rotations, packed)
         except UnsuitableError as error:
             if required:
                 raise UnsupportedModelError(f"no weights in eight bits for {self._facts.name}: {error}") from error
@@ -340,6 +353,14 @@ class SlotModel:
             stepped = self._step(inputs["input_ids"], batch, self._trace)
             if stepped is not None:
                 return stepped
+        last = torch.tensor([segment.start + segment.length - 1 for segment in segments], device=self.device)
+        if self._long is not None and self._trace is None:
+            ids = inputs.get("input_ids")
+            rows = inputs["inputs_embeds"] if ids is None else self._model.get_input_embeddings()(ids)
+            hidden = self._long(rows[0], batch)
+            if hidden is not None:
+                head = self._model.get_output_embeddings()
+                return hidden if capture is not None else head(hidden if every_token else hidden[last]).float()
         positions = torch.cat([torch.arange(first, end, device=self.device) for first, end in spans])
         options = {**inputs, "position_ids": positions.unsqueeze(0), "use_cache": False}
         told = BATCH.set(batch)
@@ -347,7 +368,6 @@ class SlotModel:
             if capture is not None:
                 self._model.model(**options)
                 return torch.empty(0)
-            last = torch.tensor([segment.start + segment.length - 1 for segment in segments], device=self.device)
             logits: Tensor = self._model(**options, logits_to_keep=0 if every_token else last).logits[0]
             return logits.float()
         finally:
@@ -367,6 +387,11 @@ class SlotModel:
     def _check_length(self, slots: int) -> None:
         if slots > self.max_positions:
             raise PromptTooLongError(f"{slots} positions, where the model has {self.max_positions}")
+
+    def _check(self, probe: list[int], firsts: Sequence[int], expected: Sequence[Tensor], how: str) -> None:
+        for first, logits in zip(firsts, expected, strict=True):
+            got, limit = self._probed(probe, first), TOLERANCES[self._slot_dtype]
+            check_close(self._facts.name, got, logits, limit, f"{how} from position {first} on")
 
     def _probed(self, probe: list[int], first_position: int = 0) -> Tensor:
         state = self.new_sequence([], len(probe), first_position=first_position)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from blockrag.errors import BundleError
+from blockrag.modeling.files import check_keys
 
 Mask = Literal["full", "block"]
 MASKS: tuple[Mask, ...] = ("full", "block")
@@ -69,9 +70,7 @@ class PearRecord:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> PearRecord:
         """Read a manifest's ``pear``. Raises BundleError naming ``where`` and the problem."""
-        names = {item.name for item in fields(cls)}
-        if set(values) != names:
-            raise BundleError(f"{where}: pear: wrong keys: {', '.join(sorted(set(values) ^ names))}")
+        check_keys(cls, values, f"{where}: pear")
         try:
             heads = tuple(HeadCoefficient(**head) for head in values["heads"])
             scores = {

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockrag.modeling.attention.base import RaggedBatch
-from blockrag.modeling.attention.tiled import LEAST_SUM, LOG2_E
-from blockrag.modeling.native.kernels import kernels
+from blockrag.modeling.attention.contract import RaggedBatch
+from blockrag.modeling.attention.tiled import LEAST_SUM
 from blockrag.modeling.native.processor import has_instructions
-from blockrag.modeling.native.step import (
+from blockrag.modeling.native.step_kernel import (
     GROUP,
     PackedDecoder,
     PackedLayer,
@@ -22,39 +20,35 @@ from blockrag.modeling.native.step import (
     StepSegment,
     interleaved,
 )
+from blockrag.modeling.plain_decoder import PlainDecoder, PlainLayer, UnsuitableError, compiled_for
 from blockrag.modeling.rotary import Rotation
 from blockrag.modeling.support import ModelFacts
 
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Model types whose layers are norm, attention, norm and gated MLP, each added to what it read, and nothing else."""
 MOST_TOKENS = 512
 """Of a step: the most that was measured, where it still took 0.8 of the time of the whole weights' products."""
 MOST_TOKENS_WITH_TILES = 16
 """The same on processors that multiply bfloat16 by tiles (AMX), which torch uses and the kernel does not."""
+_PRODUCTS = ("attention", "output", "gate_up", "down")
+"""Of a layer, as ``PackedLayer`` names them."""
 _MOST_NUMBERS = MOST_TOKENS * 1536
 """Inputs of a product that a core's own cache holds, 1.5 MB: each block of rows reads them all again."""
-
-
-class UnsuitableError(Exception):
-    """A model that has no compiled step here; the message says why."""
 
 
 class Step:
     """``SlotModel.forward`` for few tokens."""
 
-    def __init__(self, model: PreTrainedModel, facts: ModelFacts, rotations: Sequence[Rotation]) -> None:
-        """Packs the weights of ``model``, which keeps its own for longer inputs. Raises UnsuitableError."""
-        compiled = kernels()
-        if compiled is None:
-            raise UnsuitableError("there are no compiled kernels for this processor")
-        if model.device.type != "cpu" or model.dtype != torch.bfloat16:
-            raise UnsuitableError(f"the model computes in {model.dtype} on {model.device.type}")
-        if len(set(rotations)) != 1 or not rotations[0].plain:
-            raise UnsuitableError("layers that rotate otherwise than whole heads by halves, all alike")
-        if facts.softcap is not None:
-            raise UnsuitableError("bounded scores")
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        facts: ModelFacts,
+        rotations: Sequence[Rotation],
+        packed: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Packs the weights of ``model``, which keeps its own for longer inputs; takes what is in ``packed``, see
+        ``packed_weights``. Raises UnsuitableError."""
+        compiled = compiled_for(model, facts, rotations)
         try:
-            self._kernel = StepKernel(compiled.compiled, pack(model, facts), 1 / LEAST_SUM)
+            self._kernel = StepKernel(compiled.compiled, pack(model, facts, packed), 1 / LEAST_SUM)
         except ValueError as error:
             raise UnsuitableError(f"{type(model).__name__}: {error}") from error
         self._embedding: nn.Module = model.get_input_embeddings()
@@ -89,72 +83,57 @@ class Step:
         return logits
 
 
-def pack(model: PreTrainedModel, facts: ModelFacts) -> PackedDecoder:
+def packed_weights(decoder: PackedDecoder) -> dict[str, Tensor]:
+    """The weights in eight bits of each product by its name, which ``pack`` takes instead of making them."""
+    named = {"head": decoder.head.weights}
+    for number, layer in enumerate(decoder.layers):
+        named |= {f"layers.{number}.{part}": getattr(layer, part).weights for part in _PRODUCTS}
+    return named
+
+
+def pack(model: PreTrainedModel, facts: ModelFacts, packed: Mapping[str, Tensor] | None = None) -> PackedDecoder:
     """The weights of ``model`` as a step reads them. Raises UnsuitableError for a model of another kind."""
-    config: Any = model.config
-    if config.model_type not in FAMILIES:
-        raise UnsuitableError(f"models of type {config.model_type} have no compiled step")
-    if config.hidden_act not in ("silu", "swish"):
-        raise UnsuitableError(f"an MLP with {config.hidden_act}")
-    decoder: Any = model.model
-    layers = tuple(_pack_layer(layer) for layer in decoder.layers)
-    head: Any = model.get_output_embeddings()
-    if head.bias is not None:
-        raise UnsuitableError("an output embedding with a bias")
-    heads = int(config.num_attention_heads)
-    norms = [decoder.norm, *(norm for layer in decoder.layers for norm in _norms(layer))]
-    epsilons = {float(norm.variance_epsilon) for norm in norms}
-    scalings = {float(layer.self_attn.scaling) for layer in decoder.layers}
-    if len(epsilons) != 1 or len(scalings) != 1:
-        raise UnsuitableError("layers that differ in their norms or in the scale of scores")
+    plain = PlainDecoder.of(model, facts)
+    take = _Packing(packed or {})
     return PackedDecoder(
-        layers=layers,
-        norm=_floats(decoder.norm.weight),
-        head=_packed(head.weight),
-        heads=heads,
-        kv_heads=facts.shape.num_kv_heads,
-        head_dim=facts.shape.head_dim,
-        epsilon=epsilons.pop(),
-        scaling=scalings.pop() * LOG2_E,
+        layers=tuple(_pack_layer(layer, f"layers.{number}", take) for number, layer in enumerate(plain.layers)),
+        norm=plain.norm,
+        head=take("head", len(plain.head), lambda: plain.head),
+        heads=plain.heads,
+        kv_heads=plain.kv_heads,
+        head_dim=plain.head_dim,
+        epsilon=plain.epsilon,
+        scaling=plain.scaling,
     )
 
 
-def _pack_layer(layer: Any) -> PackedLayer:
-    attention, mlp = layer.self_attn, layer.mlp
-    inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
-    if any(part.bias is not None for part in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
-        raise UnsuitableError("a bias of attention's output or in the MLP")
-    if mlp.gate_proj.out_features % GROUP:
-        raise UnsuitableError(f"{mlp.gate_proj.out_features} numbers inside the MLP: no multiple of {GROUP}")
-    biases = [part.bias for part in inputs]
-    if any(bias is not None for bias in biases) and any(bias is None for bias in biases):
-        raise UnsuitableError("a bias of some of queries, keys and values")
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    query_norm, key_norm = (None if norm is None else _floats(norm.weight) for norm in norms)
+def _pack_layer(layer: PlainLayer, name: str, take: _Packing) -> PackedLayer:
+    if len(layer.gate) % GROUP:
+        raise UnsuitableError(f"{len(layer.gate)} numbers inside the MLP: no multiple of {GROUP}")
     return PackedLayer(
-        attention=_packed(torch.cat([part.weight for part in inputs])),
-        output=_packed(attention.o_proj.weight),
-        gate_up=_packed(interleaved(mlp.gate_proj.weight, mlp.up_proj.weight)),
-        down=_packed(mlp.down_proj.weight),
-        attention_norm=_floats(layer.input_layernorm.weight),
-        mlp_norm=_floats(layer.post_attention_layernorm.weight),
-        bias=None if biases[0] is None else _floats(torch.cat(biases)),
-        query_norm=query_norm,
-        key_norm=key_norm,
+        attention=take(f"{name}.attention", sum(map(len, layer.attention)), lambda: torch.cat(layer.attention)),
+        output=take(f"{name}.output", len(layer.output), lambda: layer.output),
+        gate_up=take(f"{name}.gate_up", 2 * len(layer.gate), lambda: interleaved(layer.gate, layer.up)),
+        down=take(f"{name}.down", len(layer.down), lambda: layer.down),
+        attention_norm=layer.attention_norm,
+        mlp_norm=layer.mlp_norm,
+        bias=None if layer.biases is None else torch.cat(layer.biases).float(),
+        query_norm=layer.query_norm,
+        key_norm=layer.key_norm,
     )
 
 
-def _norms(layer: Any) -> list[Any]:
-    found = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
-    return [layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in found if norm is not None)]
+class _Packing:
+    """Products that are packed already, and the others packed now."""
 
+    def __init__(self, packed: Mapping[str, Tensor]) -> None:
+        self._packed = packed
 
-def _packed(weight: Tensor) -> PackedProduct:
-    try:
-        return PackedProduct.pack(weight.detach())
-    except ValueError as error:
-        raise UnsuitableError(str(error)) from error
-
-
-def _floats(weight: Tensor) -> Tensor:
-    return weight.detach().float().contiguous()
+    def __call__(self, name: str, rows: int, weight: Callable[[], Tensor]) -> PackedProduct:
+        there = self._packed.get(name)
+        if there is not None:
+            return PackedProduct(there, rows)
+        try:
+            return PackedProduct.pack(weight().detach())
+        except ValueError as error:
+            raise UnsuitableError(str(error)) from error

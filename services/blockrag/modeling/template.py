@@ -10,8 +10,13 @@ characters and can never open a block or a turn of its own (``blockrag.modeling.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from blockrag.errors import BundleError
+from blockrag.modeling.files import check_keys
 from blockrag.modeling.running_text import BundleTokenizer, field_ids, literal_ids
 
 __all__ = ["BundleTokenizer", "PromptTemplate"]
@@ -45,6 +50,19 @@ class PromptTemplate:
     """Text of the token that ends an answer."""
     refusal: str
     """The answer given when the passages do not hold one."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: Path) -> PromptTemplate:
+        """Read a manifest's ``template``, or a file of one. Raises BundleError naming ``where`` and the problem."""
+        check_keys(cls, values, f"{where}: template")
+        if not all(isinstance(value, str) for value in values.values()):
+            raise BundleError(f"{where}: template texts must be strings")
+        for name, needed in (("passage", "{text}"), ("final", "{question}")):
+            if needed not in values[name]:
+                raise BundleError(f"{where}: template.{name} lacks {needed}")
+        if not values["end"]:
+            raise BundleError(f"{where}: template.end is empty")
+        return cls(**values)
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)

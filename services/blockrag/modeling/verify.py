@@ -2,8 +2,8 @@
 
 Slot attention is compared with the stock transformers model, layer by layer: full mode with a plain forward pass,
 block mode with one forward pass under the explicit block mask and global positions; for a bundle that compresses
-chunks, mixtures of full and compressed blocks too (``blockrag.modeling.refrag.verify``). Both at the first positions
-and at the model's last. A bundle that passes gives the same answers from cached blocks as the mask would.
+chunks, mixtures of full and compressed blocks too (``blockrag.modeling.refrag.mixture_gate``). Both at the first
+positions and at the model's last. A bundle that passes gives the same answers from cached blocks as the mask would.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.differences import Check, Difference, Limits, traced
-from blockrag.modeling.masks import block_mask, stock_mask
 from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.refrag.compression import ChunkCompressor
-from blockrag.modeling.refrag.verify import MixtureGate
+from blockrag.modeling.refrag.mixture_gate import MixtureGate
 from blockrag.modeling.slots import SequenceState
+from blockrag.modeling.stock_passes import block_mask, stock_mask
 from blockrag.types import BlockKV
 
 ThroughStore = Callable[[BlockKV], BlockKV]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from blockrag.errors import DataError, SettingsError
-from blockrag.retriever.base import Counts, Document, EmbeddingInfo
-from blockrag.retriever.identity import CollectionId
+from blockrag.identity import CollectionId
+from blockrag.retriever.vector_index import Counts, Document, EmbeddingInfo
 
 _PROPERTIES = "CREATE TABLE IF NOT EXISTS properties (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
 _SCHEMA = """

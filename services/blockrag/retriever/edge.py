@@ -11,26 +11,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from blockrag.errors import UnavailableError
-from blockrag.languages import DEFAULT_LANGUAGE
-from blockrag.retriever.base import (
-    STAGED_FOR_S,
-    Counts,
-    Document,
-    EmbeddedPassage,
-    EmbeddingInfo,
-    FoundPassage,
-    Passage,
-    Replaced,
-    SearchQuery,
-    VectorIndex,
-)
 from blockrag.retriever.edge_worker import HEADER_BYTES, Answer, Call, Opening, frame
-from blockrag.retriever.identity import CollectionId
+from blockrag.retriever.vector_index import EmbeddingInfo, VectorIndex
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +27,17 @@ _STOP_WAIT_S = 10.0
 HANG_S = 10.0
 """A worker that owes an answer and neither used nor wanted processor time for so long hangs, and is replaced."""
 _CLOCK_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _in_worker(method: Method) -> Method:
+    """``EdgeStore``'s method of the same name, with what it is given, which must be such that it can be pickled."""
+
+    async def call(self: EdgeIndex, *arguments: Any, **named: Any) -> Any:
+        return await self.call(Call(method.__name__, arguments, named))
+
+    return cast(Method, call)
 
 
 class EdgeIndex(VectorIndex):
@@ -54,58 +52,32 @@ class EdgeIndex(VectorIndex):
         self._worker: _Worker | None = None
         self._starting = asyncio.Lock()
 
-    async def stage(
-        self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str = DEFAULT_LANGUAGE
-    ) -> None:
-        await self._call("stage", collection, list(passages), language)
-
-    async def language(self, collection: CollectionId) -> str:
-        return await self._call("language", collection)  # type: ignore[no-any-return]
-
-    async def commit(self, collection: CollectionId, document: Document) -> Replaced:
-        return await self._call("commit", collection, document)  # type: ignore[no-any-return]
-
-    async def remove_document(self, collection: CollectionId, document_id: str) -> int:
-        return await self._call("remove_document", collection, document_id)  # type: ignore[no-any-return]
-
-    async def remove_collection(self, collection: CollectionId) -> Counts:
-        return await self._call("remove_collection", collection)  # type: ignore[no-any-return]
-
-    async def search(self, collection: CollectionId, query: SearchQuery) -> list[FoundPassage]:
-        return await self._call("search", collection, query)  # type: ignore[no-any-return]
-
-    async def documents(self, collection: CollectionId, after: str, limit: int) -> list[Document]:
-        return await self._call("documents", collection, after, limit)  # type: ignore[no-any-return]
-
-    async def find_documents(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Document]:
-        return await self._call("find_documents", collection, list(document_ids))  # type: ignore[no-any-return]
-
-    async def passages(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Passage]:
-        return await self._call("passages", collection, list(document_ids))  # type: ignore[no-any-return]
-
-    async def counts(self, collection: CollectionId) -> Counts:
-        return await self._call("counts", collection)  # type: ignore[no-any-return]
-
-    async def disk_bytes(self, collection: CollectionId) -> int:
-        return await self._call("disk_bytes", collection)  # type: ignore[no-any-return]
-
-    async def collections(self, tenant: str | None) -> list[CollectionId]:
-        return await self._call("collections", tenant)  # type: ignore[no-any-return]
-
-    async def sweep(self, older_than_s: float = STAGED_FOR_S) -> None:
-        await self._call("sweep", older_than_s)
+    stage = _in_worker(VectorIndex.stage)
+    language = _in_worker(VectorIndex.language)
+    commit = _in_worker(VectorIndex.commit)
+    remove_document = _in_worker(VectorIndex.remove_document)
+    remove_collection = _in_worker(VectorIndex.remove_collection)
+    search = _in_worker(VectorIndex.search)
+    documents = _in_worker(VectorIndex.documents)
+    find_documents = _in_worker(VectorIndex.find_documents)
+    passages = _in_worker(VectorIndex.passages)
+    counts = _in_worker(VectorIndex.counts)
+    disk_bytes = _in_worker(VectorIndex.disk_bytes)
+    collections = _in_worker(VectorIndex.collections)
+    sweep = _in_worker(VectorIndex.sweep)
 
     async def close(self) -> None:
         if self._worker is not None:
             worker, self._worker = self._worker, None
             await worker.stop()
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
+    async def call(self, call: Call) -> Any:
+        """The worker's answer."""
         async with self._starting:
             if self._worker is None or self._worker.gone:
                 self._worker = await _Worker.start(self._opening, self._hang_s)
             worker = self._worker
-        return await worker.call(Call(method, arguments))
+        return await worker.call(call)
 
 
 class _Worker:

@@ -8,8 +8,8 @@ from typing import Any
 import qdrant_edge as qdrant
 
 from blockrag.retriever import payload as fields
-from blockrag.retriever.base import Document
-from blockrag.retriever.filters import AnyTerm, Condition
+from blockrag.retriever.conditions import AnyTerm, Condition
+from blockrag.retriever.vector_index import Document
 
 
 def visible(conditions: Sequence[Condition], *further: qdrant.FieldCondition) -> qdrant.Filter:

@@ -6,22 +6,25 @@ this runs in a process of its own, see ``edge_worker``.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import qdrant_edge as qdrant
 
-from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
+from blockrag.errors import InvalidRequestError, NotFoundError
+from blockrag.identity import CollectionId
 from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.retriever import payload as fields
-from blockrag.retriever.base import (
+from blockrag.retriever.catalogue import Catalogue
+from blockrag.retriever.edge_filters import equals, of_commit, of_version, since, sparse, visible
+from blockrag.retriever.edge_folder import DiskRoom, locked
+from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of, fuse_texts, holders_of
+from blockrag.retriever.vector_index import (
     COMMITS_WITHIN_S,
     MOST_CANDIDATES,
     MOST_HOLDERS,
@@ -40,10 +43,6 @@ from blockrag.retriever.base import (
     unknown_collection,
     unknown_document,
 )
-from blockrag.retriever.catalogue import Catalogue
-from blockrag.retriever.edge_filters import equals, of_commit, of_version, since, sparse, visible
-from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of, fuse_texts, holders_of
-from blockrag.retriever.identity import CollectionId
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +52,6 @@ OPTIMIZE_AFTER_POINTS = 4000
 """Changed points after which segments are optimized: about a second of work each time."""
 _SEGMENT_KB = 8000
 _INDEXING_KB = 4000
-_LOCK_POLL_S = 0.1
 _SCROLL_LIMIT = 1000
 _BLOCK_BYTES = 512
 """Of ``stat``'s blocks, whatever the file system's are."""
@@ -73,7 +71,9 @@ class EdgeStore:
         path.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._embedding = embedding
-        self._lock = _locked(path / "lock", lock_wait_s)
+        self._room = DiskRoom(path)
+        self._room.for_changes()
+        self._lock = locked(path / "lock", lock_wait_s)
         self._catalogue = Catalogue(path / "catalogue.sqlite", embedding)
         self._shards: dict[int, _Shard] = {}
         self._unflushed: dict[int, float] = {}
@@ -82,6 +82,7 @@ class EdgeStore:
     def stage(
         self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str = DEFAULT_LANGUAGE
     ) -> None:
+        self._room.for_documents()
         number = self._catalogue.collection_number(collection)
         if number is None:
             number = self._catalogue.add_collection(collection, language)
@@ -102,6 +103,7 @@ class EdgeStore:
         return self._catalogue.language(self._number(collection))
 
     def commit(self, collection: CollectionId, document: Document) -> Replaced:
+        self._room.for_changes()
         number = self._catalogue.collection_number(collection)
         if number is None:
             raise InvalidRequestError("passages", too_few_staged(0, document))
@@ -117,6 +119,7 @@ class EdgeStore:
         return Replaced(current.version, current.passages) if current else Replaced("", 0)
 
     def remove_document(self, collection: CollectionId, document_id: str) -> int:
+        self._room.for_changes()
         number = self._number(collection)
         current = self._catalogue.document(number, document_id)
         self._catalogue.remove(number, document_id)
@@ -307,6 +310,7 @@ class EdgeStore:
         return self._shard(number).shard.count(qdrant.CountRequest(exact=True, filter=condition))
 
     def _update(self, number: int, operation: qdrant.UpdateOperation, points: int) -> None:
+        self._room.for_changes()
         opened = self._shard(number)
         opened.shard.update(operation)
         opened.changed_points += points
@@ -325,6 +329,7 @@ class EdgeStore:
         return opened
 
     def _open(self, number: int) -> qdrant.EdgeShard:
+        self._room.for_changes()
         directory = self._directory(number)
         if (directory / "edge_config.json").exists():
             shard = qdrant.EdgeShard.load(str(directory))
@@ -360,27 +365,6 @@ class EdgeStore:
         for directory in self._path.glob("shard-*"):
             if directory not in kept:
                 shutil.rmtree(directory, ignore_errors=True)
-
-
-def _locked(path: Path, wait_s: float) -> IO[str]:
-    handle = path.open("a+")
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                handle.close()
-                raise UnavailableError(
-                    f"the vector index in {path.parent} is in use by another process;"
-                    " the embedded index serves one replica, use a Qdrant server for more"
-                ) from None
-            time.sleep(_LOCK_POLL_S)
-        else:
-            handle.truncate(0)
-            handle.write(str(os.getpid()))
-            handle.flush()
-            return handle
 
 
 def _shard_config(dimensions: int) -> qdrant.EdgeConfig:

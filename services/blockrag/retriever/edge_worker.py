@@ -12,13 +12,13 @@ import pickle
 import select
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blockrag.errors import BlockragError, UnavailableError
-from blockrag.retriever.base import EmbeddingInfo
 from blockrag.retriever.edge_store import EdgeStore
+from blockrag.retriever.vector_index import EmbeddingInfo
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class Call:
     """A method of ``EdgeStore`` with its arguments."""
 
     method: str
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...] = ()
+    named: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _answer_next(connection: socket.socket, store: EdgeStore) -> bool:
         if call is None:
             return False
         try:
-            answer = Answer(getattr(store, call.method)(*call.arguments))
+            answer = Answer(getattr(store, call.method)(*call.arguments, **call.named))
         except Exception as error:
             answer = Answer(error=_as_own_error(error))
         try:

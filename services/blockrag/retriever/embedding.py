@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from blockrag.errors import SettingsError
 from blockrag.lru import Lru
-from blockrag.retriever.base import EmbeddingInfo
+from blockrag.modeling.digests import remembered_sha256
+from blockrag.retriever.vector_index import EmbeddingInfo
 
 if TYPE_CHECKING:
     from torch import nn
@@ -206,9 +207,8 @@ def _contents(folder: Path) -> list[tuple[str, str]]:
 
 @lru_cache(maxsize=64)
 def _content(file: Path, _modified_ns: int, _size: int) -> str:
-    """The file's SHA-256, computed once for each state of it that this process sees."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """The file's SHA-256, asked for once for each state of it that this process sees."""
+    return remembered_sha256(file)
 
 
 def _pooling(config: dict[str, Any], path: Path) -> str:

@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockrag.retriever import payload as fields
-from blockrag.retriever.base import Holder
-
-
-@dataclass(frozen=True)
-class Fused:
-    """One item of a fused list."""
-
-    item: str
-    score: float
+from blockrag.retriever.vector_index import Holder
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ def fuse_texts(searches: Sequence[Sequence[Candidate]], rrf_k: int) -> list[tupl
             ranking.setdefault(candidate.digest)
             standing.setdefault(candidate.digest, candidate)
         rankings.append(list(ranking))
-    return [(standing[fused.item], fused.score) for fused in reciprocal_rank_fusion(rankings, rrf_k)]
+    return [(standing[item], score) for item, score in reciprocal_rank_fusion(rankings, rrf_k)]
 
 
 def holders_of(held: Iterable[Mapping[str, Any]], best: Sequence[Candidate]) -> dict[str, tuple[Holder, ...]]:
@@ -74,8 +66,8 @@ def holders_of(held: Iterable[Mapping[str, Any]], best: Sequence[Candidate]) -> 
     return {digest: tuple(holders.values()) for digest, holders in found.items()}
 
 
-def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], rrf_k: int) -> list[Fused]:
-    """Fuses rankings, each best first and without repetitions.
+def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], rrf_k: int) -> list[tuple[str, float]]:
+    """Fuses rankings, each best first and without repetitions: items with their scores, best first.
 
     An item's score is the sum over the rankings that hold it of ``1 / (rrf_k + place)``, places from 1. Ties: the
     item that stands earlier in the first ranking, then in the second, …, then the smaller item.
@@ -87,4 +79,4 @@ def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], rrf_k: int) -> lis
             scores[item] = scores.get(item, 0.0) + 1.0 / (rrf_k + place)
             places.setdefault(item, [len(ranking) + 1 for ranking in rankings])[number] = place
     order = sorted(scores, key=lambda item: (-scores[item], places[item], item))
-    return [Fused(item, scores[item]) for item in order]
+    return [(item, scores[item]) for item in order]

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from blockrag.retriever.base import Document, Passage
-from blockrag.retriever.filters import metadata_numbers, metadata_terms
+from blockrag.retriever.conditions import metadata_numbers, metadata_terms
+from blockrag.retriever.vector_index import Document, Passage
 
 DENSE = "dense"
 BM25 = "bm25"

@@ -19,10 +19,27 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
 from blockrag.errors import InvalidRequestError, NotFoundError, SettingsError, UnavailableError
+from blockrag.identity import CollectionId
 from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.lru import Lru
 from blockrag.retriever import payload as fields
-from blockrag.retriever.base import (
+from blockrag.retriever.fusion import Candidate, fuse_texts, holders_of
+from blockrag.retriever.server_points import (
+    MODEL_POINT,
+    Payload,
+    Points,
+    any_of,
+    check_version,
+    collection_name,
+    equals,
+    identity_of,
+    of_commit,
+    settled,
+    states,
+    visible,
+    waiting,
+)
+from blockrag.retriever.vector_index import (
     COMMITS_WITHIN_S,
     MOST_CANDIDATES,
     MOST_HOLDERS,
@@ -41,23 +58,6 @@ from blockrag.retriever.base import (
     too_few_staged,
     unknown_collection,
     unknown_document,
-)
-from blockrag.retriever.fusion import Candidate, fuse_texts, holders_of
-from blockrag.retriever.identity import CollectionId
-from blockrag.retriever.server_points import (
-    MODEL_POINT,
-    Payload,
-    Points,
-    any_of,
-    check_version,
-    collection_name,
-    equals,
-    identity_of,
-    of_commit,
-    settled,
-    states,
-    visible,
-    waiting,
 )
 
 _FORMAT = 2

@@ -15,12 +15,13 @@ from typing import Any
 
 from qdrant_client import AsyncQdrantClient, models
 
+from blockrag.bm25 import SparseVector
 from blockrag.errors import InvalidRequestError, SettingsError
+from blockrag.identity import CollectionId
 from blockrag.retriever import payload as fields
-from blockrag.retriever.base import Document, EmbeddedPassage, SearchQuery, SparseVector, too_few_staged
-from blockrag.retriever.filters import AnyTerm, Condition
+from blockrag.retriever.conditions import AnyTerm, Condition
 from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of
-from blockrag.retriever.identity import CollectionId
+from blockrag.retriever.vector_index import Document, EmbeddedPassage, SearchQuery, too_few_staged
 
 _PREFIX = "blockrag."
 _NAMESPACE = uuid.UUID("b3c1d6de-52c7-5d0e-8f7f-9a1f6a3a2f11")

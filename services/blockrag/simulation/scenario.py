@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -149,10 +149,6 @@ class Scenario:
     def held_blocks(self, megabytes: float) -> int:
         """Blocks that fit."""
         return int(megabytes * MIB / self.block_bytes)
-
-    def on(self, machines: int) -> Scenario:
-        """The same load on so many machines."""
-        return replace(self, machines=machines)
 
 
 _COUNTS = ("machines", "passages", "passage_tokens", "top_k", "variety", "answer_tokens", "slot_bytes")

@@ -1,10 +1,9 @@
 """Traces, logs and metrics. Nothing here imports Ray until a metric is recorded inside of it."""
 
 from blockrag.telemetry import metrics
-from blockrag.telemetry.logs import request_logger
-from blockrag.telemetry.setup import setup_telemetry, shutdown_telemetry
+from blockrag.telemetry.logs import request_fields
 from blockrag.telemetry.trace_files import read_trace, trace_directory
-from blockrag.telemetry.tracing import Span, span
+from blockrag.telemetry.tracing import Span, setup_telemetry, shutdown_telemetry, span
 from blockrag.traceparent import new_traceparent, trace_id_of
 
 __all__ = [
@@ -12,7 +11,7 @@ __all__ = [
     "metrics",
     "new_traceparent",
     "read_trace",
-    "request_logger",
+    "request_fields",
     "setup_telemetry",
     "shutdown_telemetry",
     "span",

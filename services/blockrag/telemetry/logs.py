@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import MutableMapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,25 +41,13 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-class RequestLogger(logging.LoggerAdapter[logging.Logger]):
-    """A logger that knows which request it speaks of."""
-
-    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        """Adds the ids to the record."""
-        kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
-        return msg, kwargs
-
-
-def request_logger(name: str, context: RequestContext | None) -> RequestLogger:
-    """The logger ``name`` for one request."""
-    extra: dict[str, object] = {}
-    if context is not None:
-        extra = {
-            "request_id": context.request_id,
-            "trace_id": trace_id_of(context.traceparent),
-            "tenant": context.tenant,
-        }
-    return RequestLogger(logging.getLogger(name), extra)
+def request_fields(context: RequestContext) -> dict[str, str]:
+    """What a line about one request has as ``extra``."""
+    return {
+        "request_id": context.request_id,
+        "trace_id": trace_id_of(context.traceparent),
+        "tenant": context.tenant,
+    }
 
 
 def setup_logs(service: str, level: str, audit: bool) -> None:

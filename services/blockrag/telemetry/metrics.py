@@ -6,7 +6,6 @@ Outside Ray nothing is recorded. A metric is made when it is first used, because
 from __future__ import annotations
 
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +13,11 @@ LATENCY_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5,
 """Buckets of OpenTelemetry's ``gen_ai.server.time_to_first_token``, in seconds."""
 
 
-class _Metric(ABC):
+class _Metric:
     """A metric by name; tags are given by keyword at each record, all of those declared."""
 
-    kind: str
+    _more: tuple[Any, ...] = ()
+    """What Ray is told between description and tags."""
 
     def __init__(self, name: str, description: str, tags: Sequence[str] = ()) -> None:
         self.name = name
@@ -36,11 +36,9 @@ class _Metric(ABC):
                 return None
             from ray.util import metrics
 
-            self._inner = self._make(metrics)
+            made = getattr(metrics, type(self).__name__)
+            self._inner = made(self.name, self.description, *self._more, self.tags)
         return self._inner
-
-    @abstractmethod
-    def _make(self, module: Any) -> Any: ...
 
 
 class Counter(_Metric):
@@ -52,9 +50,6 @@ class Counter(_Metric):
         if live is not None and value > 0:
             live.inc(value, tags=tags)
 
-    def _make(self, module: Any) -> Any:
-        return module.Counter(self.name, self.description, self.tags)
-
 
 class Gauge(_Metric):
     """The latest value."""
@@ -65,21 +60,21 @@ class Gauge(_Metric):
         if live is not None:
             live.set(value, tags=tags)
 
-    def _make(self, module: Any) -> Any:
-        return module.Gauge(self.name, self.description, self.tags)
-
 
 class Histogram(_Metric):
-    """A distribution over ``LATENCY_BUCKETS_S``."""
+    """A distribution."""
+
+    def __init__(
+        self, name: str, description: str, tags: Sequence[str] = (), buckets: Sequence[float] = LATENCY_BUCKETS_S
+    ) -> None:
+        super().__init__(name, description, tags)
+        self._more = (list(buckets),)
 
     def observe(self, value: float, **tags: str) -> None:
-        """Counts one value, in seconds."""
+        """Counts one value, in seconds where the buckets are."""
         live = self._live()
         if live is not None:
             live.observe(value, tags=tags)
-
-    def _make(self, module: Any) -> Any:
-        return module.Histogram(self.name, self.description, list(LATENCY_BUCKETS_S), self.tags)
 
 
 TIME_TO_FIRST_TOKEN_SECONDS = Histogram(

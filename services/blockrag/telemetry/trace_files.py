@@ -10,13 +10,14 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import StatusCode
 
+from blockrag.results import TraceSpan
 from blockrag.settings import Settings
 
 TENANT = "blockrag.tenant"
@@ -26,20 +27,10 @@ DIRECTORY_BYTES = 48 * 2**20
 
 
 @dataclass(frozen=True)
-class StoredSpan:
+class StoredSpan(TraceSpan):
     """One finished span, as kept in files."""
 
-    trace_id: str
-    span_id: str
-    parent_span_id: str
-    """Empty: a root."""
-    name: str
-    service: str
-    start_unix_ns: int
-    end_unix_ns: int
-    attributes: dict[str, str] = field(default_factory=dict)
-    error: str = ""
-    """Empty: fine."""
+    trace_id: str = ""
 
 
 def trace_directory(settings: Settings) -> Path:

@@ -1,18 +1,25 @@
-"""What the configurations of all trainings share."""
+"""What the configurations of all trainings share. Without torch: the command line is made of it."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from blockrag.errors import SetupError
 
 
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Base of a dataclass with a field ``out``, the bundle to make."""
+    """Of every training."""
 
     out: Path
+    """The bundle to make. The run itself lives beside it, in OUT.run."""
+    seed: int = 0
+    """Of samples and new weights."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
     undecided: ClassVar[frozenset[str]] = frozenset()
     """Fields that do not decide the result, or do so through files, whose digests a run remembers."""
 
@@ -23,7 +30,7 @@ class RunConfig:
 
     def recipe(self) -> dict[str, Any]:
         """The values that decide the result, beside model and data: a run continues only under the same ones."""
-        names = [field.name for field in fields(self) if field.name not in self.undecided]  # type: ignore[arg-type]
+        names = [field.name for field in fields(self) if field.name not in self.undecided]
         return {name: getattr(self, name) for name in names}
 
     def require(self, condition: bool, name: str, problem: str) -> None:
@@ -49,3 +56,20 @@ class RunConfig:
         for name in names:
             value = getattr(self, name)
             self.require(value is None or 0 <= value <= 1, name, "must be from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedConfig(RunConfig):
+    """Of a training that goes on from a bundle: how long it takes, and the texts that it reads."""
+
+    text: tuple[Path, ...] = ()
+    """JSONL(.gz) files of long texts, ``{title, text}`` or ``{title, paragraphs}``, or directories of such."""
+    minutes: float | None = None
+    """Time budget of the steps. Pauses and measurements do not count."""
+    steps: int | None = None
+    """Budget in steps, for runs that must be reproducible. Exactly one of ``minutes`` and ``steps`` is given."""
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.steps is None):
+            raise SetupError("give exactly one of minutes and steps")
+        self.require_positive("minutes", "steps")

@@ -210,15 +210,25 @@ class Turn(_message.Message):
     def __init__(self, question: _Optional[str] = ..., answer: _Optional[str] = ...) -> None: ...
 
 class PromptBlock(_message.Message):
-    __slots__ = ("token_ids", "document_id", "collection", "chunk_tokens", "forms")
+    __slots__ = ("token_ids", "document_id", "collection", "chunk_tokens", "forms", "kept")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FORMS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     document_id: str
     collection: str
     chunk_tokens: int
     forms: _containers.RepeatedScalarFieldContainer[ChunkForm]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., document_id: _Optional[str] = ..., collection: _Optional[str] = ..., chunk_tokens: _Optional[int] = ..., forms: _Optional[_Iterable[_Union[ChunkForm, str]]] = ...) -> None: ...
+    kept: _containers.RepeatedCompositeFieldContainer[TokenSpan]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., document_id: _Optional[str] = ..., collection: _Optional[str] = ..., chunk_tokens: _Optional[int] = ..., forms: _Optional[_Iterable[_Union[ChunkForm, str]]] = ..., kept: _Optional[_Iterable[_Union[TokenSpan, _Mapping]]] = ...) -> None: ...
+
+class TokenSpan(_message.Message):
+    __slots__ = ("start", "end")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from blockrag.cli import adapt
 from blockrag.cli.options import command_of
 from blockrag.errors import SetupError
-from blockrag.training.adaptation.config import BlockAdaptConfig
+from blockrag.training.adaptation.block_config import BlockAdaptConfig
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ def test_files_may_have_shares() -> None:
 
 def test_every_option_of_training_has_help() -> None:
     from blockrag.cli.options import _docstrings
-    from blockrag.training.pear.config import LearningConfig, PearConfig
-    from blockrag.training.refrag.config import RefragConfig
+    from blockrag.training.pear.pear_config import LearningConfig, PearConfig
     from blockrag.training.refrag.policy_config import PolicyTrainingConfig, PpoSettings
+    from blockrag.training.refrag.stage_config import RefragConfig
 
     nested = {"ppo", "learning", "stage"}
     for config in (BlockAdaptConfig, LearningConfig, PearConfig, PolicyTrainingConfig, PpoSettings, RefragConfig):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blockrag.compressor.embeddings import EmbeddingCache
 from blockrag.errors import DataError, UnavailableError
-from blockrag.kv_cache.messages import FetchedBlock
+from blockrag.kv_cache.shard_messages import FetchedBlock
 from blockrag.types import BlockForm, BlockRequest, ChunkEmbeddings
 from tests.unit.kv_cache.parts import settle
 

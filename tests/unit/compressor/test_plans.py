@@ -16,20 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockrag.budget import composed_slots
-from blockrag.compressor.compression import CompressionAbility, read_compression, sizes_decide
-from blockrag.compressor.costs import DecoderCosts
-from blockrag.compressor.drafts import PassageDrafts
+from blockrag.compressor.compression_request import CompressionAbility, read_compression, sizes_decide
 from blockrag.compressor.embeddings import EmbeddingCache
-from blockrag.compressor.mixing import Mixer
+from blockrag.compressor.mixing import DecoderCosts, Mixer
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.rating import ChunkRater
-from blockrag.compressor.tokenizing import PassageTokenizer
+from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.encoder.forms import FormEncoder
 from blockrag.errors import InvalidRequestError, PromptTooLongError
 from blockrag.gateway.planning import decode_request
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.messages import FetchedBlock
+from blockrag.kv_cache.shard_messages import FetchedBlock
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
@@ -348,12 +346,81 @@ async def test_without_a_chunk_encoder_the_best_passages_stay_whole(plain: Bundl
         CHUNK_FORM_DROPPED,
     }
     dropped = [passage.dropped_reason for passage in halved.passages if not passage.in_prompt]
-    assert all("no chunk encoder: passages are read whole or not at all" in reason for reason in dropped)
-    assert (await planner.plan(request(Compression(rate=plain.chunk_tokens)))).passages[0].in_prompt
+    assert all("read whole or not at all" in reason for reason in dropped)
+    most = Compression(rate=plain.chunk_tokens)
+    assert (await planner.plan(request(most))).passages[0].in_prompt
     none = await planner.plan(request(Compression(max_context_tokens=1)))
     assert not any(passage.in_prompt for passage in none.passages)
     with pytest.raises(InvalidRequestError, match="has no chunk encoder"):
         await planner.plan(request(Compression(max_ttft_ms=100)))
+    with pytest.raises(InvalidRequestError, match="the bundle has sentences, retrieval"):
+        await planner.plan(request(Compression(rate=2, policy="query")))
+
+
+SEVERAL = (
+    ("Norway", "Norway is a country. Its capital is Oslo. The king lives there. Trolls live in the north."),
+    ("Fiji", "Fiji is warm. Sugar grows on the islands. The capital of Fiji is Suva."),
+)
+
+
+def about(question: str, compression: Compression) -> PlanRequest:
+    asked = request(compression)
+    asked.question = question
+    asked.ClearField("passages")
+    asked.passages.extend(
+        Passage(passage_id=title, document_id=title, title=title, text=text) for title, text in SEVERAL
+    )
+    return asked
+
+
+async def test_sentences_are_taken_out_of_cached_blocks_if_asked(plain: Bundle) -> None:
+    planner = make_planner(plain, None)
+    asked = about("What is the capital of Fiji?", Compression(rate=3, policy="sentences"))
+    everything, third = await planner.plan(about(asked.question, Compression())), await planner.plan(asked)
+    sizes = [len(passage.token_ids) for passage in everything.passages]
+    norway, fiji = third.passages
+    read = "".join(chunk.text for chunk in fiji.chunks if chunk.form == CHUNK_FORM_EXPANDED)
+    assert fiji.in_prompt and "The capital of Fiji is Suva." in read and "Sugar" not in read
+    taken = sum(
+        chunk.end_token - chunk.start_token
+        for passage in third.passages
+        for chunk in passage.chunks
+        if chunk.form == CHUNK_FORM_EXPANDED
+    )
+    assert third.prompt_tokens - (everything.prompt_tokens - sum(sizes)) == taken
+    assert 0 < taken <= sum(sizes) / 3 or len([c for c in fiji.chunks if c.form == CHUNK_FORM_EXPANDED]) == 2
+    assert norway.in_prompt == any(chunk.form == CHUNK_FORM_EXPANDED for chunk in norway.chunks)
+    assert bool(norway.dropped_reason) == (not norway.in_prompt)
+
+    blocks = decode_request(third, Sampling(max_tokens=4)).blocks
+    assert [block.document_id for block in blocks if block.kept] == [
+        passage.document_id for passage in third.passages if passage.in_prompt
+    ]
+    (kept,) = [block for block in blocks if block.document_id == "Fiji"]
+    assert list(kept.token_ids) == list(fiji.token_ids)  # the whole block, as it is cached
+    assert sum(span.end - span.start for block in blocks for span in block.kept) == taken
+    assert not sizes_decide(read_compression(asked.compression, ATTENTION_MODE_BLOCK, planner.ability), planner.ability)
+
+
+async def test_slots_that_are_too_few_for_any_sentence_leave_all_out(plain: Bundle) -> None:
+    planner = make_planner(plain, None)
+    none = await planner.plan(about("Where?", Compression(max_context_tokens=3, policy="sentences")))
+    assert not any(passage.in_prompt for passage in none.passages)
+    assert all("over the token budget" in passage.dropped_reason for passage in none.passages)
+    asked = about("Where?", Compression(rate=4, policy="sentences"))
+    asked.max_context_tokens = 3
+    assert not any(passage.in_prompt for passage in (await planner.plan(asked)).passages)
+    asked.max_context_tokens = 0
+    assert [passage.in_prompt for passage in (await planner.plan(asked)).passages].count(True) == 1
+
+
+async def test_a_rate_of_one_leaves_nothing_out(plain: Bundle) -> None:
+    planner = make_planner(plain, None)
+    everything = await planner.plan(about("Where?", Compression()))
+    whole = await planner.plan(about("Where?", Compression(rate=1, policy="sentences")))
+    assert whole.prompt_tokens == everything.prompt_tokens
+    assert all(chunk.form == CHUNK_FORM_EXPANDED for passage in whole.passages for chunk in passage.chunks)
+    assert not any(block.kept for block in decode_request(whole, Sampling(max_tokens=4)).blocks)
 
 
 async def test_a_question_that_does_not_fit_is_refused_before_anything_is_fetched(

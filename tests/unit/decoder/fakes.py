@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from blockrag.decoder.sequence import Event
-from blockrag.kv_cache.messages import FetchedBlock, Tier
+from blockrag.kv_cache.shard_messages import FetchedBlock, Tier
 from blockrag.types import BlockKV, BlockRequest
 
 VOCAB = 100

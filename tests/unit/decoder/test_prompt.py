@@ -6,10 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.decoder.blocks import BlockTier, LoadedBlocks
-from blockrag.decoder.composing import compose
+from blockrag.decoder.block_loading import BlockTier, LoadedBlocks
 from blockrag.decoder.l1 import L1Entry
-from blockrag.decoder.prompt import Prompt, read_prompt
+from blockrag.decoder.prompt import Prompt, compose, read_prompt
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.modeling.slots import ResidentBlock, SlotSlice, wide_slots
@@ -25,6 +24,7 @@ from blockrag.v1.common_pb2 import (
     PromptBlock,
     RequestContext,
     Sampling,
+    TokenSpan,
 )
 from blockrag.v1.decoder_pb2 import DecodeRequest
 
@@ -79,6 +79,38 @@ def test_only_the_forms_that_are_needed_are_asked_for() -> None:
 def test_mixtures_that_cannot_be_are_named(bad: PromptBlock, problem: str) -> None:
     with pytest.raises(InvalidRequestError, match=problem):
         read(PromptBlock(token_ids=[1]), bad)
+
+
+def kept(tokens: int, *spans: tuple[int, int]) -> PromptBlock:
+    return PromptBlock(token_ids=range(tokens), kept=[TokenSpan(start=start, end=end) for start, end in spans])
+
+
+def test_parts_of_blocks_are_slots_of_the_whole_ones() -> None:
+    prompt = read(PromptBlock(token_ids=[1]), kept(10, (0, 2), (5, 9)), kept(10), chunk_tokens=0)
+    assert [part.slots for part in prompt.parts] == [1, 6, 10]
+    assert [request.form for request in prompt.requests] == [FULL] * 3
+    assert prompt.requests[1].key == prompt.requests[2].key  # one block in the caches
+    assert prompt.slots == 1 + 6 + 10 + 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (kept(10, (3, 3)), r"blocks\[1\]\.kept\[0\]: is 3 to 3"),
+        (kept(10, (4, 2)), r"blocks\[1\]\.kept\[0\]: is 4 to 2"),
+        (kept(10, (0, 11)), r"blocks\[1\]\.kept\[0\]: is 0 to 11"),
+        (kept(10, (0, 4), (3, 6)), r"blocks\[1\]\.kept\[1\]: is 3 to 6, behind 4 of 10"),
+        (PromptBlock(token_ids=range(8), chunk_tokens=CHUNK, forms=[E, C], kept=[TokenSpan(end=1)]), "together with"),
+    ],
+)
+def test_parts_that_cannot_be_are_named(bad: PromptBlock, problem: str) -> None:
+    with pytest.raises(InvalidRequestError, match=problem):
+        read(PromptBlock(token_ids=[1]), bad)
+
+
+def test_parts_are_of_cached_blocks_only() -> None:
+    with pytest.raises(InvalidRequestError, match=r"blocks\[0\]\.kept: can be given with attention_mode block only"):
+        read(kept(10, (0, 2)), mode=ATTENTION_MODE_FULL)
 
 
 def test_a_bundle_that_cannot_compress_says_so() -> None:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from blockrag.decoder.blocks import BlockSource, EncodingBlockSource
+from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
 from blockrag.decoder.runtime import assemble, warm_up
 from blockrag.decoder.service import DecodeService
 from blockrag.errors import DeadlineError, InvalidRequestError, OverloadedError, PromptTooLongError
+from blockrag.kv_cache.shard_messages import BlockSource
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.settings import DecoderSettings, Settings

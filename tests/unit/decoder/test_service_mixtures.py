@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from blockrag.decoder.blocks import EncodingBlockSource
+from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.runtime import Runtime, assemble
 from blockrag.errors import InvalidRequestError

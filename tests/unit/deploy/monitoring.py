@@ -10,7 +10,7 @@ from blockrag.telemetry.metrics import Counter, Histogram
 from tests.unit.deploy.files import KUBERNETES, read_yaml
 
 MONITORING = KUBERNETES / "components" / "monitoring"
-_MODULES = ("blockrag.telemetry.metrics", "blockrag.kv_cache.metrics", "blockrag.encoder.metrics")
+_MODULES = ("blockrag.telemetry.metrics", "blockrag.kv_cache.shard", "blockrag.encoder.block_encoder")
 _SERIES = re.compile(r"\b(?:ray_(?:blockrag|serve)|kubelet)_\w+")
 
 
@@ -33,7 +33,7 @@ def series_declared() -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for module in map(importlib.import_module, _MODULES):
         for metric in vars(module).values():
-            if not hasattr(metric, "tags") or not hasattr(metric, "_make") or isinstance(metric, type):
+            if not hasattr(metric, "tags") or not hasattr(metric, "_live") or isinstance(metric, type):
                 continue
             suffixes = ("_bucket", "_sum", "_count") if isinstance(metric, Histogram) else ("",)
             suffixes = ("_total",) if isinstance(metric, Counter) else suffixes

@@ -8,7 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from blockrag.local.system import SERVICE_ENVIRONMENT
+from blockrag.local.local_system import SERVICE_ENVIRONMENT
 from blockrag.settings import ENVIRONMENT_PREFIX
 from tests.unit.deploy.files import REPOSITORY, of_kind, rendered
 

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from blockrag.encoder.blocks import BlockEncoder
+from blockrag.encoder.block_encoder import BlockEncoder
 from blockrag.encoder.forms import FormEncoder
 from blockrag.errors import DataError, InvalidRequestError
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
-from blockrag.modeling.refrag.compression import ChunkCompressor
-from blockrag.modeling.refrag.projector import Projector
+from blockrag.modeling.refrag.compression import ChunkCompressor, Projector
 from blockrag.types import FULL, BlockForm, BlockKV, BlockRequest, ChunkEmbeddings
 from tests.models import TINY_VOCAB, make_tiny_model
 

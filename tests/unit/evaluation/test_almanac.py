@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pytest
 
 from blockrag.corpus.sample import Question
-from blockrag.evaluation.almanac import Mode, evaluate_almanac, recalled
-from blockrag.evaluation.intervals import bootstrap
-from blockrag.results import Passage
+from blockrag.evaluation.almanac import evaluate_almanac, recalled
+from blockrag.evaluation.scoring import bootstrap
+from blockrag.results import AttentionModeName, Passage
 
 CAPITAL = Question("almanac-001", "What is the capital of Fiji?", ("Suva",), "fiji", "capital")
 AREA = Question("almanac-002", "What is the area of Fiji?", ("18,274 square kilometres", "18,274"), "fiji", "area")
@@ -28,7 +28,7 @@ class Oracle:
         self.in_flight = 0
         self.most_in_flight = 0
 
-    async def __call__(self, question: str, mode: Mode) -> tuple[str, Sequence[Passage]]:
+    async def __call__(self, question: str, mode: AttentionModeName) -> tuple[str, Sequence[Passage]]:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         await asyncio.sleep(0)  # lets the others start
@@ -57,7 +57,7 @@ async def test_scores_per_mode() -> None:
 
 
 async def test_a_failed_question_scores_zero_and_is_listed() -> None:
-    async def failing(question: str, mode: Mode) -> tuple[str, Sequence[Passage]]:
+    async def failing(question: str, mode: AttentionModeName) -> tuple[str, Sequence[Passage]]:
         if "area" in question:
             raise TimeoutError("deadline exceeded")
         return "Suva", ()
@@ -71,7 +71,7 @@ async def test_a_failed_question_scores_zero_and_is_listed() -> None:
 
 
 async def test_progress_and_concurrency_are_bounded() -> None:
-    oracle, seen = Oracle(), list[tuple[Mode, int]]()
+    oracle, seen = Oracle(), list[tuple[AttentionModeName, int]]()
     await evaluate_almanac(
         [CAPITAL] * 6,
         oracle,

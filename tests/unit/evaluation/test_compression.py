@@ -12,8 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from blockrag.cli.main import app
-from blockrag.evaluation.answering import Prompt, Reader
-from blockrag.evaluation.compression import plan_cells, rank_passages
+from blockrag.evaluation.compression_run import plan_cells, rank_passages
 from blockrag.evaluation.compression_scores import (
     COMPRESSED,
     FULL,
@@ -26,15 +25,16 @@ from blockrag.evaluation.compression_scores import (
     score_questions,
     score_text,
 )
-from blockrag.evaluation.compression_selectors import answer_spans
+from blockrag.evaluation.compression_selectors import answer_spans, holding_answer, similar_to_question
 from blockrag.evaluation.drawing import DrawnQuestion
 from blockrag.evaluation.pieces import Piece
 from blockrag.evaluation.question_data import SourceQuestion
+from blockrag.evaluation.reader import Prompt, Reader
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.compression import Projector
 from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig
-from blockrag.modeling.refrag.projector import Projector
-from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
+from blockrag.modeling.refrag.refrag_writing import PolicyPart, write_refrag
 from blockrag.settings import Settings
 from blockrag.v1.common_pb2 import Compression
 from tests.models import TINY_VOCAB, make_tiny_bundle, make_tiny_tokenizer
@@ -61,6 +61,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         training=(),
         policies=policies,
     )
+
+
+PLAIN = ("sentences", "retrieval")
 
 
 def _run(bundle: Bundle, *arguments: object) -> dict[str, Any]:
@@ -118,6 +121,17 @@ def test_questions_and_paragraphs(bundle: Bundle, tmp_path: Path) -> None:
     assert (out / "compression.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and len(lines[0]["outputs"]) == len(cells)
+
+
+def test_sentences_and_whole_passages_where_nothing_encodes_chunks(tmp_path: Path) -> None:
+    data, plain = write_patterns(tmp_path / "data"), load_bundle(make_tiny_bundle(tmp_path / "plain"))
+    report = _run(plain, "--data", data, "--passages", 3, "--rates", "1,2,4", "--out", tmp_path / "out")
+    scores = {(score["rate"], score["selector"]): score for score in report["results"]["scores"]}
+    assert set(scores) == {(1.0, UNCOMPRESSED), *((rate, name) for rate in (2.0, 4.0) for name in PLAIN)}
+    assert scores[4.0, "sentences"]["slots"] <= scores[2.0, "sentences"]["slots"] < scores[1.0, UNCOMPRESSED]["slots"]
+    pairs = {(one["rate"], one["first"], one["second"]) for one in report["results"]["differences"]}
+    assert {(2.0, *PLAIN), (2.0, "sentences", UNCOMPRESSED), (4.0, *PLAIN)} <= pairs
+    assert (report["compression"], report["policies"]) == ("", [])
 
 
 def test_what_is_not_compressed_is_block_mode_and_one_form_is_the_same_encoded_anew(bundle: Bundle) -> None:
@@ -199,7 +213,10 @@ def test_recovered_share_of_the_gap() -> None:
 def test_what_cannot_be_measured_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     plain = make_tiny_bundle(tmp_path / "plain")
-    assert "no chunk compression" in _refused("--data", data, "--bundle", plain)
+    assert "selectors query: the bundle has sentences, retrieval" in _refused(
+        "--data", data, "--bundle", plain, "--selectors", "query", "--passages", 2
+    )
+    assert "paragraphs (--text) need one" in _refused("--text", data, "--bundle", plain)
     ours = ("--bundle", bundle.path)
     assert "nothing to measure" in _refused(*ours)
     for rates in ("0.5", "9"):
@@ -207,3 +224,18 @@ def test_what_cannot_be_measured_is_refused(bundle: Bundle, tmp_path: Path) -> N
     assert "write numbers" in _refused("--data", data, *ours, "--rates", "fast")
     assert "selectors best" in _refused("--data", data, *ours, "--selectors", "best", "--passages", 2)
     assert "no-such" in _refused("--text", tmp_path / "no-such.jsonl", *ours)
+
+
+def test_chunks_like_the_question_come_first() -> None:
+    question = torch.tensor([[0.0, 2.0], [5.0, 0.0]])
+    near = similar_to_question(torch.tensor([[1.0, 0.0], [-1.0, -1.0], [1.0, 1.0]]), question)
+    assert near.tolist() == pytest.approx([1.0, -(0.5**0.5), 0.5**0.5])
+    assert not similar_to_question(torch.ones(2, 2), question[:0]).any()
+
+
+def test_an_oracle_opens_the_answer_first() -> None:
+    passages = [[1] * 6, [1] * 12]
+    scores = holding_answer(passages, 3, gold=1, spans=[(5, 7)])
+    # the answer's tokens 5 and 6 stand in two chunks of the second passage
+    assert np.argsort(-scores, kind="stable").tolist() == [3, 4, 2, 5, 0, 1]
+    assert np.argmax(holding_answer(passages, 3, gold=0, spans=[])) == 0

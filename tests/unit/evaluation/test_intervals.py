@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from blockrag.evaluation.intervals import bootstrap, bootstrap_difference, bootstrap_ratio
+from blockrag.evaluation.scoring import bootstrap, bootstrap_difference, bootstrap_ratio
 
 
 def test_interval_of_a_share_is_the_binomial_one() -> None:
@@ -24,7 +24,7 @@ def test_every_resample_of_two_values() -> None:
 def test_resampling_in_parts_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.arange(50.0)
     whole = bootstrap(values, seed=4)
-    monkeypatch.setattr("blockrag.evaluation.intervals._DRAWN_AT_ONCE", 1000)
+    monkeypatch.setattr("blockrag.evaluation.scoring._DRAWN_AT_ONCE", 1000)
     assert bootstrap(values, seed=4) == whole
 
 

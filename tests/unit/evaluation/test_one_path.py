@@ -10,21 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from blockrag.compressor import runtime as compressing
-from blockrag.compressor.compression import CompressionAbility
-from blockrag.compressor.drafts import PassageDrafts
+from blockrag.compressor import assembly as compressing
+from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.compressor.plans import Planner
-from blockrag.compressor.tokenizing import PassageTokenizer
+from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
 from blockrag.decoder import runtime as decoding
-from blockrag.decoder.blocks import EncodingBlockSource
+from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.detokenizer import detokenizer_factory
-from blockrag.evaluation.answering import PlannedPrompt, Reader, no_decoder
-from blockrag.evaluation.compression import Asking
+from blockrag.evaluation.compression_run import Asking
 from blockrag.evaluation.compression_scores import COMPRESSED, UNCOMPRESSED, Cell
 from blockrag.evaluation.compression_selectors import ORACLE, RULES, Selectors
 from blockrag.evaluation.drawing import DrawnQuestion
 from blockrag.evaluation.pieces import Piece
 from blockrag.evaluation.question_data import SourceQuestion
+from blockrag.evaluation.reader import PlannedPrompt, Reader, no_decoder
 from blockrag.gateway import validation
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.planning import NearPlanner
@@ -32,7 +31,7 @@ from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.settings import GatewaySettings, Settings
-from blockrag.training.refrag.policy_contexts import PolicyReader
+from blockrag.training.refrag.policy_reader import PolicyReader
 from blockrag.v1.common_pb2 import Compression
 from blockrag.v1.compressor_pb2 import (
     PassagePlan,
@@ -127,9 +126,7 @@ async def test_the_plan_that_is_scored_is_the_plan_that_is_served_and_so_is_the_
     tokenizer = bundle.load_tokenizer()
     passages = PassageTokenizer(tokenizer, bundle.template)
     drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), CHUNK)
-    near = NearPlanner(
-        Planner(passages, bundle.max_context_tokens, ability, drafts), passages, drafts, compressor, ability
-    )
+    near = NearPlanner(Planner(passages, bundle.max_context_tokens, ability, drafts), compressor)
     answering = Answering(FakeSearcher([]), near, decoder.service, bundle.fingerprint, bundle.name)
     decoder.engine.start()
     try:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from blockrag.cli.main import app
-from blockrag.evaluation.answering import PlannedPrompt, Reader
+from blockrag.evaluation.reader import PlannedPrompt, Reader
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import write_pear
 from blockrag.modeling.pear_record import HeadCoefficient, PearRecord, ProxyScore

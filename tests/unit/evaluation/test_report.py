@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.report import write_together
+from blockrag.evaluation.experiment import write_together
 
 
 def test_files_appear_together_and_replace_older_ones(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from blockrag.evaluation.ttft_grpc import states_of
-from blockrag.evaluation.ttft_model import METHODS, measure_model_ttft, reachable_methods
+from blockrag.evaluation.ttft_model import measure_model_ttft
+from blockrag.evaluation.ttft_report import states_of
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.settings import Settings
 from tests.models import make_tiny_bundle
@@ -28,7 +28,7 @@ def test_measures_every_method_at_every_length(bundle: Bundle) -> None:
         chunk_tokens=32,
     )
     assert [(row.context_tokens, row.state) for row in rows] == [
-        (context, method) for context in (64, 200) for method in METHODS
+        (context, method) for context in (64, 200) for method in states_of("model", 32)
     ]
     assert all(row.repeats == 2 and 0 < row.min_ms <= row.median_ms <= row.max_ms for row in rows)
     assert all(row.ratio_to_none == 1 for row in rows if row.state == "none")
@@ -45,13 +45,12 @@ def test_measures_every_method_at_every_length(bundle: Bundle) -> None:
 
 
 def test_rates_at_or_above_a_chunk_are_not_mixed(bundle: Bundle) -> None:
-    assert {"rate_4", "rate_8", "rate_16"} & set(reachable_methods(8)) == {"rate_4"}
+    assert {"rate_4", "rate_8", "rate_16"} & set(states_of("model", 8)) == {"rate_4"}
     rows = measure_model_ttft(bundle, SETTINGS, (64,), 5, 1, chunk_tokens=4)
-    assert {row.state for row in rows} == set(reachable_methods(4))
-    with pytest.raises(ValueError, match="rate_8: chunks of 8 tokens"):
-        measure_model_ttft(bundle, SETTINGS, (64,), 5, 1, methods=("none", "rate_8"), chunk_tokens=8)
-    assert "compressed_l1" not in states_of(None) and "rate_4" not in states_of(None)
-    assert set(states_of(8)) - set(states_of(None)) == {"compressed_l1", "rate_4"}
+    assert {row.state for row in rows} == set(states_of("model", 4))
+    plain = states_of("grpc", None)
+    assert "compressed_l1" not in plain and "rate_4" not in plain
+    assert set(states_of("grpc", 8)) - set(plain) == {"compressed_l1", "rate_4"}
 
 
 def test_refuses_a_context_that_does_not_fit(bundle: Bundle) -> None:

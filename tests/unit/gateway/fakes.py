@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from blockrag.compressor.compression import CompressionRequest
+from blockrag.compressor.compression_request import CompressionRequest
 from blockrag.gateway.corpus import Prepare
-from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, prepare_documents
+from blockrag.ingest.pipeline import PreparedDocument, SourceDocument
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.v1 import compressor_pb2, decoder_pb2, kv_cache_pb2, retriever_pb2
 from blockrag.v1.common_pb2 import (
@@ -24,6 +24,7 @@ from blockrag.v1.common_pb2 import (
     StageTime,
     Usage,
 )
+from tests.unit.ingest.reading import prepare_documents
 
 
 async def nothing() -> None:

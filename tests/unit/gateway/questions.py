@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.gateway import validation
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.settings import GatewaySettings

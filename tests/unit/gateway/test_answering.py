@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from blockrag.compressor.compression import CompressionRequest
+from blockrag.compressor.compression_request import CompressionRequest
 from blockrag.errors import DeadlineError, InvalidRequestError, UnavailableError
 from blockrag.gateway import validation
 from blockrag.gateway.answering import STAGES, Deadline, Timings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blockrag.access import THE_SYSTEM, Caller
-from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.errors import UnavailableError
 from blockrag.gateway.describing import Describing
 from blockrag.settings import GatewaySettings

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from blockrag.compressor.compression import CompressionAbility, CompressionRequest, read_compression, sizes_decide
-from blockrag.compressor.drafts import PassageDrafts
+from blockrag.compressor.compression_request import (
+    CompressionAbility,
+    CompressionRequest,
+    read_compression,
+    sizes_decide,
+)
 from blockrag.compressor.plans import Planner
-from blockrag.compressor.tokenizing import PassageTokenizer
+from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.errors import InvalidRequestError, PromptTooLongError
 from blockrag.gateway.planning import MOST_UNKNOWN_CHARS, NearPlanner
@@ -20,11 +24,11 @@ from .fakes import FakePlanner
 ABILITY = CompressionAbility("tiny", 4, frozenset({"query"}))
 
 
-def make_planner() -> tuple[Planner, PassageTokenizer, PassageDrafts]:
+def make_planner() -> Planner:
     tokenizer = make_tiny_tokenizer()
     passages = PassageTokenizer(tokenizer, TEST_TEMPLATE)
     drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), ABILITY.chunk_tokens)
-    return Planner(passages, 40_000, ABILITY, drafts), passages, drafts
+    return Planner(passages, 40_000, ABILITY, drafts)
 
 
 class Compressor(FakePlanner):
@@ -32,7 +36,7 @@ class Compressor(FakePlanner):
 
     def __init__(self) -> None:
         super().__init__()
-        self._planner, _, _ = make_planner()
+        self._planner = make_planner()
 
     async def plan(self, request: PlanRequest, compression: CompressionRequest | None = None) -> PlanResponse:
         self.requests.append(request)
@@ -50,7 +54,7 @@ def compressor() -> Compressor:
 
 @pytest.fixture
 def near(compressor: Compressor) -> NearPlanner:
-    return NearPlanner(*make_planner(), compressor, ABILITY)
+    return NearPlanner(make_planner(), compressor)
 
 
 def request(*texts: str, compression: Compression | None = None, mode: int = ATTENTION_MODE_BLOCK) -> PlanRequest:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from blockrag.compressor.compression import CompressionRequest
+from blockrag.compressor.compression_request import CompressionRequest
 from blockrag.gateway import validation
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.v1.common_pb2 import Compression

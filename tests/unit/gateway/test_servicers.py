@@ -12,8 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from blockrag.access import Access
-from blockrag.gateway.health import APPLICATION_OF_SERVICE, HealthServicer
-from blockrag.gateway.servicers import ForgivingServer, add_services_to_server
+from blockrag.gateway.servicers import APPLICATION_OF_SERVICE, ForgivingServer, HealthServicer, add_services_to_server
 from blockrag.grpc_status import rpc
 from blockrag.services import GRPC_SERVICER_FUNCTION
 from blockrag.settings import Settings

@@ -11,7 +11,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.compressor.compression import CompressionAbility, CompressionRequest
+from blockrag.compressor.compression_request import CompressionAbility, CompressionRequest
 from blockrag.errors import InvalidRequestError
 from blockrag.gateway import validation
 from blockrag.settings import GatewaySettings
@@ -61,6 +61,9 @@ def test_compression_is_checked_against_the_bundle() -> None:
     plain = CompressionAbility("plain", 8, None)
     whole = validation.check_generate(GenerateRequest(question="q", compression=asked), LIMITS, plain)
     assert whole.compression == read and not whole.needs_compressor
+    named = GenerateRequest(question="q", compression=Compression(rate=4, policy="sentences"))
+    by_sentences = validation.check_generate(named, LIMITS, plain)
+    assert by_sentences.compression == CompressionRequest("rate", 4.0, "sentences") and by_sentences.needs_compressor
     with pytest.raises(InvalidRequestError, match="no chunk encoder"):
         timed = GenerateRequest(question="q", compression=Compression(max_ttft_ms=100))
         validation.check_generate(timed, LIMITS, plain)

@@ -15,7 +15,7 @@ import uvicorn
 from google.protobuf.message import Message
 
 from blockrag.access import OnBehalf
-from blockrag.compressor.compression import CompressionAbility
+from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.errors import BlockragError, NotFoundError
 from blockrag.gateway import validation
 from blockrag.gateway.answering import Answering, Deadline, Timings
@@ -23,7 +23,6 @@ from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import observed, request_context
 from blockrag.http.app import build_app
-from blockrag.http.gateway import Gateway
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.settings import Settings
 from blockrag.v1 import corpus_pb2, rag_pb2, retriever_pb2, system_pb2
@@ -48,7 +47,7 @@ def splitter() -> PassageSplitter:
 
 @dataclass
 class StandIn:
-    """Implements ``blockrag.http.gateway.Gateway``."""
+    """In the place of ``blockrag.http.gateway.RemoteGateway``."""
 
     settings: Settings = field(default_factory=Settings)
     searcher: FakeSearcher = field(default_factory=lambda: FakeSearcher(PASSAGES))
@@ -113,7 +112,7 @@ class StandIn:
             validation.check_listed_ids(request.document_ids),
         )
 
-    async def list_collections(self, call: OnBehalf) -> corpus_pb2.ListCollectionsResponse:
+    async def list_collections(self, request: None, call: OnBehalf) -> corpus_pb2.ListCollectionsResponse:
         self._note(call)
         return await self._corpus.list_collections(request_context(call, call.caller.tenant))
 
@@ -134,16 +133,16 @@ class StandIn:
         for done in range(4):
             yield corpus_pb2.WarmResponse(done=done, total=3, hits=min(done, 1), encoded_bytes=done * 100)
 
-    async def describe(self, call: OnBehalf) -> system_pb2.DescribeResponse:
+    async def describe(self, request: None, call: OnBehalf) -> system_pb2.DescribeResponse:
         self._note(call)
         state: dict[str, Callable[[], Awaitable[Message]]] = {"retriever": _well, "decoder": _ill}
         return await Describing(state, self.settings.gateway, "f00d", 512, ABILITY, quotas=lambda stored: []).describe(
             call.caller
         )
 
-    async def trace(self, trace_id: str, call: OnBehalf) -> system_pb2.GetTraceResponse:
+    async def trace(self, request: system_pb2.GetTraceRequest, call: OnBehalf) -> system_pb2.GetTraceResponse:
         self._note(call)
-        validation.check_trace_id(trace_id)
+        validation.check_trace_id(request.trace_id)
         began = 1_700_000_000_123_456_789
         return system_pb2.GetTraceResponse(
             spans=[
@@ -172,7 +171,7 @@ async def _ill() -> Message:
 
 
 @asynccontextmanager
-async def served(gateway: Gateway, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+async def served(gateway: StandIn, settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """The application behind a real HTTP server, and a client of it."""
     config = uvicorn.Config(build_app(gateway, settings), port=0, log_level="warning", lifespan="on")
     server = uvicorn.Server(config)

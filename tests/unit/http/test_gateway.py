@@ -12,7 +12,7 @@ from blockrag.access import Caller, OnBehalf
 from blockrag.errors import InvalidRequestError, OverloadedError
 from blockrag.http.gateway import RemoteGateway
 from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2
-from tests.unit.gateway.test_remote import Response
+from tests.unit.test_handles import Response
 
 CALL = OnBehalf(Caller("acme"), (("request_id", "r7"),))
 TEXT = rag_pb2.GenerateResponse(text=rag_pb2.TextChunk(text="Oslo"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from blockrag.ingest.media import MediaType
 from blockrag.ingest.parsing import parse
-from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, prepare_documents
+from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, check_source, check_spool, documents_of
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.ingest.titles import title_from_id
 from tests.unit.ingest.tokenizers import TEMPLATE, WordTokenizer
@@ -23,6 +26,17 @@ def parsed(data: bytes | str, media_type: MediaType, document_id: str = "folder/
     text = io.BytesIO()
     file = parse(io.BytesIO(data.encode() if isinstance(data, str) else data), text, media_type, {})
     return file.title or title_from_id(document_id), text.getvalue().decode()
+
+
+@contextmanager
+def prepare_documents(
+    spool: BinaryIO, source: SourceDocument, splitter: PassageSplitter
+) -> Iterator[Iterator[PreparedDocument]]:
+    """The documents of one received file, as ``ParserPool.prepare`` makes them, without its processes."""
+    checked = check_source(source)
+    check_spool(spool)
+    with cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=1 << 20)) as text:
+        yield documents_of(parse(spool, text, checked.media_type, checked.source.metadata), text, checked, splitter)
 
 
 def prepare(data: bytes | str, document_id: str = "a.txt", **options: Any) -> list[tuple[PreparedDocument, list[str]]]:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from blockrag.errors import InvalidRequestError
-from blockrag.ingest.pipeline import SourceDocument, prepare_documents
+from blockrag.ingest.pipeline import SourceDocument
 from blockrag.ingest.splitting import PassageSplitter
-from tests.unit.ingest.reading import SPLITTER, prepare
+from tests.unit.ingest.reading import SPLITTER, prepare, prepare_documents
 from tests.unit.ingest.tokenizers import TEMPLATE, WordTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -30,7 +30,7 @@ def test_a_text_file() -> None:
     assert (document.document_id, document.title, document.passage_title) == ("notes/my_notes.txt",) + ("my notes",) * 2
     assert document.metadata == {"year": 2000}
     assert passages == ["Hello world."]
-    assert not document.title_cut
+    assert document.passage_title == document.title
 
 
 def test_the_given_title_goes_first() -> None:
@@ -42,7 +42,7 @@ def test_a_long_title_is_kept_whole_for_the_document() -> None:
     ((document, passages),) = prepare("Hello world.", title=title)
 
     assert document.title == title
-    assert document.title_cut
+    assert document.passage_title != document.title
     assert document.passage_title.endswith("…")
     assert len(TEMPLATE.passage_ids(WordTokenizer(), document.passage_title, passages[0])) <= 32
 

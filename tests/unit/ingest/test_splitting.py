@@ -130,8 +130,7 @@ def test_a_long_title_is_cut_and_said_to_be() -> None:
     splitter = words_splitter(20)
     short, long = splitter.fit_title("a short title"), splitter.fit_title("so many words " * 20)
 
-    assert (short.text, short.cut, short.text_tokens) == ("a short title", False, 15)
-    assert long.cut
+    assert (short.text, short.text_tokens) == ("a short title", 15)
     assert long.text == "so many words so many words so many…"
     assert long.text_tokens == 10
 
@@ -139,7 +138,6 @@ def test_a_long_title_is_cut_and_said_to_be() -> None:
 def test_a_long_word_as_a_title_is_cut_within(tokenizer: PreTrainedTokenizerFast) -> None:
     fitted = PassageSplitter(TEMPLATE, tokenizer, 32).fit_title("x" * 500)
 
-    assert fitted.cut
     assert set(fitted.text) == {"x", "…"}
     assert 16 <= fitted.text_tokens < 32
 

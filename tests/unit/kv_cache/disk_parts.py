@@ -9,7 +9,7 @@ import numpy as np
 
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.disk import DiskTier
-from blockrag.kv_cache.messages import EncodedObject
+from blockrag.kv_cache.shard_messages import EncodedObject
 from blockrag.types import FULL, BlockForm, BlockKV, BlockRequest, CachedBlock, ChunkEmbeddings
 
 KEYS = KeyMaker("fingerprint", b"secret", "compression")

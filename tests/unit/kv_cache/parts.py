@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from blockrag.errors import UnavailableError
-from blockrag.kv_cache.messages import AcquiredBlock, DocumentId, EncodedObject, PurgeLog, ShardStats, WarmOutcome
 from blockrag.kv_cache.shard import CacheShard
+from blockrag.kv_cache.shard_messages import AcquiredBlock, DocumentId, EncodedObject, PurgeLog, ShardStats, WarmOutcome
 from blockrag.kv_cache.store import BlockStore
 from blockrag.types import BlockKV, BlockRequest
 
@@ -94,19 +94,19 @@ class LocalShard:
         return await (await self._alive("warm")).warm(blocks, pin)
 
     async def report_lost(self, keys: list[str], generations: list[int] | None = None) -> int:
-        return (await self._alive("report_lost")).report_lost(keys, generations)
+        return await (await self._alive("report_lost")).report_lost(keys, generations)
 
     async def purged_since(self, cursor: int) -> PurgeLog:
-        return (await self._alive("purged_since")).purged_since(cursor)
+        return await (await self._alive("purged_since")).purged_since(cursor)
 
     async def set_pins(self, documents: list[DocumentId], pinned: bool) -> int:
-        return (await self._alive("set_pins")).set_pins(documents, pinned)
+        return await (await self._alive("set_pins")).set_pins(documents, pinned)
 
     async def purge(self, documents: list[DocumentId]) -> int:
-        return (await self._alive("purge")).purge(documents)
+        return await (await self._alive("purge")).purge(documents)
 
     async def stats(self) -> ShardStats:
-        return (await self._alive("stats")).stats()
+        return await (await self._alive("stats")).stats()
 
 
 class ObjectStore:

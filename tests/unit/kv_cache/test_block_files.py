@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
+import random
 import stat
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +27,8 @@ from blockrag.kv_cache.block_files import (
     remove_folder,
     write_block,
 )
-from blockrag.kv_cache.messages import DocumentId
 from blockrag.kv_cache.shard import document_of
+from blockrag.kv_cache.shard_messages import DocumentId
 from blockrag.types import FULL, BlockForm, BlockKV, BlockRequest
 from tests.unit.kv_cache.disk_parts import KEYS, arrays_of, assert_same_block, block_of, files, wanted
 
@@ -103,6 +107,58 @@ def test_a_file_that_was_cut_off_or_overwritten_is_noticed(
             read_block(path, request)
         with pytest.raises(DataError):
             read_header(path, KEYS)
+
+
+def test_files_that_are_damaged_while_they_are_read(tmp_path: Path) -> None:
+    """Whatever happens to a file meanwhile, what is read is the block or nothing; and it is nobody's end."""
+    requests = [wanted(number) for number in range(1, 5)]
+    paths = [written(tmp_path, request) for request in requests]
+    blocks = [read_block(path, request) for path, request in zip(paths, requests, strict=True)]
+    whole, stop = [path.read_bytes() for path in paths], threading.Event()
+
+    def damage() -> None:
+        draw = random.Random(0)
+        while not stop.is_set():
+            number = draw.randrange(len(paths))
+            path, content = paths[number], bytearray(whole[number])
+            kind = draw.randrange(5)
+            if kind == 0:
+                os.truncate(path, draw.randrange(len(content)))
+            elif kind == 1:
+                content[draw.randrange(len(content))] ^= 1 + draw.randrange(255)
+                path.write_bytes(content)
+            elif kind == 2:
+                path.write_bytes(draw.choice(whole))
+            else:
+                path.write_bytes(content)
+
+    damaging = threading.Thread(target=damage)
+    damaging.start()
+    right = wrong = 0
+    try:
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            for path, request, block in zip(paths, requests, blocks, strict=True):
+                try:
+                    found = read_block(path, request)
+                except DataError:
+                    wrong += 1
+                else:
+                    assert_same_block(found, block)
+                    right += 1
+    finally:
+        stop.set()
+        damaging.join()
+    assert right
+    assert wrong
+
+
+def test_what_was_read_stays_when_the_file_is_cut_off(tmp_path: Path) -> None:
+    request = wanted(1)
+    path = written(tmp_path, request)
+    found = read_block(path, request)
+    os.truncate(path, 0)  # of a mapping nothing could be read any more
+    assert_same_block(found, read_block(written(tmp_path, request), request))
 
 
 def test_a_file_of_another_block_is_not_the_one_asked_for(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from blockrag.keys import KeyMaker
 from blockrag.kv_cache.block_files import UNFINISHED, block_paths, folder_of
 from blockrag.kv_cache.disk import MOST_PENDING_BYTES, DiskTier
 from blockrag.kv_cache.disk_index import CANDIDATES
-from blockrag.kv_cache.messages import DocumentId, EncodedObject
 from blockrag.kv_cache.shard import document_of
+from blockrag.kv_cache.shard_messages import DocumentId, EncodedObject
 from blockrag.kv_cache.shards import owner, shard_names
 from blockrag.types import BlockRequest, CachedBlock
 from tests.unit.kv_cache.disk_parts import (

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from blockrag.kv_cache.messages import DocumentId, PurgeLog
 from blockrag.kv_cache.purge_log import Departed, PurgeJournal, process_start
+from blockrag.kv_cache.shard_messages import DocumentId, PurgeLog
 
 DOCUMENT = DocumentId("t", "c", "d")
 

@@ -8,8 +8,8 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from blockrag.errors import InvalidRequestError, UnavailableError
-from blockrag.kv_cache.messages import DocumentId
 from blockrag.kv_cache.remote import RemoteShard
+from blockrag.kv_cache.shard_messages import DocumentId
 
 
 class Handle:

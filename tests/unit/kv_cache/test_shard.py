@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from blockrag.errors import InvalidRequestError, UnavailableError
-from blockrag.kv_cache.messages import DocumentId, FormUsage, WarmOutcome
 from blockrag.kv_cache.shard import ENCODE_ATTEMPTS, CacheShard
+from blockrag.kv_cache.shard_messages import DocumentId, FormUsage, WarmOutcome
 from blockrag.kv_cache.store import BlockStore
 from blockrag.types import BlockForm
 from tests.unit.kv_cache.parts import SIZE, Encoder, request, requests, settle
@@ -50,7 +50,7 @@ async def test_a_hundred_concurrent_requests_for_one_missing_block_are_one_encod
     answers = await asyncio.gather(*waiting)
     assert encoder.encoded == ["a"]
     assert {answer.ref[0] for [answer] in answers} == {"object 1 of a"}
-    stats = shard.stats()
+    stats = await shard.stats()
     assert (stats.hits, stats.misses, stats.joined) == (0, 1, 99)
 
 
@@ -75,7 +75,7 @@ async def test_requests_that_come_while_an_encode_ends_start_no_other() -> None:
     late = [asyncio.ensure_future(ask_after(turns)) for turns in range(30)]
     await asyncio.gather(*early, ending, *late)
     assert encoder.encoded == ["a"]
-    stats = shard.stats()
+    stats = await shard.stats()
     assert (stats.misses, stats.hits + stats.joined) == (1, 59)
 
 
@@ -138,11 +138,11 @@ async def test_what_was_purged_while_it_was_encoded_is_used_but_not_kept() -> No
     encoder = Encoder()
     encoder.go.clear()
     shard = make_shard(encoder)
-    cursor = shard.purged_since(0).cursor
+    cursor = (await shard.purged_since(0)).cursor
     waiting = asyncio.ensure_future(shard.acquire(requests("a")))
     await settle()
-    shard.purge([DOCUMENT])
-    assert shard.purged_since(cursor).keys == ["a"]
+    await shard.purge([DOCUMENT])
+    assert (await shard.purged_since(cursor)).keys == ["a"]
     encoder.go.set()
     [block] = await waiting
     assert block.ref == ["object 1 of a"]
@@ -155,12 +155,12 @@ async def test_a_block_being_encoded_for_another_document_too_is_kept_for_that_o
     shard = make_shard(encoder)
     both = [asyncio.ensure_future(shard.acquire([request("a", document)])) for document in ("d", "other")]
     await settle()
-    shard.purge([DOCUMENT])
+    await shard.purge([DOCUMENT])
     encoder.go.set()
     await asyncio.gather(*both)
     assert [key in shard.store for key in ("a",)] == [True]
-    assert shard.purge([DOCUMENT]) == 0
-    assert shard.purge([DocumentId("t", "c", "other")]) == 1
+    assert await shard.purge([DOCUMENT]) == 0
+    assert await shard.purge([DocumentId("t", "c", "other")]) == 1
 
 
 async def test_a_document_that_comes_back_during_the_encode_keeps_its_block() -> None:
@@ -169,7 +169,7 @@ async def test_a_document_that_comes_back_during_the_encode_keeps_its_block() ->
     shard = make_shard(encoder)
     before = asyncio.ensure_future(shard.acquire(requests("a")))
     await settle()
-    shard.purge([DocumentId("t", "c", "")])
+    await shard.purge([DocumentId("t", "c", "")])
     after = asyncio.ensure_future(shard.acquire(requests("a")))
     await settle()
     encoder.go.set()
@@ -206,9 +206,9 @@ async def test_warming_pins_what_is_held_already_and_what_it_encodes() -> None:
     await shard.acquire(requests("a"))
     outcome = await shard.warm(requests("aab"), True)
     assert outcome == WarmOutcome(1, frozenset("b"), SIZE)
-    assert shard.stats().pinned_blocks == 2
-    assert shard.set_pins([DOCUMENT], False) == 2
-    assert shard.stats().pinned_blocks == 0
+    assert (await shard.stats()).pinned_blocks == 2
+    assert await shard.set_pins([DOCUMENT], False) == 2
+    assert (await shard.stats()).pinned_blocks == 0
 
 
 async def test_warming_pins_a_block_that_a_request_is_having_encoded() -> None:
@@ -222,14 +222,14 @@ async def test_warming_pins_a_block_that_a_request_is_having_encoded() -> None:
     encoder.go.set()
     await asking
     assert (await warming).hits == 1
-    assert shard.stats().pinned_blocks == 1
+    assert (await shard.stats()).pinned_blocks == 1
 
 
 async def test_warming_says_when_the_budget_is_too_small() -> None:
     assert (await make_shard(Encoder(), blocks=3).warm(requests("abcde"), False)).over_budget
     shard = make_shard(Encoder(), blocks=3)
     assert (await shard.warm(requests("abcde"), True)).over_budget
-    assert shard.stats().pinned_blocks == 3
+    assert (await shard.stats()).pinned_blocks == 3
     assert not (await make_shard(Encoder(), blocks=5).warm(requests("abcde"), True)).over_budget
 
 
@@ -251,13 +251,13 @@ async def test_a_lost_block_is_encoded_again_unless_it_was_already() -> None:
     encoder = Encoder()
     shard = make_shard(encoder)
     [old] = await shard.acquire(requests("a"))
-    assert shard.report_lost(["a"], [old.generation]) == 1
+    assert await shard.report_lost(["a"], [old.generation]) == 1
     [new] = await shard.acquire(requests("a"))
     assert (new.tier, new.ref) == ("encoded", ["object 2 of a"])
-    assert shard.report_lost(["a"], [old.generation]) == 0
+    assert await shard.report_lost(["a"], [old.generation]) == 0
     assert [key in shard.store for key in ("a",)] == [True]
-    assert shard.report_lost(["a", "unknown"]) == 1
-    assert shard.stats().lost == 2
+    assert await shard.report_lost(["a", "unknown"]) == 1
+    assert (await shard.stats()).lost == 2
 
 
 async def test_nothing_is_left_behind_by_requests_that_were_cancelled() -> None:
@@ -272,9 +272,9 @@ async def test_nothing_is_left_behind_by_requests_that_were_cancelled() -> None:
         await asyncio.gather(*waiting, return_exceptions=True)
         await settle()
     assert (encoder.running, encoder.cancelled) == (0, 9)
-    cursor = shard.purged_since(0).cursor
-    shard.purge([DOCUMENT])
-    assert shard.purged_since(cursor).keys == []
+    cursor = (await shard.purged_since(0)).cursor
+    await shard.purge([DOCUMENT])
+    assert (await shard.purged_since(cursor)).keys == []
     encoder.go.set()
     assert [block.tier for block in await shard.acquire(requests("abc"))] == ["encoded"] * 3
 
@@ -285,16 +285,16 @@ async def test_forms_of_a_block_are_counted_and_purged_together() -> None:
     forms = [request("full"), replace(request("small"), form=compressed), replace(request("tiny"), form=chunks)]
     await shard.acquire(forms)
     await shard.acquire(forms[1:2])
-    assert shard.stats().forms == {
+    assert (await shard.stats()).forms == {
         "chunks-8": FormUsage(1, SIZE, 0, 1),
         "compressed-8": FormUsage(1, SIZE, 1, 1),
         "full": FormUsage(1, SIZE, 0, 1),
     }
-    assert (shard.stats().hits, shard.stats().misses) == (1, 3)
-    assert shard.purge([DOCUMENT]) == 3
-    assert {form: usage.blocks for form, usage in shard.stats().forms.items()} == {
+    assert ((await shard.stats()).hits, (await shard.stats()).misses) == (1, 3)
+    assert await shard.purge([DOCUMENT]) == 3
+    assert {form: usage.blocks for form, usage in (await shard.stats()).forms.items()} == {
         "chunks-8": 0,
         "compressed-8": 0,
         "full": 0,
     }
-    assert set(shard.purged_since(shard.purged_since(0).cursor - 3).keys) == {"full", "small", "tiny"}
+    assert set((await shard.purged_since((await shard.purged_since(0)).cursor - 3)).keys) == {"full", "small", "tiny"}

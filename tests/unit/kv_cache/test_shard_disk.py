@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blockrag.kv_cache.messages import DocumentId, EncodedObject
 from blockrag.kv_cache.shard import CacheShard
+from blockrag.kv_cache.shard_messages import DocumentId, EncodedObject
 from blockrag.kv_cache.store import BlockStore
 from blockrag.types import BlockForm, BlockRequest
 from tests.unit.kv_cache.disk_parts import as_object, assert_same_block, block_of, files, open_tier, wanted
@@ -58,7 +58,7 @@ async def test_after_a_restart_a_block_comes_from_disk_and_then_from_the_store(t
         assert_same_block(new.ref[0], old.ref[0])
         assert new.generation > 0
     assert len(encoder.encoded) == 3
-    stats = shard.stats()
+    stats = await shard.stats()
     assert (stats.hits, stats.misses, stats.disk.hits, stats.blocks) == (3, 0, 3, 3)
 
 
@@ -81,7 +81,7 @@ async def test_the_disk_is_read_once_for_all_who_wait(tmp_path: Path) -> None:
     shard = open_shard(tmp_path, encoder)
     answers = await asyncio.gather(*(shard.acquire([wanted(1)]) for _ in range(20)))
     assert {block.tier for [block] in answers} == {"disk"}
-    assert (shard.stats().disk.hits, shard.stats().joined) == (1, 19)
+    assert ((await shard.stats()).disk.hits, (await shard.stats()).joined) == (1, 19)
 
 
 async def test_a_damaged_file_is_encoded_again_and_written_anew(tmp_path: Path) -> None:
@@ -105,15 +105,14 @@ async def test_a_purge_forgets_memory_and_disk_and_counts_each_block_once(tmp_pa
     encoder = Encoder()
     size = as_object(block_of(wanted(1))).nbytes
     shard = open_shard(tmp_path, encoder, store_bytes=2 * size)
-    cursor = shard.purged_since(0).cursor
+    cursor = (await shard.purged_since(0)).cursor
     for number in range(4):
         await shard.acquire([wanted(number)])
     await shard.acquire([wanted(9, "other")])
     await stop(shard)
     document = DocumentId("t", "c", "d")
-    assert shard.purge([document]) == 4
-    assert set(shard.purged_since(cursor).keys) == {wanted(number).key for number in range(4)}
-    await shard.erase([document])
+    assert await shard.purge([document]) == 4
+    assert set((await shard.purged_since(cursor)).keys) == {wanted(number).key for number in range(4)}
     assert [file.name for file in files(tmp_path)] == [wanted(9).key]
     shard = open_shard(tmp_path, encoder)
     found = await shard.acquire([wanted(0), wanted(9, "other")])
@@ -126,8 +125,7 @@ async def test_what_was_purged_while_it_was_encoded_is_not_written(tmp_path: Pat
     shard = open_shard(tmp_path, encoder)
     waiting = asyncio.ensure_future(shard.acquire([wanted(1)]))
     await settle()
-    assert shard.purge([DocumentId("t", "c", "d")]) == 0
-    await shard.erase([DocumentId("t", "c", "d")])
+    assert await shard.purge([DocumentId("t", "c", "d")]) == 0
     encoder.go.set()
     [block] = await waiting
     assert_same_block(block.ref[0], block_of(wanted(1)))
@@ -141,8 +139,7 @@ async def test_a_block_that_was_given_and_is_a_document_s_too_goes_with_the_docu
     await shard.acquire([wanted(1, "", collection="")])
     await shard.acquire([wanted(1)])
     await stop(shard)
-    assert shard.purge([DocumentId("t", "c", "d")]) == 1
-    await shard.erase([DocumentId("t", "c", "d")])
+    assert await shard.purge([DocumentId("t", "c", "d")]) == 1
     assert files(tmp_path) == []
 
 
@@ -156,8 +153,7 @@ async def test_a_block_encoded_for_a_document_and_for_none_goes_with_the_documen
     await asyncio.gather(*both)
     await stop(shard)
     shard = open_shard(tmp_path, encoder)
-    assert shard.purge([DocumentId("t", "c", "d")]) == 1
-    await shard.erase([DocumentId("t", "c", "d")])
+    assert await shard.purge([DocumentId("t", "c", "d")]) == 1
     assert files(tmp_path) == []
 
 
@@ -177,13 +173,11 @@ async def test_a_hot_block_whose_file_is_missing_is_written_again(tmp_path: Path
     await shard.acquire([wanted(1)])
     await shard.acquire([wanted(1, "other")])
     await stop(shard)
-    shard.purge([DocumentId("t", "c", "d")])
-    await shard.erase([DocumentId("t", "c", "d")])
+    await shard.purge([DocumentId("t", "c", "d")])
     assert files(tmp_path) == []
     [block] = await shard.acquire([wanted(1, "other")])
     assert block.tier == "store"
     await stop(shard)
     assert len(files(tmp_path)) == 1
-    assert shard.purge([DocumentId("t", "c", "other")]) == 1
-    await shard.erase([DocumentId("t", "c", "other")])
+    assert await shard.purge([DocumentId("t", "c", "other")]) == 1
     assert files(tmp_path) == []

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockrag.kv_cache.messages import DocumentId
 from blockrag.kv_cache.purge_log import Departed
+from blockrag.kv_cache.shard_messages import DocumentId
 from blockrag.kv_cache.store import BlockStore, PutOutcome
 
 DOCUMENT = DocumentId("t", "c", "d")

@@ -38,7 +38,7 @@ def test_a_system_of_its_own_leaves_one_in_use_alone(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "old").touch()
 
-    own = run.own_settings(given, tmp_path / "state")
+    own = run.fresh_settings(given, tmp_path / "state")
 
     assert own.state_path == tmp_path / "state"
     assert not (tmp_path / "state").exists(), "an index left by another run would change the answers"

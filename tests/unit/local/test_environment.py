@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from blockrag.local.system import _supervisor_environment
+from blockrag.local.local_system import _supervisor_environment
 from blockrag.settings import load_settings
 
 

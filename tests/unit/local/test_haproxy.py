@@ -156,6 +156,19 @@ def test_what_is_rewritten_is_a_configuration_for_haproxy(folder: Path) -> None:
             assert not re.search(r"bind +[*]?:", configuration)
 
 
+def test_a_node_s_haproxy_ends_calls_to_a_machine_that_vanished(folder: Path) -> None:
+    file = serve_s_configuration(folder, free_port(), {"gateway": [1, 2], "decoder": [3]})
+    wrapper = folder / "node"
+    haproxy.write_node_wrapper(wrapper)
+    checked = subprocess.run([wrapper, "-c", "-f", str(file)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    text = file.read_text()
+    servers = re.findall(r"^ *default-server .*$", text, re.MULTILINE)
+    assert servers
+    assert all(each.endswith("on-marked-down shutdown-sessions") for each in servers)
+    assert "hdr grpc-status 14" in text
+
+
 def test_gateway_is_meant_where_no_application_is_named(folder: Path) -> None:
     file = serve_s_configuration(folder, free_port(), {"gateway": [1], "decoder": [2]})
     text = haproxy.rewritten(file.read_text(), "x")

@@ -1,4 +1,4 @@
-/* Calls the functions of slots.c and step.c on buffers of exactly the sizes that they may touch, for the sanitizers to watch.
+/* Calls the functions of slots.c, step.c and between.c on buffers of exactly the sizes that they may touch, for the sanitizers to watch.
  *
  * Prints how many calls it made. With an argument the last call is told of one slot more than there is: that it is
  * found shows that overruns are.
@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../../../services/blockrag/modeling/native/between.h"
 #include "../../../services/blockrag/modeling/native/step.h"
 
 void place_slots(int64_t, const void *const *, const int64_t *, const uint16_t *const *, const uint16_t *const *,
@@ -129,6 +130,36 @@ static void stepped(int64_t first, int64_t second, int64_t before, int64_t kv_he
     free(buffers.widened), free(buffers.counters), free(buffers.trace), free(buffers.logits);
 }
 
+static void between(int64_t first, int64_t second, int64_t earlier, int64_t kv_heads, int64_t group, int64_t head_dim,
+                    int64_t extra, int64_t threads, int64_t missing) {
+    enum { WIDTH = 80, INNER = 48 };
+    int64_t heads = kv_heads * group, tokens = first + second, count = second ? 2 : 1, numbers = tokens * heads * head_dim;
+    float *hidden = wide(tokens * WIDTH), *weight = wide(WIDTH), *query = wide(numbers), *attended = wide(numbers);
+    float *phases = wide(tokens * head_dim), *norm = extra ? wide(head_dim) : NULL;
+    uint16_t *added = extra ? narrow(tokens * WIDTH) : NULL, *normed = narrow(tokens * WIDTH), *out = narrow(numbers);
+    uint16_t *projected = narrow(tokens * (heads + 2 * kv_heads) * head_dim), *kept[3];
+    uint16_t *rows = narrow(tokens * 2 * INNER), *gated = narrow(tokens * INNER);
+    for (int i = 0; i < 3; i++) kept[i] = narrow(kv_heads * tokens * head_dim);
+    add_and_normalise(hidden, added, weight, tokens, WIDTH, 1e-5f, normed, threads);
+    split_and_rotate(projected, norm, norm, phases, tokens, heads, kv_heads, head_dim, 1e-5f, query, kept[0], kept[1],
+                     kept[2], threads);
+    gate(rows, tokens, INNER, gated, threads);
+    Attended segments[2];
+    for (int64_t s = 0; s < count; s++) {
+        int64_t own = s ? second : first, room = earlier + own + s - missing;
+        segments[s] = (Attended){narrow(kv_heads * room * head_dim), narrow(kv_heads * room * head_dim),
+                                 room * head_dim, earlier + own, s * first, own};
+    }
+    int64_t unsuited = attend_segments(query, segments, count, heads, kv_heads, head_dim, 0.01f, 1e-20f, 1e20f, threads,
+                                       attended, out);
+    for (int64_t i = 0; i < numbers; i++)
+        if (unsuited || !isfinite(attended[i])) abort();
+    for (int64_t s = 0; s < count; s++) free((void *)segments[s].keys), free((void *)segments[s].values);
+    for (int i = 0; i < 3; i++) free(kept[i]);
+    free(hidden), free(weight), free(query), free(attended), free(phases), free(norm), free(added), free(normed);
+    free(out), free(projected), free(rows), free(gated);
+}
+
 int main(int count, char **arguments) {
     static const int64_t widths[] = {32, 64, 96, 128, 256}, tokens[] = {1, 2, 9, 40, 129}, before[] = {0, 1, 31, 63, 200};
     int64_t calls = 0;
@@ -145,6 +176,11 @@ int main(int count, char **arguments) {
         for (int64_t first = 1; first <= 41; first += 8)
             for (int64_t extra = 0; extra < 2; extra++, calls++)
                 stepped(first, extra * 3, 13 * extra, 1 + extra, 3, extra ? 32 : 64, extra, threads, 0);
+    for (int w = 0; w < 5; w++)
+        for (int64_t threads = 1; threads <= 2; threads++)
+            for (int t = 0; t < 5; t++, calls++)
+                between(tokens[t], w % 2 * 3, before[t], 1 + t % 3, 1 + w % 4, widths[w], t % 2, threads, 0);
+    if (count > 1 && !strcmp(arguments[1], "between")) between(2, 0, 5, 1, 1, 32, 0, 1, 1);
     if (count > 1 && !strcmp(arguments[1], "step")) stepped(2, 0, 5, 1, 1, 32, 0, 1, 1);
     if (count > 1) attended(2, 1, 1, 32, 8, 7, 1);
     printf("%d calls\n", (int)calls);

@@ -30,8 +30,8 @@ from blockrag.modeling.bundle_writing import create_bundle, write_pear
 from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.pear_record import HeadCoefficient
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
-from blockrag.modeling.refrag.projector import Projector
-from blockrag.modeling.refrag.writing import write_refrag
+from blockrag.modeling.refrag.compression import Projector
+from blockrag.modeling.refrag.refrag_writing import write_refrag
 from blockrag.modeling.verify import verify_bundle
 from tests.models import TEST_TEMPLATE, TINY_VOCAB, make_tiny_checkpoint, make_tiny_model
 from tests.unit.modeling.test_bundle import change_manifest, sign_again
@@ -187,7 +187,7 @@ def test_chunks_are_compressed_on_a_base(tmp_path: Path) -> None:
     assert largest_difference(load_stock_model(out), load_stock_model(bundle)) == 0.0
     weights = load_stock_model(bundle).state_dict()
     whole = write_refrag(bundle, tmp_path / "whole", decoder=weights, **parts)
-    assert (whole.base, whole.adapter, whole.on_top_files) == (None, None, ())
+    assert (whole.base, whole.adapter) == (None, None)
     assert largest_difference(load_stock_model(whole), load_stock_model(bundle)) == 0.0
 
 
@@ -318,7 +318,7 @@ def test_refuses_a_model_that_it_does_not_fit(overrides: dict[str, Any], problem
         (lambda manifest: manifest.pop("base"), "adapter without the base that it was made for"),
         (lambda manifest: manifest["adapter"].update(rank=0), "adapter rank 0"),
         (lambda manifest: manifest["adapter"].update(alpha="6"), "adapter alpha '6'"),
-        (lambda manifest: manifest["adapter"].pop("rank"), "adapter must have the keys"),
+        (lambda manifest: manifest["adapter"].pop("rank"), "adapter: must have the keys"),
         (lambda manifest: manifest["files"].pop("adapter/adapter_config.json"), "files lacks adapter/adapter_config"),
         (lambda manifest: manifest.update(token_rows={"first": 300, "count": 1}), "files lacks token_rows"),
         (lambda manifest: manifest["base"].update(gguf="x"), "base must have the keys"),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from blockrag.modeling.attention import compiled, over_lists, reference, tiled
-from blockrag.modeling.attention.base import Attend
-from blockrag.modeling.matmul import onednn_available
+from blockrag.modeling.attention.contract import Attend
+from blockrag.modeling.linear_layers import onednn_available
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.native.kernels import kernels
 from tests.models import make_tiny_model

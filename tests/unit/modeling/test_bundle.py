@@ -87,7 +87,10 @@ def test_fingerprint_counts_weights_template_and_types(bundle_dir: Path, tmp_pat
         (lambda manifest: manifest.update(chunk_tokens=0), "chunk_tokens must be positive"),
         (lambda manifest: manifest.update(chunk_tokens=True), "chunk_tokens must be of type int"),
         (lambda manifest: manifest.update(files=[]), "files must be of type dict"),
-        (lambda manifest: manifest["template"].update(system="x"), "wrong: system"),
+        (
+            lambda manifest: manifest["template"].update(system="x"),
+            "template: must have the keys .*; wrong keys: system",
+        ),
         (lambda manifest: manifest["template"].update(final="no question"), "template.final lacks {question}"),
         (lambda manifest: manifest["template"].update(end=""), "template.end is empty"),
         (lambda manifest: manifest["template"].update(end=2), "template texts must be strings"),

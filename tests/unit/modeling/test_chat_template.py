@@ -111,10 +111,10 @@ def test_a_template_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"end": None}, "end must be texts"),
-        ({"passage": "no field"}, r"passage lacks \{text\}"),
-        ({"final": "no field"}, r"final lacks \{question\}"),
-        ({"other": "x"}, "exactly the keys instruction, passage, final"),
+        ({"end": None}, "template texts must be strings"),
+        ({"passage": "no field"}, r"template.passage lacks \{text\}"),
+        ({"final": "no field"}, r"template.final lacks \{question\}"),
+        ({"other": "x"}, "wrong keys: other"),
     ],
 )
 def test_a_bad_template_file(tmp_path: Path, change: dict[str, object], problem: str) -> None:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError
 from blockrag.modeling.attention import tiled
-from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.rotary import pair_order
 from blockrag.modeling.slots import SequenceState, SlotSlice, wide_slots
+from blockrag.modeling.stock_passes import additive_mask, block_mask
 from blockrag.types import BlockKV
 from tests.models import FAMILIES, TINY_VOCAB, make_tiny_model
 

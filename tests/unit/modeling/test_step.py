@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockrag.errors import UnsupportedModelError
+from blockrag.modeling import plain_decoder
 from blockrag.modeling import step as stepping
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.native import kernels as native
-from blockrag.modeling.native.step import PackedProduct, StepKernel, StepSegment, interleaved
+from blockrag.modeling.native.step_kernel import PackedProduct, StepKernel, StepSegment, interleaved
 from blockrag.modeling.rotary import Rotation
 from blockrag.modeling.step import MOST_TOKENS, MOST_TOKENS_WITH_TILES, UnsuitableError
 from blockrag.modeling.support import inspect_model
@@ -30,18 +30,7 @@ TOLERANCE = 8e-2
 """Of the rounding to bfloat16 of what is multiplied, and of blocks; eight bits themselves are in the reference too."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    if native.kernels() is None:
-        pytest.skip("no compiled kernels on this machine")
-
-
-@pytest.fixture(params=[1, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def rounded_(model: PreTrainedModel) -> PreTrainedModel:
@@ -191,7 +180,7 @@ def test_another_kind_of_model_is_left_alone(
 
 def test_float32_and_machines_without_kernels_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not SlotModel.from_pretrained_model(make_tiny_model("llama", **SIZES)).quantise_steps()
-    monkeypatch.setattr(stepping, "kernels", lambda: None)
+    monkeypatch.setattr(plain_decoder, "kernels", lambda: None)
     model = make_tiny_model("llama", **SIZES).bfloat16()
     with pytest.raises(UnsuitableError, match="no compiled kernels"):
         stepping.Step(model, inspect_model(model), [Rotation(32, (1.0,) * 16)])

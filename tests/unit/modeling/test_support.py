@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from blockrag.errors import UnsupportedModelError
-from blockrag.modeling.masks import block_mask, stock_mask
 from blockrag.modeling.model import SlotModel
+from blockrag.modeling.stock_passes import block_mask, stock_mask
 from tests.models import make_tiny_model
 
 _SIZES: dict[str, Any] = {

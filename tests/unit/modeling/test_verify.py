@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockrag.modeling.attention.base import RaggedBatch
+from blockrag.modeling.attention.contract import RaggedBatch
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import create_bundle
-from blockrag.modeling.masks import block_mask
 from blockrag.modeling.native.kernels import kernels
 from blockrag.modeling.step import Step
+from blockrag.modeling.stock_passes import block_mask
 from blockrag.modeling.verify import verify_bundle
 from blockrag.types import BlockKV
 from tests.models import FAMILIES, TEST_TEMPLATE, TINY_VOCAB, make_tiny_bundle, make_tiny_tokenizer

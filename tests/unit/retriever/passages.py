@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from blockrag.retriever.base import Document, EmbeddedPassage, EmbeddingInfo, Passage, SearchQuery, SparseVector
-from blockrag.retriever.filters import Condition
-from blockrag.retriever.identity import CollectionId, passage_id
+from blockrag.bm25 import SparseVector
+from blockrag.identity import CollectionId, passage_id
+from blockrag.retriever.conditions import Condition
+from blockrag.retriever.vector_index import Document, EmbeddedPassage, EmbeddingInfo, Passage, SearchQuery
 
 DIMENSIONS = 8
 EMBEDDING = EmbeddingInfo("test-model", DIMENSIONS)

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from qdrant_client import AsyncQdrantClient
 
 from blockrag.errors import InvalidRequestError, NotFoundError
-from blockrag.retriever.base import Counts, VectorIndex
 from blockrag.retriever.edge_store import EdgeStore
 from blockrag.retriever.server import ServerIndex
+from blockrag.retriever.vector_index import Counts, VectorIndex
 from tests.unit.retriever.passages import EMBEDDING, HOME, document, embedded, query
 
 DOCUMENTS = ("a", "b")
@@ -215,7 +215,7 @@ CALL = st.tuples(
 CALLERS = st.lists(st.lists(CALL, min_size=2, max_size=4), min_size=3, max_size=5)
 
 
-async def happens(index: VectorIndex, callers: list[list[tuple[str, str, str]]], turns: Turns) -> None:
+async def assert_holds(index: VectorIndex, callers: list[list[tuple[str, str, str]]], turns: Turns) -> None:
     history = History(turns)
 
     async def caller(calls: list[tuple[str, str, str]]) -> None:
@@ -251,7 +251,7 @@ def test_a_qdrant_server_used_by_many(callers: list[list[tuple[str, str, str]]],
         client = AsyncQdrantClient(":memory:")
         # Two replicas of the retriever.
         replicas = [ServerIndex(turns.through(client, sync=False), EMBEDDING, "memory") for _ in range(2)]
-        await happens(_Either(replicas), callers, turns)  # type: ignore[arg-type]
+        await assert_holds(_Either(replicas), callers, turns)  # type: ignore[arg-type]
         await client.close()
 
     with warnings.catch_warnings():
@@ -278,7 +278,7 @@ def test_the_embedded_index_used_by_many(callers: list[list[tuple[str, str, str]
         store = EdgeStore(Path(directory), EMBEDDING, 1)
         turns = Turns(lambda waiting: random.randrange(waiting))
         try:
-            await happens(turns.through(store, sync=True), callers, turns)
+            await assert_holds(turns.through(store, sync=True), callers, turns)
         finally:
             store.close()
 

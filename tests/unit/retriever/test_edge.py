@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from blockrag.errors import DataError, SettingsError, UnavailableError
+from blockrag.identity import CollectionId
 from blockrag.retriever import edge_store
-from blockrag.retriever.base import Counts, EmbeddingInfo
 from blockrag.retriever.edge import EdgeIndex
 from blockrag.retriever.edge_store import EdgeStore
-from blockrag.retriever.identity import CollectionId
+from blockrag.retriever.vector_index import Counts, EmbeddingInfo
 from tests.unit.retriever.passages import EMBEDDING, HOME, document, embedded, query
 
 REPOSITORY = Path(__file__).resolve().parents[3]

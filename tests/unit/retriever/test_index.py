@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from qdrant_client import AsyncQdrantClient
 
+from blockrag.bm25 import SparseVector
 from blockrag.errors import InvalidRequestError, NotFoundError
-from blockrag.retriever.base import Counts, EmbeddedPassage, Replaced, SearchQuery, SparseVector, VectorIndex
+from blockrag.identity import CollectionId
+from blockrag.retriever.conditions import AnyTerm, Condition, NumberRange, metadata_terms, number_field
 from blockrag.retriever.edge import EdgeIndex
-from blockrag.retriever.filters import AnyTerm, Condition, NumberRange, metadata_terms, number_field
-from blockrag.retriever.identity import CollectionId
 from blockrag.retriever.server import ServerIndex
+from blockrag.retriever.vector_index import Counts, EmbeddedPassage, Replaced, SearchQuery, VectorIndex
 from tests.unit.retriever.passages import DIMENSIONS, EMBEDDING, HOME, document, embedded, query
 
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant")

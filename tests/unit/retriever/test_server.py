@@ -15,9 +15,9 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 from qdrant_client.http.models import VersionInfo
 
 from blockrag.errors import NotFoundError, SettingsError, UnavailableError
-from blockrag.retriever.base import COMMITS_WITHIN_S, Counts, EmbeddingInfo
 from blockrag.retriever.server import ServerIndex
 from blockrag.retriever.server_points import MODEL_POINT
+from blockrag.retriever.vector_index import COMMITS_WITHIN_S, Counts, EmbeddingInfo
 from tests.unit.retriever.passages import EMBEDDING, HOME, document, embedded, query
 
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant")

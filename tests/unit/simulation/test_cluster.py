@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockrag.kv_cache.messages import DocumentId
+from blockrag.kv_cache.shard_messages import DocumentId
 from blockrag.kv_cache.store import BlockStore
 from blockrag.lru import Lru
-from blockrag.simulation.cluster import simulate
+from blockrag.simulation.cluster import beside_others, simulate, smallest
 from blockrag.simulation.scenario import Scenario, StageTimes, percentile
-from blockrag.simulation.sizing import beside_others, smallest
 from blockrag.simulation.workload import Workload
 
 NOTHING = StageTimes(*(0.0 for _ in StageTimes.__dataclass_fields__))

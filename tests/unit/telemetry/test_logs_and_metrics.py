@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
-from blockrag.telemetry import metrics, new_traceparent, request_logger, trace_id_of
+from blockrag.telemetry import metrics, new_traceparent, request_fields, trace_id_of
 from blockrag.telemetry.logs import JsonFormatter
 from blockrag.v1.common_pb2 import RequestContext
 
@@ -25,11 +25,11 @@ def test_a_line_is_json_with_the_requests_ids() -> None:
     handler = Collecting()
     logger = logging.getLogger("blockrag.test.logs")
     logger.addHandler(handler)
-    log = request_logger(logger.name, RequestContext(request_id="r1", tenant="acme", traceparent=traceparent))
+    fields = request_fields(RequestContext(request_id="r1", tenant="acme", traceparent=traceparent))
     try:
         1 / 0  # noqa: B018
     except ZeroDivisionError:
-        log.exception("broken: %s", "ä\n")
+        logger.exception("broken: %s", "ä\n", extra=fields)
     logger.removeHandler(handler)
     (line,) = handler.lines
     assert line["message"] == "broken: ä\n"
@@ -45,7 +45,7 @@ def test_without_a_request_there_are_no_ids() -> None:
     handler = Collecting()
     logger = logging.getLogger("blockrag.test.other")
     logger.addHandler(handler)
-    request_logger(logger.name, None).warning("hello")
+    logger.warning("hello")
     logger.removeHandler(handler)
     assert "request_id" not in handler.lines[0]
 

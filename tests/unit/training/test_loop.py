@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blockrag.training.adaptation.metrics import Scores, StepMetrics
-from blockrag.training.adaptation.run import RunFolder, RunState
-from blockrag.training.adaptation.workers import OneWorker
-from blockrag.training.loop import Schedule, StepResult, train
+from blockrag.training.loop import Schedule, StepResult, learning_rate_factor, train
+from blockrag.training.run import RunFolder, RunState, Scores, StepMetrics
+from blockrag.training.workers import OneWorker
 
 
 class Line:
@@ -118,3 +117,9 @@ def test_a_row_is_said_to_be_left_out_once(tmp_path: Path) -> None:
     places = [place for record in records for place in record.get("left_out", ())]
     assert sorted(places) == sorted(set(places)) and "row True" in places
     assert not any(metrics.left_out.keys() & {"row True"} for metrics in later)
+
+
+def test_the_learning_rate_warms_up_and_falls() -> None:
+    assert learning_rate_factor(0, 0.0, 10) == pytest.approx(0.1)
+    assert learning_rate_factor(9, 0.0, 10) == pytest.approx(1.0)
+    assert learning_rate_factor(500, 1.0, 10) == pytest.approx(0.03)

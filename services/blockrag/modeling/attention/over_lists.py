@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from blockrag.modeling.attention import compiled, masked, reference, tiled
-from blockrag.modeling.attention.base import Attend, RaggedBatch
+from blockrag.modeling.attention.contract import Attend, RaggedBatch, SlotAttention
 from blockrag.modeling.rotary import pairs_as_real
 from blockrag.modeling.slots import SequenceState
 
@@ -84,3 +86,18 @@ def _append(state: SequenceState, layer: int, keys: Tensor, values: Tensor) -> t
     all_keys[:, start:end] = keys
     all_values[:, start:end] = values
     return all_keys, all_values
+
+
+BATCH: ContextVar[RaggedBatch] = ContextVar("batch of the forward pass")
+"""Not an argument of the forward pass: some models hand none on to their attention."""
+
+
+def register(attention: SlotAttention) -> str:
+    """The name under which transformers knows it. No mask function has it, so transformers builds no mask."""
+    name = f"blockrag_{getattr(attention, '__name__', type(attention).__name__)}"
+
+    def of_the_batch(*states: Any, **options: Any) -> tuple[Tensor, None]:
+        return attention(*states, **options, slot_batch=BATCH.get())
+
+    AttentionInterface.register(name, of_the_batch)
+    return name

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from blockrag.modeling.matmul import linear, onednn_available
+from blockrag.modeling.linear_layers import linear, onednn_available
 
 _TILE_SCORES = 1_000_000
 """Scores computed at a time on a CPU, per KV head: 4 MB, which the cores' shared cache holds beside K and V."""

@@ -23,8 +23,8 @@ from blockrag.modeling.cache import cache_dir
 from blockrag.modeling.native.processor import has_instructions
 
 _HERE = Path(__file__).parent
-SOURCES = (_HERE / "slots.c", _HERE / "step.c")
-_HEADERS = (_HERE / "slots.h", _HERE / "step.h")
+SOURCES = (_HERE / "slots.c", _HERE / "step.c", _HERE / "between.c")
+_HEADERS = (_HERE / "slots.h", _HERE / "rows.h", _HERE / "step.h", _HERE / "between.h")
 INSTRUCTIONS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 _OPTIONS = ("-O3", "-std=gnu11", "-Werror=vla", "-shared", "-fPIC", "-fopenmp", *INSTRUCTIONS)
 _CPUINFO = Path("/proc/cpuinfo")

@@ -119,7 +119,7 @@ class Kernels:
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: float, limit: float, out: Tensor
     ) -> bool:
-        """What ``blockrag.modeling.attention.base.Attend`` says, with queries and ``out`` in float32 and contiguous.
+        """What ``attention.contract.Attend`` says, with queries and ``out`` in float32 and contiguous.
 
         Raises ValueError for anything else. ``scaling`` is for powers of two. False where a row's sum of weights is not
         between 1 / ``limit`` and ``limit``: ``out`` is of no use then.

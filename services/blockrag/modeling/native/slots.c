@@ -6,26 +6,16 @@
  * pairs to float32), then used by all rows, so that scores never leave the first-level cache. Weights are powers of two
  * of scores without the row's maximum subtracted; the caller is told how many sums that did not suit.
  */
+#include "rows.h"
 #include "slots.h"
 
 #include <string.h>
 
 enum {
-    WIDEST = 256,  /* head dimension */
     TILE = 64,     /* slots that are repacked at a time */
     PARTS = TILE / LANES,
     PAIRS = TILE / 2,
 };
-
-static inline __m512 widened(const uint16_t *from) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
-static inline __m512 rotated(__m512 pairs, __m512 phases) {
-    __m512 crossed = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xB1), _mm512_movehdup_ps(phases));
-    return _mm512_fmaddsub_ps(pairs, _mm512_moveldup_ps(phases), crossed);
-}
 
 static inline __m512 whole_numbers(const int8_t *from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));

@@ -8,6 +8,7 @@ enum {
     LANES = 16,  /* float32 in a register */
     CHUNK = 32,  /* bfloat16 in a register; widths are multiples of it */
     ROWS = 8,    /* rows of attention whose sums stand in registers */
+    WIDEST = 256, /* head dimension */
     BATCH = 128, /* most rows of attention that share a repacked tile */
 };
 

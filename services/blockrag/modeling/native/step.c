@@ -11,6 +11,7 @@
  */
 #include "step.h"
 
+#include "rows.h"
 #include "slots.h"
 
 #include <omp.h>
@@ -100,11 +101,6 @@ static inline void sum(const int8_t *lines, const __m512i *widened, const uint16
     }
 }
 
-static inline __m512 gated(__m512 gate, __m512 up) { /* up * gate * sigmoid(gate) */
-    __m512 one = _mm512_set1_ps(1), power = power_of_two(_mm512_mul_ps(gate, _mm512_set1_ps(-1.44269504f)));
-    return _mm512_mul_ps(up, _mm512_div_ps(gate, _mm512_add_ps(one, power)));
-}
-
 /* Blocks of ``product`` until none is left. ``input`` [tokens, inputs]; ``out`` [tokens, stride], bfloat16 if GATED. */
 static void multiply(Team *team, const Product *product, const uint16_t *input, int64_t tokens, enum Ending ending,
                      const float *bias, void *out, int64_t stride, __m512i *wide) {
@@ -135,52 +131,22 @@ static void multiply(Team *team, const Product *product, const uint16_t *input, 
     }
 }
 
-/* What RMSNorm multiplies with. */
-static float root(const float *numbers, int64_t width, float epsilon) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += LANES) {
-        __m512 part = _mm512_loadu_ps(numbers + i);
-        squares = _mm512_fmadd_ps(part, part, squares);
-    }
-    return 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(_mm512_reduce_add_ps(squares) / width + epsilon)));
-}
-
-static void normalise(const float *hidden, const float *weight, int64_t width, float epsilon, uint16_t *out) {
-    __m512 factor = _mm512_set1_ps(root(hidden, width, epsilon));
-    for (int64_t i = 0; i < width; i += LANES)
-        store_narrow(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(hidden + i), factor),
-                                            _mm512_loadu_ps(weight + i)));
-}
-
-/* A head from the model's order, normalised if ``weight`` is there, to ``pairs`` in pair order, rotated. */
-static void rotate(const float *head, const float *weight, const float *phases, int64_t width, float epsilon,
-                   float *pairs) {
-    float factor = weight ? root(head, width, epsilon) : 1;
-    for (int64_t i = 0, half = width / 2; i < half; i++) {
-        float real = head[i] * factor, imaginary = head[i + half] * factor;
-        if (weight) real *= weight[i], imaginary *= weight[i + half];
-        float cosine = phases[2 * i], sine = phases[2 * i + 1];
-        pairs[2 * i] = real * cosine - imaginary * sine;
-        pairs[2 * i + 1] = real * sine + imaginary * cosine;
-    }
-}
-
 /* Rotate a segment's queries of a KV head, and put its keys and values behind those that are there. */
 static void place(const Decoder *decoder, const Layer *layer, const Segment *segment, const Buffers *buffers,
                   int64_t head, uint16_t *keys, uint16_t *values) {
     int64_t width = decoder->head_dim, group = decoder->heads / decoder->kv_heads;
     int64_t row = (decoder->heads + 2 * decoder->kv_heads) * width;
-    float rotated[BATCH * 2];
+    float turned[WIDEST];
     for (int64_t t = 0; t < segment->tokens; t++) {
         int64_t token = segment->start + t;
         const float *from = buffers->projected + token * row, *phases = buffers->phases + token * width;
         for (int64_t q = head * group; q < (head + 1) * group; q++)
             rotate(from + q * width, layer->query_norm, phases, width, decoder->epsilon,
                    buffers->query + (token * decoder->heads + q) * width);
-        rotate(from + (decoder->heads + head) * width, layer->key_norm, phases, width, decoder->epsilon, rotated);
+        rotate(from + (decoder->heads + head) * width, layer->key_norm, phases, width, decoder->epsilon, turned);
         const float *value = from + (decoder->heads + decoder->kv_heads + head) * width;
         for (int64_t i = 0, to = (segment->before + t) * width; i < width; i += LANES) {
-            store_narrow(keys + to + i, _mm512_loadu_ps(rotated + i));
+            store_narrow(keys + to + i, _mm512_loadu_ps(turned + i));
             store_narrow(values + to + i, _mm512_loadu_ps(value + i));
         }
     }

@@ -32,11 +32,11 @@ from transformers import (
 
 from blockrag.errors import BundleError, InvalidRequestError
 from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.checkpoint import load_first_layers
 from blockrag.modeling.files import read_json
 from blockrag.modeling.loading import check_finite, check_missing, no_load_report, no_progress_bar
 from blockrag.modeling.refrag.parts import encoder_positions
 from blockrag.modeling.refrag.record import ALIGNMENTS, POOLINGS, Alignment, Pooling
-from blockrag.modeling.stock import load_first_layers
 
 
 class ChunkEncoder(nn.Module):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockrag.errors import BundleError
-from blockrag.modeling.matmul import speed_up_linear_layers
+from blockrag.modeling.linear_layers import speed_up_linear_layers
 from blockrag.modeling.refrag.policy_features import FEATURES, PLACE_FEATURES, TokenTraits, chunk_features
 
 _METADATA = "policy"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from blockrag.errors import BundleError
+from blockrag.modeling.files import check_keys
 
 Alignment = Literal["tokens", "text", "decoder"]
 """What the chunk encoder reads, and what it is. ``tokens``: an encoder over the decoder's token ids. ``text``: one over
@@ -66,7 +67,7 @@ class RefragRecord:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> RefragRecord:
         """Read a manifest's ``refrag``. Raises BundleError naming ``where`` and the problem."""
-        _check_keys(cls, values, f"{where}: refrag")
+        check_keys(cls, values, f"{where}: refrag")
         if values["alignment"] not in ALIGNMENTS:
             raise BundleError(f"{where}: refrag: alignment {values['alignment']!r}, not one of {', '.join(ALIGNMENTS)}")
         if values["pooling"] not in POOLINGS:
@@ -142,15 +143,9 @@ def _read_policy(name: str, values: Any, where: str) -> PolicyRecord:
         raise BundleError(f"{place}: a name is made of a-z, 0-9, - and _")
     if not isinstance(values, dict):
         raise BundleError(f"{place}: must be an object")
-    _check_keys(PolicyRecord, values, place)
+    check_keys(PolicyRecord, values, place)
     kinds = {"query": bool, "file": str, "basis": str, "facts": dict}
     for key, kind in kinds.items():
         if not isinstance(values[key], kind):
             raise BundleError(f"{place}: {key} must be of type {kind.__name__}")
     return PolicyRecord(**values)
-
-
-def _check_keys(record: type, values: Mapping[str, Any], place: str) -> None:
-    names = {item.name for item in fields(record)}
-    if set(values) != names:
-        raise BundleError(f"{place}: wrong keys: {', '.join(sorted(set(values) ^ names))}")

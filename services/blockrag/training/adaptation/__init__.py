@@ -1,13 +1,13 @@
-"""Adapting a checkpoint to block attention: ``adapt.adapt_block``, behind ``blockrag adapt block``.
+"""Adapting a checkpoint to block attention: ``block.adapt_block``, behind ``blockrag adapt block``.
 
 From the data to the bundle::
 
-    rows      question rows, checked line by line
-    samples   a row becomes a prompt: 1 to 20 passages, the gold ones at any place or absent
-    batch     samples become rows of a tensor; masks: what each of their tokens may see
-    trainer   one optimiser step: every sample under both masks, loss on answers
-    run       the folder of a run: checkpoints, metrics, who is writing
-    writing   the bundle
+    samples        question rows, checked line by line; a row becomes a prompt with 1 to 20 passages
+    contexts       instead, many questions behind one context
+    batch          contexts become rows of a tensor; visibility: what each of their tokens may see
+    block_trainer  one optimiser step: every sample under both masks, loss on answers
+    writing        the bundle
 
-One worker or many run the same loop (``workers``). Nothing here knows Ray.
+``training.loop`` runs it, on one worker or many (``training.workers``), in a folder (``training.run``). Nothing here
+knows Ray.
 """

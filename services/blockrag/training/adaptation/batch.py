@@ -1,4 +1,4 @@
-"""Samples as rows of a tensor.
+"""Contexts as rows of a tensor, and the losses of what is answered behind them.
 
 A row is ``[instruction][passage 1] … [passage n][question 1, answer 1] … [question m, answer m]``. Positions are
 contiguous up to a question's answer, and every question starts where the passages end, as if it stood there alone: as
@@ -9,31 +9,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from blockrag.training.adaptation.masks import FINAL, PADDING
+from blockrag.training.adaptation.visibility import FINAL, PADDING
 
 IGNORED = -100
 """Target of a token that has no loss."""
-Branch = tuple[tuple[int, ...], tuple[int, ...]]
-"""Ids of a question's final block and of its answer, with the token that ends it."""
 
 
-class Prompts(Protocol):
+class Branch(NamedTuple):
+    """One question of a context with its answer: a last block."""
+
+    prompt: Sequence[int]
+    """Ids up to the token after which the answer starts."""
+    answer: Sequence[int]
+    """Ids of the answer and of the token that ends it: the target."""
+
+
+@dataclass(frozen=True)
+class Context:
     """Passages with one question behind them, or several."""
 
-    @property
-    def blocks(self) -> tuple[tuple[int, ...], ...]:
-        """Ids of the instruction block and of each passage's block."""
+    blocks: tuple[tuple[int, ...], ...]
+    """Ids of the instruction block and of each passage's block, in the prompt's order."""
+    branches: tuple[Branch, ...]
 
     @property
-    def branches(self) -> tuple[Branch, ...]: ...
-
-    @property
-    def tokens(self) -> int: ...
+    def tokens(self) -> int:
+        return sum(map(len, self.blocks)) + sum(len(prompt) + len(answer) for prompt, answer in self.branches)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Batch:
         return replace(self, **moved)
 
 
-def make_batch(samples: Sequence[Prompts], multiple: int = 1) -> Batch:
+def make_batch(samples: Sequence[Context], multiple: int = 1) -> Batch:
     """One row per sample, padded to a multiple of ``multiple`` tokens."""
     width = -(-max(sample.tokens for sample in samples) // multiple) * multiple
     shape = (len(samples), width)
@@ -109,3 +116,40 @@ def make_batch(samples: Sequence[Prompts], multiple: int = 1) -> Batch:
         count=count,
         tokens=sum(sample.tokens for sample in samples),
     )
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """What the logits of a batch say about its answers."""
+
+    loss: Tensor
+    """Scalar float32: sum of cross-entropies over answer tokens, in nats."""
+    exact: Tensor
+    """Scalar: answers whose every token is the most likely one after those before it. Greedy decoding would give
+    exactly these."""
+
+
+def score_answers(logits: Tensor, batch: Batch) -> AnswerScores:
+    """Scores of ``logits`` [B, P, V], of the places that predict the batch's targets."""
+    targets = batch.targets
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    wrong = (logits.argmax(-1) != targets) & (targets != IGNORED)
+    missed = torch.zeros(batch.count, dtype=torch.bool, device=targets.device)
+    missed[batch.answers[wrong]] = True
+    return AnswerScores(loss, (~missed).sum())
+
+
+def distillation(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
+    """Sum over answer tokens of p(t) · KL(teacher ‖ student), scalar float32.
+
+    ``teacher`` [B, P, V] are the logits of the same weights under the full mask, ``student`` those under the block
+    mask; no gradient flows into the teacher. The weight p(t) is the probability that the teacher gives the right
+    token: where it is wrong, or guesses, there is nothing to learn from it that cross-entropy would not unlearn. Not
+    normalised by the sum of the weights, so an unsure teacher counts less over all.
+    """
+    places = targets != IGNORED
+    expected = teacher.detach()[places].float().log_softmax(-1)
+    got = student[places].float().log_softmax(-1)
+    trust = expected.gather(1, targets[places][:, None])[:, 0].exp()
+    divergence = F.kl_div(got, expected, log_target=True, reduction="none").sum(-1)
+    return (trust * divergence).sum()

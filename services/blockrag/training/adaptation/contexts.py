@@ -1,29 +1,163 @@
 """Many questions behind one context: passages once, then every question that they answer, and some that they do not.
 
 A context is drawn around one question, the lead: its gold passage (or, for a refusal, everything but that), passages
-that are easily mistaken for it, passages at random; then the other questions whose answers stand in what is shown.
-Each question sees the context and itself. With one question per context, 650 tokens are computed for one answer; so
-they are for ten.
+that are easily mistaken for it, passages at random; then the other questions whose answers stand in what is shown. Each
+question sees the context and itself. With one question per context, 650 tokens are computed for one answer; so they are
+for ten.
 
 Context number n is a pure function of (seed, n), as samples are.
+
+They are drawn from pools of questions that share their passages. Any question file that ``blockrag eval qa`` reads
+makes a pool. Its passages are cut as ingestion cuts them and ranked by the retriever's BM25, so that what is trained
+looks like what is served.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from random import Random
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.metrics import contains
-from blockrag.evaluation.pieces import Piece
-from blockrag.evaluation.question_data import SourceQuestion
+from blockrag.evaluation.pieces import Piece, PieceMaker, Rank, bm25_ranking, gold_piece
+from blockrag.evaluation.question_data import QuestionData, SourceQuestion, load_questions
+from blockrag.evaluation.scoring import contains
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
-from blockrag.training.adaptation.batch import Branch
-from blockrag.training.adaptation.pools import Pool
+from blockrag.training.adaptation.batch import Branch, Context
 from blockrag.training.adaptation.samples import SampleLimits
+
+_WORDS = re.compile(r"[a-z0-9]+")
+
+
+class OverlapFilter:
+    """Finds texts that share ``length`` words in a row with one of the texts it was made of.
+
+    Case, punctuation and spacing do not count. Of the texts tested only every ``stride``-th place is looked at, so
+    that a shared run of ``length + stride - 1`` words is always found and a shorter one sometimes.
+    """
+
+    def __init__(self, texts: Iterable[str], length: int = 12, stride: int = 5) -> None:
+        self._length = length
+        self._stride = stride
+        self._known: set[int] = set()
+        for text in texts:
+            words = _WORDS.findall(text.lower())
+            self._known.update(hash(tuple(words[n : n + length])) for n in range(len(words) - length + 1))
+
+    def __call__(self, text: str) -> bool:
+        """Whether ``text`` shares a run of words."""
+        if not self._known:
+            return False
+        words = _WORDS.findall(text.lower())
+        places = range(0, len(words) - self._length + 1, self._stride)
+        return any(hash(tuple(words[n : n + self._length])) in self._known for n in places)
+
+
+_NEAREST = 24
+"""Of a ranking: passages that stand in for the gold one when distractors are drawn."""
+
+
+class Pool:
+    """Questions of one file with the passages they are about, cut as ingestion cuts them."""
+
+    def __init__(self, data: QuestionData, pieces: PieceMaker, excluded: set[int]) -> None:
+        """``excluded``: numbers of passages that must not be shown."""
+        self._data = data
+        self._pieces = pieces
+        self._excluded = excluded
+        self.questions = [q for q in data.questions if q.gold and not excluded.intersection(q.gold)]
+        if not self.questions:
+            raise SetupError(f"{data.name}: no question has a gold passage that may be trained on")
+        self._asked: dict[int, list[SourceQuestion]] = {}
+        for question in self.questions:
+            for number in question.gold:
+                self._asked.setdefault(number, []).append(question)
+        self._titles: dict[str, list[int]] = {}
+        self._shown = sorted(self._asked) if data.kind == "pattern" else self._allowed(range(len(data.passages)))
+        for number in self._shown:
+            self._titles.setdefault(data.passages[number].title, []).append(number)
+        self._rank: Rank | None = None
+        self._ranked: list[int] = []
+
+    def _allowed(self, numbers: Iterable[int]) -> list[int]:
+        return [number for number in numbers if number not in self._excluded]
+
+    def pieces(self, number: int) -> tuple[Piece, ...]:
+        return self._pieces.pieces(self._data.passages[number])
+
+    def gold(self, question: SourceQuestion) -> tuple[int, Piece] | None:
+        """The passage and the piece that answers; None where no piece holds an answer and one is expected."""
+        for number in question.gold:
+            pieces = self.pieces(number)
+            if not pieces:
+                continue
+            piece, holds = gold_piece(pieces, question)
+            if holds or not question.answers:
+                return number, piece
+        return None
+
+    def asked_of(self, number: int) -> Sequence[SourceQuestion]:
+        """Questions whose gold passage is ``number``."""
+        return self._asked.get(number, ())
+
+    def near(self, question: SourceQuestion, random: Random) -> list[int]:
+        """Passages that are easily mistaken for the gold one, in random order."""
+        kind = self._allowed(question.same_kind)
+        titled = [n for gold in question.gold for n in self._titles.get(self._data.passages[gold].title, ())]
+        ranked = self._ranking(question.text) if self._data.kind == "rows" else []
+        found = [
+            *random.sample(kind, min(len(kind), _NEAREST)),
+            *random.sample(titled, min(len(titled), _NEAREST // 2)),
+            *ranked,
+        ]
+        unique = [number for number in dict.fromkeys(found) if number not in question.gold]
+        random.shuffle(unique)
+        return unique
+
+    def any(self, random: Random) -> int:
+        return random.choice(self._shown)
+
+    def _ranking(self, text: str) -> list[int]:
+        if self._rank is None:
+            self._ranked = [n for n in self._shown if self._data.passages[n].text]
+            passages = [self._data.passages[n] for n in self._ranked]
+            self._rank = bm25_ranking([Piece(passage.title, passage.text) for passage in passages])
+        return [self._ranked[place] for place in self._rank(text)[:_NEAREST]]
+
+
+class Excluded:
+    """Passages of files that are evaluated on, which training must not see."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Of question rows, what shares words in a row with a passage (``OverlapFilter``); of intros that pattern
+        questions are about, the same texts: two intros of one kind share more words than that."""
+        self._texts: set[str] = set()
+        rows: set[str] = set()
+        for file in files:
+            data = load_questions(file)
+            if data.kind == "pattern":
+                self._texts |= {data.passages[number].text for question in data.questions for number in question.gold}
+            else:
+                rows |= {passage.text for passage in data.passages}
+        self._overlaps = OverlapFilter(rows)
+
+    def __call__(self, text: str) -> bool:
+        return text in self._texts or self._overlaps(text)
+
+
+def load_pools(files: Sequence[Path], pieces: PieceMaker, exclude: Sequence[Path]) -> list[Pool]:
+    """A pool of each file. Raises SetupError naming file and line of what is malformed, or a file with nothing left."""
+    excluded = Excluded(exclude)
+    pools = []
+    for file in files:
+        data = load_questions(file)
+        numbers = {number for number, passage in enumerate(data.passages) if excluded(passage.text)}
+        pools.append(Pool(data, pieces, numbers))
+    return pools
+
 
 _TRIES = 50
 _REMEMBERED = 50_000
@@ -35,20 +169,6 @@ _BESIDE_SHARE = 0.5
 """Share of contexts that show what stands beside the lead's gold piece in its passage: a search finds both."""
 _TYPED_SHARE = 0.25
 """Share of questions written as people type them into a search box: in lower case, half of them without the mark."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """Passages with questions behind them."""
-
-    blocks: tuple[tuple[int, ...], ...]
-    """Ids of the instruction block and of each passage's block, in the prompt's order."""
-    branches: tuple[Branch, ...]
-    """For each question the ids of its final block and of its answer with the token that ends it."""
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.blocks)) + sum(len(prompt) + len(answer) for prompt, answer in self.branches)
 
 
 class ContextSource:
@@ -72,7 +192,7 @@ class ContextSource:
         self._questions = questions
         self._seed = seed
         self._instruction = tuple(template.instruction_ids(tokenizer))
-        self._blocks: OrderedDict[Piece, tuple[int, ...]] = OrderedDict()
+        self._block = lru_cache(maxsize=_REMEMBERED)(self._make_block)
         self.too_long: dict[str, int] = {}
         """Empty: a context is cut to what fits."""
 
@@ -193,7 +313,7 @@ class ContextSource:
             room -= len(prompt) + len(target)
             if room < 0:
                 break
-            branches.append((prompt, target))
+            branches.append(Branch(prompt, target))
         if not branches:
             return None
         instruction = (self._instruction,) if self._instruction else ()
@@ -205,14 +325,8 @@ class ContextSource:
         texts = [piece.text for piece in shown]
         return next((a for a in question.answers if any(a in text for text in texts)), question.answers[0])
 
-    def _block(self, piece: Piece) -> tuple[int, ...]:
-        ids = self._blocks.get(piece)
-        if ids is None:
-            ids = tuple(self._template.passage_ids(self._tokenizer, piece.title, piece.text))
-            self._blocks[piece] = ids
-            if len(self._blocks) > _REMEMBERED:
-                self._blocks.popitem(last=False)
-        return ids
+    def _make_block(self, piece: Piece) -> tuple[int, ...]:
+        return tuple(self._template.passage_ids(self._tokenizer, piece.title, piece.text))
 
 
 def _typed(question: str, random: Random) -> str:

@@ -2,43 +2,121 @@
 
 Sample number n is a pure function of (seed, n): a run that is resumed, or shared out to other workers, sees the same
 samples, and no position in the data has to be stored.
+
+A question row is one JSON object a line::
+
+    {"question": "…", "answers": ["…", …], "passages": [{"title": "…", "text": "…", "gold": true}, …]}
+
+Other keys are ignored; ``title`` and ``gold`` may be absent. A row without a gold passage is a question that the
+passages do not answer; only such a row may have an empty list of answers.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from random import Random
+from typing import Any
 
 from blockrag.errors import SetupError
+from blockrag.jsonl import read_objects
 from blockrag.modeling.template import PromptTemplate
-from blockrag.training.adaptation.rows import Passage, Row
+from blockrag.training.adaptation.batch import Branch, Context
 from blockrag.training.passages import DecodingTokenizer, cut_passage, sentences
 
-_TRIES = 50
-_REMEMBERED = 50_000
+_SUFFIXES = (".jsonl", ".jsonl.gz")
+_HELD_OUT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One prompt with its answer."""
+class Passage:
+    """A passage of a row."""
 
-    blocks: tuple[tuple[int, ...], ...]
-    """Ids of the instruction block and of each passage's block, in the prompt's order."""
-    prompt: tuple[int, ...]
-    """Ids of the final block, up to where the answer starts."""
-    answer: tuple[int, ...]
-    """Ids of the answer and of the token that ends it."""
+    title: str
+    text: str
+    gold: bool
+    """Whether it holds the answer."""
 
-    @property
-    def branches(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        """Its one question."""
-        return ((self.prompt, self.answer),)
 
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.blocks)) + len(self.prompt) + len(self.answer)
+@dataclass(frozen=True)
+class Row:
+    """A question with its answers and passages."""
+
+    place: str
+    """File and line, for messages."""
+    question: str
+    answers: tuple[str, ...]
+    """Accepted answers; the first is the one that training aims at."""
+    passages: tuple[Passage, ...]
+
+
+def data_files(paths: Sequence[Path]) -> list[Path]:
+    """The files that ``paths`` name; of a directory, its JSONL files by name. Raises SetupError."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
+            if not inside:
+                raise SetupError(f"{path}: no {' or '.join(_SUFFIXES)} file in this directory")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise SetupError(f"{path}: no such file or directory")
+    return found
+
+
+def hold_out_rows(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows to measure on: ``count``, at most a tenth of all."""
+    count = min(count, int(_HELD_OUT_SHARE * len(rows)))
+    chosen = set(Random(f"{seed}/held out").sample(range(len(rows)), count))
+    return [row for number, row in enumerate(rows) if number not in chosen], [rows[n] for n in sorted(chosen)]
+
+
+def read_rows(paths: Sequence[Path]) -> list[Row]:
+    """All rows, in order. Raises SetupError naming file and line of the first bad row, or when there is none."""
+    files = data_files(paths)
+    rows = [_parse(place, values) for file in files for place, values in read_objects(file)]
+    if not rows:
+        raise SetupError(f"{', '.join(map(str, files))}: no rows")
+    return rows
+
+
+def _parse(place: str, values: Mapping[str, Any]) -> Row:
+    passages = values.get("passages")
+    if not isinstance(passages, list) or not passages:
+        raise SetupError(f"{place}: passages must be a list with at least one passage")
+    checked = tuple(_passage(f"{place}: passages[{number}]", passage) for number, passage in enumerate(passages))
+    answers = values.get("answers")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise SetupError(f"{place}: answers must be a list of texts")
+    if not answers and any(passage.gold for passage in checked):
+        raise SetupError(f"{place}: no answer, though a passage is marked gold")
+    return Row(place, _text(place, values, "question"), tuple(answers), checked)
+
+
+def _passage(where: str, values: Any) -> Passage:
+    if not isinstance(values, dict):
+        raise SetupError(f"{where}: must be a JSON object")
+    title, gold = values.get("title", ""), values.get("gold", False)
+    if not isinstance(title, str):
+        raise SetupError(f"{where}: title must be a text")
+    if not isinstance(gold, bool):
+        raise SetupError(f"{where}: gold must be true or false")
+    return Passage(title, _text(where, values, "text"), gold)
+
+
+def _text(where: str, values: Mapping[str, Any], field: str) -> str:
+    value = values.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise SetupError(f"{where}: {field} must be a text that is not empty")
+    return value
+
+
+_TRIES = 50
+_REMEMBERED = 50_000
 
 
 @dataclass(frozen=True)
@@ -75,12 +153,12 @@ class SampleSource:
         self._seed = seed
         self._instruction = tuple(template.instruction_ids(tokenizer))
         self._order: tuple[int, list[int]] = (-1, [])
-        self._cut: OrderedDict[Passage, tuple[int, ...]] = OrderedDict()
+        self._block = lru_cache(maxsize=_REMEMBERED)(self._make_block)
         self.too_long: dict[str, int] = {}
         """Rows that were left out, by file and line, with the tokens that they need at least."""
 
-    def sample(self, number: int) -> Sample:
-        """Sample ``number`` of an endless stream that visits every row once per pass over the data.
+    def sample(self, number: int) -> Context:
+        """Sample ``number``, of one question, of an endless stream that visits every row once per pass over the data.
 
         A row that cannot be fitted is noted in ``too_long`` and another one takes its place. Raises SetupError when
         none seems to fit.
@@ -111,7 +189,7 @@ class SampleSource:
             self._order = (turn, order)
         return self._order[1][at]
 
-    def _build(self, row: Row, random: Random) -> Sample | None:
+    def _build(self, row: Row, random: Random) -> Context | None:
         limits, template = self._limits, self._template
         golds = [passage for passage in row.passages if passage.gold]
         # those that hold an answer first, in case there are more than a prompt may have
@@ -140,7 +218,7 @@ class SampleSource:
         placed = [*blocks, *fitting]
         random.shuffle(placed)
         instruction = (self._instruction,) if self._instruction else ()
-        return Sample((*instruction, *placed), prompt, target)
+        return Context((*instruction, *placed), (Branch(prompt, target),))
 
     def _distractors(self, row: Row, count: int, absent: bool, random: Random) -> list[tuple[int, ...]]:
         """Blocks of the row's own other passages, filled up with those of other rows."""
@@ -162,16 +240,10 @@ class SampleSource:
                 blocks.append(block)
         return blocks
 
-    def _block(self, passage: Passage) -> tuple[int, ...]:
+    def _make_block(self, passage: Passage) -> tuple[int, ...]:
         """A distractor's block, remembered: its passage is met again and again. Empty when only its title fits."""
-        ids = self._cut.get(passage)
-        if ids is None:
-            text = self._text(passage, 0)
-            ids = tuple(self._template.passage_ids(self._tokenizer, passage.title, text)) if text else ()
-            self._cut[passage] = ids
-            if len(self._cut) > _REMEMBERED:
-                self._cut.popitem(last=False)
-        return ids
+        text = self._text(passage, 0)
+        return tuple(self._template.passage_ids(self._tokenizer, passage.title, text)) if text else ()
 
     def _gold_block(self, passage: Passage, answers: Sequence[str], random: Random) -> tuple[int, ...]:
         """A gold passage's block: a run of sentences with the answer's anywhere in it."""

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from blockrag.modeling.adapter import Adapter, TokenRows, merge_adapter, put_token_rows
 from blockrag.modeling.base import Base, open_base
 from blockrag.modeling.bundle_writing import create_bundle
-from blockrag.training.adaptation.config import BlockAdaptConfig
-from blockrag.training.adaptation.metrics import Scores
+from blockrag.training.adaptation.block_config import BlockAdaptConfig
 from blockrag.training.adaptation.source import Source, load_for_training
+from blockrag.training.run import Scores
 
 _BLOCK_TOKEN = re.compile(r"<\|(?:link|sink)_\d+\|>")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

@@ -34,9 +34,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from blockrag.modeling.pear import AttentionHeads, attention_heads
 from blockrag.modeling.pear_record import Mask
-from blockrag.training.pear.config import PUBLISHED_SIZES, LaterHeads, Mean
-from blockrag.training.pear.passes import cache_of, check_length, forward, prefill, recording, removing
-from blockrag.training.pear.task import ProxyTask
+from blockrag.training.pear.passes import ProxyTask, cache_of, check_length, forward, prefill, recording, removing
+from blockrag.training.pear.pear_config import PUBLISHED_SIZES, LaterHeads, Mean
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 from blockrag.errors import UnsupportedModelError
 from blockrag.modeling.measuring import measure_rotations
 from blockrag.modeling.support import inspect_model, rotary_modules
+from blockrag.training.adaptation.batch import Branch
 from blockrag.training.refrag.composed_attention import COMPOSED_ATTENTION, BlockPass, FinalPass, UntouchedRotary
-from blockrag.training.refrag.contexts import Branch
 
 _PADDING_SHARE = 0.85
 """A pass takes blocks at least this long, as a share of its longest: the rest would be padding."""

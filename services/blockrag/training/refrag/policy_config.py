@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from blockrag.errors import SetupError
 from blockrag.modeling.files import DEFAULT_BUNDLE, file_sha256
-from blockrag.training.configuring import RunConfig
+from blockrag.training.configuring import StagedConfig
 
 if TYPE_CHECKING:
     from blockrag.modeling.refrag.policy import PolicyConfig
@@ -42,26 +42,18 @@ class PpoSettings:
             raise SetupError("an update needs at least two draws, one epoch, and positive clip and least_spread")
 
 
-@dataclass(frozen=True)
-class PolicyTrainingConfig(RunConfig):
+@dataclass(frozen=True, kw_only=True)
+class PolicyTrainingConfig(StagedConfig):
     """A policy's training."""
 
-    out: Path
-    """The bundle to make. The run itself lives beside it, in OUT.run."""
     bundle: Path = DEFAULT_BUNDLE
     """A bundle with chunk compression; it is not changed."""
     policy: Literal["query", "blind"] = "query"
     """One that sees the question, or the paper's."""
     name: str = ""
     """Name of the policy in the bundle; default: query or blind. One of the same name is replaced."""
-    text: tuple[Path, ...] = ()
-    """JSONL(.gz) files of long texts, or directories of such."""
     data: tuple[Path, ...] = ()
     """JSONL(.gz) files of question rows, as ``adapt block`` reads them."""
-    minutes: float | None = None
-    """Time budget of the steps. Pauses and measurements do not count."""
-    steps: int | None = None
-    """Budget in steps, for runs that must be reproducible. Exactly one of ``minutes`` and ``steps`` is given."""
     text_share: float | None = None
     """Share of contexts whose target is the next paragraph; None: 0.6, with the question in sight 0.2."""
     text_reward: Literal["label", "divergence"] = "label"
@@ -96,16 +88,11 @@ class PolicyTrainingConfig(RunConfig):
     """Of the frozen reader; the policy is in float32."""
     threads: int = 2
     """On a CPU: threads, each reading contexts of its own with one core."""
-    seed: int = 0
-    """Of samples and new weights."""
-    device: str = "cpu"
-    """cpu or cuda."""
 
     def __post_init__(self) -> None:
-        if (self.minutes is None) == (self.steps is None):
-            raise SetupError("give exactly one of minutes and steps")
+        super().__post_init__()
         self.require_least(1, "contexts", "max_passages", "eval_steps", "checkpoint_steps", "threads")
-        self.require_positive("minutes", "steps", "learning_rate")
+        self.require_positive("learning_rate")
         self.require_share("text_share")
         width = self.policy_width
         self.require(width >= _HEAD and width % _HEAD == 0, "policy_width", f"must be a multiple of {_HEAD}")

@@ -5,7 +5,8 @@ A step's prompts are a pure function of (seed, step).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -14,14 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.budget import chunk_count
+from blockrag.modeling.bundle import Bundle, file_sha256
 from blockrag.modeling.refrag.policy_features import policy_ranks
 from blockrag.modeling.template import PromptTemplate
-from blockrag.training.adaptation.samples import SampleSource
+from blockrag.training.adaptation.batch import Branch
+from blockrag.training.adaptation.samples import Row, SampleSource, data_files
 from blockrag.training.passages import DecodingTokenizer
-from blockrag.training.refrag.contexts import Branch
-from blockrag.training.refrag.masks import answer_places, passage_ranking
-from blockrag.training.refrag.samples import row_context, split_instruction
-from blockrag.training.refrag.texts import PassageSource, text_start
+from blockrag.training.refrag.chunk_masks import answer_places, passage_ranking
+from blockrag.training.refrag.policy_config import PolicyTrainingConfig
+from blockrag.training.refrag.stage_samples import row_source, split_instruction
+from blockrag.training.refrag.texts import PassageSource, Text, as_target, read_held_out, text_start
 
 Kind = Literal["answers", "text"]
 
@@ -121,7 +124,7 @@ class PolicySamples:
     def asked(self, number: int, random: Random) -> PolicyContext | None:
         """Sample ``number`` of the question rows; None where it has no passage."""
         assert self._rows is not None
-        context = row_context(self._rows, number)
+        context = self._rows.sample(number)
         instruction, passages = split_instruction(context, self._instruction)
         if not passages:
             return None
@@ -129,14 +132,13 @@ class PolicySamples:
             policy_ranks(self._ranked, _ranks(passages, branch, random) if self._ranked else range(len(passages)))
             for branch in context.branches
         )
-        return PolicyContext(instruction, passages, tuple(context.branches), ranks, "answers")
+        return PolicyContext(instruction, passages, context.branches, ranks, "answers")
 
     def text(self, random: Random) -> PolicyContext:
         """Passages of one text, and the next one as the target."""
         assert self._texts is not None
         drawn = self._texts.draw(random.randint(2, self._max_passages + 1), random, least=2)
-        start = min(text_start(drawn[0], drawn[1:]), len(drawn[-1]) - 1)
-        branch = Branch(list(drawn[-1][:start]), list(drawn[-1][start:]))
+        branch = as_target(drawn[-1], text_start(drawn[0], drawn[1:]))
         passages = tuple(map(tuple, drawn[:-1]))
         ranks = policy_ranks(False, range(len(passages)))
         return PolicyContext(self._instruction, passages, (branch,), (ranks,), "text")
@@ -153,3 +155,53 @@ def _ranks(passages: Sequence[Sequence[int]], branch: Branch, random: Random) ->
     for rank, number in enumerate(kept):
         ranks[number] = rank
     return tuple(ranks)
+
+
+@dataclass(frozen=True)
+class PolicyData:
+    """What a run learns from and is measured on."""
+
+    samples: PolicySamples
+    probes: Sequence[PolicyContext]
+    """Held out, one target each."""
+    digests: Mapping[str, str]
+    """Of every file, by name."""
+
+
+def load_policy_data(config: PolicyTrainingConfig, bundle: Bundle) -> PolicyData:
+    """Read what ``config`` names. Raises SetupError naming the file and the problem."""
+    tokenizer = bundle.load_tokenizer()
+    data = read_held_out(config.text, config.data, config.dev_samples, config.seed)
+
+    def samples(texts: Sequence[Text], rows: Sequence[Row], seed: int | str) -> PolicySamples:
+        return PolicySamples(
+            # a refusal's likelihood says nothing of which chunks matter
+            rows=row_source(rows, bundle, tokenizer, config.max_passages, 0.0, seed) if rows else None,
+            texts=PassageSource(texts, tokenizer, bundle.template, bundle.passage_tokens) if texts else None,
+            template=bundle.template,
+            tokenizer=tokenizer,
+            text_share=config.chosen_text_share,
+            max_passages=config.max_passages,
+            ranked=config.query,
+            seed=config.seed,
+        )
+
+    held = samples(data.texts[1], data.rows[1], f"{config.seed}/dev")
+    random = Random(f"{config.seed}/probes")
+    probes = [held.asked(number, random) for number in range(len(data.rows[1]))]
+    if data.texts[1] and config.chosen_text_share > 0:
+        probes += [held.text(random) for _ in range(config.dev_samples)]
+    return PolicyData(
+        samples=samples(data.texts[0], data.rows[0], config.seed),
+        probes=[probe for probe in probes if probe is not None],
+        digests=_digests(config),
+    )
+
+
+def _digests(config: PolicyTrainingConfig) -> dict[str, str]:
+    files = [*data_files(config.text), *data_files(config.data)]
+    named = {f"{path.parent.name}/{path.name}": file_sha256(path) for path in files}
+    if len(named) == len(files):
+        return named
+    everything = hashlib.sha256("".join(sorted(file_sha256(path) for path in files)).encode())
+    return {"all files": everything.hexdigest()}

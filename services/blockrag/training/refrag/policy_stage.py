@@ -14,23 +14,21 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blockrag.errors import BundleError, SetupError
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyInput
-from blockrag.modeling.refrag.writing import PolicyPart, write_refrag
-from blockrag.training.adaptation.metrics import OnProgress, Scores
-from blockrag.training.adaptation.run import RunFolder
-from blockrag.training.adaptation.workers import OneWorker, Workers
+from blockrag.modeling.refrag.refrag_writing import PolicyPart, write_refrag
 from blockrag.training.loop import Schedule, StepResult, train
-from blockrag.training.refrag.policy import Group, draw_groups, imitate, update
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
-from blockrag.training.refrag.policy_contexts import CapturedContext, PolicyReader
-from blockrag.training.refrag.policy_data import PolicyData, load_policy_data
-from blockrag.training.refrag.policy_probes import measure_policy
-from blockrag.training.refrag.policy_samples import PolicyContext, answer_target
+from blockrag.training.refrag.policy_learning import Group, draw_groups, imitate, update
+from blockrag.training.refrag.policy_reader import CapturedContext, PolicyReader
+from blockrag.training.refrag.policy_samples import PolicyContext, PolicyData, answer_target, load_policy_data
+from blockrag.training.run import OnProgress, RunFolder, Scores
+from blockrag.training.workers import OneWorker, Workers
 
 
 def prepare_policy(config: PolicyTrainingConfig, workers: int = 1) -> Bundle:
@@ -137,8 +135,7 @@ class _Learner:
                     targets.append(torch.from_numpy(target).to(self._workers.device))
         if not prompts:
             return StepResult({}, 0.0, 0)
-        stats = imitate(self._policy, self._optimizer, prompts, targets)
-        return StepResult({"imitation": stats.loss}, stats.gradient_norm, 0, {"first": stats.first})
+        return imitate(self._policy, self._optimizer, prompts, targets)
 
     def _update(self, step: int, contexts: Sequence[PolicyContext]) -> StepResult:
         config = self._config
@@ -158,9 +155,7 @@ class _Learner:
         for job, found in zip(jobs, self._pool.map(self._losses, jobs), strict=True):
             losses[job[0]] = found
         losses = self._workers.sum(losses).float()
-        stats = update(self._policy, self._optimizer, groups, losses.to(self._workers.device), config.ppo)
-        further = {"reward": stats.reward, "spread": stats.spread, "clipped": stats.clipped}
-        return StepResult({}, stats.gradient_norm, losses.numel(), further)
+        return update(self._policy, self._optimizer, groups, losses.to(self._workers.device), config.ppo)
 
     def _capture(self, context: PolicyContext) -> CapturedContext:
         return self._reader.capture(context.instruction, context.passages)
@@ -227,3 +222,44 @@ def _write(bundle: Bundle, config: PolicyTrainingConfig, policy: ChunkPolicy, fa
     }
     trained = PolicyPart(policy, facts, bundle.policy_basis)
     write_refrag(bundle, config.out, policies={**kept, config.policy_name: trained})
+
+
+def measure_policy(
+    policy: ChunkPolicy,
+    reader: PolicyReader,
+    probes: Sequence[PolicyContext],
+    pool: ThreadPoolExecutor,
+) -> dict[str, dict[str, float]]:
+    """Nats per target token after the policy's choice and after a random one, by kind of target and rate.
+
+    ``gain`` is random less policy (above 0 the policy chooses better) and ``error`` its standard error, paired. Each
+    of ``probes`` has one branch; the rates, passage tokens for each slot, are half and a quarter of k. Blocks are read
+    anew, so that nothing of them stays in memory.
+    """
+    k = reader.compressor.chunk_tokens
+    wanted = tuple(rate for rate in (k / 4, k / 2) if rate > 1) or (1.0,)
+
+    def score(item: tuple[int, PolicyContext]) -> np.ndarray:
+        number, probe = item
+        context = reader.capture(probe.instruction, probe.passages)
+        seen = reader.see(context.passages, context.embeddings, probe.branches[0].prompt, probe.ranks[0])
+        logits = policy.rate(seen)
+        chance = np.random.default_rng(number).permutation(context.chunks).astype(np.float32)
+        masks = [context.mask_at(scores, rate) for rate in wanted for scores in (logits, chance)]
+        return reader.losses(context, probe.branches[0], np.stack(masks)).numpy().reshape(len(wanted), 2)
+
+    losses = list(pool.map(score, enumerate(probes)))
+    found: dict[str, dict[str, float]] = {}
+    for kind in dict.fromkeys(probe.kind for probe in probes):
+        own = np.stack([loss for loss, probe in zip(losses, probes, strict=True) if probe.kind == kind])
+        for place, rate in enumerate(wanted):
+            policy_loss, random_loss = own[:, place, 0], own[:, place, 1]
+            gain = random_loss - policy_loss
+            values = {
+                "policy": policy_loss.mean(),
+                "random": random_loss.mean(),
+                "gain": gain.mean(),
+                "error": gain.std() / len(gain) ** 0.5,
+            }
+            found[f"{kind} at rate {rate:g}"] = {name: round(float(value), 4) for name, value in values.items()}
+    return found

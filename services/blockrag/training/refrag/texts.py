@@ -17,7 +17,8 @@ from blockrag.errors import SetupError
 from blockrag.jsonl import read_objects
 from blockrag.modeling.running_text import field_ids
 from blockrag.modeling.template import PromptTemplate
-from blockrag.training.adaptation.rows import data_files
+from blockrag.training.adaptation.batch import Branch
+from blockrag.training.adaptation.samples import Row, data_files, hold_out_rows, read_rows
 from blockrag.training.passages import DecodingTokenizer, sentences
 
 _HELD_OUT_SHARE = 50
@@ -59,6 +60,25 @@ def hold_out(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
         held = [number == chosen for number in range(len(texts))]
     train = [text for text, out in zip(texts, held, strict=True) if not out]
     return train, [text for text, out in zip(texts, held, strict=True) if out]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Texts and questions, read and checked: to train on, and held out."""
+
+    texts: tuple[Sequence[Text], Sequence[Text]]
+    rows: tuple[Sequence[Row], Sequence[Row]]
+
+
+def read_held_out(texts: Sequence[Path], rows: Sequence[Path], count: int, seed: int) -> HeldOut:
+    """Read files of texts and of question rows, of which about ``count`` are held out.
+
+    Raises SetupError naming the file and the problem.
+    """
+    return HeldOut(
+        texts=hold_out(read_texts(texts)) if texts else ((), ()),
+        rows=hold_out_rows(read_rows(rows) if rows else [], count, seed),
+    )
 
 
 class PassageSource:
@@ -125,6 +145,12 @@ class PassageSource:
 def text_start(passage: Sequence[int], others: Sequence[Sequence[int]]) -> int:
     """Where a passage's own text begins: after what all passages of its text open with. At least 1."""
     return max(1, min((_common(passage, other) for other in others), default=1))
+
+
+def as_target(passage: Sequence[int], start: int) -> Branch:
+    """A passage that is to be predicted from its token ``start`` on, of which at least the last is left."""
+    start = min(start, len(passage) - 1)
+    return Branch(passage[:start], passage[start:])
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

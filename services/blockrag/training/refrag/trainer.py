@@ -10,16 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn, optim
 
-from blockrag.errors import SetupError
-from blockrag.training.adaptation.workers import Workers, like_parameter, whole
 from blockrag.training.loop import StepResult
 from blockrag.training.lora import add_lora
-from blockrag.training.optimizer import build_optimizers
-from blockrag.training.refrag.config import RefragConfig
-from blockrag.training.refrag.reader import RefragReader, SampleLosses, SampleScores
-from blockrag.training.refrag.samples import Kind, RefragSample
+from blockrag.training.refrag.refrag_reader import RefragReader, SampleLosses, SampleScores
+from blockrag.training.refrag.stage_config import RefragConfig
+from blockrag.training.refrag.stage_samples import Kind, RefragSample
+from blockrag.training.workers import Workers, like_parameter, take_step
 
-_CLIP = 1.0
 _TEXT_WEIGHT = 0.5
 """Weight of texts beside answers, both taken per token."""
 _KINDS: tuple[Kind, ...] = ("text", "answers")
@@ -29,15 +26,11 @@ class RefragTrainer:
     """Trains a reader of compositions. Every worker has one; on a CPU a single worker uses a thread per part."""
 
     def __init__(self, reader: RefragReader, config: RefragConfig, workers: Workers) -> None:
-        """Freezes what the stage leaves alone. Raises SetupError for what several workers cannot run."""
+        """Freezes what the stage leaves alone."""
         self.reader = reader
         self._config = config
         self._workers = workers
         self._device = workers.device.type
-        if config.parts % workers.size:
-            raise SetupError(f"parts {config.parts}: no multiple of {workers.size} workers")
-        if config.optimizer == "muon" and workers.size > 1:
-            raise SetupError("optimizer 'muon': several workers share every matrix out; choose adamw")
         reader.decoder.requires_grad_(config.decoder_learns)
         if config.lora_rank:
             add_lora(reader.decoder.model, config.lora_rank, seed=config.seed)
@@ -69,7 +62,7 @@ class RefragTrainer:
             for kind in _KINDS:
                 sums[kind] += float(losses[torch.from_numpy(result.kinds == kind)].double().sum())
             divergence += float(result.divergences.double().sum())
-        norm = self._update(factor)
+        norm = take_step(self._parameters, [(optimizer, rate * factor) for optimizer, rate in self._rates])
         summed = torch.tensor([*(sums[kind] for kind in _KINDS), divergence], dtype=torch.float64)
         *totals, divergence = self._workers.sum(summed).tolist()
         measured: dict[str, float] = {
@@ -158,15 +151,6 @@ class RefragTrainer:
         enabled = self._config.precision == "bf16"
         return torch.autocast(self._device, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
-    def _update(self, factor: float) -> float:
-        norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, _CLIP)))
-        for optimizer, rate in self._rates:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return norm
-
     def _build_optimizers(self) -> list[tuple[optim.Optimizer, float]]:
         """Optimizers with their peak learning rates. An encoder that came trained learns as slowly as the decoder."""
         config, reader = self._config, self.reader
@@ -205,3 +189,27 @@ def _weights(counts: Mapping[str, int]) -> dict[Kind, float]:
     both = all(counts.get(kind) for kind in _KINDS)
     shares: dict[Kind, float] = {"text": _TEXT_WEIGHT if both else 1.0, "answers": 1.0}
     return {kind: share / max(1, counts.get(kind, 0)) for kind, share in shares.items()}
+
+
+def build_optimizers(model: nn.Module, name: str, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """The optimisers that share the trainable parameters of ``model``.
+
+    ``adamw`` alone, or ``muon`` for the matrices inside the layers, scaled so that an update has the size AdamW's
+    would have and the learning rate carries over (Moonlight, arXiv 2502.16982, section 2.2). Weight decay acts on
+    matrices only.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [p for n, p in trained if p.ndim == 2 and "embed" not in n]
+    embeddings = [p for n, p in trained if p.ndim == 2 and "embed" in n]
+    vectors = [p for _, p in trained if p.ndim < 2]
+    plain = {"params": vectors, "weight_decay": 0.0}
+    if name == "adamw":
+        decayed = {"params": matrices + embeddings, "weight_decay": 0.1}
+        return [torch.optim.AdamW([decayed, plain], lr=learning_rate, betas=(0.9, 0.95), fused=True)]
+    if name == "muon":
+        muon = torch.optim.Muon(
+            matrices, lr=learning_rate, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        rest = {"params": embeddings, "weight_decay": 0.1}
+        return [muon, torch.optim.AdamW([rest, plain], lr=learning_rate, betas=(0.9, 0.95), fused=True)]
+    raise ValueError(f"unknown optimizer {name!r}: adamw or muon")

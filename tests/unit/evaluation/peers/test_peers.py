@@ -12,15 +12,19 @@ from gguf.quants import dequantize
 from typer.testing import CliRunner
 
 from blockrag.cli.main import app
-from blockrag.evaluation.peers.llama import INSTALL, MissingPeerError, llama_command, requantised, type_of
-from blockrag.evaluation.peers.measuring import (
+from blockrag.evaluation.peers.rounds import (
+    INSTALL,
     OUR_STATES,
     THEIR_STATES,
+    MissingPeerError,
     PeerProcess,
     PeerSpec,
     PeerTask,
+    llama_command,
     measure_peers,
     our_command,
+    requantised,
+    type_of,
 )
 from blockrag.evaluation.plots import plot_peers
 from blockrag.settings import DecoderSettings, KvCacheSettings, Settings

@@ -11,10 +11,9 @@ from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertMode
 
 from blockrag.errors import BundleError, InvalidRequestError
 from blockrag.modeling.bundle import load_bundle
+from blockrag.modeling.checkpoint import load_first_layers, load_stock_model
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
-from blockrag.modeling.refrag.compression import ChunkCompressor
-from blockrag.modeling.refrag.projector import Projector
-from blockrag.modeling.stock import load_first_layers, load_stock_model
+from blockrag.modeling.refrag.compression import ChunkCompressor, Projector
 from blockrag.retriever.embedding import find_embedding
 from tests.models import TINY_VOCAB, make_tiny_bundle, make_tiny_tokenizer
 

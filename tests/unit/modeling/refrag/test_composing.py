@@ -16,11 +16,10 @@ from transformers import PreTrainedModel
 
 from blockrag.budget import chunk_bounds, chunk_count, composed_slots
 from blockrag.errors import InvalidRequestError, PromptTooLongError
-from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.composing import compose_passage, mixed_inputs
-from blockrag.modeling.refrag.reference import ChosenSlot, pass_block, pass_final
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotSlice, wide_slots
+from blockrag.modeling.stock_passes import ChosenSlot, additive_mask, block_mask, pass_block, pass_final
 from tests.models import FAMILIES, TINY_VOCAB, make_tiny_model
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}

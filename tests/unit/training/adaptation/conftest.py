@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from blockrag.training.adaptation.config import BlockAdaptConfig
+from blockrag.training.adaptation.block_config import BlockAdaptConfig
 from tests.models import make_tiny_checkpoint
 
 COLOURS = ("red", "blue", "green", "white", "black", "grey")

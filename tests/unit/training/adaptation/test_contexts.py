@@ -8,8 +8,7 @@ import pytest
 
 from blockrag.errors import SetupError
 from blockrag.evaluation.pieces import PieceMaker
-from blockrag.training.adaptation.contexts import Context, ContextSource
-from blockrag.training.adaptation.pools import Excluded, Pool, load_pools
+from blockrag.training.adaptation.contexts import Context, ContextSource, Excluded, Pool, load_pools
 from blockrag.training.adaptation.samples import SampleLimits
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 from tests.unit.evaluation.question_files import write_patterns

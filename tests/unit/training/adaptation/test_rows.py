@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockrag.errors import SetupError
-from blockrag.training.adaptation.rows import Passage, Row, _parse, read_rows
+from blockrag.training.adaptation.samples import Passage, Row, _parse, read_rows
 from tests.unit.training.adaptation.conftest import colour_rows, write_rows
 
 GOOD = {"question": "Who?", "answers": ["Ann", "She"], "passages": [{"title": "T", "text": "Ann did.", "gold": True}]}

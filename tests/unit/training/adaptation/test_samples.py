@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from blockrag.errors import SetupError
-from blockrag.training.adaptation.rows import Passage, Row
-from blockrag.training.adaptation.samples import Sample, SampleLimits, SampleSource
+from blockrag.training.adaptation.batch import Context
+from blockrag.training.adaptation.samples import Passage, Row, SampleLimits, SampleSource
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 from tests.unit.training.adaptation.conftest import colour_rows
 
@@ -42,7 +42,7 @@ def source(of: list[Row], limits: SampleLimits = LIMITS, seed: int = 0) -> Sampl
     return SampleSource(of, TOKENIZER, TEST_TEMPLATE, limits, seed)
 
 
-def texts(sample: Sample) -> list[str]:
+def texts(sample: Context) -> list[str]:
     return [TOKENIZER.decode(block) for block in sample.blocks]
 
 
@@ -57,7 +57,7 @@ def test_a_sample_is_a_function_of_seed_and_number_alone() -> None:
 
 def test_every_row_once_in_each_pass_over_the_data() -> None:
     drawn = source(rows(30), replace(LIMITS, refusal_share=0.0))
-    questions = [TOKENIZER.decode(drawn.sample(number).prompt) for number in range(60)]
+    questions = [TOKENIZER.decode(drawn.sample(number).branches[0].prompt) for number in range(60)]
 
     expected = Counter(f"<|question|> {row.question}<|answer|>" for row in rows(30))
     assert Counter(questions[:30]) == expected
@@ -71,7 +71,7 @@ def test_passages_are_one_to_twenty_with_the_gold_one_at_any_place() -> None:
     places: Counter[float] = Counter()
     for number in range(400):
         sample = drawn.sample(number)
-        answer = TOKENIZER.decode(sample.answer).removesuffix("<|end|>").strip()
+        answer = TOKENIZER.decode(sample.branches[0].answer).removesuffix("<|end|>").strip()
         holding = [place for place, text in enumerate(texts(sample)[1:]) if f"{answer}." in text]
         assert len(holding) == 1
         counts[len(sample.blocks) - 1] += 1
@@ -87,9 +87,9 @@ def test_without_the_gold_passage_the_answer_is_the_refusal_and_nothing_shown_ho
     refused = 0
     for number in range(200):
         sample = drawn.sample(number)
-        asked = TOKENIZER.decode(sample.prompt).removesuffix(" called?<|answer|>").rpartition(" ")[2]
+        asked = TOKENIZER.decode(sample.branches[0].prompt).removesuffix(" called?<|answer|>").rpartition(" ")[2]
         shown = [text for text in texts(sample) if f"name{asked}x" in text]
-        if TOKENIZER.decode(sample.answer) == " not in the passages<|end|>":
+        if TOKENIZER.decode(sample.branches[0].answer) == " not in the passages<|end|>":
             refused += 1
             assert not shown and len(sample.blocks) > 1
         else:
@@ -104,14 +104,14 @@ def test_a_row_without_gold_passages_is_refused() -> None:
     sample = source([unanswered], replace(LIMITS, refusal_share=0.0, max_passages=1)).sample(0)
 
     assert texts(sample)[1:] == ["<|passage|> Sun<|text|> The sun is hot."]
-    assert TOKENIZER.decode(sample.answer) == " not in the passages<|end|>"
+    assert TOKENIZER.decode(sample.branches[0].answer) == " not in the passages<|end|>"
 
 
 def test_distractors_come_from_other_rows_and_never_hold_the_answer() -> None:
     drawn = source(rows(), replace(LIMITS, min_passages=8, max_passages=8, refusal_share=0.0))
     for number in range(40):
         sample = drawn.sample(number)
-        colour = TOKENIZER.decode(sample.answer).removesuffix("<|end|>").strip()
+        colour = TOKENIZER.decode(sample.branches[0].answer).removesuffix("<|end|>").strip()
 
         assert sum(f"is {colour}." in text for text in texts(sample)) == 1
         assert len(set(sample.blocks)) == len(sample.blocks)
@@ -150,7 +150,7 @@ def test_rows_that_cannot_fit_are_reported_and_replaced() -> None:
     endless = Row("big:1", "why " * 300, ("so",), (Passage("t", "It is so.", True),))
     drawn = source([*rows(9), endless], replace(LIMITS, max_tokens=250))
 
-    prompts = [len(drawn.sample(number).prompt) for number in range(10)]
+    prompts = [len(drawn.sample(number).branches[0].prompt) for number in range(10)]
 
     assert max(prompts) < 250
     assert list(drawn.too_long) == ["big:1"]
@@ -176,5 +176,5 @@ def test_a_special_tokens_text_in_the_data_stays_text() -> None:
 
     special = set(TOKENIZER.all_special_ids) | set(TOKENIZER.get_added_vocab().values())
     assert [token for token in sample.blocks[1] if token in special] == [3, 4]
-    assert [token for token in sample.prompt if token in special] == [5, 6]
-    assert [token for token in sample.answer if token in special] == [2]
+    assert [token for token in sample.branches[0].prompt if token in special] == [5, 6]
+    assert [token for token in sample.branches[0].answer if token in special] == [2]

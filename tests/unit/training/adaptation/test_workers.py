@@ -18,15 +18,15 @@ from blockrag.errors import SetupError
 from blockrag.modeling.adapter import read_adapter
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.verify import verify_bundle
-from blockrag.training.adaptation.adapt import adapt_block, prepare
-from blockrag.training.adaptation.config import BlockAdaptConfig
+from blockrag.training.adaptation.block import adapt_block, prepare
+from blockrag.training.adaptation.block_config import BlockAdaptConfig
 
 _WORKER = """
 import pickle, sys
 import torch
 import torch.distributed as dist
-from blockrag.training.adaptation.workers import ShardedWorkers
-from blockrag.training.adaptation.adapt import adapt_block
+from blockrag.training.workers import ShardedWorkers
+from blockrag.training.adaptation.block import adapt_block
 with open(sys.argv[1], "rb") as file:
     config = pickle.load(file)
 dist.init_process_group("gloo")

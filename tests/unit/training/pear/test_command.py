@@ -63,7 +63,6 @@ def test_says_everything_in_json(made: tuple[Path, dict[str, Any]]) -> None:
         assert len(values) == 12 and detection["ranked"][0]["delta_pi"] == max(values)
     assert -1 <= content["rank_correlations"]["full / block"] <= 1
     assert content["pear"]["mask"] == "block" and set(content["pear"]["after"]) == {"full", "block"}
-    assert content["cost"]["operations"][0] == content["cost"]["operations"][1]
     assert json.loads((made[0].parent / "made-pear" / "pear.json").read_text(encoding="utf-8")) == content
 
 
@@ -82,7 +81,7 @@ def test_in_place_replaces_earlier_coefficients(bundle: Path, tmp_path: Path) ->
     assert first.exit_code == second.exit_code == 0, first.output + second.output
     assert once.pear is not None
     assert load_bundle(target).fingerprint == once.fingerprint, "found again from the weights as they are"
-    assert "proxy task, held out" in first.stdout and "0 parameters and 0 operations more" in first.stdout
+    assert "proxy task, held out" in first.stdout
 
 
 def test_another_recipe_does_not_go_on_in_the_same_folder(bundle: Path, tmp_path: Path) -> None:

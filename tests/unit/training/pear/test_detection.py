@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockrag.errors import InvalidRequestError
-from blockrag.modeling.masks import additive_mask, block_mask
 from blockrag.modeling.pear import attention_heads
+from blockrag.modeling.stock_passes import additive_mask, block_mask
 from blockrag.training.pear.detection import DetectionConfig, detect, rank_correlation
-from blockrag.training.pear.passes import forward, prefill
-from blockrag.training.pear.task import ProxyTask, ordinary_tokens
+from blockrag.training.pear.passes import ProxyTask, forward, ordinary_tokens, prefill
 from tests.models import make_tiny_model
 from tests.unit.training.pear.models import KINDS, VOCAB, make_model
 

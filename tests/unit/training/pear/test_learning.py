@@ -12,14 +12,11 @@ from transformers import PreTrainedModel
 from blockrag.errors import InvalidRequestError, SetupError
 from blockrag.modeling.pear import attention_heads, fold
 from blockrag.modeling.pear_record import HeadCoefficient, Mask, PearRecord
-from blockrag.training.adaptation.metrics import StepMetrics
-from blockrag.training.adaptation.run import RunFolder
-from blockrag.training.adaptation.workers import OneWorker
-from blockrag.training.pear.adaptation import PearReport, adapt
-from blockrag.training.pear.config import CONDITIONS, LearningConfig, PearConfig
-from blockrag.training.pear.cost import folding_cost
-from blockrag.training.pear.learning import learn, proxy_score, scaled
-from blockrag.training.pear.task import ProxyTask, ordinary_tokens
+from blockrag.training.pear.passes import ProxyTask, ordinary_tokens
+from blockrag.training.pear.pear_config import CONDITIONS, LearningConfig, PearConfig
+from blockrag.training.pear.procedure import PearReport, adapt, learn, proxy_score, scaled
+from blockrag.training.run import RunFolder, StepMetrics
+from blockrag.training.workers import OneWorker
 from tests.unit.training.pear.copying import INDUCTION, SUPPRESSOR, VOCAB, copying_model
 from tests.unit.training.pear.models import KINDS, make_model
 from tests.unit.training.pear.models import VOCAB as SMALL_VOCAB
@@ -189,18 +186,6 @@ def test_one_pass_says_how_good_the_untrained_guess_is() -> None:
     score = proxy_score(model, ProxyTask(5), ordinary_tokens(SMALL_VOCAB), seed=0, samples=30, batch=7)
 
     assert score.loss == pytest.approx(torch.tensor(float(SMALL_VOCAB)).log().item(), abs=1e-5)
-
-
-def test_folding_costs_nothing(adapted: Adapted) -> None:
-    model = copying_model(suppression=0.8)
-    weights = model.state_dict()
-    before = {name: value.clone() for name, value in weights.items()}
-    cost = folding_cost(model, adapted[3].heads, tokens=16, pairs=3)
-
-    assert cost.parameters[0] == cost.parameters[1] > 0
-    assert cost.operations[0] == cost.operations[1] > 20
-    assert cost.time_ratio > 0 and cost.milliseconds > 0
-    assert all(torch.equal(value, before[name]) for name, value in weights.items())
 
 
 @pytest.mark.parametrize(

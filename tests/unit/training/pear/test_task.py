@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockrag.errors import InvalidRequestError
-from blockrag.training.pear.task import ProxyTask, ordinary_tokens
+from blockrag.training.pear.passes import ProxyTask, ordinary_tokens
 
 
 @settings(max_examples=50, deadline=None)

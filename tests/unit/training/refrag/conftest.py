@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from blockrag.training.refrag.config import RefragConfig
+from blockrag.training.refrag.stage_config import RefragConfig
 from tests.models import make_tiny_bundle
 from tests.unit.training.adaptation.conftest import colour_rows, write_rows
 

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from blockrag.modeling.model import SlotModel
+from blockrag.training.adaptation.batch import Branch
 from blockrag.training.refrag.composed import ComposedDecoder, ComposedPrompt, SlotBank
-from blockrag.training.refrag.contexts import Branch
 
 _SIZES = {
     "vocab_size": 97,

@@ -11,17 +11,17 @@ from torch.nn import functional as F
 
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
-from blockrag.training.adaptation.metrics import StepMetrics
-from blockrag.training.adaptation.workers import OneWorker
-from blockrag.training.refrag.adapt import adapt_refrag
-from blockrag.training.refrag.config import RefragConfig
-from blockrag.training.refrag.contexts import Branch
-from blockrag.training.refrag.distillation import linear_distillation
-from blockrag.training.refrag.masks import constant_mask
-from blockrag.training.refrag.opening import load_reader, open_start
-from blockrag.training.refrag.reader import RefragReader, SampleLosses
-from blockrag.training.refrag.samples import RefragSample, View
+from blockrag.training.adaptation.batch import Branch
+from blockrag.training.loss import linear_cross_entropy
+from blockrag.training.refrag.chunk_masks import constant_mask
+from blockrag.training.refrag.refrag_reader import RefragReader, SampleLosses
+from blockrag.training.refrag.stage_bundles import load_reader, open_start
+from blockrag.training.refrag.stage_config import RefragConfig
+from blockrag.training.refrag.stage_samples import RefragSample, View
+from blockrag.training.refrag.stages import adapt_refrag
 from blockrag.training.refrag.trainer import RefragTrainer
+from blockrag.training.run import StepMetrics
+from blockrag.training.workers import OneWorker
 
 Make = Callable[..., RefragConfig]
 TARGET = Branch([5, 6], [7, 8, 9, 10])
@@ -37,7 +37,7 @@ def test_loss_and_gradients_are_those_of_the_formula() -> None:
     targets, weights = torch.randint(30, (rows,)), torch.rand(rows)
     shares = torch.tensor([0.0, 0.3, 1.0]).repeat(rows // 3)
 
-    total, losses, divergences = linear_distillation(hidden, head, targets, weights, taught, shares)
+    total, losses, divergences = linear_cross_entropy(hidden, head, targets, weights, taught, shares)
     found = torch.autograd.grad(2 * total, (hidden, head))
 
     expected = F.cross_entropy(hidden @ head.T, targets, reduction="none")

@@ -14,8 +14,8 @@ from blockrag.modeling.adapter_record import ADAPTER_FILES
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.bundle_writing import write_pear
 from blockrag.modeling.pear_record import HeadCoefficient
-from blockrag.training.refrag.adapt import adapt_refrag
-from blockrag.training.refrag.config import RefragConfig
+from blockrag.training.refrag.stage_config import RefragConfig
+from blockrag.training.refrag.stages import adapt_refrag
 from tests.models import make_tiny_checkpoint
 from tests.unit.modeling.test_adapter import make_bundle
 from tests.unit.modeling.test_pear import RECORD

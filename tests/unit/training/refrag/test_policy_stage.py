@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from blockrag.errors import BundleError, SetupError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.compression import Projector
 from blockrag.modeling.refrag.policy import ChunkPolicy
-from blockrag.modeling.refrag.projector import Projector
-from blockrag.modeling.refrag.writing import write_refrag
-from blockrag.training.adaptation.metrics import StepMetrics
-from blockrag.training.refrag.contexts import Branch
+from blockrag.modeling.refrag.refrag_writing import write_refrag
+from blockrag.training.adaptation.batch import Branch
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
 from blockrag.training.refrag.policy_samples import PolicyContext, answer_target
 from blockrag.training.refrag.policy_stage import train_policy
+from blockrag.training.run import StepMetrics
 from tests.models import TINY_VOCAB, make_tiny_bundle
 from tests.unit.training.adaptation.conftest import write_rows
 

@@ -19,18 +19,18 @@ from safetensors.torch import load_file
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.refrag.policy import ChunkPolicy
-from blockrag.training.adaptation.metrics import StepMetrics
-from blockrag.training.refrag.adapt import adapt_refrag
-from blockrag.training.refrag.config import RefragConfig
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig, PpoSettings
 from blockrag.training.refrag.policy_stage import train_policy
+from blockrag.training.refrag.stage_config import RefragConfig
+from blockrag.training.refrag.stages import adapt_refrag
+from blockrag.training.run import StepMetrics
 
 _WORKER = """
 import pickle, sys
 import torch
 import torch.distributed as dist
-from blockrag.training.adaptation.workers import ShardedWorkers
-from blockrag.training.refrag.adapt import adapt_refrag
+from blockrag.training.workers import ShardedWorkers
+from blockrag.training.refrag.stages import adapt_refrag
 with open(sys.argv[1], "rb") as file:
     configs = pickle.load(file)
 dist.init_process_group("gloo")
@@ -84,7 +84,7 @@ _POLICY_WORKER = """
 import pickle, sys
 import torch
 import torch.distributed as dist
-from blockrag.training.adaptation.workers import ShardedWorkers
+from blockrag.training.workers import ShardedWorkers
 from blockrag.training.refrag.policy_stage import train_policy
 with open(sys.argv[1], "rb") as file:
     config = pickle.load(file)
@@ -136,7 +136,7 @@ def test_a_policy_learns_the_same_from_two_workers(tmp_path: Path, config: Calla
 
 
 def test_what_workers_cannot_share_is_refused(config: Callable[..., RefragConfig]) -> None:
-    from blockrag.training.refrag.adapt import prepare
+    from blockrag.training.refrag.stages import prepare
 
     with pytest.raises(SetupError, match="parts 2: no multiple of 3 workers"):
         prepare(config(optimizer="adamw"), 3)

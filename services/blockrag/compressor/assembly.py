@@ -1,0 +1,72 @@
+"""All parts of a compressor put together: in a Serve replica, in evaluation and benchmarks, in tests.
+
+What computes with torch is imported for bundles that compress only: a replica for others has no use for it, and starts
+in half the time and the memory without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from blockrag.compressor.compression_request import CompressionAbility
+from blockrag.compressor.plans import Planner
+from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
+from blockrag.configured import configured_keys
+from blockrag.decoder.detokenizer import detokenizer_factory
+from blockrag.limits import MIB
+from blockrag.modeling.bundle import Bundle
+from blockrag.settings import Settings
+from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
+
+if TYPE_CHECKING:
+    from blockrag.compressor.embeddings import EmbeddingCache
+    from blockrag.compressor.rating import ChunkRater
+    from blockrag.kv_cache.shard_messages import BlockSource
+
+
+def embedding_cache(source: BlockSource, settings: Settings) -> EmbeddingCache:
+    """Chunk embeddings of ``source``, kept within the settings' budget."""
+    from blockrag.compressor.embeddings import EmbeddingCache
+
+    return EmbeddingCache(source, settings.compressor.embeddings_mb * MIB)
+
+
+def assemble(
+    bundle: Bundle,
+    settings: Settings,
+    embeddings: EmbeddingCache | None,
+    decoder_status: Callable[[], Awaitable[GetDecoderStatusResponse]],
+    *,
+    rater: ChunkRater | None = None,
+    ability: CompressionAbility | None = None,
+) -> Planner:
+    """A planner of ``bundle``; it belongs to one event loop.
+
+    ``embeddings``: where it has chunk embeddings from, None for a bundle that cannot compress; ``decoder_status`` is
+    asked for what prefills cost. ``rater`` and ``ability`` default to what the bundle has; others let somebody else
+    choose chunks under the same budgets.
+    """
+    tokenizer = bundle.load_fast_tokenizer()
+    mixer = None
+    if embeddings is not None:
+        from blockrag.compressor.mixing import DecoderCosts, Mixer
+        from blockrag.compressor.rating import ChunkRater
+
+        rater = rater or ChunkRater.load(bundle)
+        rater.warm_up()
+        mixer = Mixer(
+            bundle.chunk_tokens,
+            rater,
+            embeddings,
+            configured_keys(settings, bundle),
+            DecoderCosts(decoder_status),
+            threads=settings.compressor.threads,
+        )
+    return Planner(
+        PassageTokenizer(tokenizer, bundle.template),
+        bundle.max_context_tokens,
+        ability or CompressionAbility.of(bundle),
+        PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens),
+        mixer,
+    )

@@ -1,0 +1,143 @@
+"""What OpenAI's API has no path for: the system and its limits, traces, encoding ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.responses import JSONResponse, Response
+
+from blockrag.errors import NotFoundError
+from blockrag.http.error_objects import error_detail
+from blockrag.http.events import STREAMED, data, fields_of, server_sent
+from blockrag.http.gateway import Visit
+from blockrag.http.shared_fields import Body
+from blockrag.http.vector_stores import DEFAULT_COLLECTION, split_id
+from blockrag.v1 import corpus_pb2, system_pb2
+
+router = APIRouter()
+
+
+class WarmBody(Body):
+    """``POST /v1/blockrag/warm``."""
+
+    collection: str = DEFAULT_COLLECTION
+    file_ids: Annotated[list[str], Field(max_length=1000, default_factory=list)]
+    """Files of the collection; none: all of it."""
+    stream: bool = False
+    """Say how far it is, as server-sent events."""
+
+    def to_message(self) -> corpus_pb2.WarmRequest:
+        """The gateway's request. Raises ``NotFoundError`` for a file of another collection."""
+        message = corpus_pb2.WarmRequest(collection=self.collection)
+        for id in self.file_ids:
+            collection, document_id = split_id(id)
+            if collection != self.collection:
+                raise NotFoundError(f"there is no file {id!r} in {self.collection!r}")
+            message.document_ids.append(document_id)
+        return message
+
+
+class Warming:
+    """A warming under way: its first step is known, so whatever refuses it has a status of its own."""
+
+    def __init__(self, steps: AsyncGenerator[corpus_pb2.WarmResponse, None], first: corpus_pb2.WarmResponse) -> None:
+        self._steps = steps
+        self._first = first
+
+    @classmethod
+    async def begin(cls, steps: AsyncGenerator[corpus_pb2.WarmResponse, None]) -> Warming:
+        """Waits for the first step. Raises what the gateway raises."""
+        return cls(steps, await anext(steps, corpus_pb2.WarmResponse()))
+
+    async def steps(self) -> AsyncGenerator[dict[str, Any], None]:
+        """How far it is, each time; closing it stops the work."""
+        async with aclosing(self._steps):
+            yield _warming(self._first)
+            async for step in self._steps:
+                yield _warming(step)
+
+    async def finished(self) -> dict[str, Any]:
+        """Its last step."""
+        last = self._first
+        async with aclosing(self._steps) as steps:
+            async for step in steps:
+                last = step
+        return _warming(last)
+
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events up to ``[DONE]``."""
+        async with aclosing(self.steps()) as steps:
+            try:
+                async for step in steps:
+                    yield data(step)
+                yield "data: [DONE]\n\n"
+            except Exception as error:
+                yield data({"error": error_detail(error)[1].model_dump()})
+
+
+def _warming(step: corpus_pb2.WarmResponse) -> dict[str, Any]:
+    return {"object": "blockrag.warming", **fields_of(step)}
+
+
+@router.get("/blockrag/system")
+async def get_system(visit: Visit) -> dict[str, Any]:
+    """The bundle that answers, the limits of requests, and every service."""
+    found = await visit.gateway.describe(None, visit.call)
+    return {
+        "object": "blockrag.system",
+        "version": found.version,
+        "bundle": {
+            "name": found.bundle_name,
+            "fingerprint": found.bundle_fingerprint,
+            "chunk_tokens": found.chunk_tokens,
+            "compresses_chunks": found.compresses_chunks,
+        },
+        "limits": {
+            name: getattr(found, name)
+            for name in ("max_positions", "max_top_k", "max_question_chars", "max_document_bytes")
+        },
+        "services": [fields_of(service) for service in found.services],
+    }
+
+
+@router.get("/blockrag/traces/{trace_id}")
+async def get_trace(trace_id: str, visit: Visit) -> dict[str, Any]:
+    """The spans of a request whose answer named it in ``blockrag.trace_id``. Services write them a moment later,
+    so there may be none yet."""
+    try:
+        spans = (await visit.gateway.trace(system_pb2.GetTraceRequest(trace_id=trace_id), visit.call)).spans
+    except NotFoundError:
+        spans = system_pb2.GetTraceResponse().spans
+    # In order of their start, which counts from the first one's.
+    began = spans[0].start_unix_ns if spans else 0
+    return {
+        "object": "blockrag.trace",
+        "id": trace_id,
+        "began_at": began / 1e9,
+        "spans": [
+            {
+                "span_id": span.span_id,
+                "parent_span_id": span.parent_span_id,
+                "name": span.name,
+                "service": span.service,
+                "start_ms": (span.start_unix_ns - began) / 1e6,
+                "milliseconds": (span.end_unix_ns - span.start_unix_ns) / 1e6,
+                "attributes": dict(span.attributes),
+                "error": span.error,
+            }
+            for span in spans
+        ],
+    }
+
+
+@router.post("/blockrag/warm", responses=STREAMED)
+async def warm(body: WarmBody, visit: Visit) -> Response:
+    """Encodes a collection's passages ahead of time, or those of some of its files."""
+    warming = await Warming.begin(visit.gateway.warm(body.to_message(), visit.call))
+    if body.stream:
+        return server_sent(warming.events())
+    return JSONResponse(await warming.finished())

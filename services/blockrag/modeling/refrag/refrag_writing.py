@@ -1,0 +1,217 @@
+"""Making a bundle that compresses chunks, from one that does not or with newer parts than it has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from blockrag.errors import BundleError
+from blockrag.modeling.adapter import Adapter, write_adapter
+from blockrag.modeling.adapter_record import ADAPTER_DIR, ADAPTER_FILES, TOKEN_ROWS_FILE
+from blockrag.modeling.bundle import Bundle, load_bundle
+from blockrag.modeling.bundle_writing import copy_files, digests, staged, with_section, write_manifest
+from blockrag.modeling.loading import DTYPES, check_finite, no_progress_bar, stored_dtype
+from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.compression import Projector
+from blockrag.modeling.refrag.policy import ChunkPolicy
+from blockrag.modeling.refrag.record import (
+    CHUNK_ENCODER_DIR,
+    PROJECTOR_FILE,
+    PolicyRecord,
+    RefragRecord,
+    is_refrag_file,
+    policy_file,
+)
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_HEADING = "## Chunk compression (REFRAG)"
+
+
+@dataclass(frozen=True)
+class PolicyPart:
+    """A policy for a bundle."""
+
+    policy: ChunkPolicy
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """How it was trained and what was measured, for the manifest."""
+    basis: str | None = None
+    """``policy_basis`` of the bundle it was trained with; None: the caller vouches for the parts written with it."""
+
+
+def write_refrag(
+    bundle: Bundle,
+    out: str | Path,
+    *,
+    encoder: ChunkEncoder | None = None,
+    projector: Projector | None = None,
+    policies: Mapping[str, PolicyPart] | None = None,
+    decoder: Mapping[str, Tensor] | None = None,
+    adapter: Adapter | None = None,
+    chunk_tokens: int | None = None,
+    training: Sequence[Mapping[str, Any]] | None = None,
+    name: str = "",
+    version: str = "",
+    quality: Mapping[str, Any] | None = None,
+    encoder_dtype: str = "float32",
+) -> Bundle:
+    """A copy of ``bundle`` at ``out`` with these parts; what is None is taken from ``bundle``.
+
+    ``decoder`` is a whole state dict, written in the checkpoint's own type; it is taken to hold the bundle's base,
+    adapter and coefficients of heads already, as ``load_stock_model`` gives it, so the new manifest has none.
+    ``adapter`` takes the place of the adapter on the bundle's base; all else of the decoder stays as it is, byte for
+    byte. With either the quality is emptied unless ``quality`` is given. ``policies`` replaces all: {} writes none,
+    and None keeps those of ``bundle``, which must have been trained with the parts that are written. ``training`` has
+    the stages in order. ``encoder_dtype`` is the type that ``encoder`` is kept in, "float32" or "bfloat16"; it
+    computes in float32.
+
+    The directory appears whole or not at all. Raises BundleError when ``out`` exists, when parts do not fit each
+    other, for NaN or infinity in any of them and for a bundle without chunk compression where a part is None.
+    """
+    k = bundle.chunk_tokens if chunk_tokens is None else chunk_tokens
+    if encoder_dtype not in DTYPES:
+        raise ValueError(f"encoder_dtype {encoder_dtype!r}: must be one of {', '.join(DTYPES)}")
+    if k < 1:
+        raise BundleError(f"chunk_tokens {k}: must be at least 1")
+    before = bundle.refrag
+    if before is None and (encoder is None or projector is None):
+        raise BundleError(f"{bundle.path}: has no chunk compression, so an encoder and a projector are both needed")
+    target = Path(out).expanduser()
+    with staged(target) as staging:
+        _write_decoder(bundle, staging, decoder, adapter)
+        _write_encoder(bundle, staging, encoder, DTYPES[encoder_dtype])
+        if projector is not None:
+            projector.save(staging / PROJECTOR_FILE)
+        else:
+            copy_files(bundle, staging, [PROJECTOR_FILE])
+        manifest = json.loads((bundle.path / "manifest.json").read_text(encoding="utf-8"))
+        manifest.pop("refrag", None)
+        if bundle.base is not None:
+            manifest["base"] = bundle.base.moved(bundle.path, target).to_dict()
+        if decoder is not None:
+            for key in ("pear", "base", "adapter", "token_rows"):  # all of them are in the weights given
+                manifest.pop(key, None)
+        if adapter is not None:
+            manifest["adapter"] = adapter.config.to_dict()
+        if decoder is not None or adapter is not None:
+            manifest["quality"] = {}
+        if quality is not None:
+            manifest["quality"] = dict(quality)
+        manifest.update(
+            chunk_tokens=k,
+            name=name or bundle.name,
+            version=version or bundle.version,
+            files=digests(staging, "decoder", ADAPTER_DIR, TOKEN_ROWS_FILE, CHUNK_ENCODER_DIR, PROJECTOR_FILE),
+        )
+        write_manifest(staging, manifest)
+        plain = load_bundle(staging, verify_files=False)
+        record = RefragRecord(
+            alignment=encoder.alignment if encoder is not None else _known(before).alignment,
+            pooling=encoder.pooling if encoder is not None else _known(before).pooling,
+            encoder_width=encoder.width if encoder is not None else _known(before).encoder_width,
+            encoder_layers=encoder.layers if encoder is not None else _known(before).encoder_layers,
+            decoder=plain.decoder_fingerprint,
+            training=tuple(training if training is not None else before.training if before is not None else ()),
+        )
+        basis = replace(plain, refrag=record).policy_basis
+        record = replace(record, policies=_write_policies(bundle, staging, policies, basis))
+        manifest["refrag"] = record.to_dict()
+        manifest["files"].update(digests(staging, *(policy.file for policy in record.policies.values())))
+        write_manifest(staging, manifest)
+        card = bundle.path / "MODEL_CARD.md"
+        text = card.read_text(encoding="utf-8") if card.exists() else f"# {manifest['name']}\n"
+        (staging / card.name).write_text(with_section(text, _HEADING, _described(record, k)), encoding="utf-8")
+        load_bundle(staging).load_tokenizer()
+    return load_bundle(target, verify_files=False, compute_dtype=bundle.compute_dtype, kv_dtype=bundle.kv_dtype)
+
+
+def _known(record: RefragRecord | None) -> RefragRecord:
+    assert record is not None  # both parts are given where the bundle has none
+    return record
+
+
+def _write_decoder(
+    bundle: Bundle, staging: Path, weights: Mapping[str, Tensor] | None, adapter: Adapter | None
+) -> None:
+    names = [name for name in bundle.decoder_files if name.startswith("decoder/")]
+    if adapter is not None:
+        if bundle.base is None or weights is not None:
+            raise BundleError(f"{bundle.path}: an adapter belongs on a base, and this one's weights are its own")
+        write_adapter(staging / ADAPTER_DIR, adapter.tensors, adapter.config, bundle.base.identity, adapter.dtype)
+        copy_files(bundle, staging, [name for name in bundle.decoder_files if name not in ADAPTER_FILES])
+        return
+    if weights is None:
+        copy_files(bundle, staging, bundle.decoder_files)
+        return
+    check_finite(bundle.decoder_dir, weights.items())
+    config = AutoConfig.from_pretrained(bundle.decoder_dir, local_files_only=True)
+    dtype = stored_dtype(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        cast = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
+        unknown = model.load_state_dict(cast, assign=True, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise BundleError(f"the weights given for the decoder do not fit {bundle.decoder_dir}: {error}") from error
+    model.tie_weights()
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unknown or absent:
+        wrong = ", ".join([*unknown, *absent][:8])
+        raise BundleError(f"the weights given for the decoder do not fit {bundle.decoder_dir}: {wrong}")
+    with no_progress_bar():
+        model.save_pretrained(staging / "decoder")
+    # everything else as it came, byte for byte: the tokenizer and the configuration
+    copy_files(bundle, staging, [name for name in names if not name.endswith(_WEIGHTS)])
+
+
+def _write_encoder(bundle: Bundle, staging: Path, encoder: ChunkEncoder | None, dtype: torch.dtype) -> None:
+    if encoder is None:
+        copy_files(bundle, staging, [name for name in bundle.files if is_refrag_file(name) and name != PROJECTOR_FILE])
+        return
+    encoder.save(staging / CHUNK_ENCODER_DIR, dtype=dtype)
+
+
+def _write_policies(
+    bundle: Bundle, staging: Path, policies: Mapping[str, PolicyPart] | None, basis: str
+) -> dict[str, PolicyRecord]:
+    if policies is None:
+        kept = dict(bundle.refrag.policies) if bundle.refrag is not None else {}
+        copy_files(bundle, staging, [policy.file for policy in kept.values()])
+        return kept
+    records = {}
+    for name, part in policies.items():
+        part.policy.save(staging / policy_file(name))
+        records[name] = PolicyRecord(
+            query=part.policy.config.query, file=policy_file(name), basis=part.basis or basis, facts=dict(part.facts)
+        )
+    return records
+
+
+def _described(record: RefragRecord, chunk_tokens: int) -> list[str]:
+    reading = {
+        "tokens": "the decoder's own tokens",
+        "text": "each chunk's text, through its own tokenizer",
+        "decoder": f"the decoder's tokens through its first {record.encoder_layers} layers",
+    }
+    policies = ", ".join(
+        f"{name} ({'sees' if policy.query else 'does not see'} the question)"
+        for name, policy in record.policies.items()
+    )
+    lines = [
+        f"Chunks of {chunk_tokens} tokens; the chunk encoder reads {reading[record.alignment]}, {record.pooling} "
+        f"pooling, {record.encoder_width} numbers a chunk.",
+        "",
+        f"Policies that choose what is expanded: {policies or 'none'}.",
+    ]
+    if record.training:
+        lines += ["", "Stages of training, in order:", ""]
+        for stage in record.training:
+            facts = [f"{key.replace('_', ' ')} {value}" for key, value in stage.items() if not isinstance(value, dict)]
+            lines.append(f"- {'; '.join(facts)}")
+    return lines

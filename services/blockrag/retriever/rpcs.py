@@ -1,0 +1,279 @@
+"""The retriever's work, free of Ray: messages in, messages out; and which index and model the settings choose."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from blockrag.access import Caller, show_own
+from blockrag.alike import alike
+from blockrag.bm25 import Bm25, bm25_of
+from blockrag.errors import InvalidRequestError, NotFoundError, SettingsError, UnavailableError
+from blockrag.fairness import Turns
+from blockrag.grpc_status import rpc
+from blockrag.identity import CollectionId, check_normalised
+from blockrag.languages import LANGUAGES
+from blockrag.retriever import passage_messages as messages
+from blockrag.retriever.conditions import Condition, parse_conditions
+from blockrag.retriever.edge import EdgeIndex
+from blockrag.retriever.embedding import Embedder, find_embedding
+from blockrag.retriever.storage_quotas import StorageQuotas
+from blockrag.retriever.vector_index import (
+    EmbeddedPassage,
+    EmbeddingInfo,
+    FoundPassage,
+    Passage,
+    SearchQuery,
+    VectorIndex,
+    other_language,
+)
+from blockrag.settings import RetrieverSettings, Settings
+from blockrag.telemetry import span
+from blockrag.tenants import LimitsOf, no_limits
+from blockrag.v1 import retriever_pb2
+
+_logger = logging.getLogger(__name__)
+
+MOST_PASSAGES = 1000
+"""A larger ``top_k`` is served with this many candidates."""
+_SEARCHES = 2
+"""Searches at a time: one embeds while another one is in the index."""
+_PAGE = 1000
+_DEFAULT_PAGE = 100
+_SCANNED_DOCUMENTS = 64
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class RetrieverService:
+    """Embeds, indexes, searches: the RPCs of ``blockrag.v1.RetrieverService``."""
+
+    def __init__(
+        self,
+        index: VectorIndex,
+        embedder: Embedder,
+        settings: RetrieverSettings,
+        limits_of: LimitsOf = no_limits,
+    ) -> None:
+        """``limits_of``: what a tenant may store."""
+        self._index = index
+        self._quotas = StorageQuotas(index, limits_of)
+        self._embedder = embedder
+        self._settings = settings
+        # Embedder and index answer one after another: more at a time would wait in them, whoever they are of.
+        self._turns = Turns(_SEARCHES)
+        # A question never waits for the passages of an ingest.
+        self._query_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-query")
+        self._passage_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-passages")
+
+    @rpc
+    async def Search(self, request: retriever_pb2.SearchRequest) -> retriever_pb2.SearchResponse:
+        """Raises ``InvalidRequestError``, ``NotFoundError``, ``UnavailableError``."""
+        collection = messages.collection_of(request.context, request.collection)
+        conditions = parse_conditions(request.filter)
+        if not request.query.strip():
+            raise InvalidRequestError("query", "must not be empty")
+        check_normalised("query", request.query)
+        if not request.top_k:
+            raise InvalidRequestError("top_k", "must be at least 1")
+        async with self._turns.turn(collection.tenant):
+            found = await self._search(request, collection, conditions)
+        return retriever_pb2.SearchResponse(passages=[messages.found_message(passage) for passage in found])
+
+    async def _search(
+        self, request: retriever_pb2.SearchRequest, collection: CollectionId, conditions: tuple[Condition, ...]
+    ) -> list[FoundPassage]:
+        with span("embed", request.context):
+            vector, language = await asyncio.gather(
+                _in(self._query_thread, self._embedder.embed_query, request.query), self._index.language(collection)
+            )
+        limit = min(request.top_k, MOST_PASSAGES)
+        query = SearchQuery(
+            dense=vector,
+            sparse=bm25_of(language).embed_query(request.query),
+            limit=limit,
+            candidates=max(self._settings.candidates, limit),
+            rrf_k=self._settings.rrf_k,
+            conditions=conditions,
+        )
+        with span("search", request.context, collection=collection.name, top_k=request.top_k) as current:
+            found = await self._index.search(collection, query)
+            current.set(passages=len(found))
+        return found
+
+    @rpc
+    async def AddPassages(self, request: retriever_pb2.AddPassagesRequest) -> retriever_pb2.AddPassagesResponse:
+        """Raises ``InvalidRequestError``, ``UnavailableError``, ``OverloadedError`` for one too many of the tenant."""
+        collection = messages.collection_of(request.context, request.collection)
+        passages = messages.staged_passages(collection, request)
+        await self._quotas.check(collection, passages[0].document_id)
+        language = await self._language(collection, request.language)
+        with span("embed_passages", request.context, passages=len(passages)):
+            embedded = await _in(self._passage_thread, self._embed, passages, bm25_of(language))
+        with span("stage", request.context, collection=collection.name):
+            async with self._quotas.storing(collection, passages[0].document_id):
+                await self._index.stage(collection, embedded, language)
+        return retriever_pb2.AddPassagesResponse(added=len(embedded))
+
+    @rpc
+    async def CommitDocument(
+        self, request: retriever_pb2.CommitDocumentRequest
+    ) -> retriever_pb2.CommitDocumentResponse:
+        """Raises ``InvalidRequestError`` when passages are missing, ``OverloadedError`` as ``AddPassages`` does,
+        ``UnavailableError``."""
+        collection = messages.collection_of(request.context, request.collection)
+        document = messages.committed_document(request)
+        with span("commit", request.context, collection=collection.name, passages=document.passages):
+            async with self._quotas.storing(collection, document.document_id):
+                replaced = await self._index.commit(collection, document)
+        return retriever_pb2.CommitDocumentResponse(replaced_version=replaced.version)
+
+    @rpc
+    async def RemoveDocument(
+        self, request: retriever_pb2.RemoveDocumentRequest
+    ) -> retriever_pb2.RemoveDocumentResponse:
+        """Raises ``NotFoundError``, ``UnavailableError``."""
+        collection = messages.collection_of(request.context, request.collection)
+        passages = await self._index.remove_document(collection, request.document_id)
+        return retriever_pb2.RemoveDocumentResponse(passages=passages)
+
+    @rpc
+    async def RemoveCollection(
+        self, request: retriever_pb2.RemoveCollectionRequest
+    ) -> retriever_pb2.RemoveCollectionResponse:
+        """Raises ``NotFoundError``, ``UnavailableError``."""
+        if not request.collection:
+            raise InvalidRequestError("collection", "must not be empty")
+        collection = messages.collection_of(request.context, request.collection)
+        counts = await self._index.remove_collection(collection)
+        return alike(retriever_pb2.RemoveCollectionResponse, counts)
+
+    @rpc
+    async def ScanDocuments(self, request: retriever_pb2.ScanDocumentsRequest) -> retriever_pb2.ScanDocumentsResponse:
+        """Raises ``NotFoundError``, ``UnavailableError``."""
+        collection = messages.collection_of(request.context, request.collection)
+        if request.document_ids:
+            if len(request.document_ids) > _PAGE:
+                raise InvalidRequestError("document_ids", f"must be at most {_PAGE}")
+            documents = await self._index.find_documents(collection, list(request.document_ids))
+        else:
+            limit = min(request.limit or _DEFAULT_PAGE, _PAGE)
+            documents = await self._index.documents(collection, request.after_document_id, limit)
+        counts = await self._index.counts(collection)
+        return retriever_pb2.ScanDocumentsResponse(
+            documents=[messages.document_message(document) for document in documents],
+            total_documents=counts.documents,
+        )
+
+    @rpc
+    async def ScanPassages(self, request: retriever_pb2.ScanPassagesRequest) -> retriever_pb2.ScanPassagesResponse:
+        """Raises ``NotFoundError`` for the collection, ``UnavailableError``; documents that are gone are left out."""
+        collection = messages.collection_of(request.context, request.collection)
+        if not 1 <= len(request.document_ids) <= _SCANNED_DOCUMENTS:
+            raise InvalidRequestError("document_ids", f"must be 1 to {_SCANNED_DOCUMENTS}")
+        passages = await self._index.passages(collection, list(request.document_ids))
+        return retriever_pb2.ScanPassagesResponse(passages=map(messages.passage_message, passages))
+
+    @rpc
+    async def ScanCollections(
+        self, request: retriever_pb2.ScanCollectionsRequest
+    ) -> retriever_pb2.ScanCollectionsResponse:
+        """Raises ``UnavailableError``."""
+        response = retriever_pb2.ScanCollectionsResponse()
+        for collection in await self._index.collections(messages.tenant_of(request.context)):
+            counts = await self._index.counts(collection)
+            response.collections.add(
+                name=collection.name,
+                documents=counts.documents,
+                passages=counts.passages,
+                language=await self._index.language(collection),
+            )
+        return response
+
+    @rpc
+    async def GetRetrieverStatus(
+        self, request: retriever_pb2.GetRetrieverStatusRequest, *, caller: Caller
+    ) -> retriever_pb2.GetRetrieverStatusResponse:
+        """As far as the caller may see. Raises ``UnavailableError``."""
+        tenants: dict[str, retriever_pb2.TenantStored] = {}
+        for collection in await self._index.collections(None):
+            row = tenants.setdefault(collection.tenant, retriever_pb2.TenantStored(tenant=collection.tenant))
+            counts = await self._index.counts(collection)
+            row.collections += 1
+            row.documents += counts.documents
+            row.passages += counts.passages
+            row.bytes += await self._index.disk_bytes(collection)
+        status = retriever_pb2.GetRetrieverStatusResponse(
+            backend=self._settings.backend,
+            embedding_model=self._embedder.files.name,
+            dimensions=self._embedder.files.dimensions,
+            collections=sum(row.collections for row in tenants.values()),
+            passages=sum(row.passages for row in tenants.values()),
+            tenants=[tenants[name] for name in sorted(tenants)],
+        )
+        return show_own(status, caller)
+
+    async def start(self) -> None:
+        """Opens the index ahead of the first question and sweeps it. A store that is down now may be up later.
+
+        Raises ``SettingsError`` for an index that was made with another embedding model.
+        """
+        try:
+            await self._index.sweep()
+        except UnavailableError as error:
+            _logger.warning("the vector index is not available yet: %s", error)
+
+    async def close(self) -> None:
+        """Makes the index durable and stops the threads."""
+        await self._index.close()
+        self._query_thread.shutdown(wait=False)
+        self._passage_thread.shutdown(wait=False)
+
+    async def _language(self, collection: CollectionId, wanted: str) -> str:
+        """The language of passages on their way in."""
+        if wanted and wanted not in LANGUAGES:
+            raise InvalidRequestError("language", f"{wanted[:80]!r} is none of {', '.join(LANGUAGES)}")
+        try:
+            stored = await self._index.language(collection)
+        except NotFoundError:
+            return wanted or self._settings.language
+        if wanted and wanted != stored:
+            raise InvalidRequestError("language", other_language(collection, stored, wanted))
+        return stored
+
+    def _embed(self, passages: Sequence[Passage], bm25: Bm25) -> list[EmbeddedPassage]:
+        dense = self._embedder.embed_passages([f"{passage.title}\n{passage.text}" for passage in passages])
+        return [
+            EmbeddedPassage(passage, vector, bm25.embed_passage(passage.title, passage.text))
+            for passage, vector in zip(passages, dense, strict=True)
+        ]
+
+
+async def _in(pool: ThreadPoolExecutor, function: Callable[P, T], *arguments: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ``SettingsError`` for what no retriever can run with; cheap enough for ``build``."""
+    retriever = settings.retriever
+    if retriever.backend == "edge" and retriever.replicas > 1:
+        raise SettingsError("retriever.replicas: the embedded index serves one replica; set retriever.backend: server")
+    if retriever.backend == "server" and not retriever.url:
+        raise SettingsError("retriever.url: must name the Qdrant server when retriever.backend is server")
+    find_embedding(retriever.embedding_model)
+
+
+def open_index(settings: Settings, embedding: EmbeddingInfo) -> VectorIndex:
+    """The index that the settings choose; it connects or opens files when first used."""
+    retriever = settings.retriever
+    if retriever.backend == "server":
+        from blockrag.retriever.server import ServerIndex  # its client is nothing to the embedded index
+
+        return ServerIndex.connect(retriever.url, retriever.api_key, embedding)
+    path = Path(retriever.path).expanduser() if retriever.path else settings.state_path / "index"
+    return EdgeIndex(path, embedding)

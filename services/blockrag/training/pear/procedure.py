@@ -1,0 +1,313 @@
+"""PEAR as one procedure: detect under both masks, choose heads, learn their coefficients, fold, score again.
+
+The coefficients of chosen heads are learned with everything else frozen: cross-entropy on the second copy, from its
+second token on: nothing before its first token says that a copy follows, and under the block mask that place belongs to
+a passage. (The published code counts it too; its loss there is that of a random token, whatever τ is.) Adam, a linear
+decay to 0 after two steps of warm-up as in the published code.
+
+Source: PEAR (arXiv 2409.19745), §3.2.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from blockrag.errors import InvalidRequestError
+from blockrag.modeling.files import replace_file
+from blockrag.modeling.pear import AttentionHeads, attention_heads, fold
+from blockrag.modeling.pear_record import MASKS, HeadCoefficient, PearRecord, ProxyScore
+from blockrag.training.loop import Schedule, StepResult, train
+from blockrag.training.pear.detection import Detection, detect, rank_correlation
+from blockrag.training.pear.passes import ProxyTask, check_length, forward, prefill, removing
+from blockrag.training.pear.pear_config import CONDITIONS, LEAST_HEADS, PUBLISHED_SHARE, LearningConfig, PearConfig
+from blockrag.training.run import OnProgress, RunFolder, Scores, StepMetrics
+from blockrag.training.workers import OneWorker
+
+_WARMUP = 2
+_KEPT = 25
+"""Steps between two checkpoints."""
+_SEEDS = 1_000_003
+"""Between the seeds of two steps, so that runs with other seeds draw anew."""
+
+
+def learn(
+    model: PreTrainedModel,
+    chosen: Sequence[tuple[int, int]],
+    task: ProxyTask,
+    candidates: Tensor,
+    config: LearningConfig,
+    seed: int,
+    run: RunFolder | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[float]:
+    """τ of each ``chosen`` (layer, head), in their order. The weights are frozen, and as they were, afterwards.
+
+    With ``run``, which must be opened, it goes on from what was learned there. Raises InvalidRequestError for too few
+    candidates or prompts longer than the model's positions.
+    """
+    check_length(model, task.length)
+    model.requires_grad_(False)
+    learner = _Learner(model, len(chosen), task, candidates, config, seed)
+    schedule = Schedule(config.steps, config.learning_rate, _WARMUP, checkpoint_steps=_KEPT, decay="linear")
+    workers = OneWorker(model.device)
+    with scaled(attention_heads(model), chosen, learner.model.tau), tempfile.TemporaryDirectory() as none:
+        train(learner, schedule, run or RunFolder(Path(none), workers), workers, on_progress)
+    return [float(value) for value in learner.model.tau.detach().cpu()]
+
+
+class _Coefficients(nn.Module):
+    def __init__(self, count: int, device: torch.device) -> None:
+        super().__init__()
+        self.tau = nn.Parameter(torch.ones(count, device=device))
+
+
+class _Learner:
+    """What ``train`` trains."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        count: int,
+        task: ProxyTask,
+        candidates: Tensor,
+        config: LearningConfig,
+        seed: int,
+    ) -> None:
+        self._reader = model
+        self._task = task
+        self._candidates = candidates
+        self._config = config
+        self._seed = seed
+        self.model = _Coefficients(count, model.device)
+        self.optimizers = [torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)]
+
+    def draw(self, step: int, fraction: float) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed + _SEEDS * step)
+        return self._task.draw(self._config.batch, self._candidates, generator)
+
+    def step(self, samples: Tensor, factor: float) -> StepResult:
+        (optimizer,) = self.optimizers
+        optimizer.param_groups[0]["lr"] = self._config.learning_rate * factor
+        logits, targets = _second_copy(self._reader, self._task, samples.to(self._reader.device))
+        loss = F.cross_entropy(logits, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert self.model.tau.grad is not None
+        return StepResult({"copy": float(loss.detach())}, float(self.model.tau.grad.norm()), len(targets))
+
+    def measure(self) -> Scores:
+        return {}
+
+
+@torch.inference_mode()
+def proxy_score(
+    model: PreTrainedModel, task: ProxyTask, candidates: Tensor, seed: int, samples: int = 200, batch: int = 20
+) -> ProxyScore:
+    """Loss and accuracy of the second copy on prompts drawn with ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = hits = 0.0
+    for start in range(0, samples, batch):
+        tokens = task.draw(min(batch, samples - start), candidates, generator).to(model.device)
+        logits, targets = _second_copy(model, task, tokens)
+        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+        hits += float((logits.argmax(-1) == targets).sum())
+    count = samples * (task.n - 1)
+    return ProxyScore(loss=loss / count, accuracy=hits / count)
+
+
+@contextmanager
+def scaled(heads: AttentionHeads, chosen: Sequence[tuple[int, int]], tau: Tensor) -> Iterator[None]:
+    """Within it the output of each chosen (layer, head) is multiplied by its element of ``tau``, differentiably."""
+
+    def scale(layer: int, places: list[int]) -> RemovableHandle:
+        own = [chosen[place][1] for place in places]
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            factors = torch.ones(heads.num_heads, device=tau.device, dtype=tau.dtype)
+            factors = factors.index_put((torch.tensor(own, device=tau.device),), tau[places])
+            return (args[0] * factors.repeat_interleave(heads.head_dim).to(args[0].dtype),)
+
+        return heads.outputs[layer].register_forward_pre_hook(hook)
+
+    by_layer: dict[int, list[int]] = {}
+    for place, (layer, _) in enumerate(chosen):
+        by_layer.setdefault(layer, []).append(place)
+    with removing([scale(layer, places) for layer, places in by_layer.items()]):
+        yield
+
+
+def _second_copy(model: PreTrainedModel, task: ProxyTask, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits that predict the second copy's tokens after its first, float32 [samples * (n - 1), vocab]; the tokens."""
+    *passages, copy = task.blocks(tokens)
+    logits = forward(model, copy[:, :-1], prefill(model, passages), task.length - task.n).logits
+    return logits.float().flatten(0, 1), copy[:, 1:].flatten()
+
+
+LEAST_CHANGE = 1e-5
+"""Δπ below it is rounding: a head that does nothing is not one that suppresses."""
+
+_DETECTIONS = "detections.json"
+
+
+@dataclass(frozen=True)
+class PearReport:
+    """What was found."""
+
+    detections: Mapping[str, Detection]
+    """One of each of ``CONDITIONS``."""
+    correlations: Mapping[str, float]
+    """Spearman's ρ of Δπ over all heads between two conditions."""
+    before: Mapping[str, ProxyScore]
+    """Held-out proxy score under each mask."""
+    record: PearRecord | None
+    """For the manifest; None when no head has a positive Δπ, or nothing was to be learned."""
+    seconds: Mapping[str, float]
+    """Wall time of each stage."""
+
+
+def adapt(
+    model: PreTrainedModel,
+    candidates: Tensor,
+    config: PearConfig,
+    run: RunFolder | None = None,
+    *,
+    learning: bool = True,
+    on_progress: OnProgress = lambda _: None,
+) -> PearReport:
+    """Detect, and unless ``learning`` is off learn and fold: afterwards ``model`` has the folded weights.
+
+    ``candidates``, int64 [any], are the tokens that prompts are drawn from. With ``run``, which must be opened, it
+    goes on from what was detected and learned there. Raises InvalidRequestError for settings that do not fit the
+    model, UnsupportedModelError for a model without heads to be found.
+    """
+    heads = attention_heads(model)
+    wanted = config.heads if config.heads is not None else max(LEAST_HEADS, round(PUBLISHED_SHARE * heads.count))
+    if config.heads is not None and not 0 < config.heads <= heads.count:
+        raise InvalidRequestError("heads", f"{config.heads}, where the model has {heads.count}")
+    watch = _Watch()
+    detections = _read_detections(run)
+    for condition in CONDITIONS:
+        stage = f"detect, {condition}"
+        if condition not in detections:
+            with_progress = _share_of(on_progress, stage)
+            detections[condition] = detect(model, candidates, config.detection(condition), with_progress)
+            _keep_detections(run, detections)
+        watch.stop(stage)
+    correlations = {
+        f"full / {other}": rank_correlation(detections["full"].delta_pi, detections[other].delta_pi)
+        for other in ("block", "full, same prompts")
+    }
+    correlations["full, same prompts / block"] = rank_correlation(
+        detections["full, same prompts"].delta_pi, detections["block"].delta_pi
+    )
+    before: dict[str, ProxyScore] = {
+        mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS
+    }
+    watch.stop("score before")
+    chosen = suppressing(detections[config.mask])[:wanted]
+    record = None
+    if chosen and learning:
+        record = _learn_and_fold(model, chosen, candidates, config, before, watch, run, on_progress)
+    return PearReport(detections, correlations, before, record, watch.seconds)
+
+
+def suppressing(detection: Detection) -> list[tuple[int, int, float]]:
+    """(layer, head, Δπ) of the heads whose replacement raises π, strongest first."""
+    return [item for item in detection.ranked() if item[2] > LEAST_CHANGE]
+
+
+def _learn_and_fold(
+    model: PreTrainedModel,
+    chosen: list[tuple[int, int, float]],
+    candidates: Tensor,
+    config: PearConfig,
+    before: Mapping[str, ProxyScore],
+    watch: _Watch,
+    run: RunFolder | None,
+    on_progress: OnProgress,
+) -> PearRecord:
+    taus = learn(
+        model,
+        [(layer, head) for layer, head, _ in chosen],
+        config.task(config.mask),
+        candidates,
+        config.learning,
+        config.seed + 1,
+        run,
+        lambda metrics: on_progress(replace(metrics, stage="learn")),
+    )
+    watch.stop("learn")
+    coefficients = tuple(
+        HeadCoefficient(layer, head, tau, change) for (layer, head, change), tau in zip(chosen, taus, strict=True)
+    )
+    fold(model, coefficients)
+    after: dict[str, ProxyScore] = {
+        mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS
+    }
+    watch.stop("score after")
+    return PearRecord(
+        heads=coefficients,
+        mask=config.mask,
+        mean=config.mean,
+        later_heads=config.later_heads,
+        sizes=config.sizes,
+        distractors=config.distractors,
+        n=config.learning.n,
+        steps=config.learning.steps,
+        batch=config.learning.batch,
+        learning_rate=config.learning.learning_rate,
+        seed=config.seed,
+        before=before,
+        after=after,
+    )
+
+
+def _share_of(on_progress: OnProgress, stage: str) -> Callable[[float], None]:
+    return lambda share: on_progress(StepMetrics(step=0, fraction=share, stage=stage))
+
+
+def _read_detections(run: RunFolder | None) -> dict[str, Detection]:
+    path = run.path / _DETECTIONS if run is not None else None
+    if path is None or not path.exists():
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        condition: Detection(
+            torch.tensor(found["delta_pi"], dtype=torch.float64), tuple(found["pi"]), found["accuracy"]
+        )
+        for condition, found in stored.items()
+    }
+
+
+def _keep_detections(run: RunFolder | None, detections: Mapping[str, Detection]) -> None:
+    if run is not None:
+        values = {
+            condition: {"delta_pi": found.delta_pi.tolist(), "pi": found.pi, "accuracy": found.accuracy}
+            for condition, found in detections.items()
+        }
+        replace_file(run.path / _DETECTIONS, json.dumps(values) + "\n")
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._since
+        self._since = now

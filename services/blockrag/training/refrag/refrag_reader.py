@@ -1,0 +1,201 @@
+"""Decoder, chunk encoder and projector together: what the samples of a step's part say about their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blockrag.budget import chunk_bounds
+from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
+from blockrag.modeling.refrag.compression import Projector
+from blockrag.training.loss import linear_cross_entropy
+from blockrag.training.refrag.chunk_masks import constant_mask, view_slots
+from blockrag.training.refrag.composed import ComposedDecoder, ComposedPrompt, FinalStates, SlotBank
+from blockrag.training.refrag.stage_samples import Kind, RefragSample
+
+
+class SampleLosses(NamedTuple):
+    """Losses of the target tokens of samples, N of them."""
+
+    total: Tensor
+    """Scalar: the sum of weights times losses; carries gradients."""
+    losses: Tensor
+    """[N] float32, nats."""
+    divergences: Tensor
+    """[N] float32, nats from what the uncompressed prompt predicts; 0 where nothing is learnt from it."""
+    kinds: NDArray[np.str_]
+    """[N]: the kind of the sample that each target belongs to."""
+
+
+class SampleScores(NamedTuple):
+    """What the views of samples get right, one row per branch, in order."""
+
+    losses: Tensor
+    """[branches] float32: nats of the whole target."""
+    tokens: Tensor
+    """[branches] int64: tokens of the target."""
+    right: Tensor
+    """[branches] int64: target tokens that are the likeliest ones after those before them."""
+
+
+class _Blocks(NamedTuple):
+    """Slots of the blocks of samples, and the number of each block in the bank, by sample and passage."""
+
+    bank: SlotBank
+    full: dict[tuple[int, int], int]
+    """Passage -1 is what opens the prompt."""
+    compressed: dict[tuple[int, int], int]
+
+
+class RefragReader(nn.Module):
+    """A reader of compositions. ``forward`` is the only way in, so that its parameters can be sharded as a whole."""
+
+    def __init__(
+        self, decoder: ComposedDecoder, encoder: ChunkEncoder, projector: Projector, chunk_tokens: int
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.encoder = encoder
+        self.projector = projector
+        self.chunk_tokens = chunk_tokens
+        """k"""
+        self.distillation = 0.0
+        """Share of the divergence from the uncompressed prompt in the loss of texts. Answers have none: their label
+        says what is right, and the uncompressed prompt is wrong where it differs."""
+        self.sharded = False
+        """Whether FSDP shards this module. Then every parameter gets a gradient from every part, if only of nothing:
+        workers exchange what they have gradients of, and a part may compress no chunk or no other one."""
+
+    def forward(
+        self, samples: Sequence[RefragSample], weights: Mapping[Kind, float] | None
+    ) -> SampleLosses | SampleScores:
+        """Losses of all targets, each weighted by its kind's weight; without ``weights``, scores."""
+        learns = weights is not None and self.distillation > 0
+        blocks = self._read_blocks(samples, learns)
+        states = self.decoder.final(blocks.bank, self._prompts(samples, blocks))
+        if weights is None:
+            return self._scores(states)
+        kinds = np.array(
+            [s.kind for s in samples for view in s.views for branch in view.branches for _ in branch.answer]
+        )
+        weighted = torch.tensor([weights[kind] for kind in kinds], dtype=torch.float32, device=states.hidden.device)
+        head = self.decoder.head
+        hidden = states.hidden
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        taught, shares = self._taught(samples, blocks, states) if learns else (None, None)
+        total, losses, divergences = linear_cross_entropy(hidden, head, states.targets, weighted, taught, shares)
+        if shares is not None:
+            divergences = divergences * (shares > 0)
+        if self.sharded:
+            total = total + 0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
+        return SampleLosses(total, losses, divergences, kinds)
+
+    @torch.no_grad()
+    def _taught(self, samples: Sequence[RefragSample], blocks: _Blocks, states: FinalStates) -> tuple[Tensor, Tensor]:
+        """Hidden states of the targets after the uncompressed passages, and the share of learning from them."""
+        branches = [_is_taught(sample) for sample in samples for view in sample.views for _ in view.branches]
+        rows = torch.tensor(branches, device=states.hidden.device)[states.branches]
+        hidden = torch.zeros_like(states.hidden)
+        prompts = self._prompts(samples, blocks, teaching=True)
+        if prompts:
+            hidden[rows] = self.decoder.final(blocks.bank, prompts).hidden.to(hidden.dtype)
+        return hidden, rows * self.distillation
+
+    def _read_blocks(self, samples: Sequence[RefragSample], taught: bool) -> _Blocks:
+        """Block passes of all that the samples' views show; with ``taught``, of what teaches them too."""
+        full_ids, full_at = _full_blocks(samples, taught)
+        compressed_ids, compressed_at = _compressed_blocks(samples)
+        banks = [self.decoder.encode(full_ids)]
+        if compressed_ids:
+            banks.append(self.decoder.encode_embeddings(self._input_embeddings(compressed_ids)))
+        shifted = {place: len(full_ids) + number for place, number in compressed_at.items()}
+        return _Blocks(SlotBank.join(banks), full_at, shifted)
+
+    def _prompts(
+        self, samples: Sequence[RefragSample], blocks: _Blocks, *, teaching: bool = False
+    ) -> list[ComposedPrompt]:
+        """One prompt per view; ``teaching``: the uncompressed ones, of the samples that learn from them."""
+        prompts = []
+        for number, sample in enumerate(samples):
+            if teaching and not _is_taught(sample):
+                continue
+            opening = [slots for slots in [_block(blocks.bank, blocks.full.get((number, -1)))] if slots is not None]
+            places = [(number, passage) for passage in range(len(sample.passages))]
+            full = [_block(blocks.bank, blocks.full.get(place)) for place in places]
+            short = [_block(blocks.bank, blocks.compressed.get(place)) for place in places]
+            for view in sample.views:
+                mask = view.mask
+                if teaching:
+                    mask = constant_mask(sample.passages[: len(mask)], self.chunk_tokens, True)
+                passages = view_slots(full, short, mask, self.chunk_tokens)
+                composed = [*opening, *passages]
+                slots = np.concatenate(composed) if composed else np.zeros(0, np.int64)
+                prompts.append(ComposedPrompt(slots, view.branches))
+        return prompts
+
+    def _input_embeddings(self, blocks: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Projected chunk embeddings of each block, [m, width]."""
+        bounds = [chunk_bounds(len(block), self.chunk_tokens) for block in blocks]
+        chunks = [block[start:end] for block, pieces in zip(blocks, bounds, strict=True) for start, end in pieces]
+        return list(self.projector(self.encoder(chunks)).split([len(pieces) for pieces in bounds]))
+
+    def _scores(self, states: FinalStates) -> SampleScores:
+        logits = self.decoder.logits(states)
+        losses = F.cross_entropy(logits, states.targets, reduction="none")
+        right = (logits.argmax(-1) == states.targets).long()
+        count = int(states.branches.max()) + 1
+        empty = torch.zeros(count, dtype=torch.long, device=losses.device)
+        return SampleScores(
+            losses=torch.zeros(count, device=losses.device).index_add(0, states.branches, losses),
+            tokens=empty.index_add(0, states.branches, torch.ones_like(right)),
+            right=empty.index_add(0, states.branches, right),
+        )
+
+
+def _is_taught(sample: RefragSample) -> bool:
+    return sample.kind == "text" and not sample.whole
+
+
+def _full_blocks(
+    samples: Sequence[RefragSample], taught: bool
+) -> tuple[list[Sequence[int]], dict[tuple[int, int], int]]:
+    """Blocks of which tokens are read, and where each is: by sample and passage, -1 for what opens the prompt."""
+    blocks: list[Sequence[int]] = []
+    places: dict[tuple[int, int], int] = {}
+    for number, sample in enumerate(samples):
+        if sample.whole:
+            opening = [*sample.instruction, *(token for passage in sample.passages for token in passage)]
+        else:
+            opening = list(sample.instruction)
+        if opening:
+            places[number, -1] = len(blocks)
+            blocks.append(opening)
+        for place, passage in enumerate(sample.passages):
+            shown = [view.mask[place] for view in sample.views if place < len(view.mask)]
+            if any((taught and _is_taught(sample)) or mask.any() for mask in shown):
+                places[number, place] = len(blocks)
+                blocks.append(passage)
+    return blocks, places
+
+
+def _compressed_blocks(samples: Sequence[RefragSample]) -> tuple[list[Sequence[int]], dict[tuple[int, int], int]]:
+    """The same for passages of which a chunk is read compressed."""
+    blocks: list[Sequence[int]] = []
+    places: dict[tuple[int, int], int] = {}
+    for number, sample in enumerate(samples):
+        for place, passage in enumerate(sample.passages):
+            if any(not view.mask[place].all() for view in sample.views if place < len(view.mask)):
+                places[number, place] = len(blocks)
+                blocks.append(passage)
+    return blocks, places
+
+
+def _block(bank: SlotBank, number: int | None) -> NDArray[np.int64] | None:
+    return None if number is None else bank.block(number)

@@ -1,0 +1,136 @@
+"""The cluster's own configuration on three machines: asked through each, one cut off, one gone, one new."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blockrag.client import BlockragClient
+from blockrag.settings import (
+    BundleSettings,
+    ClusterSettings,
+    DecoderSettings,
+    EncoderSettings,
+    KvCacheSettings,
+    Settings,
+)
+from tests.system.faults import COLLECTION, FACTS, Load, Request
+from tests.system.nodes import Machines, allowed, machines, write_config
+
+pytestmark = [
+    pytest.mark.own_cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(allowed()), reason=allowed() or "allowed"),
+]
+
+_DECODERS = 2
+_CUT_S = 4.0
+_GONE_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def cluster(small_bundle: Path) -> Iterator[Machines]:
+    """The head and two workers, all replicas running, and a third worker on which Ray is not started."""
+    with machines(3) as made:
+        settings = Settings(
+            bundle=BundleSettings(path=str(small_bundle)),
+            cluster=ClusterSettings(host="0.0.0.0", state_dir=str(made.folder / "state")),
+            encoder=EncoderSettings(min_replicas=1, max_replicas=1, threads=1),
+            kv_cache=KvCacheSettings(shards=2, budget_mb=96, disk_mb=0),
+            decoder=DecoderSettings(replicas=_DECODERS, threads=1, l1_mb=64),
+        )
+        file = write_config(made.folder, settings)
+        for node in made.nodes[:3]:
+            made.start(node)
+        made.deploy(file)
+        made.wait(_complete)
+        yield made
+
+
+def _complete(replicas: dict[str, list[str]]) -> bool:
+    wanted = {"Gateway": 2, "Compressor": 2, "Decoder": _DECODERS}
+    return len(replicas) == 11 and all(len(found) >= wanted.get(name, 1) for name, found in replicas.items())
+
+
+async def _under_load(machines: Machines, act: Callable[[], None], settle_s: float) -> list[Request]:
+    """What clients of the head's door see while something is done and for so long afterwards."""
+    async with BlockragClient(machines.head.target, timeout_s=90, patience_s=60) as client:
+        load = Load(client, 2.0, seed=0)
+        await load.prepare()
+        stop = asyncio.Event()
+        running = asyncio.create_task(load.run(stop))
+        await asyncio.sleep(3)
+        await asyncio.to_thread(act)
+        await asyncio.sleep(settle_s)
+        stop.set()
+        await running
+    return load.done
+
+
+def _bad(requests: list[Request]) -> list[tuple[str, str, str]]:
+    return [(each.kind, each.error, each.wrong) for each in requests if each.error or each.wrong]
+
+
+def test_each_machine_answers_and_blocks_cross_the_wires(cluster: Machines) -> None:
+    replicas = cluster.replicas()
+    decoders = [node for node in cluster.workers if node.address in replicas["Decoder"]]
+    assert len(decoders) == _DECODERS  # one each
+    [encoder] = replicas["EncoderPool"]
+    apart = next(node for node in decoders if node.address != encoder)
+
+    async def ask(target: str) -> list[str]:
+        async with BlockragClient(target) as client:
+            return [
+                (await client.ask(f"What is the capital of {name}?", collection=COLLECTION, max_tokens=6)).text
+                for name in FACTS
+            ]
+
+    async def everywhere() -> list[list[str]]:
+        async with BlockragClient(cluster.head.target) as client:
+            for name, fact in FACTS.items():
+                await client.ingest_text(name, fact * 20, title=name, collection=COLLECTION)
+        return [await ask(target) for target in [cluster.head.target, *(node.target for node in decoders)] * 2]
+
+    before = apart.received_bytes()
+    answers = asyncio.run(everywhere())
+    assert all(each == answers[0] for each in answers)
+    assert apart.received_bytes() - before > 2**20
+
+
+def test_a_machine_that_is_cut_off_for_seconds_fails_nothing(cluster: Machines) -> None:
+    [encoder] = cluster.replicas()["EncoderPool"]
+    node = next(node for node in cluster.workers if node.address == encoder)
+    before = cluster.replicas()
+
+    def cut_off() -> None:
+        node.cut()
+        time.sleep(_CUT_S)
+        node.mend()
+
+    requests = asyncio.run(_under_load(cluster, cut_off, 10))
+    assert _bad(requests) == []
+    assert cluster.replicas() == before
+
+
+def test_machines_that_vanish_are_done_without_and_a_new_one_takes_their_place(cluster: Machines) -> None:
+    first, second, new = cluster.workers
+    requests = asyncio.run(_under_load(cluster, first.die, _GONE_S))
+    assert _bad(requests) == []
+    cluster.wait(_complete)
+    assert first.address not in _used(cluster)
+
+    # Serve moves nothing to a machine that is new, but what is lost is started there.
+    cluster.start(new)
+    requests = asyncio.run(_under_load(cluster, second.die, _GONE_S))
+    # Questions wait, and so do documents, until as many wait as may.
+    assert [each for each in _bad(requests) if "documents are being received" not in each[1]] == []
+    cluster.wait(_complete)
+    assert _used(cluster) == {cluster.head.address, new.address}
+
+
+def _used(cluster: Machines) -> set[str]:
+    return {address for found in cluster.replicas().values() for address in found}

@@ -1,0 +1,30 @@
+from blockrag.gateway.planning import Overhead
+
+
+def test_the_median_of_what_is_neither_retrieval_nor_the_decoders() -> None:
+    overhead = Overhead()
+    assert overhead.milliseconds == 0.0
+    for other in (4.0, 5.0, 300.0):
+        overhead.record(
+            24.0 + other, {"retrieve": 8.0, "plan": 3.0, "compose": 2.0, "prefill": 10.0, "total": 999.0}, 4.0
+        )
+    assert overhead.milliseconds == 5.0
+
+
+def test_old_answers_and_those_without_a_token_do_not_count() -> None:
+    overhead = Overhead()
+    for _ in range(100):
+        overhead.record(1000.0, {})
+    for _ in range(32):
+        overhead.record(7.0, {"prefill": 9.0})
+        overhead.record(0.0, {})
+    assert overhead.milliseconds == 0.0
+
+
+def test_answers_that_the_compressor_planned_count_where_there_are_any() -> None:
+    overhead = Overhead()
+    overhead.record(5.0, {})
+    assert overhead.milliseconds == 5.0
+    overhead.record(9.0, {}, by_compressor=True)
+    overhead.record(5.0, {})
+    assert overhead.milliseconds == 9.0
