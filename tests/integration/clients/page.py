@@ -76,6 +76,15 @@ def upload(page: Page) -> None:
     expect(page.locator("#document-count")).to_have_text("(2)")
 
 
+def lists_once(page: Page) -> None:
+    """Two lists of one collection that are under way together: the later one is shown, once."""
+    together = "(select) => [1, 2].forEach(() => select.dispatchEvent(new Event('change')))"
+    with page.expect_response("**/files?*"), page.expect_response("**/files?*"):
+        page.get_by_label("Collection", exact=True).evaluate(together)
+    page.wait_for_timeout(500)
+    expect(page.locator("#list tbody tr")).to_have_count(2)
+
+
 def warm(page: Page) -> None:
     page.get_by_role("button", name="Warm all").click()
     expect(page.locator("#documents-status")).to_contain_text("warm,")
@@ -207,7 +216,7 @@ with sync_playwright() as playwright:
     # Chromium as root needs it, and everything that it opens is on this machine.
     browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
     with opened(browser, url) as page:
-        for step in (upload, warm, asks, streams, slides, stops, says_what_is_wrong):
+        for step in (upload, lists_once, warm, asks, streams, slides, stops, says_what_is_wrong):
             step(page)
         for look in (("light", "light", 1360), ("dark", "dark", 1360), ("narrow", "light", 360)):
             looks(browser, *look)

@@ -10,6 +10,7 @@ let collection = () => "";
 let changed = async () => {};
 let shown = ""; // the collection that is listed
 let last = ""; // id of the last file that is listed
+let listing = 0; // how often it was asked for: what an earlier one brings is no longer wanted
 let deleting = null;
 let warming = false;
 
@@ -73,6 +74,7 @@ async function uploadOne(into, file) {
 
 /** Lists the chosen collection; `more`: the next page too. */
 export async function list(more = false) {
+  const mine = (listing += 1);
   const name = collection();
   if (!more || name !== shown) {
     shown = name;
@@ -85,7 +87,7 @@ export async function list(more = false) {
   }
   const after = last ? `&after=${encodeURIComponent(last)}` : "";
   const page = await get(`vector_stores/${encodeURIComponent(name)}/files?limit=${PAGE}${after}`);
-  if (name !== shown) return undefined; // another one was chosen meanwhile
+  if (mine !== listing) return undefined;
   last = page.last_id ?? last;
   $("list").tBodies[0].append(...page.data.map(row));
   $("more").hidden = !page.has_more;

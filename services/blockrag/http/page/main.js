@@ -9,6 +9,7 @@ const CHOSEN = "blockrag.collection";
 const TABS = ["ask", "documents"];
 
 let collections = [];
+let reading = 0; // how often they were asked for: what an earlier one brings is no longer wanted
 
 const chosen = () => $("collection").value;
 
@@ -34,8 +35,10 @@ function setUpTabs() {
 
 /** Reads the collections, and shows `wanted` or the one that was shown before. */
 async function readCollections(wanted = sessionStorage.getItem(CHOSEN) ?? "") {
-  const before = chosen();
+  const mine = (reading += 1);
   const models = await get("models");
+  if (mine !== reading) return;
+  const before = chosen();
   collections = models.data.filter((model) => model.blockrag).map((model) => model.blockrag);
   const names = collections.map((found) => found.collection);
   $("collection").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
