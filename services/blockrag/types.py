@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,36 @@ class BlockForm:
 FULL = BlockForm("full")
 
 
+def _word_sum(*arrays: NDArray[Any]) -> int:
+    """Sum of all 64-bit words, modulo 2^64: any one wrong word changes it, and it costs no more than reading them."""
+    total = 0
+    for array in arrays:
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        whole = content.size // 8 * 8
+        total += int(content[:whole].view(np.uint64).sum(dtype=np.uint64))
+        total += int.from_bytes(content[whole:].tobytes(), "little")
+    return total % 2**64
+
+
+class _Summed:
+    """An object that says whether it still is what was made: its sum is taken then, and travels with it."""
+
+    checksum: int
+
+    def _contents(self) -> tuple[NDArray[Any], ...]:
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "checksum", _word_sum(*self._contents()))
+
+    @property
+    def intact(self) -> bool:
+        """Whether no byte of the arrays has changed since the block was made."""
+        return self.checksum == _word_sum(*self._contents())
+
+
 @dataclass(frozen=True)
-class BlockKV:
+class BlockKV(_Summed):
     """A block's attention state, as one immutable object of the object store.
 
     Keys are kept **before rotation**, so a block fits any place of any prompt. Arrays that come out of the object
@@ -52,6 +80,10 @@ class BlockKV:
     """V, same shape and type as ``keys``."""
     scales: tuple[NDArray[np.uint16], NDArray[np.uint16]] | None = None
     """Of K and V in int8, see ``blockrag.modeling.narrow.Scales``; bits of bfloat16."""
+    checksum: int = field(init=False, compare=False, repr=False)
+
+    def _contents(self) -> tuple[NDArray[Any], ...]:
+        return (self.token_ids, self.keys, self.values, *(self.scales or ()))
 
     @property
     def num_slots(self) -> int:
@@ -65,7 +97,7 @@ class BlockKV:
 
 
 @dataclass(frozen=True)
-class ChunkEmbeddings:
+class ChunkEmbeddings(_Summed):
     """A block's chunk embeddings, as one immutable object of the object store; read-only like ``BlockKV``."""
 
     key: str
@@ -74,6 +106,10 @@ class ChunkEmbeddings:
     """Tokens of the block, shape [n]."""
     embeddings: NDArray[np.float32]
     """One row for each chunk, shape [chunks, width of the chunk encoder]."""
+    checksum: int = field(init=False, compare=False, repr=False)
+
+    def _contents(self) -> tuple[NDArray[Any], ...]:
+        return (self.token_ids, self.embeddings)
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import itertools
 import warnings
 from collections.abc import AsyncIterator
@@ -288,6 +289,26 @@ async def test_a_dead_shard_reads_its_blocks_from_disk(
     assert (await cache.poll_purges()).reset
     assert not (await cache.poll_purges()).reset
     assert (await status(rpc)).shards == 2
+
+
+async def test_a_byte_that_changed_in_shared_memory_is_not_read(
+    cache: BlockFetcher, keys: KeyMaker, rpc: KvCacheServiceStub
+) -> None:
+    """The block is damaged where all processes read it; it is noticed, and made anew (here: read from disk)."""
+    blocks = fresh_blocks(keys, 3)
+    first = await cache.fetch(blocks)
+    before = [fetched.block.keys.copy() for fetched in first]
+    damaged = first[1].block.keys
+    lost = (await status(rpc)).lost
+    place = damaged.nbytes // 2
+    byte = int(damaged.reshape(-1).view(np.uint8)[place])
+    ctypes.memset(damaged.ctypes.data + place, byte ^ 4, 1)
+    assert not np.array_equal(damaged, before[1])
+    second = await cache.fetch(blocks)
+    assert [fetched.tier for fetched in second] == ["store", "disk", "store"]
+    for fetched, expected in zip(second, before, strict=True):
+        np.testing.assert_array_equal(fetched.block.keys, expected)
+    assert (await status(rpc)).lost - lost == 1
 
 
 async def test_a_shard_that_dies_between_acquire_and_read_is_a_miss(cache: BlockFetcher, keys: KeyMaker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -23,6 +24,8 @@ from blockrag.types import CachedBlock
 APP = "kv_cache"
 _READ_TIMEOUT_S = 10.0
 """An object that takes longer to read than this is encoded anew."""
+
+_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -88,9 +91,18 @@ async def translated(name: str, call: Awaitable[T]) -> T:
 
 
 async def read_objects(refs: list[Any], timeout_s: float) -> list[CachedBlock | None]:
-    """Objects of the store, zero-copy, in one call; None for what is lost or late."""
+    """Objects of the store, zero-copy, in one call; None for what is lost, late or damaged."""
     # In a thread: an object of another node, or one that was spilled, takes its time.
-    return await asyncio.to_thread(_read_objects, refs, min(timeout_s, _READ_TIMEOUT_S))
+    return await asyncio.to_thread(_read_intact, refs, min(timeout_s, _READ_TIMEOUT_S))
+
+
+def _read_intact(refs: list[Any], timeout_s: float) -> list[CachedBlock | None]:
+    blocks = _read_objects(refs, timeout_s)
+    for place, block in enumerate(blocks):
+        if block is not None and not block.intact:
+            _logger.error("block %s was changed in the object store; it is made anew", block.key)
+            blocks[place] = None
+    return blocks
 
 
 def _read_objects(refs: list[Any], timeout_s: float) -> list[CachedBlock | None]:
