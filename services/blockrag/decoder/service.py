@@ -76,7 +76,7 @@ class DecodeService:
         Closing the generator stops the work. Raises ``InvalidRequestError``, ``PromptTooLongError``,
         ``OverloadedError``, ``DeadlineError``, ``UnavailableError`` and what fetching blocks raises.
         """
-        deadline = _deadline(request.context.deadline_unix_ms)
+        deadline = time.monotonic() + request.time_left_ms / 1000 if request.time_left_ms else None
         prompt = read_prompt(request, self._keys, self._model.vocab_size, self._model.chunk_tokens)
         self._engine.check(prompt.slots, prompt.sampling.max_tokens, request.context.tenant)
         started = time.monotonic()
@@ -172,16 +172,6 @@ class DecodeService:
             raise DeadlineError("the deadline passed while the passages' blocks were fetched") from error
         finally:
             self._loading -= 1
-
-
-def _deadline(unix_ms: int) -> float | None:
-    """A deadline in milliseconds since 1970 (0: none) on the monotonic clock. Raises ``DeadlineError`` when past."""
-    if unix_ms == 0:
-        return None
-    left = unix_ms / 1000 - time.time()
-    if left <= 0:
-        raise DeadlineError("the deadline had passed when the request reached the decoder")
-    return time.monotonic() + left
 
 
 def _finished(

@@ -65,7 +65,11 @@ class Deadline:
     def __init__(self, timeout_ms: int) -> None:
         self._timeout_ms = timeout_ms
         self._when = asyncio.get_running_loop().time() + timeout_ms / 1000
-        self.unix_ms = int(time.time() * 1000) + timeout_ms
+
+    @property
+    def left_ms(self) -> int:
+        """Until then; at least 1."""
+        return max(1, int((self._when - asyncio.get_running_loop().time()) * 1000))
 
     async def wait(self, work: Awaitable[Result]) -> Result:
         """The result of ``work``, which is cancelled with a ``DeadlineError`` when the time is up."""
@@ -285,6 +289,7 @@ class Answering:
         for attempt in range(1, _DECODE_ATTEMPTS + 1):
             with span("gateway.decode", way.context, attempt=attempt) as current:
                 request.context.CopyFrom(current.child_context())
+                request.time_left_ms = way.deadline.left_ms
                 try:
                     async with aclosing(self.decoder.decode(request)) as events:
                         while (event := await way.deadline.wait(anext(events, None))) is not None:

@@ -117,7 +117,6 @@ class Gateway:
         with observed("RagService", "Generate", context) as current:
             question = validation.check_generate(request, self._limits, self._ability)
             deadline = Deadline(question.timeout_ms)
-            context.deadline_unix_ms = deadline.unix_ms
             with self._quotas.question(caller.tenant) as metered:
                 metrics.NUM_REQUESTS_RUNNING.set(self._quotas.answers.running, service="gateway")
                 try:
@@ -140,7 +139,6 @@ class Gateway:
         with observed("RagService", "Retrieve", context) as current, self._quotas.question(caller.tenant):
             search = validation.check_retrieve(request, self._limits)
             deadline = Deadline(self._limits.max_timeout_ms)
-            context.deadline_unix_ms = deadline.unix_ms
             return await self._answering.retrieve(search, current, deadline)
 
     @rpc

@@ -28,7 +28,7 @@ class CallContext(Protocol):
     def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
 
 
-def request_context(call: CallContext | None, tenant: str, deadline_unix_ms: int = 0) -> RequestContext:
+def request_context(call: CallContext | None, tenant: str) -> RequestContext:
     """A call's context: the client's request id and ``traceparent`` where it sent usable ones."""
     sent = {} if call is None else {key: value for key, value in call.invocation_metadata() if isinstance(value, str)}
     # Serve makes an id for calls without one and puts it into the trailing metadata: use the same.
@@ -40,7 +40,6 @@ def request_context(call: CallContext | None, tenant: str, deadline_unix_ms: int
         request_id=request_id,
         tenant=tenant,
         traceparent=sent.get("traceparent", ""),
-        deadline_unix_ms=deadline_unix_ms,
     )
 
 

@@ -66,16 +66,14 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class RequestContext(_message.Message):
-    __slots__ = ("request_id", "tenant", "traceparent", "deadline_unix_ms")
+    __slots__ = ("request_id", "tenant", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     tenant: str
     traceparent: str
-    deadline_unix_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., traceparent: _Optional[str] = ..., deadline_unix_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Compression(_message.Message):
     __slots__ = ("rate", "max_context_tokens", "max_ttft_ms", "policy")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from blockrag.v1 import common_pb2 as blockrag_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62lockrag/v1/decoder.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\"\xdd\x01\n\rDecodeRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12(\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x18.blockrag.v1.PromptBlock\x12\x17\n\x0f\x66inal_token_ids\x18\x03 \x03(\r\x12\x32\n\x0e\x61ttention_mode\x18\x04 \x01(\x0e\x32\x1a.blockrag.v1.AttentionMode\x12\'\n\x08sampling\x18\x05 \x01(\x0b\x32\x15.blockrag.v1.Sampling\"Y\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12)\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x19.blockrag.v1.DecodeFinish\"\xad\x01\n\x0c\x44\x65\x63odeFinish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.blockrag.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.blockrag.v1.Usage\x12&\n\x06stages\x18\x03 \x03(\x0b\x32\x16.blockrag.v1.StageTime\x12\'\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x17.blockrag.v1.BlockSlots\"\x19\n\x17GetDecoderStatusRequest\"\xd4\x03\n\x18GetDecoderStatusResponse\x12\x1a\n\x12\x62undle_fingerprint\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x12\n\nused_slots\x18\x04 \x01(\x04\x12\x13\n\x0btotal_slots\x18\x05 \x01(\x04\x12\x11\n\tl1_blocks\x18\x06 \x01(\x04\x12\x10\n\x08l1_bytes\x18\x07 \x01(\x04\x12\x17\n\x0fl1_budget_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07l1_hits\x18\t \x01(\x04\x12\x11\n\tl1_misses\x18\n \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0b \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x13\n\x0b\x62undle_name\x18\r \x01(\t\x12\x15\n\rmax_positions\x18\x0e \x01(\r\x12\x17\n\x0fprefill_base_ms\x18\x0f \x01(\x01\x12\x17\n\x0fprefill_slot_ms\x18\x10 \x01(\x01\x12\x19\n\x11measured_prefills\x18\x11 \x01(\r\x12\x15\n\rcompute_dtype\x18\x12 \x01(\t\x12\x0f\n\x07weights\x18\x13 \x01(\t\x12\x10\n\x08kv_dtype\x18\x14 \x01(\t\x12\x12\n\nslot_bytes\x18\x15 \x01(\x04\x32\xb6\x01\n\x0e\x44\x65\x63oderService\x12\x43\n\x06\x44\x65\x63ode\x12\x1a.blockrag.v1.DecodeRequest\x1a\x1b.blockrag.v1.DecodeResponse0\x01\x12_\n\x10GetDecoderStatus\x12$.blockrag.v1.GetDecoderStatusRequest\x1a%.blockrag.v1.GetDecoderStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x62lockrag/v1/decoder.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\"\xf3\x01\n\rDecodeRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12(\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x18.blockrag.v1.PromptBlock\x12\x17\n\x0f\x66inal_token_ids\x18\x03 \x03(\r\x12\x32\n\x0e\x61ttention_mode\x18\x04 \x01(\x0e\x32\x1a.blockrag.v1.AttentionMode\x12\'\n\x08sampling\x18\x05 \x01(\x0b\x32\x15.blockrag.v1.Sampling\x12\x14\n\x0ctime_left_ms\x18\x06 \x01(\r\"Y\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12)\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x19.blockrag.v1.DecodeFinish\"\xad\x01\n\x0c\x44\x65\x63odeFinish\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.blockrag.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.blockrag.v1.Usage\x12&\n\x06stages\x18\x03 \x03(\x0b\x32\x16.blockrag.v1.StageTime\x12\'\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x17.blockrag.v1.BlockSlots\"\x19\n\x17GetDecoderStatusRequest\"\xd4\x03\n\x18GetDecoderStatusResponse\x12\x1a\n\x12\x62undle_fingerprint\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x12\n\nused_slots\x18\x04 \x01(\x04\x12\x13\n\x0btotal_slots\x18\x05 \x01(\x04\x12\x11\n\tl1_blocks\x18\x06 \x01(\x04\x12\x10\n\x08l1_bytes\x18\x07 \x01(\x04\x12\x17\n\x0fl1_budget_bytes\x18\x08 \x01(\x04\x12\x0f\n\x07l1_hits\x18\t \x01(\x04\x12\x11\n\tl1_misses\x18\n \x01(\x04\x12\x18\n\x10generated_tokens\x18\x0b \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x13\n\x0b\x62undle_name\x18\r \x01(\t\x12\x15\n\rmax_positions\x18\x0e \x01(\r\x12\x17\n\x0fprefill_base_ms\x18\x0f \x01(\x01\x12\x17\n\x0fprefill_slot_ms\x18\x10 \x01(\x01\x12\x19\n\x11measured_prefills\x18\x11 \x01(\r\x12\x15\n\rcompute_dtype\x18\x12 \x01(\t\x12\x0f\n\x07weights\x18\x13 \x01(\t\x12\x10\n\x08kv_dtype\x18\x14 \x01(\t\x12\x12\n\nslot_bytes\x18\x15 \x01(\x04\x32\xb6\x01\n\x0e\x44\x65\x63oderService\x12\x43\n\x06\x44\x65\x63ode\x12\x1a.blockrag.v1.DecodeRequest\x1a\x1b.blockrag.v1.DecodeResponse0\x01\x12_\n\x10GetDecoderStatus\x12$.blockrag.v1.GetDecoderStatusRequest\x1a%.blockrag.v1.GetDecoderStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blockrag.v1.decoder_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DECODEREQUEST']._serialized_start=69
-  _globals['_DECODEREQUEST']._serialized_end=290
-  _globals['_DECODERESPONSE']._serialized_start=292
-  _globals['_DECODERESPONSE']._serialized_end=381
-  _globals['_DECODEFINISH']._serialized_start=384
-  _globals['_DECODEFINISH']._serialized_end=557
-  _globals['_GETDECODERSTATUSREQUEST']._serialized_start=559
-  _globals['_GETDECODERSTATUSREQUEST']._serialized_end=584
-  _globals['_GETDECODERSTATUSRESPONSE']._serialized_start=587
-  _globals['_GETDECODERSTATUSRESPONSE']._serialized_end=1055
-  _globals['_DECODERSERVICE']._serialized_start=1058
-  _globals['_DECODERSERVICE']._serialized_end=1240
+  _globals['_DECODEREQUEST']._serialized_end=312
+  _globals['_DECODERESPONSE']._serialized_start=314
+  _globals['_DECODERESPONSE']._serialized_end=403
+  _globals['_DECODEFINISH']._serialized_start=406
+  _globals['_DECODEFINISH']._serialized_end=579
+  _globals['_GETDECODERSTATUSREQUEST']._serialized_start=581
+  _globals['_GETDECODERSTATUSREQUEST']._serialized_end=606
+  _globals['_GETDECODERSTATUSRESPONSE']._serialized_start=609
+  _globals['_GETDECODERSTATUSRESPONSE']._serialized_end=1077
+  _globals['_DECODERSERVICE']._serialized_start=1080
+  _globals['_DECODERSERVICE']._serialized_end=1262
 # @@protoc_insertion_point(module_scope)

@@ -8,18 +8,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("context", "blocks", "final_token_ids", "attention_mode", "sampling")
+    __slots__ = ("context", "blocks", "final_token_ids", "attention_mode", "sampling", "time_left_ms")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FINAL_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_MODE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_MS_FIELD_NUMBER: _ClassVar[int]
     context: _common_pb2.RequestContext
     blocks: _containers.RepeatedCompositeFieldContainer[_common_pb2.PromptBlock]
     final_token_ids: _containers.RepeatedScalarFieldContainer[int]
     attention_mode: _common_pb2.AttentionMode
     sampling: _common_pb2.Sampling
-    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[_common_pb2.PromptBlock, _Mapping]]] = ..., final_token_ids: _Optional[_Iterable[int]] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ...) -> None: ...
+    time_left_ms: int
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[_common_pb2.PromptBlock, _Mapping]]] = ..., final_token_ids: _Optional[_Iterable[int]] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., time_left_ms: _Optional[int] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("text", "tokens", "finish")

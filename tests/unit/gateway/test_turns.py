@@ -16,7 +16,7 @@ from blockrag.v1.rag_pb2 import GenerateRequest
 
 from .questions import ABILITY, LIMITS
 
-_CONTEXT = RequestContext(request_id="r", tenant="t", deadline_unix_ms=1, traceparent="spent")
+_CONTEXT = RequestContext(request_id="r", tenant="t", traceparent="spent")
 _TURN = (Turn(question="before", answer="yes"),)
 
 
