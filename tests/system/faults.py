@@ -38,6 +38,8 @@ FACTS = {
     "Cuba": "The capital of Cuba is Havana.",
 }
 TARGETS = ("gateway", "compressor", "retriever", "index", "encoder", "shard", "decoder", "haproxy")
+RAY = ("gcs", "raylet")
+"""Without which Ray does not go on: everything starts anew."""
 _REPLICA = {
     "gateway": "ServeReplica:gateway:Gateway",
     "compressor": "ServeReplica:compressor:Compressor",
@@ -47,6 +49,8 @@ _REPLICA = {
     "decoder": "ServeReplica:decoder:Decoder",
     "index": "blockrag.retriever.edge_worker",
     "haproxy": "/haproxy.cfg",
+    "gcs": "/gcs/gcs_server",
+    "raylet": "/raylet/raylet",
 }
 MAX_TOKENS = 6
 
@@ -190,7 +194,10 @@ def processes(system: LocalSystem, target: str) -> list[int]:
 
 
 async def kill(system: LocalSystem, target: str, draw: random.Random, settle_s: float) -> Fault:
-    """Kills one process of a part, as the kernel would, and watches for ``settle_s`` seconds and until it is back."""
+    """Kills one process of a part, as the kernel would, and watches for ``settle_s`` seconds and until it is back.
+
+    And until what is asked is answered.
+    """
     before = processes(system, target)
     assert before, f"no process of {target}"
     victim = draw.choice(before)
@@ -202,13 +209,15 @@ async def kill(system: LocalSystem, target: str, draw: random.Random, settle_s: 
             probe.list_collections,
             lambda: probe.retrieve("capital", collection=COLLECTION, top_k=1),
         )
-        while (passed := time.monotonic() - killed) < settle_s or not replaced:
+        failing = True
+        while (passed := time.monotonic() - killed) < settle_s or not replaced or failing:
             assert passed < 120, f"{target} is not back"
+            failing = False
             for call in calls:
                 try:
                     await call()
                 except BlockragError:
-                    last_failure = time.monotonic() - killed
+                    failing, last_failure = True, time.monotonic() - killed
             now = processes(system, target)
             if not replaced and victim not in now and len(now) >= len(before):
                 replaced = time.monotonic() - killed
@@ -282,11 +291,12 @@ async def measure(
     seed: int,
     on_fault: Callable[[Fault], None] | None = None,
     limit_s: float = math.inf,
+    patience_s: float = 15.0,
 ) -> Outcome:
     """Kills each target so many times, one after another, each when the last one is over; none after ``limit_s``."""
     began = time.monotonic()
     draw = random.Random(seed)
-    async with BlockragClient(system.target, timeout_s=60) as client:
+    async with BlockragClient(system.target, timeout_s=60, patience_s=patience_s) as client:
         load = Load(client, per_second, seed)
         await load.prepare()
         stop = asyncio.Event()
@@ -325,7 +335,8 @@ def main() -> None:
     parser.add_argument("--settle", type=float, default=15.0)
     parser.add_argument("--per-second", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--targets", default=",".join(TARGETS), help=f"also: {', '.join(RAY)}")
+    parser.add_argument("--patience", type=float, default=15.0, help="of the clients, in seconds")
     parser.add_argument(
         "--limit", type=float, default=math.inf, help="seconds, the start included, after which nothing more is killed"
     )
@@ -349,6 +360,7 @@ def main() -> None:
                 seed=options.seed,
                 on_fault=lambda fault: print(fault, flush=True),
                 limit_s=options.limit - (time.monotonic() - began),
+                patience_s=options.patience,
             )
         )
     for row in outcome.rows():

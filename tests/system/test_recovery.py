@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from blockrag.local import LocalSystem
-from tests.system.faults import TARGETS, fault_settings, measure, processes
+from blockrag.local.state import read_state
+from tests.system.faults import RAY, TARGETS, fault_settings, measure, processes
 
 
 @pytest.mark.own_cluster
@@ -24,3 +25,20 @@ def test_clients_do_not_see_that_a_part_is_killed(small_bundle: Path, tmp_path: 
     # Two gateways and two HAProxies: the next connection finds the other one.
     assert by_target["gateway"].away_s < 5
     assert by_target["haproxy"].away_s < 2
+
+
+@pytest.mark.own_cluster
+@pytest.mark.timeout(900)
+def test_everything_starts_anew_where_ray_itself_is_killed(small_bundle: Path, tmp_path: Path) -> None:
+    """What was acknowledged is there again, and clients that wait for the time of a start see nothing fail."""
+    settings = fault_settings(tmp_path / "state", str(small_bundle))
+    with LocalSystem.start(settings, owned=True) as system:
+        before = read_state(settings.state_path)
+        outcome = asyncio.run(measure(system, RAY, kills=1, settle_s=3.0, per_second=1.0, seed=0, patience_s=120.0))
+        assert [fault.target for fault in outcome.faults] == list(RAY)
+        state = read_state(settings.state_path)
+        assert state is not None and before is not None
+        assert (state.pid, state.phase) == (before.pid, "ready")
+        assert all(processes(system, target) for target in (*TARGETS, *RAY))
+    assert [(each.kind, each.error, each.wrong) for each in outcome.requests if each.error or each.wrong] == []
+    assert read_state(settings.state_path).phase == "stopped"  # type: ignore[union-attr]

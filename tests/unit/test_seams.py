@@ -36,6 +36,16 @@ def test_ray_tells_where_objects_are_and_replicas_hand_them_over() -> None:
     assert callable(DeploymentResponse._to_object_ref)
 
 
+def test_ray_says_which_of_its_processes_have_ended() -> None:
+    """``local/supervisor.py``."""
+    from ray._private import ray_constants, worker
+    from ray._private.node import Node
+
+    assert hasattr(worker, "_global_node")
+    assert callable(Node.dead_processes)
+    assert (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET) == ("gcs_server", "raylet")
+
+
 def test_handles_may_go_by_value_and_blocks_stay_with_a_replica() -> None:
     """``handles.py`` and ``encoder/deployment.py``."""
     from ray.serve._private.handle_options import DynamicHandleOptions, InitHandleOptions

@@ -1,6 +1,7 @@
 """The process that owns Ray and the applications on this machine.
 
-Run by ``LocalSystem.start``. It stays until SIGTERM or SIGINT, then shuts Serve and its own Ray down.
+Run by ``LocalSystem.start``. It stays until SIGTERM or SIGINT, then shuts Serve and its own Ray down. Where Ray's GCS
+or raylet ends meanwhile it starts everything anew.
 HAProxy's files are of that time: all of them go when it ends.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from blockrag.errors import UnavailableError
+from blockrag.local.again import become, end_others
 from blockrag.local.copies import Job, Origin, launched_by, start_origin, work
 from blockrag.local.inert import LIGHT, WHOLE, check_inert, import_inert
 from blockrag.local.scratch import (
@@ -32,6 +34,8 @@ from blockrag.services import GRPC_SERVICER_FUNCTION, SERVICES, Service
 from blockrag.settings import Settings, load_settings
 
 _POLL_S = 0.2
+_VITAL = ("gcs_server", "raylet")
+"""Ray's processes that are neither replaced nor done without."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--until-stdin-closes", action="store_true", help="stop when the starting process is gone")
     options = parser.parse_args(arguments)
     settings = load_settings(options.settings)
+    environment = dict(os.environ)
     make_scratch(settings)
     if settings.cluster.ha_proxy:
         os.environ.update(haproxy_environment(settings))  # which Serve reads when it is imported
@@ -61,7 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.until_stdin_closes:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     state = own_state(f"{settings.cluster.host}:{settings.cluster.grpc_port}")
-    return _Supervisor(settings, options.settings, state, origin).run(stop)
+    try:
+        return _Supervisor(settings, options.settings, state, origin).run(stop)
+    except _RayEndedError:
+        remove_scratch(settings)
+        become("blockrag.local.supervisor", sys.argv[1:] if arguments is None else arguments, environment)
+        raise
 
 
 def _prepare_origin() -> None:
@@ -78,6 +88,10 @@ def _stop_at_end_of_input(stop: threading.Event) -> None:
     while os.read(0, 1024):
         pass
     stop.set()
+
+
+class _RayEndedError(Exception):
+    """A process that Ray cannot be without has ended, and everything else of it was ended."""
 
 
 class _Supervisor:
@@ -105,8 +119,11 @@ class _Supervisor:
                 started = replace(self._state, ray_address=ray_address, metrics_url=_metrics_url())
                 self._state = started.with_phase("ready")
                 write_state(self._settings.state_path, self._state)
-            stop.wait()
+            while not stop.wait(_POLL_S):
+                self._see_that_ray_runs()
             final = self._state.with_phase("stopped")
+        except _RayEndedError:
+            raise
         except SystemExit:
             # Ray's handler, between its start and ours.
             final = self._state.with_phase("stopped")
@@ -126,6 +143,16 @@ class _Supervisor:
         remove_scratch(self._settings)
         write_state(self._settings.state_path, final)
         return status
+
+    def _see_that_ray_runs(self) -> None:
+        """Raises ``_RayEndedError``."""
+        from ray._private import worker
+
+        ended = [kind for kind, _ in worker._global_node.dead_processes() if kind in _VITAL]
+        if ended:
+            self._report(f"Ray's {ended[0]} has ended: starting again")
+            end_others()
+            raise _RayEndedError
 
     def _report(self, detail: str) -> None:
         _LOGGER.info(detail)
