@@ -61,20 +61,14 @@ def read_compression(
 ) -> CompressionRequest | None:
     """The request in ``message``; None: nothing is to be compressed.
 
-    Raises ``InvalidRequestError`` naming the field: a value out of range, an unknown policy, a time where the bundle
-    has no chunk encoder, an attention mode without cached blocks.
+    Raises ``InvalidRequestError`` naming the field: a value out of range, an unknown policy, an attention mode without
+    cached blocks.
     """
     kind = message.WhichOneof("budget")
     if kind is None:
         if message.policy:
             raise InvalidRequestError("compression", "needs one of rate, max_context_tokens and max_ttft_ms")
         return None
-    if ability.policies is None and kind == "max_ttft_ms":
-        raise InvalidRequestError(
-            "compression.max_ttft_ms",
-            f"the bundle {ability.bundle_name!r} has no chunk encoder: ask for a rate or max_context_tokens, by which "
-            "passages are left out",
-        )
     if (mode or common_pb2.ATTENTION_MODE_BLOCK) != common_pb2.ATTENTION_MODE_BLOCK:
         raise InvalidRequestError("compression", "is possible with attention_mode block only")
     limit = float(getattr(message, kind))
@@ -98,10 +92,10 @@ def sizes_decide(compression: CompressionRequest | None, ability: CompressionAbi
     """
     if compression is None:
         return True
-    if ability.policies is None:
-        return compression.policy == RETRIEVAL
     if compression.kind == "max_ttft_ms":
         return False
+    if ability.policies is None:
+        return compression.policy == RETRIEVAL
     highest = compression.kind == "rate" and compression.limit >= ability.chunk_tokens
     return highest or compression.policy == RETRIEVAL
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,7 @@ from blockrag.budget import (
     PassageDecision,
     PromptBudget,
     Room,
+    affordable_slots,
     chunk_count,
     chunk_lengths,
     composed_slots,
@@ -30,6 +31,7 @@ from blockrag.errors import InvalidRequestError
 from blockrag.v1 import common_pb2, compressor_pb2
 
 if TYPE_CHECKING:
+    from blockrag.compressor.decoder_costs import DecoderCosts
     from blockrag.compressor.mixing import Mixer
 
 
@@ -101,14 +103,18 @@ class Planner:
         ability: CompressionAbility,
         drafts: PassageDrafts,
         mixer: Mixer | None = None,
+        costs: DecoderCosts | None = None,
     ) -> None:
-        """``mixer``: None where the bundle cannot compress, or compressed plans are made that ``sizes_decide`` only."""
+        """``mixer``: None where the bundle cannot compress; ``costs``: of prefills. Both None where plans are made that
+        ``sizes_decide`` only.
+        """
         self.tokenizer = tokenizer
         self._max_positions = max_positions
         self.ability = ability
         self._chunk_tokens = ability.chunk_tokens
         self.drafts = drafts
         self._mixer = mixer
+        self._costs = costs
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
         """The plan of a request whose compression was not read yet; raises what ``plan_read`` raises, and
@@ -149,13 +155,15 @@ class Planner:
         elif self.ability.policies is not None:
             mixture = await self._mixture(request, compression, blocks, before_tokens, final_ids, left)
             decisions = mixture.decisions
-        elif compression.policy == RETRIEVAL:
-            decisions = whole_passages(sizes, compression.kind, compression.limit, left)
         else:
-            wanted = wanted_tokens(sizes, compression.kind, compression.limit, left)
-            most = left if compression.kind == "rate" else wanted  # a rate says how small, not how small it must be
-            drafted = self._by_sentences(request.question, passages, blocks, wanted, most)
-            decisions = [PassageDecision(plan.in_prompt, plan.dropped_reason) for plan in drafted]
+            compression = await self._in_tokens(compression, request.spent_ms, before_tokens)
+            if compression.policy == RETRIEVAL:
+                decisions = whole_passages(sizes, compression.kind, compression.limit, left)
+            else:
+                wanted = wanted_tokens(sizes, compression.kind, compression.limit, left)
+                most = left if compression.kind == "rate" else wanted  # a rate says how small, not how small it must be
+                drafted = self._by_sentences(request.question, passages, blocks, wanted, most)
+                decisions = [PassageDecision(plan.in_prompt, plan.dropped_reason) for plan in drafted]
         response = compressor_pb2.PlanResponse(
             instruction_token_ids=self.tokenizer.instruction_ids,
             final_token_ids=final_ids,
@@ -184,6 +192,18 @@ class Planner:
                     planned.chunks[index].form = common_pb2.CHUNK_FORM_EXPANDED
                 response.prompt_tokens += composed_slots([len(ids)], expanded, self._chunk_tokens)
         return response
+
+    async def _in_tokens(
+        self, compression: CompressionRequest, spent_ms: float, before_tokens: int
+    ) -> CompressionRequest:
+        """The same budget, a time by the tokens that the decoder reads in it out of its cache."""
+        if compression.kind != "max_ttft_ms":
+            return compression
+        if self._costs is None:
+            raise ValueError(f"{compression} is not decided by sizes")
+        cost = await self._costs.current()
+        slots = affordable_slots(cost, compression.limit, spent_ms, before_tokens)
+        return replace(compression, kind="max_context_tokens", limit=slots)
 
     def _by_sentences(
         self,
