@@ -95,7 +95,7 @@ class GatewaySettings(Section):
     """Longest question."""
     default_max_tokens: Positive = 48
     """Tokens generated when the request does not say."""
-    max_timeout_ms: Positive = 120_000
+    max_timeout_ms: Annotated[int, Field(gt=0, lt=2**32)] = 120_000
     """Longest time a request may take; also what counts when a request has no deadline."""
     max_document_mb: Positive = 64
     """Largest document, in MiB."""
@@ -129,7 +129,7 @@ class IngestSettings(Section):
     """Passages sent to the retriever at a time; bounds memory."""
     parsers: Positive = 2
     """Processes per gateway replica that read files, each one at a time; as many as cores that may be spent on it."""
-    parse_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    parse_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Longest time, in seconds, that reading one file may take; then it is refused. A page of a pdf takes 0.06."""
     parse_memory_mb: Annotated[int, Field(ge=64)] = 1024
     """Most memory, in MiB, that reading one file may take; a web page that is all tags takes over 18 times its size."""

@@ -28,6 +28,7 @@ from blockrag.gateway.admission import Quotas
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
+from blockrag.gateway.leftovers import Leftovers
 from blockrag.gateway.observing import count_answer, observed, request_context
 from blockrag.gateway.planning import NearPlanner
 from blockrag.gateway.spool import receive_content, receive_header, refused_gently, while_it_moves
@@ -82,6 +83,7 @@ class Gateway:
             kv_cache,
             functools.partial(parsers.prepare, splitter=splitter),
             settings.ingest.batch_passages,
+            Leftovers(retriever, kv_cache, limits.max_timeout_ms / 1000),
         )
         self._warming = Warming(
             retriever,
@@ -128,6 +130,7 @@ class Gateway:
                                 self._turns.encode(question, event.completion.answer, context)
                             yield event
                 finally:
+                    metered.end(timings.prompt_tokens)
                     metrics.NUM_REQUESTS_RUNNING.set(self._quotas.answers.running - 1, service="gateway")
 
     @rpc

@@ -47,7 +47,7 @@ class Guard:
         except UnauthenticatedError as error:
             await error_response(error)(scope, receive, send)
             return
-        is_form = request.headers.get("content-type", "").startswith("multipart/form-data")
+        is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
         most = self._max_document_bytes + _FORM_BYTES if is_form else MAX_JSON_BYTES
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > most:
@@ -100,12 +100,15 @@ class _Origin:
 
 
 def _check_site(host: str, origin: str | None) -> None:
-    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        name, site = urlsplit(f"//{host}").hostname or "", urlsplit(origin or "").netloc
+    except ValueError:  # no closing bracket
+        raise UnauthenticatedError("this system has no keys and is asked under no name that can be read") from None
     if name not in LOOPBACK_NAMES and not _is_address(name):
         raise UnauthenticatedError(
             f"this system has no keys and is asked as {name!r}: use its address, or give tenants keys"
         )
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and site != host:
         raise UnauthenticatedError("this system has no keys and answers no other site's pages")
 
 

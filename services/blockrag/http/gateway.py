@@ -10,7 +10,7 @@ import grpc
 from fastapi import Depends, Request
 
 from blockrag.access import OnBehalf
-from blockrag.client_calls import translated
+from blockrag.client_calls import open_channel, translated
 from blockrag.handles import FindHandle, RemoteService, Rpc
 from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2, system_pb2
 
@@ -57,7 +57,7 @@ class RemoteGateway(RemoteService):
                 yield corpus_pb2.IngestDocumentRequest(content=piece)
 
         if self._channel is None:  # made here: a channel belongs to the event loop it is made in
-            self._channel = grpc.aio.insecure_channel(self._target)
+            self._channel = open_channel(self._target, None)
         stub = corpus_pb2_grpc.CorpusServiceStub(self._channel)  # type: ignore[no-untyped-call]
         metadata = [("application", self.name)]
         if authorization:

@@ -10,6 +10,7 @@ turn. Messages of one side that follow each other are one, with an empty line be
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,24 +64,28 @@ class Body(BaseModel):
     def _check_texts(cls, fields: Any) -> Any:
         if isinstance(fields, Mapping):
             for name, value in fields.items():
-                if _no_text(name) or _no_text(value):
+                if problem := _not_json(name) or _not_json(value):
                     shown = str(name).encode("ascii", "backslashreplace").decode()[:100]
-                    raise PydanticCustomError("no_text", "{name}: holds half of a surrogate pair", {"name": shown})
+                    raise PydanticCustomError("no_json", "{name}: holds " + problem, {"name": shown})
         return fields
 
 
-def _no_text(value: Any) -> bool:
+def _not_json(value: Any) -> str:
+    """What Python's parser takes and no answer could say again; empty where there is none."""
     waiting = [value]  # not by recursion: JSON may be deeper than the interpreter's stack
     while waiting:
         each = waiting.pop()
         if isinstance(each, str):
             if _SURROGATE.search(each) is not None:
-                return True
+                return "half of a surrogate pair"
+        elif isinstance(each, float):
+            if not math.isfinite(each):
+                return "a number that is not finite"
         elif isinstance(each, Mapping):
             waiting += [*each, *each.values()]
         elif isinstance(each, list):
             waiting += each
-    return False
+    return ""
 
 
 def only(*allowed: Any) -> AfterValidator:
@@ -280,7 +285,10 @@ def _condition(comparison: Comparison, param: str) -> MetadataCondition:
         elif isinstance(value, str):
             condition.values.add(string_value=value)
         else:
-            condition.values.add(number_value=float(value))
+            try:
+                condition.values.add(number_value=float(value))
+            except OverflowError:
+                raise InvalidRequestError(param, "holds a number that is out of range") from None
     return condition
 
 
