@@ -19,6 +19,7 @@ from blockrag.budget import (
     composed_slots,
     expand,
     expand_what_fits,
+    relevant_passages,
     retrieval_logits,
     room_for,
     wanted_tokens,
@@ -152,6 +153,8 @@ class Planner:
         mixture, drafted = None, None
         if compression is None:
             decisions = expand_what_fits(sizes, left)
+        elif compression.kind == "auto":
+            decisions = relevant_passages(sizes, _relevance(request.question, passages), left)
         elif self.ability.policies is not None:
             mixture = await self._mixture(request, compression, blocks, before_tokens, final_ids, left)
             decisions = mixture.decisions
@@ -267,3 +270,11 @@ class Planner:
         if not passage.text:
             raise InvalidRequestError("passages", f"passage {passage.passage_id!r} has no text")
         return self.tokenizer.passage_ids(passage.title, passage.text)
+
+
+def _relevance(question: str, passages: Sequence[common_pb2.Passage]) -> Sequence[float]:
+    """How many of the question's words each passage shares, by BM25 with the passages' own IDF."""
+    from blockrag.bm25 import Bm25Scorer  # the gateway imports this module too, and ranks nothing
+
+    scores: list[float] = Bm25Scorer([(passage.title, passage.text) for passage in passages]).scores(question).tolist()
+    return scores

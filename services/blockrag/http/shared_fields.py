@@ -158,8 +158,9 @@ class BlockragOptions(Body):
     """How many passages are retrieved."""
     filter: Filter | None = None
     """Conditions on documents' metadata."""
-    rate: float | None = None
-    """Tokens of the passages divided by their slots in the prompt, from 1 to the tokens of a chunk."""
+    rate: float | Literal["auto"] | None = None
+    """Tokens of the passages divided by their slots in the prompt, from 1 to the tokens of a chunk; "auto": as few
+    whole passages as the question seems to need."""
     max_ttft_ms: float | None = None
     """Most milliseconds until the first token, by what prefills cost of late."""
     policy: str | None = None
@@ -250,7 +251,10 @@ def generate_request(request: Answering) -> rag_pb2.GenerateRequest:
     set_number(message, "max_context_tokens", options.max_context_tokens)
     if options.rate is not None and options.max_ttft_ms is not None:
         raise InvalidRequestError("blockrag", "rate and max_ttft_ms cannot both be asked for")
-    set_number(message.compression, "rate", options.rate, "blockrag.rate")
+    if options.rate == "auto":
+        message.compression.auto = True
+    else:
+        set_number(message.compression, "rate", options.rate, "blockrag.rate")
     set_number(message.compression, "max_ttft_ms", options.max_ttft_ms, "blockrag.max_ttft_ms")
     if options.policy:
         message.compression.policy = options.policy

@@ -41,6 +41,15 @@ def test_each_budget(message: Compression, kind: str, limit: float) -> None:
     assert (found.kind, found.limit, found.policy) == (kind, limit, "query")
 
 
+@pytest.mark.parametrize("ability", [ABLE, UNABLE])
+@pytest.mark.parametrize("policy", ["", "retrieval"])
+def test_what_the_question_needs(ability: CompressionAbility, policy: str) -> None:
+    found = read(Compression(auto=True, policy=policy), ability)
+    assert found == CompressionRequest("auto", 0.0, "retrieval")
+    assert found.to_message() == Compression(auto=True, policy="retrieval")
+    assert not sizes_decide(found, ability)
+
+
 @pytest.mark.parametrize(
     ("policies", "asked", "chosen"),
     [
@@ -71,6 +80,8 @@ def test_who_chooses(policies: set[str], asked: str, chosen: str) -> None:
         (Compression(max_ttft_ms=math.nan), "compression.max_ttft_ms"),
         (Compression(rate=4, policy="oracle"), "compression.policy"),
         (Compression(policy="query"), "compression"),
+        (Compression(auto=False), "compression.auto"),
+        (Compression(auto=True, policy="query"), "compression.policy"),
     ],
 )
 def test_what_cannot_be_is_named(message: Compression, field: str) -> None:

@@ -389,6 +389,24 @@ def about(question: str, compression: Compression) -> PlanRequest:
     return asked
 
 
+@pytest.mark.parametrize("compresses", [False, True])
+async def test_a_question_reads_what_it_seems_to_need(plain: Bundle, bundle: Bundle, compresses: bool) -> None:
+    planner = make_planner(bundle if compresses else plain, None)
+
+    async def read(question: str) -> list[str]:
+        plan = await planner.plan(about(question, Compression(auto=True)))
+        assert all(bool(passage.dropped_reason) != passage.in_prompt for passage in plan.passages)
+        in_prompt = [passage for passage in plan.passages if passage.in_prompt]
+        assert slots(plan) == sum(len(passage.token_ids) for passage in in_prompt)
+        blocks = decode_request(plan, Sampling(max_tokens=4)).blocks
+        assert not any(block.kept or block.forms for block in blocks)
+        return [passage.document_id for passage in in_prompt]
+
+    assert await read("Where do trolls live?") == ["Norway"]
+    assert await read("What is the capital of Fiji?") == ["Norway", "Fiji"]  # the first is read in any case
+    assert await read("Why?") == ["Norway", "Fiji"]  # no word says which
+
+
 async def test_sentences_are_taken_out_of_cached_blocks_if_asked(plain: Bundle) -> None:
     planner = make_planner(plain, None)
     asked = about("What is the capital of Fiji?", Compression(rate=3, policy="sentences"))
