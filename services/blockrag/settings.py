@@ -89,6 +89,10 @@ class GatewaySettings(Section):
     """Answers in progress per replica; one more is refused with RESOURCE_EXHAUSTED."""
     default_top_k: Positive = 5
     """Passages retrieved when the request does not say."""
+    default_rate: Literal["auto"] | Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """How small passages become when the request does not say, in block mode: 1 reads all of them word for word;
+    "auto" as few as the question seems to need, by which small readers answer better and sooner; else as a request's
+    rate."""
     max_top_k: Positive = 100
     """Most passages a request may ask for."""
     max_question_chars: Positive = 8192

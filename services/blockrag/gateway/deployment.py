@@ -65,6 +65,7 @@ class Gateway:
         decoder = handles.DecoderClient(_find_decoders)
         self._limits = limits
         self._ability = CompressionAbility.of(bundle)
+        validation.check_default_rate(limits, self._ability)
         self._trace_directory = trace_directory(settings)
         self._quotas = Quotas(limits, self.access.limits)
         passages = PassageTokenizer(tokenizer, bundle.template, _REMEMBERED_PASSAGES)

@@ -84,7 +84,7 @@ function showSettings() {
 function request(text) {
   const options = { attention_mode: mode(), explain: true };
   if (mode() !== "none") options.top_k = Number($("top-k").value);
-  if (rate() !== 1) options.rate = rate();
+  if (mode() === "block") options.rate = rate();
   const model = mode() === "none" ? "blockrag" : `blockrag/${collection()}`;
   return { model, input: text, stream: true, include: ["file_search_call.results"], blockrag: options };
 }
