@@ -100,6 +100,8 @@ class Citation:
     """The other documents that hold the same text."""
     slots: BlockSlots = BlockSlots()
     """Its slots in the prompt; none where it is not composed from cached blocks."""
+    place: int = 0
+    """Its place among the passages of the prompt, from 1; 0: it is not in it."""
 
 
 @dataclass(frozen=True)

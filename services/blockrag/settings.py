@@ -93,6 +93,10 @@ class GatewaySettings(Section):
     """How small passages become when the request does not say, in block mode: 1 reads all of them word for word;
     "auto" as few as the question seems to need, by which small readers answer better and sooner; else as a request's
     rate."""
+    best_passage: Literal["last", "first"] = "last"
+    """Where the best of the retrieved passages stands in the prompt: next to the question, the worst first, which costs
+    nothing since blocks are composed at any place and helps readers that attend most to what they read last; or first.
+    Passages that a request gives itself stay in its order."""
     max_top_k: Positive = 100
     """Most passages a request may ask for."""
     max_question_chars: Positive = 8192

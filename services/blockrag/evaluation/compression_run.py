@@ -194,7 +194,13 @@ class Asking:
             self._describe(number, question, pieces, self._selectors, self._policies)
         return [
             self._reader.plan(
-                Prompt(pieces, question.source.text, compression=_compression(cell), reencoded=cell.reencoded)
+                Prompt(
+                    pieces,
+                    question.source.text,
+                    compression=_compression(cell),
+                    best_last=self._reader.settings.gateway.best_passage == "last",
+                    reencoded=cell.reencoded,
+                )
             )
             for cell in cells
         ]

@@ -68,6 +68,8 @@ class Prompt:
     question: str
     mode: Mode = "block"
     compression: Compression | None = None
+    best_last: bool = False
+    """They stand in the prompt in the opposite order, as retrieved ones are served by ``gateway.best_passage``."""
     reencoded: bool = False
     """Each mixed passage is encoded anew as this mixture instead of composed: the exact alternative."""
 
@@ -163,7 +165,9 @@ class Reader:
     def decode_request(self, planned: PlannedPrompt) -> DecodeRequest:
         """What the gateway would ask of the decoder."""
         sampling = Sampling(max_tokens=self._max_answer_tokens)
-        request = decode_request(planned.plan, sampling, mode=_SERVED[planned.prompt.mode])
+        request = decode_request(
+            planned.plan, sampling, mode=_SERVED[planned.prompt.mode], best_last=planned.prompt.best_last
+        )
         request.context.CopyFrom(_CONTEXT)
         return request
 

@@ -111,6 +111,8 @@ class Answering:
     """Write questions into spans."""
     overhead: Overhead = field(default_factory=Overhead)
     """What answers take beside retrieval and the decoder."""
+    best_last: bool = True
+    """The best of the retrieved passages stands next to the question; those that a request gives stay in its order."""
 
     async def retrieve(self, search: Search, current: Span, deadline: Deadline) -> RetrieveResponse:
         """Searches without answering; ``current`` is the request's span."""
@@ -180,7 +182,7 @@ class Answering:
                 attention_mode=question.attention_mode,
                 trace_id=trace_id_of(current.traceparent),
             )
-            _tell_slots(completion, finish.blocks)
+            _tell_places(completion, finish.blocks, self._best_last(question))
             yield GenerateResponse(request_id=request_id, completion=completion)
 
     def _describe(self, current: Span, finish: DecodeFinish, timings: Timings) -> None:
@@ -227,11 +229,18 @@ class Answering:
         way.plan = await self._plan(way, passages)
         way.timings.prompt_tokens = way.plan.prompt_tokens
         request = decode_request(
-            way.plan, question.sampling, mode=question.attention_mode, collection=question.collection
+            way.plan,
+            question.sampling,
+            mode=question.attention_mode,
+            collection=question.collection,
+            best_last=self._best_last(question),
         )
         async with aclosing(self._decode(request, way)) as events:
             async for event in events:
                 yield event
+
+    def _best_last(self, question: Question) -> bool:
+        return self.best_last and not question.given
 
     async def _passages(self, way: _Way) -> Sequence[Passage]:
         question = way.question
@@ -352,12 +361,16 @@ def _citations(passages: Sequence[Passage], plan: PlanResponse) -> list[Citation
     ]
 
 
-def _tell_slots(completion: Completion, blocks: Sequence[BlockSlots]) -> None:
-    """Says of each block where it was found; ``blocks`` in the order of ``decode_request``, or none."""
-    if not blocks:
-        return
-    completion.instruction_slots.CopyFrom(blocks[0])
+def _tell_places(completion: Completion, blocks: Sequence[BlockSlots], best_last: bool) -> None:
+    """Says of each passage where it stands, and of each block where it was found.
+
+    ``blocks`` in the order of ``decode_request``, or none; the last ones are turns.
+    """
     cited = [citation for citation in completion.citations if citation.in_prompt]
-    for citation, slots in zip(cited, blocks[1:], strict=False):  # the rest are turns
-        citation.slots.CopyFrom(slots)
-    completion.turn_slots.extend(blocks[1 + len(cited) :])
+    for place, citation in enumerate(reversed(cited) if best_last else cited, 1):
+        citation.place = place
+        if blocks:
+            citation.slots.CopyFrom(blocks[place])
+    if blocks:
+        completion.instruction_slots.CopyFrom(blocks[0])
+        completion.turn_slots.extend(blocks[1 + len(cited) :])

@@ -78,6 +78,7 @@ class Gateway:
             bundle.fingerprint,
             bundle.name,
             record_text=settings.telemetry.record_text,
+            best_last=limits.best_passage == "last",
         )
         self._corpus = Corpus(
             retriever,

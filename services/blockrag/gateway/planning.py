@@ -79,10 +79,14 @@ def decode_request(
     *,
     mode: AttentionMode = ATTENTION_MODE_BLOCK,
     collection: str = "",
+    best_last: bool = False,
 ) -> DecodeRequest:
-    """What the decoder is asked for a plan; ``collection`` of the passages that were retrieved."""
+    """What the decoder is asked for a plan; ``collection`` of the passages that were retrieved.
+
+    ``best_last``: passages stand in the prompt in the opposite order of the plan's.
+    """
     blocks = [PromptBlock(token_ids=plan.instruction_token_ids)]
-    for planned in plan.passages:
+    for planned in reversed(plan.passages) if best_last else plan.passages:
         if planned.in_prompt:
             # Given passages have no document, and so belong to no collection.
             own = collection if planned.document_id else ""

@@ -106,7 +106,7 @@ def fields_of(message: Message) -> dict[str, Any]:
 
 
 def _citation(citation: rag_pb2.Citation, explain: bool) -> dict[str, Any]:
-    names = ("passage_id", "document_id", "title", "tokens", "in_prompt", "dropped_reason")
+    names = ("passage_id", "document_id", "title", "tokens", "in_prompt", "dropped_reason", "place")
     told: dict[str, Any] = {name: getattr(citation, name) for name in names}
     told["slots"] = fields_of(citation.slots)
     if explain:

@@ -78,7 +78,7 @@ class TextChunk(_message.Message):
     def __init__(self, text: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Citation(_message.Message):
-    __slots__ = ("index", "passage_id", "document_id", "title", "chunks", "tokens", "in_prompt", "dropped_reason", "also_in", "slots")
+    __slots__ = ("index", "passage_id", "document_id", "title", "chunks", "tokens", "in_prompt", "dropped_reason", "also_in", "slots", "place")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class Citation(_message.Message):
     DROPPED_REASON_FIELD_NUMBER: _ClassVar[int]
     ALSO_IN_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     index: int
     passage_id: str
     document_id: str
@@ -99,7 +100,8 @@ class Citation(_message.Message):
     dropped_reason: str
     also_in: _containers.RepeatedCompositeFieldContainer[_common_pb2.PassageHolder]
     slots: _common_pb2.BlockSlots
-    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., title: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.ChunkDecision, _Mapping]]] = ..., tokens: _Optional[int] = ..., in_prompt: _Optional[bool] = ..., dropped_reason: _Optional[str] = ..., also_in: _Optional[_Iterable[_Union[_common_pb2.PassageHolder, _Mapping]]] = ..., slots: _Optional[_Union[_common_pb2.BlockSlots, _Mapping]] = ...) -> None: ...
+    place: int
+    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., title: _Optional[str] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.ChunkDecision, _Mapping]]] = ..., tokens: _Optional[int] = ..., in_prompt: _Optional[bool] = ..., dropped_reason: _Optional[str] = ..., also_in: _Optional[_Iterable[_Union[_common_pb2.PassageHolder, _Mapping]]] = ..., slots: _Optional[_Union[_common_pb2.BlockSlots, _Mapping]] = ..., place: _Optional[int] = ...) -> None: ...
 
 class Completion(_message.Message):
     __slots__ = ("answer", "citations", "usage", "stages", "finish_reason", "time_to_first_token_ms", "seed", "bundle_fingerprint", "attention_mode", "trace_id", "instruction_slots", "turn_slots")

@@ -32,7 +32,7 @@ from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.settings import GatewaySettings, Settings
 from blockrag.training.refrag.policy_reader import PolicyReader
-from blockrag.v1.common_pb2 import Compression
+from blockrag.v1.common_pb2 import Compression, Passage
 from blockrag.v1.compressor_pb2 import (
     PassagePlan,
     PlanRequest,
@@ -40,7 +40,7 @@ from blockrag.v1.compressor_pb2 import (
     PrepareQuestionRequest,
     PrepareQuestionResponse,
 )
-from blockrag.v1.rag_pb2 import Citation, Completion, GenerateRequest, GivenPassage
+from blockrag.v1.rag_pb2 import Citation, Completion, GenerateRequest
 from tests.models import make_tiny_bundle
 from tests.refrag_bundles import make_refrag_bundle
 from tests.unit.gateway.fakes import FakeSearcher
@@ -127,7 +127,8 @@ async def test_the_plan_that_is_scored_is_the_plan_that_is_served_and_so_is_the_
     passages = PassageTokenizer(tokenizer, bundle.template)
     drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), CHUNK)
     near = NearPlanner(Planner(passages, bundle.max_context_tokens, ability, drafts), compressor)
-    answering = Answering(FakeSearcher([]), near, decoder.service, bundle.fingerprint, bundle.name)
+    searcher = FakeSearcher()
+    answering = Answering(searcher, near, decoder.service, bundle.fingerprint, bundle.name)
     decoder.engine.start()
     try:
         for (cell, count), (planned, text) in scored.items():
@@ -135,11 +136,12 @@ async def test_the_plan_that_is_scored_is_the_plan_that_is_served_and_so_is_the_
             if cell.selector != UNCOMPRESSED:
                 policy = "" if cell.selector == COMPRESSED else cell.selector
                 compression = Compression(rate=cell.rate, policy=policy)
+            searcher.passages = [
+                Passage(passage_id=str(place), title=piece.title, text=piece.text)
+                for place, piece in enumerate(planned.prompt.passages)
+            ]
             request = GenerateRequest(
-                question=planned.prompt.question,
-                passages=[GivenPassage(title=piece.title, text=piece.text) for piece in planned.prompt.passages],
-                max_tokens=TOKENS,
-                compression=compression,
+                question=planned.prompt.question, top_k=count, max_tokens=TOKENS, compression=compression
             )
             done = await served(answering, request, ability)
             where = f"{cell}, {count} passages"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -73,9 +74,17 @@ async def test_citations_say_what_was_in_the_prompt_and_why_not() -> None:
     assert citations[0].tokens == 3
     assert citations[2].dropped_reason == "over the token budget"
     blocks = decoder.requests[0].blocks
-    assert [block.document_id for block in blocks] == ["", "d0", "d1"]
+    assert [block.document_id for block in blocks] == ["", "d1", "d0"]  # the best is next to the question
+    assert [citation.place for citation in citations] == [2, 1, 0]
     assert [block.collection for block in blocks] == ["", "default", "default"]
     assert list(blocks[0].token_ids) == [1]
+
+
+async def test_the_best_passage_may_come_first() -> None:
+    decoder = FakeDecoder()
+    events = await collect(replace(answering(decoder=decoder), best_last=False), top_k=3)
+    assert [block.document_id for block in decoder.requests[0].blocks] == ["", "d0", "d1", "d2"]
+    assert [citation.place for citation in events[-1].completion.citations] == [1, 2, 3]
 
 
 async def test_where_each_block_was_found_is_told_of_it() -> None:
@@ -96,6 +105,7 @@ async def test_given_passages_are_not_retrieved() -> None:
     assert [block.document_id for block in decoder.requests[0].blocks] == ["", "", ""]
     assert [block.collection for block in decoder.requests[0].blocks] == ["", "", ""]
     assert [citation.passage_id for citation in events[-1].completion.citations] == ["given-0", "given-1"]
+    assert [citation.place for citation in events[-1].completion.citations] == [1, 2], "in the request's order"
 
 
 async def test_mode_none_uses_no_passages() -> None:
@@ -256,7 +266,7 @@ async def test_mixtures_reach_the_decoder_and_are_cited_with_their_words() -> No
     [asked] = planner.requests
     assert asked.compression == Compression(rate=1.5, policy="query")
     assert asked.collection == "c"
-    instruction, mixed, whole, third = decoder.requests[0].blocks
+    instruction, third, whole, mixed = decoder.requests[0].blocks
     assert (list(mixed.forms), mixed.chunk_tokens) == ([CHUNK_FORM_EXPANDED, CHUNK_FORM_COMPRESSED], 2)
     for block in (instruction, whole):
         assert (list(block.forms), block.chunk_tokens) == ([], 0)

@@ -53,7 +53,9 @@ export function showUnfound(found, first) {
 function showStrip(details) {
   const { usage, citations } = details;
   const parts = [["Instructions", details.instruction_slots]];
-  citations.forEach((citation, place) => citation.in_prompt && parts.push([`Passage ${place + 1}`, citation.slots]));
+  const read = citations.map((citation, rank) => [citation, rank + 1]).filter(([citation]) => citation.in_prompt);
+  read.sort(([one], [other]) => one.place - other.place);
+  for (const [citation, rank] of read) parts.push([`Passage ${rank}`, citation.slots]);
   details.turn_slots.forEach((slots, place) => parts.push([`Turn ${place + 1}`, slots]));
   const blocks = parts.filter(([, slots]) => total(slots));
   const name = blocks.length ? "Question" : "Whole prompt";
