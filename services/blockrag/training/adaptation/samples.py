@@ -1,4 +1,4 @@
-"""From question rows to training samples: which passages, in what order, with which answer.
+"""From question rows to training samples: which passages, in what order, cut at sentence ends, with which answer.
 
 Sample number n is a pure function of (seed, n): a run that is resumed, or shared out to other workers, sees the same
 samples, and no position in the data has to be stored.
@@ -13,18 +13,61 @@ passages do not answer; only such a row may have an empty list of answers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 from blockrag.errors import SetupError
 from blockrag.jsonl import read_objects
-from blockrag.modeling.template import PromptTemplate
+from blockrag.modeling.running_text import field_ids
+from blockrag.modeling.template import BundleTokenizer, PromptTemplate
 from blockrag.training.adaptation.batch import Branch, Context
-from blockrag.training.passages import DecodingTokenizer, cut_passage, sentences
+
+
+class DecodingTokenizer(BundleTokenizer, Protocol):
+    """A tokenizer that also turns token ids back into text."""
+
+    def decode(self, token_ids: list[int]) -> Any: ...
+
+
+# An abbreviation's or initial's period ends no sentence; the pattern errs towards longer sentences.
+_SENTENCE_END = re.compile(r"(?<=[a-z0-9)\]\"'%])[.!?][\"')\]]* +(?=[A-Z\"'(])|\n+")
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of ``text``, without the spaces between them."""
+    found: list[str] = []
+    start = 0
+    for match in _SENTENCE_END.finditer(text):
+        found.append(text[start : match.end()].strip())
+        start = match.end()
+    found.append(text[start:].strip())
+    return [sentence for sentence in found if sentence]
+
+
+def cut_passage(
+    tokenizer: DecodingTokenizer, template: PromptTemplate, title: str, text: str, max_tokens: int, first: int = 0
+) -> str:
+    """The longest run of whole sentences from number ``first`` whose block has at most ``max_tokens`` tokens.
+
+    The block counts title and special tokens. A first sentence that alone is too long is cut after a word.
+    """
+    room = max_tokens - len(template.passage_ids(tokenizer, title, ""))
+    kept: list[str] = []
+    for sentence in sentences(text)[first:]:
+        tokens = field_ids(tokenizer, " " + sentence)
+        if len(tokens) > room:
+            if not kept and room > 0:
+                kept.append(tokenizer.decode(tokens[:room]).strip().rpartition(" ")[0])
+            break
+        kept.append(sentence)
+        room -= len(tokens)
+    return " ".join(kept)
+
 
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 _HELD_OUT_SHARE = 0.1

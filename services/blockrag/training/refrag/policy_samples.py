@@ -19,8 +19,7 @@ from blockrag.modeling.bundle import Bundle, file_sha256
 from blockrag.modeling.refrag.policy_features import policy_ranks
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.batch import Branch
-from blockrag.training.adaptation.samples import Row, SampleSource, data_files
-from blockrag.training.passages import DecodingTokenizer
+from blockrag.training.adaptation.samples import DecodingTokenizer, Row, SampleSource, data_files
 from blockrag.training.refrag.chunk_masks import answer_places, passage_ranking
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
 from blockrag.training.refrag.stage_samples import row_source, split_instruction

@@ -13,8 +13,7 @@ from typing import Literal, Protocol
 
 from blockrag.modeling.bundle import Bundle
 from blockrag.training.adaptation.batch import Branch, Context
-from blockrag.training.adaptation.samples import Row, SampleLimits, SampleSource
-from blockrag.training.passages import DecodingTokenizer
+from blockrag.training.adaptation.samples import DecodingTokenizer, Row, SampleLimits, SampleSource
 from blockrag.training.refrag.chunk_masks import (
     Mask,
     MaskSampler,

@@ -18,8 +18,7 @@ from blockrag.jsonl import read_objects
 from blockrag.modeling.running_text import field_ids
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.batch import Branch
-from blockrag.training.adaptation.samples import Row, data_files, hold_out_rows, read_rows
-from blockrag.training.passages import DecodingTokenizer, sentences
+from blockrag.training.adaptation.samples import DecodingTokenizer, Row, data_files, hold_out_rows, read_rows, sentences
 
 _HELD_OUT_SHARE = 50
 """One text in this many is held out."""
