@@ -20,9 +20,8 @@ from blockrag.training.adaptation.batch import Batch, Context, distillation, mak
 from blockrag.training.adaptation.block_config import BlockAdaptConfig
 from blockrag.training.adaptation.contexts import ContextSource, load_pools
 from blockrag.training.adaptation.samples import Row, SampleLimits, SampleSource, data_files, hold_out_rows, read_rows
-from blockrag.training.adaptation.source import Source, load_for_training, open_source
+from blockrag.training.adaptation.source import Source, load_for_training, open_source, write_bundle
 from blockrag.training.adaptation.visibility import Mask, TrainingAttention
-from blockrag.training.adaptation.writing import write_bundle
 from blockrag.training.loop import Schedule, StepResult, train
 from blockrag.training.lora import add_lora, trained_adapter
 from blockrag.training.run import OnProgress, RunFolder, Scores, whole_weights
