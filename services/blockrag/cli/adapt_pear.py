@@ -58,7 +58,7 @@ def pear(
     from blockrag.modeling.bundle import load_bundle
     from blockrag.modeling.bundle_writing import write_pear
     from blockrag.training.run import RunFolder
-    from blockrag.training.workers import OneWorker
+    from blockrag.training.workers import Workers
 
     if (out is not None) + in_place + detect_only != 1:
         raise SetupError("give exactly one of --out, --in-place and --detect-only")
@@ -68,7 +68,7 @@ def pear(
     config = replace(config, sizes=_parse_sizes(sizes))
     beside = _beside(out or source.path)
     run_dir = (out or beside).with_name(f"{(out or beside).name}.run")
-    run = None if detect_only else RunFolder(run_dir, OneWorker(device))
+    run = None if detect_only else RunFolder(run_dir, Workers(device))
     with shown(as_json, lines=False) as show:
         found = _adapt(source, config, device, run, show)
     made = write_pear(source, found.record, out) if found.record else None

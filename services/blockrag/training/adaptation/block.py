@@ -25,7 +25,7 @@ from blockrag.training.adaptation.visibility import Mask, TrainingAttention
 from blockrag.training.loop import Schedule, StepResult, train
 from blockrag.training.lora import add_lora, trained_adapter
 from blockrag.training.run import OnProgress, RunFolder, Scores, whole_weights
-from blockrag.training.workers import OneWorker, Workers, like_parameter, take_step
+from blockrag.training.workers import Workers, like_parameter, take_step
 
 _Part = tuple[Batch, tuple[Mask, ...]]
 """A micro-batch, and the masks it is trained under, in this order."""
@@ -246,7 +246,7 @@ def adapt_block(
     Every worker calls it. A run that was stopped goes on from its last checkpoint and ends as it would have without
     the stop. Raises SetupError for what a caller must change; see ``prepare`` and ``RunFolder``.
     """
-    workers = workers or OneWorker(config.device)
+    workers = workers or Workers(config.device)
     prepared = prepare(config, workers.size)
     run = RunFolder(config.run_dir, workers)
     identity = {

@@ -34,7 +34,7 @@ from blockrag.training.pear.detection import Detection, detect, rank_correlation
 from blockrag.training.pear.passes import ProxyTask, check_length, forward, prefill, removing
 from blockrag.training.pear.pear_config import CONDITIONS, LEAST_HEADS, PUBLISHED_SHARE, LearningConfig, PearConfig
 from blockrag.training.run import OnProgress, RunFolder, Scores, StepMetrics
-from blockrag.training.workers import OneWorker
+from blockrag.training.workers import Workers
 
 _WARMUP = 2
 _KEPT = 25
@@ -62,7 +62,7 @@ def learn(
     model.requires_grad_(False)
     learner = _Learner(model, len(chosen), task, candidates, config, seed)
     schedule = Schedule(config.steps, config.learning_rate, _WARMUP, checkpoint_steps=_KEPT, decay="linear")
-    workers = OneWorker(model.device)
+    workers = Workers(model.device)
     with scaled(attention_heads(model), chosen, learner.model.tau), tempfile.TemporaryDirectory() as none:
         train(learner, schedule, run or RunFolder(Path(none), workers), workers, on_progress)
     return [float(value) for value in learner.model.tau.detach().cpu()]

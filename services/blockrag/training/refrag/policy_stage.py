@@ -28,7 +28,7 @@ from blockrag.training.refrag.policy_learning import Group, draw_groups, imitate
 from blockrag.training.refrag.policy_reader import CapturedContext, PolicyReader
 from blockrag.training.refrag.policy_samples import PolicyContext, PolicyData, answer_target, load_policy_data
 from blockrag.training.run import OnProgress, RunFolder, Scores
-from blockrag.training.workers import OneWorker, Workers
+from blockrag.training.workers import Workers
 
 
 def prepare_policy(config: PolicyTrainingConfig, workers: int = 1) -> Bundle:
@@ -49,7 +49,7 @@ def train_policy(
     Every worker calls it. Raises SetupError for data that is missing, a run of another recipe in ``run_dir`` or an
     ``out`` that exists, BundleError for a bundle without chunk compression.
     """
-    workers = workers or OneWorker(config.device)
+    workers = workers or Workers(config.device)
     bundle = prepare_policy(config)
     reader = PolicyReader.load(bundle, workers.device, bf16=config.precision == "bf16")
     data = load_policy_data(config, bundle)

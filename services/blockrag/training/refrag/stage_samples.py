@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, Protocol
+from typing import Literal
 
 from blockrag.modeling.bundle import Bundle
 from blockrag.training.adaptation.batch import Branch, Context
@@ -64,14 +64,6 @@ class RefragSample:
         return len(self.instruction) + sum(map(len, self.passages)) + asked
 
 
-class SampleMaker(Protocol):
-    """Makes a step's samples."""
-
-    def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
-        """Samples of ``step`` with ``tokens`` tokens, about, at ``progress`` (0 to 1) of the run."""
-        ...
-
-
 class Reconstruction:
     """A run of chunks, compressed, and the same text as the answer to an empty question."""
 
@@ -86,6 +78,7 @@ class Reconstruction:
         self._k = k
 
     def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
+        """Samples of ``step`` with ``tokens`` tokens, about, at ``progress`` (0 to 1) of the run; so of every maker."""
         random = Random(f"{self._config.seed}/{step}")
         samples: list[RefragSample] = []
         while tokens > 0:

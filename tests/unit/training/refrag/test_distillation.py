@@ -21,7 +21,7 @@ from blockrag.training.refrag.stage_samples import RefragSample, View
 from blockrag.training.refrag.stages import adapt_refrag
 from blockrag.training.refrag.trainer import RefragTrainer
 from blockrag.training.run import StepMetrics
-from blockrag.training.workers import OneWorker
+from blockrag.training.workers import Workers
 
 Make = Callable[..., RefragConfig]
 TARGET = Branch([5, 6], [7, 8, 9, 10])
@@ -98,7 +98,7 @@ def test_a_sample_under_the_full_mask_has_no_teacher(reader: RefragReader) -> No
 def test_a_part_in_which_nothing_learns_is_passed(config: Make) -> None:
     wanted = config(stage="mixed", train_decoder=False, parts=1, distillation=0.5)
     reader, _ = load_reader(open_start(wanted), wanted)
-    trainer = RefragTrainer(reader, wanted, OneWorker("cpu"))
+    trainer = RefragTrainer(reader, wanted, Workers("cpu"))
     try:
         before = {name: value.clone() for name, value in reader.state_dict().items()}
         result = trainer.step([sample(True)], 1.0)
