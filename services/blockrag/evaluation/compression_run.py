@@ -39,10 +39,9 @@ from blockrag.evaluation.compression_scores import (
     score_text,
 )
 from blockrag.evaluation.compression_selectors import RANDOM, Asked, Selectors, answer_spans
-from blockrag.evaluation.drawing import DrawnQuestion
+from blockrag.evaluation.drawing import DrawnQuestion, Piece, bm25_ranking
 from blockrag.evaluation.experiment import Progress, Status, ask_all, asked_facts, draw_data
 from blockrag.evaluation.experiment_options import CompressionOptions
-from blockrag.evaluation.pieces import Piece, bm25_ranking
 from blockrag.evaluation.reader import PlannedPrompt, Prompt, Reader
 from blockrag.modeling.bundle import Bundle, file_sha256
 from blockrag.modeling.refrag.policy_features import policy_ranks

@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.drawing import Draw, DrawnQuestion, draw_questions
+from blockrag.evaluation.drawing import Draw, DrawnQuestion, PieceMaker, draw_questions
 from blockrag.evaluation.environment import Environment, describe_environment
 from blockrag.evaluation.experiment_options import Distractors, ExperimentOptions
-from blockrag.evaluation.pieces import PieceMaker
 from blockrag.evaluation.question_data import load_questions
 from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_difference, contains, exact_match, f1
 from blockrag.modeling.bundle import Bundle

@@ -27,8 +27,8 @@ from blockrag.decoder.prompt import PromptPart, compose, read_prompt
 from blockrag.decoder.sequence import GenerationRequest
 from blockrag.decoder.stream import TokenStream
 from blockrag.errors import PromptTooLongError, UnavailableError
+from blockrag.evaluation.drawing import Piece
 from blockrag.evaluation.experiment_options import Mode
-from blockrag.evaluation.pieces import Piece
 from blockrag.evaluation.scoring import normalize
 from blockrag.gateway.planning import decode_request
 from blockrag.modeling.bundle import Bundle

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.pieces import PieceMaker
+from blockrag.evaluation.drawing import PieceMaker
 from blockrag.modeling.adapter import Adapter
 from blockrag.modeling.bundle import file_sha256
 from blockrag.training.adaptation.batch import Batch, Context, distillation, make_batch, score_answers

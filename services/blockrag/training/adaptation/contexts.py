@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.pieces import Piece, PieceMaker, Rank, bm25_ranking, gold_piece
+from blockrag.evaluation.drawing import Piece, PieceMaker, Rank, bm25_ranking, gold_piece
 from blockrag.evaluation.question_data import QuestionData, SourceQuestion, load_questions
 from blockrag.evaluation.scoring import contains
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
