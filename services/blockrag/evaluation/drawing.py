@@ -1,8 +1,8 @@
 """Passages as serving cuts them, and drawing what is asked: a question's gold piece, its distractors, and its place.
 
-Every text is cut in pieces whose block has at most the bundle's ``passage_tokens``. Distractors are nested: a context of
-five passages holds the first four of the twenty-passage one, so that numbers of passages and modes are compared on the
-same questions and texts.
+Every text is cut in pieces whose block has at most the bundle's ``passage_tokens``. Distractors are nested: a context
+of five passages holds the first four of the twenty-passage one, so that numbers of passages and modes are compared on
+the same questions and texts.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from blockrag.bm25 import Bm25, SparseVector
 from blockrag.errors import SetupError
 from blockrag.evaluation.drawing import Piece, PieceMaker, holding_pieces
-from blockrag.evaluation.environment import describe_environment
-from blockrag.evaluation.experiment import Report, percent, table
+from blockrag.evaluation.experiment import Report, describe_environment, percent, table
 from blockrag.evaluation.question_data import QuestionData, SourceQuestion, load_questions
 from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_difference, ndcg, recall, reciprocal_rank
 from blockrag.identity import CollectionId, passage_id

@@ -21,7 +21,7 @@ from blockrag.decoder.engine import Engine
 from blockrag.decoder.runtime import assemble
 from blockrag.decoder.sampling import SamplingParams
 from blockrag.decoder.sequence import Event, GenerationRequest
-from blockrag.evaluation.ttft_report import RATES, ReportRow, make_row, states_of
+from blockrag.evaluation.ttft_grpc import RATES, ReportRow, make_row, states_of
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.refrag.composing import compose_passage
