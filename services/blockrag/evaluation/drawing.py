@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.bm25 import Bm25Scorer
 from blockrag.errors import SetupError
-from blockrag.evaluation.experiment_options import Distractors
 from blockrag.evaluation.question_data import QuestionData, SourcePassage, SourceQuestion
 from blockrag.evaluation.scoring import contains, normalize
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
 from blockrag.retriever.embedding import Embedder, find_embedding
+
+if TYPE_CHECKING:
+    from blockrag.evaluation.experiment_options import Distractors
 
 
 @dataclass(frozen=True)
