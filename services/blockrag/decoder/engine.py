@@ -327,7 +327,7 @@ class Engine:
 
     def _push(self, sequence: Sequence, event: Event) -> None:
         try:
-            sequence.sink.push(event)
+            sequence.sink(event)
         except Exception as error:  # its event loop is closed: nobody reads any more
             _logger.info("request %s has no reader: %s", sequence.request.request_id, error)
             sequence.cancelled = True

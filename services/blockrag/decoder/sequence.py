@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from blockrag.decoder.detokenizer import Detokenizer
 from blockrag.decoder.sampling import Sampler, SamplingParams
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 
 Reason = Literal["end", "stop", "length"]
 """``end``: the model ended its answer; ``stop``: a stop string; ``length``: max_tokens."""
-
-
-def _nothing() -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class GenerationRequest:
     sampling: SamplingParams
     deadline: float | None = None
     """On the engine's clock (``time.monotonic``), in seconds."""
-    released: Callable[[], None] = field(default=_nothing, repr=False)
+    released: Callable[[], None] = field(default=lambda: None, repr=False)
     """Called once, from the engine's thread, when the engine no longer uses ``blocks``. Not when submit refuses."""
     tenant: str = ""
     """Whose it is: tenants take turns."""
@@ -81,10 +77,8 @@ class Event:
     error: BlockragError | None = None
 
 
-class EventSink(Protocol):
-    """Where a sequence's events go; called from the engine's thread, must not block."""
-
-    def push(self, event: Event) -> None: ...
+EventSink = Callable[[Event], object]
+"""Where a sequence's events go; called from the engine's thread, must not block."""
 
 
 class Sequence:

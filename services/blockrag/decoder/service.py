@@ -96,7 +96,7 @@ class DecodeService:
                 deadline=deadline,
                 released=partial(self._loader.release, loaded),
             )
-            sequence = self._engine.submit(generation, stream)
+            sequence = self._engine.submit(generation, stream.push)
         except BaseException:
             self._loader.release(loaded)
             raise

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
 
 from blockrag.decoder.sequence import Event
 
 
 class TokenStream:
-    """An ``EventSink`` that one coroutine reads.
+    """What one coroutine reads, by ``push`` as an ``EventSink``.
 
     Events that a slow reader has not taken are merged into one, so what is kept is bounded by the text itself and a
     reader that comes back late catches up with a single message.
@@ -48,27 +47,14 @@ class TokenStream:
                 self._waiter = None
 
     def _take(self) -> Event | None:
-        if not self._pending:
-            return None
-        if self._pending[0].error is not None:
-            return self._pending[0]  # stays: every further read raises it again
-        text_events = [event for event in self._pending if event.error is None]
+        taken = [event for event in self._pending if event.error is None]
         self._pending = [event for event in self._pending if event.error is not None]
-        return _merge(text_events)
+        if not taken:  # an error stays: every further read raises it again
+            return self._pending[0] if self._pending else None
+        return Event("".join(event.text for event in taken), sum(event.tokens for event in taken), taken[-1].finish)
 
     def _wake(self) -> None:
         with self._lock:
             self._waking = False
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def _merge(events: Iterable[Event]) -> Event:
-    taken = list(events)
-    if len(taken) == 1:
-        return taken[0]
-    return Event(
-        text="".join(event.text for event in taken),
-        tokens=sum(event.tokens for event in taken),
-        finish=taken[-1].finish,
-    )

@@ -200,7 +200,7 @@ class Reader:
                 blocks += compose([part], loaded, chunk_tokens).blocks
             stream = TokenStream()
             engine = self._runtime.engine if planned.prompt.mode == "block" else self._unrotated()
-            engine.submit(GenerationRequest("", tuple(blocks), prompt.token_ids, prompt.sampling), stream)
+            engine.submit(GenerationRequest("", tuple(blocks), prompt.token_ids, prompt.sampling), stream.push)
             text = ""
             while (event := await stream.read()).finish is None:
                 text += event.text

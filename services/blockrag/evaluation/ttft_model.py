@@ -184,12 +184,12 @@ class _Case:
     def _answer(self, blocks: Sequence[Slots], tokens: Sequence[int]) -> None:
         """Have the decoder's engine generate the first token, in this thread."""
         request = GenerationRequest("bench", tuple(blocks), tuple(tokens), SamplingParams(max_tokens=1))
-        first = LastEvent()
-        self._bench.engine.submit(request, first)
+        heard: list[Event] = []
+        self._bench.engine.submit(request, heard.append)
         while self._bench.engine.step():
             pass
-        if first.event is None or first.event.error is not None:
-            raise RuntimeError("the engine gave no token") from (first.event.error if first.event else None)
+        if not heard or heard[-1].error is not None:
+            raise RuntimeError("the engine gave no token") from (heard[-1].error if heard else None)
 
     @torch.inference_mode()
     def _stock(self) -> None:
@@ -212,13 +212,3 @@ def encode_in_passes(model: SlotModel, blocks: Sequence[Sequence[int]], keys: Se
         span = slice(start, start + per_pass)
         encoded += model.encode(blocks[span], keys[span])
     return encoded
-
-
-class LastEvent:
-    """An ``EventSink`` that keeps the last event."""
-
-    def __init__(self) -> None:
-        self.event: Event | None = None
-
-    def push(self, event: Event) -> None:
-        self.event = event

@@ -31,7 +31,7 @@ def _generate(model: SlotModel, *requests: GenerationRequest, **limits: int) -> 
     engine = Engine(model, EngineLimits(**limits), _NEW_DETOKENIZER)
     sinks = [CollectingSink() for _ in requests]
     for request, sink in zip(requests, sinks, strict=True):
-        engine.submit(request, sink)
+        engine.submit(request, sink.push)
     while engine.step():
         pass
     assert all(sink.events[-1].finish is not None for sink in sinks)
