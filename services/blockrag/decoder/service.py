@@ -14,8 +14,7 @@ from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
 from blockrag.decoder.prefill_cost import MOST_PREFILL_TOKENS, PrefillMeter
 from blockrag.decoder.prompt import ComposedPrompt, Prompt, compose, read_prompt
-from blockrag.decoder.sequence import Event, Finish, GenerationRequest
-from blockrag.decoder.stream import TokenStream
+from blockrag.decoder.sequence import Event, Finish, GenerationRequest, TokenStream
 from blockrag.errors import DeadlineError, OverloadedError
 from blockrag.keys import KeyMaker
 from blockrag.limits import RETRY_AFTER_MS

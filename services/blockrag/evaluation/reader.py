@@ -24,8 +24,7 @@ from blockrag.decoder import runtime as decoding
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.prompt import PromptPart, compose, read_prompt
-from blockrag.decoder.sequence import GenerationRequest
-from blockrag.decoder.stream import TokenStream
+from blockrag.decoder.sequence import GenerationRequest, TokenStream
 from blockrag.errors import PromptTooLongError, UnavailableError
 from blockrag.evaluation.drawing import Piece
 from blockrag.evaluation.experiment_options import Mode

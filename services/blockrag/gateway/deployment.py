@@ -31,8 +31,7 @@ from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import count_answer, observed, request_context
 from blockrag.gateway.planning import NearPlanner
 from blockrag.gateway.spool import receive_content, receive_header, refused_gently, while_it_moves
-from blockrag.gateway.turns import AnsweredTurns
-from blockrag.gateway.warming import ALL_FORMS, Warming
+from blockrag.gateway.warming import ALL_FORMS, AnsweredTurns, Warming
 from blockrag.grpc_status import rpc
 from blockrag.ingest.parser_pool import ParserPool
 from blockrag.ingest.splitting import PassageSplitter

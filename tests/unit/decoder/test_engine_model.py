@@ -93,7 +93,7 @@ def test_the_engine_needs_no_ray_pydantic_or_grpc() -> None:
 import sys
 for name in ("ray", "pydantic", "grpc", "google.protobuf"):
     sys.modules[name] = None
-import blockrag.decoder.engine, blockrag.decoder.block_loading, blockrag.decoder.stream, blockrag.decoder.detokenizer
+import blockrag.decoder.engine, blockrag.decoder.block_loading, blockrag.decoder.sequence, blockrag.decoder.detokenizer
 import blockrag.modeling.model
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
