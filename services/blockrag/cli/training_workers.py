@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
 from blockrag.cli import console
 from blockrag.errors import SetupError
+from blockrag.training.configuring import RunConfig
 
 if TYPE_CHECKING:
     from blockrag.training.run import OnProgress, StepMetrics
@@ -26,18 +27,7 @@ WorkersOption = Annotated[int, typer.Option(help="Workers of Ray Train, one GPU 
 RayOption = Annotated[str, typer.Option(help="Ray cluster for the workers; default: one of this command's own.")]
 
 
-class TrainingConfig(Protocol):
-    """What ``run_training`` needs of a configuration."""
-
-    @property
-    def out(self) -> Path: ...
-    @property
-    def run_dir(self) -> Path: ...
-    @property
-    def device(self) -> str: ...
-
-
-C = TypeVar("C", bound=TrainingConfig)
+C = TypeVar("C", bound=RunConfig)
 
 
 class Train(Protocol[C]):  # type: ignore[misc]

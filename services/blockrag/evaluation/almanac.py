@@ -6,9 +6,9 @@ Pure logic: whoever calls it says how a question is asked (`Ask`), so that it ru
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from blockrag.corpus.sample import Question
 from blockrag.evaluation.scoring import RESAMPLES, Interval, bootstrap, contains, exact_match, f1
@@ -18,10 +18,8 @@ MODES: tuple[AttentionModeName, ...] = ("block", "full", "none")
 RECALL_AT = 5
 
 
-class Ask(Protocol):
-    """Asks one question and gives the answer's text and the passages, best first; in mode ``none`` there are none."""
-
-    async def __call__(self, question: str, mode: AttentionModeName) -> tuple[str, Sequence[Passage]]: ...
+Ask = Callable[[str, AttentionModeName], Awaitable[tuple[str, Sequence[Passage]]]]
+"""Asks one question in a mode and gives the answer's text and the passages, best first; in ``none`` there are none."""
 
 
 @dataclass(frozen=True)
