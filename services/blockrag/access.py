@@ -202,7 +202,7 @@ class Access(Tenants):
         self._this_machine_only = settings.cluster.host in LOOPBACK_NAMES
 
     def check(self, request: Any, call: Any) -> Caller:
-        """Who calls, by Serve's gRPC context; refuses one without a known key, or with another tenant's than it names."""
+        """Who calls, by Serve's gRPC context; refuses one without a known key, or with that of another tenant."""
         if self._this_machine_only and not is_this_machine(call.peer()):
             raise UnauthenticatedError(
                 "this system serves its own machine only: set cluster.host and give tenants keys"

@@ -229,16 +229,12 @@ class Gateway:
                         yield step
 
     @rpc
-    async def Describe(
-        self, request: system_pb2.DescribeRequest, grpc_context: GrpcContext = None, *, caller: Caller
-    ) -> system_pb2.DescribeResponse:
+    async def Describe(self, request: system_pb2.DescribeRequest, *, caller: Caller) -> system_pb2.DescribeResponse:
         """Reports the bundle, the limits and every service's state."""
         return await self._describing.describe(caller)
 
     @rpc
-    async def GetTrace(
-        self, request: system_pb2.GetTraceRequest, grpc_context: GrpcContext = None, *, caller: Caller
-    ) -> system_pb2.GetTraceResponse:
+    async def GetTrace(self, request: system_pb2.GetTraceRequest, *, caller: Caller) -> system_pb2.GetTraceResponse:
         """The spans of one of the tenant's requests, as far as this node keeps them."""
         trace_id = validation.check_trace_id(request.trace_id)
         # What nobody is named for may be another's.

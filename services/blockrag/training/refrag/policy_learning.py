@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blockrag.modeling.refrag.policy import (
     ChunkPolicy,
@@ -28,8 +28,7 @@ from blockrag.modeling.refrag.policy import (
 )
 from blockrag.training.loop import StepResult
 from blockrag.training.refrag.policy_config import PpoSettings
-
-_CLIP_NORM = 1.0
+from blockrag.training.workers import take_step
 
 
 @dataclass(frozen=True)
@@ -106,14 +105,16 @@ def imitate(
     ]
     loss = torch.stack(losses).mean()
     loss.backward()
-    norm = float(nn.utils.clip_grad_norm_(policy.parameters(), _CLIP_NORM))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    norm = _move(policy, optimizer)
     likeliest = [
         float(target[row[: prompt.chunks].argmax()] == target.max())
         for row, prompt, target in zip(logits.detach(), prompts, targets, strict=True)
     ]
     return StepResult({"imitation": float(loss.detach())}, norm, 0, {"first": sum(likeliest) / len(likeliest)})
+
+
+def _move(policy: ChunkPolicy, optimizer: torch.optim.Optimizer) -> float:
+    return take_step(list(policy.parameters()), [(optimizer, optimizer.param_groups[0]["lr"])])
 
 
 def update(
@@ -142,9 +143,7 @@ def update(
             strict=True,
         )
         torch.stack(objectives).mean().backward()
-        norms.append(float(nn.utils.clip_grad_norm_(policy.parameters(), _CLIP_NORM)))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norms.append(_move(policy, optimizer))
         moved = torch.cat([(ratio - 1).abs().flatten() for ratio in ratios])
         outside = float((moved > settings.clip).float().mean())
     spread = float(losses.std(dim=1, correction=0).mean())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blockrag.errors import BundleError, SetupError
 from blockrag.modeling.bundle import Bundle, load_bundle
-from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyInput
+from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.refrag_writing import PolicyPart, write_refrag
 from blockrag.training.loop import Schedule, StepResult, train
 from blockrag.training.refrag.policy_config import PolicyTrainingConfig
@@ -56,7 +56,10 @@ def train_policy(
     torch.manual_seed(config.seed)
     policy = ChunkPolicy(config.sizes(reader.compressor.encoder_width)).to(workers.device)
     if config.start_from is not None:
-        _start(policy, config.start_from)
+        before = ChunkPolicy.load(config.start_from)
+        if before.config != policy.config:
+            raise SetupError(f"{config.start_from}: {before.config}, where {policy.config} is to be trained")
+        policy.load_state_dict(before.state_dict())
     run = RunFolder(config.run_dir, workers)
     identity = {"kind": "policy", "recipe": config.recipe(), "bundle": bundle.policy_basis, "data": data.digests}
     with run.opened(identity), _pool(config, workers) as pool:
@@ -86,131 +89,100 @@ class _Drawn:
     imitated: bool
 
 
+@dataclass
 class _Learner:
     """What ``train`` trains: a policy, the reader frozen. Its work is counted in compositions that are read."""
 
-    def __init__(
-        self,
-        config: PolicyTrainingConfig,
-        reader: PolicyReader,
-        policy: ChunkPolicy,
-        data: PolicyData,
-        workers: Workers,
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        self._config = config
-        self._reader = reader
-        self._policy = policy
+    config: PolicyTrainingConfig
+    reader: PolicyReader
+    model: ChunkPolicy
+    data: PolicyData
+    workers: Workers
+    pool: ThreadPoolExecutor
+
+    def __post_init__(self) -> None:
         # no weight decay: the few steps do not overfit draws that are made anew each time
-        self._optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
-        self._data = data
-        self._workers = workers
-        self._pool = pool
-        self.model = policy
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
         self.optimizers = [self._optimizer]
 
     def draw(self, step: int, fraction: float) -> _Drawn:
-        samples = self._data.samples
-        if fraction < self._config.chosen_imitation and samples.has_questions:
-            return _Drawn(step, samples.questions(step, self._config.imitation_contexts), True)
-        return _Drawn(step, samples.step(step, self._config.contexts), False)
+        samples = self.data.samples
+        if fraction < self.config.chosen_imitation and samples.has_questions:
+            return _Drawn(step, samples.questions(step, self.config.imitation_contexts), True)
+        return _Drawn(step, samples.step(step, self.config.contexts), False)
 
     def step(self, samples: _Drawn, factor: float) -> StepResult:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * factor
+            group["lr"] = self.config.learning_rate * factor
         result = self._imitate(samples.contexts) if samples.imitated else self._update(samples.step, samples.contexts)
-        self._share_policy()
+        if self.workers.size > 1:  # all go on with the first one's policy: what devices round otherwise does not add up
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    own = parameter if self.workers.rank == 0 else torch.zeros_like(parameter)
+                    parameter.copy_(self.workers.sum(own).to(parameter))
         return result
 
     def _imitate(self, contexts: Sequence[PolicyContext]) -> StepResult:
         """Does nothing where no answer of the contexts stands in a passage."""
-        reader = self._reader
-        embedded = list(self._pool.map(lambda one: reader.compressor.embed(one.passages), contexts))
+        reader = self.reader
+        embedded = list(self.pool.map(lambda one: reader.compressor.embed(one.passages), contexts))
         prompts, targets = [], []
         for context, embeddings in zip(contexts, embedded, strict=True):
             for branch, ranks in zip(context.branches, context.ranks, strict=True):
                 target = answer_target(context, branch, reader.compressor.chunk_tokens)
                 if target is not None:
                     prompts.append(reader.see(context.passages, embeddings, branch.prompt, ranks))
-                    targets.append(torch.from_numpy(target).to(self._workers.device))
+                    targets.append(torch.from_numpy(target).to(self.workers.device))
         if not prompts:
             return StepResult({}, 0.0, 0)
-        return imitate(self._policy, self._optimizer, prompts, targets)
+        return imitate(self.model, self._optimizer, prompts, targets)
 
     def _update(self, step: int, contexts: Sequence[PolicyContext]) -> StepResult:
-        config = self._config
-        mine = range(self._workers.rank, len(contexts), self._workers.size)
-        captured = dict(zip(mine, self._pool.map(lambda n: self._capture(contexts[n]), mine), strict=True))
+        config, reader = self.config, self.reader
+        mine = range(self.workers.rank, len(contexts), self.workers.size)
+        reading = self.pool.map(lambda n: reader.capture(contexts[n].instruction, contexts[n].passages), mine)
+        captured = dict(zip(mine, reading, strict=True))
         asked = [(number, place) for number, one in enumerate(contexts) for place in range(len(one.branches))]
-        prompts = self._see(contexts, captured, asked)
-        self._policy.train(False)
+        # chunk embeddings of what others read cost little
+        embeddings = [
+            captured[number].embeddings if number in captured else reader.compressor.embed(one.passages)
+            for number, one in enumerate(contexts)
+        ]
+        prompts = [
+            reader.see(
+                contexts[n].passages, embeddings[n], contexts[n].branches[place].prompt, contexts[n].ranks[place]
+            )
+            for n, place in asked
+        ]
+        self.model.train(False)
         # every worker draws for all contexts, so that all draw the same, and reads its own
-        groups = draw_groups(self._policy, prompts, config.ppo, Random(f"{config.seed}/draws/{step}"))
+        groups = draw_groups(self.model, prompts, config.ppo, Random(f"{config.seed}/draws/{step}"))
         jobs = [
             (row, captured[n], contexts[n], place, group)
             for row, ((n, place), group) in enumerate(zip(asked, groups, strict=True))
             if n in captured
         ]
         losses = torch.zeros(len(groups), config.ppo.draws)
-        for job, found in zip(jobs, self._pool.map(self._losses, jobs), strict=True):
+        for job, found in zip(jobs, self.pool.map(self._losses, jobs), strict=True):
             losses[job[0]] = found
-        losses = self._workers.sum(losses).float()
-        return update(self._policy, self._optimizer, groups, losses.to(self._workers.device), config.ppo)
-
-    def _capture(self, context: PolicyContext) -> CapturedContext:
-        return self._reader.capture(context.instruction, context.passages)
-
-    def _see(
-        self,
-        contexts: Sequence[PolicyContext],
-        captured: Mapping[int, CapturedContext],
-        asked: Sequence[tuple[int, int]],
-    ) -> list[PolicyInput]:
-        """What the policy sees of each context and branch; chunk embeddings of what others read cost little."""
-        reader = self._reader
-        embeddings = [
-            captured[number].embeddings if number in captured else reader.compressor.embed(one.passages)
-            for number, one in enumerate(contexts)
-        ]
-        return [
-            reader.see(
-                contexts[n].passages, embeddings[n], contexts[n].branches[place].prompt, contexts[n].ranks[place]
-            )
-            for n, place in asked
-        ]
-
-    def _share_policy(self) -> None:
-        """Every worker goes on with the first one's policy: what devices round differently does not add up."""
-        if self._workers.size == 1:
-            return
-        with torch.no_grad():
-            for parameter in self._policy.parameters():
-                own = parameter if self._workers.rank == 0 else torch.zeros_like(parameter)
-                parameter.copy_(self._workers.sum(own).to(parameter))
+        losses = self.workers.sum(losses).float()
+        return update(self.model, self._optimizer, groups, losses.to(self.workers.device), config.ppo)
 
     def _losses(self, job: tuple[int, CapturedContext, PolicyContext, int, Group]) -> Tensor:
         _, captured, context, place, group = job
-        diverging = context.kind == "text" and self._config.text_reward == "divergence"
-        measured = self._reader.divergences if diverging else self._reader.losses
+        diverging = context.kind == "text" and self.config.text_reward == "divergence"
+        measured = self.reader.divergences if diverging else self.reader.losses
         return measured(captured, context.branches[place], group.masks.cpu().numpy())
 
     def measure(self) -> Scores:
-        self._policy.train(False)
-        return measure_policy(self._policy, self._reader, self._data.probes, self._pool)
+        self.model.train(False)
+        return measure_policy(self.model, self.reader, self.data.probes, self.pool)
 
 
 def _pool(config: PolicyTrainingConfig, workers: Workers) -> ThreadPoolExecutor:
     """Threads with a core each; one on a GPU, and for one worker of several."""
     count = config.threads if workers.device.type == "cpu" and workers.size == 1 else 1
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-
-
-def _start(policy: ChunkPolicy, path: Path) -> None:
-    """Take the weights of the policy at ``path``. Raises SetupError where it is of another kind or size."""
-    before = ChunkPolicy.load(path)
-    if before.config != policy.config:
-        raise SetupError(f"{path}: {before.config}, where {policy.config} is to be trained")
-    policy.load_state_dict(before.state_dict())
 
 
 def _write(bundle: Bundle, config: PolicyTrainingConfig, policy: ChunkPolicy, facts: Mapping[str, Any]) -> None:
