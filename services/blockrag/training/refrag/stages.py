@@ -171,7 +171,7 @@ def files_of(config: RefragConfig) -> list[Path]:
 def plan_stage(config: RefragConfig, start: Start, data: HeldOut, tokenizer: PreTrainedTokenizerFast) -> StagePlan:
     """Samples and held-out samples of ``config.stage``."""
     template, k = start.bundle.template, start.chunk_tokens
-    instruction = template.instruction_ids(tokenizer)
+    instruction = tuple(template.instruction_ids(tokenizer))
 
     def passages(texts: Sequence[Text]) -> PassageSource:
         return PassageSource(texts, tokenizer, template, start.bundle.passage_tokens)
