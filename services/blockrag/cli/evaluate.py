@@ -255,7 +255,7 @@ def almanac(
             )
         )
     if as_json:
-        result = {"scores": scores.to_dict(), "top_k": top_k, "max_context_tokens": max_context_tokens}
+        result = {"scores": scores, "top_k": top_k, "max_context_tokens": max_context_tokens}
         console.print_json({**result, "environment": environment()})
         return
     table = Table("mode", f"recall@{scores.recall_at}", "exact match", "F1", "failed")

@@ -118,11 +118,10 @@ class Mixer:
         self._chunk_tokens = chunk_tokens
         self._rater = rater
         self._embeddings = embeddings
-        self._keys = keys
         self._costs = costs
         self._times = PolicyTimes()
         self._form = BlockForm("chunks", chunk_tokens)
-        self._key = lru_cache(maxsize=_REMEMBERED_KEYS)(self._make_key)
+        self._key = lru_cache(maxsize=_REMEMBERED_KEYS)(partial(keys.block_key, form=self._form))
         self._questions: Lru[tuple[int, ...], asyncio.Future[Tensor]] = Lru(_REMEMBERED_QUESTIONS)
         self._executor = ThreadPoolExecutor(
             1, thread_name_prefix="compressor-policy", initializer=torch.set_num_threads, initargs=(threads,)
@@ -226,9 +225,6 @@ class Mixer:
             self._questions.put(ids, known)
         # shielded: one who leaves must not take it from the others
         return asyncio.shield(known)
-
-    def _make_key(self, tenant: str, ids: tuple[int, ...]) -> str:
-        return self._keys.block_key(tenant, ids, self._form)
 
 
 def _failed(future: asyncio.Future[Tensor]) -> bool:

@@ -57,15 +57,6 @@ class Mixture:
     """Time that the policy took; 0: it was not asked."""
 
 
-def mix_by_size(compression: CompressionRequest, candidates: Candidates, chunk_tokens: int) -> Mixture:
-    """The mixture of a request that ``sizes_decide``. Raises ValueError for one that a policy or time decides."""
-    sizes = [len(ids) for ids in candidates.blocks]
-    room = room_for(sizes, chunk_tokens, compression.kind, compression.limit, candidates.most_slots)
-    if compression.kind == "max_ttft_ms" or (room.choice and compression.policy != RETRIEVAL):
-        raise ValueError(f"{compression} is not decided by sizes")
-    return mixture_by_size(room, sizes, chunk_tokens)
-
-
 def mixture_by_size(room: Room, sizes: Sequence[int], chunk_tokens: int) -> Mixture:
     """Better passages' chunks first, where there is a choice."""
     kept = room.kept
@@ -91,24 +82,16 @@ def by_passage(
     return parts
 
 
+@dataclass
 class Planner:
     """Makes plans for one bundle."""
 
-    def __init__(
-        self,
-        tokenizer: PassageTokenizer,
-        max_positions: int,
-        ability: CompressionAbility,
-        drafts: PassageDrafts,
-        mixer: Mixer | None = None,
-    ) -> None:
-        """``mixer``: None where the bundle cannot compress, or compressed plans are made that ``sizes_decide`` only."""
-        self.tokenizer = tokenizer
-        self._max_positions = max_positions
-        self.ability = ability
-        self._chunk_tokens = ability.chunk_tokens
-        self.drafts = drafts
-        self._mixer = mixer
+    tokenizer: PassageTokenizer
+    max_positions: int
+    ability: CompressionAbility
+    drafts: PassageDrafts
+    mixer: Mixer | None = None
+    """None where the bundle cannot compress, or compressed plans are made that ``sizes_decide`` only."""
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
         """The plan of a request whose compression was not read yet; raises what ``plan_read`` raises, and
@@ -132,7 +115,7 @@ class Planner:
         turns = self._turns(request)
         before_tokens = len(self.tokenizer.instruction_ids) + sum(map(len, turns))
         budget = PromptBudget(
-            max_positions=self._max_positions,
+            max_positions=self.max_positions,
             instruction_tokens=before_tokens,
             final_tokens=len(final_ids),
             answer_tokens=request.max_tokens,
@@ -147,7 +130,15 @@ class Planner:
         if compression is None:
             decisions = expand_what_fits(sizes, left)
         elif self.ability.policies is not None:
-            mixture = await self._mixture(request, compression, blocks, before_tokens, final_ids, left)
+            document_ids = [passage.document_id for passage in request.passages]
+            candidates = Candidates(blocks, document_ids, before_tokens, final_ids, left)
+            if self.mixer is not None:
+                mixture = await self.mixer.mix(request, compression, candidates)
+            else:
+                room = room_for(sizes, self.ability.chunk_tokens, compression.kind, compression.limit, left)
+                if compression.kind == "max_ttft_ms" or (room.choice and compression.policy != RETRIEVAL):
+                    raise ValueError(f"{compression} is not decided by sizes")
+                mixture = mixture_by_size(room, sizes, self.ability.chunk_tokens)
             decisions = mixture.decisions
         elif compression.policy == RETRIEVAL:
             decisions = whole_passages(sizes, compression.kind, compression.limit, left)
@@ -161,7 +152,7 @@ class Planner:
             final_token_ids=final_ids,
             prompt_tokens=before_tokens + len(final_ids),
             turns=[common_pb2.PromptBlock(token_ids=ids) for ids in turns],
-            chunk_tokens=self._chunk_tokens,
+            chunk_tokens=self.ability.chunk_tokens,
             policy_ms=mixture.policy_ms if mixture else 0.0,
         )
         draft = self.drafts.plain if mixture is None else self.drafts.worded
@@ -182,7 +173,7 @@ class Planner:
                 expanded = mixture.expanded[place]
                 for index in np.flatnonzero(expanded).tolist():
                     planned.chunks[index].form = common_pb2.CHUNK_FORM_EXPANDED
-                response.prompt_tokens += composed_slots([len(ids)], expanded, self._chunk_tokens)
+                response.prompt_tokens += composed_slots([len(ids)], expanded, self.ability.chunk_tokens)
         return response
 
     def _by_sentences(
@@ -209,8 +200,8 @@ class Planner:
 
     async def prepare(self, question: str) -> None:
         """Embed a question that will be planned for with compression; nothing where the bundle cannot compress."""
-        if self._mixer is not None:
-            await self._mixer.prepare(self.tokenizer.final_ids(question))
+        if self.mixer is not None:
+            await self.mixer.prepare(self.tokenizer.final_ids(question))
 
     def tokenize(self, request: compressor_pb2.TokenizePassagesRequest) -> compressor_pb2.TokenizePassagesResponse:
         """The passages' blocks, in the request's order."""
@@ -222,21 +213,6 @@ class Planner:
                 passage_id=passage.passage_id, document_id=passage.document_id, token_ids=self._block(passage)
             )
         return response
-
-    async def _mixture(
-        self,
-        request: compressor_pb2.PlanRequest,
-        compression: CompressionRequest,
-        blocks: list[tuple[int, ...]],
-        before_tokens: int,
-        final_ids: tuple[int, ...],
-        most_slots: int,
-    ) -> Mixture:
-        document_ids = [passage.document_id for passage in request.passages]
-        candidates = Candidates(blocks, document_ids, before_tokens, final_ids, most_slots)
-        if self._mixer is None:
-            return mix_by_size(compression, candidates, self._chunk_tokens)
-        return await self._mixer.mix(request, compression, candidates)
 
     def _turns(self, request: compressor_pb2.PlanRequest) -> list[tuple[int, ...]]:
         """Blocks of what the caller asks of every answer, and of the conversation so far."""

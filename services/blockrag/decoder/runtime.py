@@ -16,12 +16,13 @@ from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
 from blockrag.decoder.prefill_cost import PrefillMeter
 from blockrag.decoder.scheduler import EngineLimits
-from blockrag.decoder.service import DecodeService, ModelDescription
+from blockrag.decoder.service import DecodeService
 from blockrag.kv_cache.shard_messages import BlockSource
 from blockrag.limits import MIB
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.settings import Settings
+from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 
 _WARM_UP_TOKENS = 64
 
@@ -51,23 +52,30 @@ def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Se
     engine = Engine(model, limits, detokenizers, threads=decoder.threads)
     l1 = L1Cache(decoder.l1_mb * MIB, decoder.l1_ttl_s)
     loader = BlockLoader(l1, source, model.to_resident)
-    description = ModelDescription(
+    model_status = GetDecoderStatusResponse(
         bundle_name=bundle.name,
         bundle_fingerprint=bundle.fingerprint,
-        vocab_size=model.vocab_size,
         max_positions=model.max_positions,
         device=str(model.device),
         compute_dtype=str(model.compute_dtype).removeprefix("torch."),
         weights=model.weights,
         kv_dtype=str(model.kv_dtype).removeprefix("torch."),
         slot_bytes=model.slot_bytes,
-        chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else 0,
     )
-    keys = configured_keys(settings, bundle)
     meter = PrefillMeter()
     # As many may wait for their blocks as may wait for a place or run: no more could be served after it anyway.
     max_loading = decoder.max_waiting + decoder.max_sequences
-    service = DecodeService(engine, loader, l1, keys, description, meter, max_loading=max_loading)
+    service = DecodeService(
+        engine,
+        loader,
+        l1,
+        configured_keys(settings, bundle),
+        meter,
+        model_status,
+        vocab_size=model.vocab_size,
+        chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else 0,
+        max_loading=max_loading,
+    )
     return Runtime(service, engine, loader, l1, meter)
 
 

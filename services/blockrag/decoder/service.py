@@ -29,45 +29,22 @@ _REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class ModelDescription:
-    """What the status says of the model."""
-
-    bundle_name: str
-    bundle_fingerprint: str
-    vocab_size: int
-    max_positions: int
-    device: str
-    compute_dtype: str
-    weights: str
-    kv_dtype: str
-    slot_bytes: int
-    chunk_tokens: int = 0
-    """Tokens of a chunk; 0: the bundle cannot compress."""
-
-
+@dataclass
 class DecodeService:
     """Loads a prompt's blocks, hands it to the engine and passes the text on."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        loader: BlockLoader,
-        l1: L1Cache,
-        keys: KeyMaker,
-        model: ModelDescription,
-        meter: PrefillMeter,
-        *,
-        max_loading: int,
-    ) -> None:
-        self._engine = engine
-        self._loader = loader
-        self._l1 = l1
-        self._keys = keys
-        self._model = model
-        self._meter = meter
-        self._max_loading = max_loading
-        self._loading = 0
+    engine: Engine
+    loader: BlockLoader
+    l1: L1Cache
+    keys: KeyMaker
+    meter: PrefillMeter
+    model: decoder_pb2.GetDecoderStatusResponse
+    """What the status says of the model."""
+    vocab_size: int
+    chunk_tokens: int
+    """Tokens of a chunk; 0: the bundle cannot compress."""
+    max_loading: int
+    _loading: int = 0
 
     async def decode(self, request: decoder_pb2.DecodeRequest) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
         """The answer, piece by piece; the last message has the finish.
@@ -76,14 +53,14 @@ class DecodeService:
         ``OverloadedError``, ``DeadlineError``, ``UnavailableError`` and what fetching blocks raises.
         """
         deadline = time.monotonic() + request.time_left_ms / 1000 if request.time_left_ms else None
-        prompt = read_prompt(request, self._keys, self._model.vocab_size, self._model.chunk_tokens)
-        self._engine.check(prompt.slots, prompt.sampling.max_tokens, request.context.tenant)
+        prompt = read_prompt(request, self.keys, self.vocab_size, self.chunk_tokens)
+        self.engine.check(prompt.slots, prompt.sampling.max_tokens, request.context.tenant)
         started = time.monotonic()
         loaded = await self._load(request, prompt, deadline)
         fetch_seconds = time.monotonic() - started
         stream = TokenStream()
         try:
-            composed = compose(prompt.parts, loaded, self._model.chunk_tokens)
+            composed = compose(prompt.parts, loaded, self.chunk_tokens)
             metrics.KV_CACHE_QUERY_TOKENS.inc(prompt.composed_slots, tier="l1")
             metrics.KV_CACHE_HIT_TOKENS.inc(composed.slots("l1"), tier="l1")
             generation = GenerationRequest(
@@ -93,11 +70,11 @@ class DecodeService:
                 sampling=prompt.sampling,
                 tenant=request.context.tenant,
                 deadline=deadline,
-                released=partial(self._loader.release, loaded),
+                released=partial(self.loader.release, loaded),
             )
-            sequence = self._engine.submit(generation, stream.push)
+            sequence = self.engine.submit(generation, stream.push)
         except BaseException:
-            self._loader.release(loaded)
+            self.loader.release(loaded)
             raise
         try:
             with span("prefill", request.context, attention_mode=prompt.mode, prefill_tokens=len(prompt.token_ids)):
@@ -114,14 +91,14 @@ class DecodeService:
             yield response
             metrics.GENERATED_TOKENS.inc(response.finish.usage.completion_tokens, attention_mode=prompt.mode)
         finally:
-            self._engine.cancel(sequence)
+            self.engine.cancel(sequence)
 
     def status(self) -> decoder_pb2.GetDecoderStatusResponse:
         """What this replica holds and does."""
-        engine, l1, fit = self._engine.stats(), self._l1.stats(), self._meter.fit()
+        engine, l1, fit = self.engine.stats(), self.l1.stats(), self.meter.fit()
         return alike(
             decoder_pb2.GetDecoderStatusResponse,
-            self._model,
+            self.model,
             running=engine.running,
             waiting=engine.waiting,
             used_slots=engine.used_slots,
@@ -135,7 +112,7 @@ class DecodeService:
 
     def record_gauges(self) -> None:
         """Bring the gauges up to date; called once a second."""
-        engine, l1 = self._engine.stats(), self._l1.stats()
+        engine, l1 = self.engine.stats(), self.l1.stats()
         metrics.NUM_REQUESTS_RUNNING.set(engine.running, service="decoder")
         metrics.NUM_REQUESTS_WAITING.set(engine.waiting + self._loading, service="decoder")
         metrics.KV_CACHE_USAGE_PERC.set(l1.bytes / l1.budget_bytes, tier="l1")
@@ -144,12 +121,12 @@ class DecodeService:
     def _measure(self, prompt: Prompt, finish: Finish) -> None:
         if prompt.parts and len(prompt.token_ids) <= MOST_PREFILL_TOKENS:
             seconds = finish.stages.compose + finish.stages.prefill
-            self._meter.record(prompt.composed_slots, 1000 * seconds)
+            self.meter.record(prompt.composed_slots, 1000 * seconds)
 
     async def _load(self, request: decoder_pb2.DecodeRequest, prompt: Prompt, deadline: float | None) -> LoadedBlocks:
         if not prompt.parts:
             return _NOTHING_LOADED
-        if self._loading >= self._max_loading:
+        if self._loading >= self.max_loading:
             raise OverloadedError(f"{self._loading} requests are waiting for their blocks", RETRY_AFTER_MS)
         limit = asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
         self._loading += 1
@@ -157,7 +134,7 @@ class DecodeService:
             requests = prompt.requests
             with span("kv_fetch", request.context, blocks=len(requests)) as fetching:
                 async with limit:
-                    loaded = await self._loader.load(requests, fetching.traceparent)
+                    loaded = await self.loader.load(requests, fetching.traceparent)
                 fetching.set(
                     l1_tokens=loaded.slots("l1"),
                     store_tokens=loaded.slots("store"),

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from blockrag.corpus.sample import Question
 from blockrag.evaluation.scoring import RESAMPLES, Interval, bootstrap, contains, exact_match, f1
@@ -58,10 +57,6 @@ class AlmanacScores:
     resamples: int
     modes: tuple[ModeScores, ...]
     failures: tuple[Failure, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON types."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -258,8 +258,8 @@ async def test_the_policys_own_time_is_no_slots_and_where_it_takes_too_much_retr
     planner: Planner, source: Encoding
 ) -> None:
     await planner.plan(request(Compression(rate=2)))
-    assert planner._mixer is not None
-    times = planner._mixer._times
+    assert planner.mixer is not None
+    times = planner.mixer._times
     chunks = sum(len(passage.chunks) for passage in (await planner.plan(request())).passages)
     limit = 10 + (chunks + 41) / 2  # room for every chunk compressed, and forty slots more
     free = await planner.plan(request(Compression(max_ttft_ms=limit, policy="retrieval")))
