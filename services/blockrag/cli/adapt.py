@@ -12,8 +12,7 @@ from blockrag.cli.console import JsonOption
 from blockrag.cli.options import command_of
 from blockrag.cli.training_workers import RayOption, WorkersOption, run_training
 from blockrag.training.adaptation.block_config import BlockAdaptConfig
-from blockrag.training.refrag.policy_config import PolicyTrainingConfig
-from blockrag.training.refrag.stage_config import STAGES, RefragConfig, Stage
+from blockrag.training.refrag.stage_config import STAGES, PolicyTrainingConfig, RefragConfig, Stage
 
 app = typer.Typer(no_args_is_help=True, help="Adapt checkpoints and bundles.")
 

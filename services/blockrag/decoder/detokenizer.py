@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from tokenizers import decoders
 
-from blockrag.modeling.tokenizer import FastTokenizer
+from blockrag.modeling.running_text import FastTokenizer
 
 
 class StopScanner:

@@ -1,4 +1,11 @@
-"""The decoder's service without its shell: a planned prompt in, a stream of text out. No Ray in here."""
+"""The decoder's service without its shell: a planned prompt in, a stream of text out. No Ray in here.
+
+``assemble`` puts all parts of a decoder together: in a Serve replica, in tests, in a program without a cluster.
+
+>>> runtime = assemble(bundle, model, EncodingBlockSource(model), Settings())
+>>> runtime.engine.start()
+>>> async for message in runtime.service.decode(request): ...
+"""
 
 from __future__ import annotations
 
@@ -9,17 +16,25 @@ from dataclasses import dataclass
 from functools import partial
 
 from blockrag.alike import alike
+from blockrag.configured import configured_keys
 from blockrag.decoder.block_loading import BlockLoader, BlockTier, LoadedBlocks
+from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
 from blockrag.decoder.prefill_cost import MOST_PREFILL_TOKENS, PrefillMeter
 from blockrag.decoder.prompt import ComposedPrompt, Prompt, compose, read_prompt
+from blockrag.decoder.scheduler import EngineLimits
 from blockrag.decoder.sequence import Event, Finish, GenerationRequest, TokenStream
 from blockrag.errors import DeadlineError, OverloadedError
 from blockrag.keys import KeyMaker
-from blockrag.limits import RETRY_AFTER_MS
+from blockrag.kv_cache.shard_messages import BlockSource
+from blockrag.limits import MIB, RETRY_AFTER_MS
+from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.model import SlotModel
+from blockrag.settings import Settings
 from blockrag.telemetry import metrics, span
 from blockrag.v1 import common_pb2, decoder_pb2
+from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 
 _NOTHING_LOADED = LoadedBlocks()
 _REASONS = {
@@ -192,3 +207,78 @@ def _observe_pace(event: Event, last: float, mode: str) -> float:
     if event.tokens > 0:
         metrics.INTER_TOKEN_LATENCY_SECONDS.observe((now - last) / event.tokens, attention_mode=mode)
     return now
+
+
+_WARM_UP_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A decoder's parts. ``engine.start()`` sets it going, ``engine.stop()`` ends it."""
+
+    service: DecodeService
+    engine: Engine
+    loader: BlockLoader
+    l1: L1Cache
+    meter: PrefillMeter
+
+
+def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Settings) -> Runtime:
+    """A decoder of ``bundle``, whose weights are ``model``, with blocks from ``source``."""
+    decoder = settings.decoder
+    limits = EngineLimits(
+        max_sequences=decoder.max_sequences,
+        max_waiting=decoder.max_waiting,
+        max_batch_tokens=decoder.max_batch_tokens,
+        slots=decoder.slots,
+        several_tenants=settings.gateway.asks_for_keys,
+    )
+    detokenizers = detokenizer_factory(bundle.load_tokenizer(), bundle.template.answer_prefix)
+    engine = Engine(model, limits, detokenizers, threads=decoder.threads)
+    l1 = L1Cache(decoder.l1_mb * MIB, decoder.l1_ttl_s)
+    loader = BlockLoader(l1, source, model.to_resident)
+    model_status = GetDecoderStatusResponse(
+        bundle_name=bundle.name,
+        bundle_fingerprint=bundle.fingerprint,
+        max_positions=model.max_positions,
+        device=str(model.device),
+        compute_dtype=str(model.compute_dtype).removeprefix("torch."),
+        weights=model.weights,
+        kv_dtype=str(model.kv_dtype).removeprefix("torch."),
+        slot_bytes=model.slot_bytes,
+    )
+    meter = PrefillMeter()
+    # As many may wait for their blocks as may wait for a place or run: no more could be served after it anyway.
+    max_loading = decoder.max_waiting + decoder.max_sequences
+    service = DecodeService(
+        engine,
+        loader,
+        l1,
+        configured_keys(settings, bundle),
+        meter,
+        model_status,
+        vocab_size=model.vocab_size,
+        chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else 0,
+        max_loading=max_loading,
+    )
+    return Runtime(service, engine, loader, l1, meter)
+
+
+def warm_up(model: SlotModel) -> None:
+    """Run a prefill and a decode step, so that no request pays for what happens once. Before the engine starts."""
+    tokens = min(_WARM_UP_TOKENS, model.max_positions // 2)
+    if tokens < 2:
+        return
+    blocks = [model.to_resident(block) for block in model.encode([[0] * tokens], ["warm-up"])]
+    state = model.new_sequence(blocks, tokens)
+    model.forward([(state, [0] * (tokens - 1))])
+    model.forward([(state, [0])])
+    state.release()
+
+
+def check_engine(engine: Engine, max_step_s: float) -> None:
+    """Raises RuntimeError when the engine's thread ended or hangs in a step; who waits for it is told before."""
+    if engine.failure is None and engine.step_seconds > max_step_s:
+        engine.give_up(f"a step has taken more than {max_step_s:g} s")
+    if engine.failure is not None:
+        raise RuntimeError("the engine's thread failed") from engine.failure

@@ -20,7 +20,7 @@ from blockrag.compressor import assembly as compressing
 from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.compressor.rating import ChunkRater
 from blockrag.configured import configured_keys
-from blockrag.decoder import runtime as decoding
+from blockrag.decoder import service as decoding
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.prompt import PromptPart, compose, read_prompt

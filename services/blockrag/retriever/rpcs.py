@@ -22,9 +22,9 @@ from blockrag.identity import CollectionId, check_normalised
 from blockrag.languages import LANGUAGES
 from blockrag.limits import MIB
 from blockrag.retriever import passage_messages as messages
-from blockrag.retriever.conditions import Condition, parse_conditions
 from blockrag.retriever.edge import EdgeIndex
 from blockrag.retriever.embedding import Embedder, find_embedding
+from blockrag.retriever.payload import Condition, parse_conditions
 from blockrag.retriever.vector_index import (
     EmbeddedPassage,
     EmbeddingInfo,

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from blockrag.budget import composed_slots
 from blockrag.compressor.compression_request import CompressionAbility, read_compression, sizes_decide
-from blockrag.compressor.embeddings import EmbeddingCache
-from blockrag.compressor.mixing import DecoderCosts, Mixer
+from blockrag.compressor.mixing import DecoderCosts, EmbeddingCache, Mixer
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.rating import ChunkRater
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer

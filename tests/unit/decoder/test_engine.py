@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from blockrag.decoder.engine import Engine
-from blockrag.decoder.runtime import check_engine
 from blockrag.decoder.sampling import SamplingParams
 from blockrag.decoder.scheduler import EngineLimits
 from blockrag.decoder.sequence import GenerationRequest, Sequence
+from blockrag.decoder.service import check_engine
 from blockrag.errors import (
     BlockragError,
     DataError,

@@ -14,7 +14,7 @@ from blockrag.compressor import assembly as compressing
 from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
-from blockrag.decoder import runtime as decoding
+from blockrag.decoder import service as decoding
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.evaluation.compression_run import Asking

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from blockrag.training.adaptation import visibility as attention
-from blockrag.training.loss import linear_cross_entropy
+from blockrag.training.refrag.refrag_reader import linear_cross_entropy
 from tests.models import TINY_VOCAB, make_tiny_model
 
 

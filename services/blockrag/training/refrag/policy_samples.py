@@ -20,7 +20,7 @@ from blockrag.modeling.refrag.policy_features import policy_ranks
 from blockrag.training.adaptation.batch import Branch
 from blockrag.training.adaptation.samples import Row, SampleSource, data_files
 from blockrag.training.refrag.chunk_masks import answer_places, passage_ranking
-from blockrag.training.refrag.policy_config import PolicyTrainingConfig
+from blockrag.training.refrag.stage_config import PolicyTrainingConfig
 from blockrag.training.refrag.stage_samples import row_source, split_instruction
 from blockrag.training.refrag.texts import PassageSource, Text, as_target, read_held_out, text_start
 

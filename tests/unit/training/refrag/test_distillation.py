@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.training.adaptation.batch import Branch
-from blockrag.training.loss import linear_cross_entropy
 from blockrag.training.refrag.chunk_masks import constant_mask
-from blockrag.training.refrag.refrag_reader import RefragReader, SampleLosses
+from blockrag.training.refrag.refrag_reader import RefragReader, SampleLosses, linear_cross_entropy
 from blockrag.training.refrag.stage_bundles import load_reader, open_start
 from blockrag.training.refrag.stage_config import RefragConfig
 from blockrag.training.refrag.stage_samples import RefragSample, View
