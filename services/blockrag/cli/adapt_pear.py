@@ -13,16 +13,15 @@ import typer
 from rich.table import Table
 
 from blockrag.cli import console
+from blockrag.cli.adapt import app, shown
 from blockrag.cli.console import JsonOption
 from blockrag.cli.options import command_of
-from blockrag.cli.training_workers import shown
 from blockrag.errors import SetupError
 from blockrag.modeling.files import DEFAULT_BUNDLE
 from blockrag.training.pear.pear_config import PUBLISHED_SIZES, PearConfig
 
 if TYPE_CHECKING:
     from blockrag.modeling.bundle import Bundle
-    from blockrag.training.pear.pear_config import PearConfig
     from blockrag.training.pear.procedure import PearReport
     from blockrag.training.run import OnProgress, RunFolder
 
@@ -30,12 +29,8 @@ if TYPE_CHECKING:
 _SIZES = ",".join(f"{samples}x{tokens}" for samples, tokens in PUBLISHED_SIZES)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the group ``adapt``."""
-    command = command_of(PearConfig, spellings={"heads": ("--heads", "-k")})
-    app.command(epilog="Example: blockrag adapt pear --bundle my-bundle --out my-bundle-pear")(command(pear))
-
-
+@app.command(epilog="Example: blockrag adapt pear --bundle my-bundle --out my-bundle-pear")
+@command_of(PearConfig, spellings={"heads": ("--heads", "-k")})
 def pear(
     config: PearConfig,
     bundle: Annotated[Path, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = DEFAULT_BUNDLE,
