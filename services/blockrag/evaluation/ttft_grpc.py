@@ -165,7 +165,9 @@ async def measure_grpc_ttft(
                 if state == "none":
                     alone = answer.completion.usage.prompt_tokens
                 if repeat >= 0:
-                    samples.append(_sample(state, context_tokens, answer, first_ms, alone))
+                    answered = answer.completion
+                    slots = answered.usage.prompt_tokens - alone
+                    samples.append(GrpcSample(state, context_tokens, slots, first_ms, dict(answered.stages_ms)))
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
@@ -184,9 +186,9 @@ async def _ask(
     if state == "full":
         return await _timed(client, workload.question, passages, "full")
     if state == "block_cold":
-        # A title that was never used makes blocks that nobody has encoded.
+        # A beginning that was never used makes blocks that nobody has encoded, of nearly as many tokens.
         stamp = f"{time.time_ns() % 10**9}"
-        fresh = tuple(GivenPassage(_stamped(passage.text, stamp), passage.title) for passage in passages)
+        fresh = tuple(GivenPassage(stamp + passage.text[len(stamp) :], passage.title) for passage in passages)
         return await _timed(client, workload.question, fresh, "block")
     if state == "block_store":
         # Asked once so that the store has them, then displaced from the decoder's own memory.
@@ -219,21 +221,6 @@ def first_token_ms(answer: Answer) -> float:
     An answer may be empty text: then it is the gateway's time, plus nothing that a client sees.
     """
     return answer.client_time_to_first_token_ms or answer.completion.time_to_first_token_ms
-
-
-def _stamped(text: str, stamp: str) -> str:
-    """The text with its first digits' worth of characters replaced, so that its length in tokens hardly changes."""
-    return stamp + text[len(stamp) :]
-
-
-def _sample(state: str, context_tokens: int, answer: Answer, first_ms: float, alone: int) -> GrpcSample:
-    return GrpcSample(
-        state=state,
-        context_tokens=context_tokens,
-        slots=answer.completion.usage.prompt_tokens - alone,
-        client_ms=first_ms,
-        stages_ms=dict(answer.completion.stages_ms),
-    )
 
 
 QUESTION = (

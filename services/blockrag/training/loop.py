@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import nn, optim
 
-from blockrag.training.run import MetricsLog, OnProgress, RunFolder, RunState, Scores, StepMetrics
+from blockrag.training.run import MetricsLog, OnProgress, RunFolder, RunState, Scores, StepMetrics, read_records
 from blockrag.training.workers import Workers
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
@@ -132,7 +132,7 @@ class _Run(Generic[S]):
         if self.workers.device.type == "cpu":
             never_return_memory()
         state = self.folder.restore(self.learner.model, self.learner.optimizers)
-        self.reported = {place for record in self.folder.records() for place in record.get("left_out", ())}
+        self.reported = {place for record in read_records(self.folder.path) for place in record.get("left_out", ())}
         if self.workers.rank != 0:
             return self._train(state)
         with closing(MetricsLog(self.folder.path, tensorboard=tensorboard)) as self.log:

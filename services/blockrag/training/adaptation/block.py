@@ -24,7 +24,7 @@ from blockrag.training.adaptation.source import Source, load_for_training, open_
 from blockrag.training.adaptation.visibility import Mask, TrainingAttention
 from blockrag.training.loop import Schedule, StepResult, train
 from blockrag.training.lora import add_lora, trained_adapter
-from blockrag.training.run import OnProgress, RunFolder, Scores, whole_weights
+from blockrag.training.run import OnProgress, RunFolder, Scores, read_records, whole_weights
 from blockrag.training.workers import Workers, like_parameter, take_step
 
 _Part = tuple[Batch, tuple[Mask, ...]]
@@ -270,7 +270,9 @@ def adapt_block(
                 "seconds": round(state.seconds),
                 "workers": workers.size,
                 "dev_scores": scores,
-                "rows_too_long": len({place for record in run.records() for place in record.get("left_out", ())}),
+                "rows_too_long": len(
+                    {place for record in read_records(run.path) for place in record.get("left_out", ())}
+                ),
             }
             before = prepared.source.adapter
             adapter = trained_adapter(weights, config.lora_rank, before) if config.lora_rank else None
