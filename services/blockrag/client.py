@@ -29,7 +29,6 @@ import grpc
 from blockrag import client_messages as messages
 from blockrag.alike import alike
 from blockrag.client_calls import CallSpan, Patience, open_channel, start_call, translated
-from blockrag.client_options import Filter, GenerateOptions, IngestOptions
 from blockrag.errors import DeadlineError, NotFoundError, OverloadedError, UnavailableError
 from blockrag.results import (
     Answer,
@@ -40,7 +39,10 @@ from blockrag.results import (
     DeletedSource,
     Description,
     Document,
+    Filter,
+    GenerateOptions,
     IngestedDocument,
+    IngestOptions,
     Passage,
     Retrieved,
     TextChunk,

@@ -13,7 +13,8 @@ import typer
 from rich.table import Table
 
 from blockrag.cli import console
-from blockrag.cli.adapt import app, shown
+from blockrag.cli.adapt import app as app
+from blockrag.cli.adapt import shown
 from blockrag.cli.console import JsonOption
 from blockrag.cli.options import command_of
 from blockrag.errors import SetupError

@@ -19,14 +19,22 @@ from rich.text import Text
 from rich.tree import Tree
 
 from blockrag.cli import console
-from blockrag.cli.connection import Connection
-from blockrag.cli.console import CollectionOption, JsonOption
+from blockrag.cli.console import CollectionOption, Connection, JsonOption
 from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
-from blockrag.client_options import GenerateOptions
 from blockrag.errors import InvalidRequestError, UnavailableError
 from blockrag.metadata import MAX_EXACT
-from blockrag.results import ChunkFormName, Citation, Completion, Compression, Condition, Retrieved, TraceSpan, Usage
+from blockrag.results import (
+    ChunkFormName,
+    Citation,
+    Completion,
+    Compression,
+    Condition,
+    GenerateOptions,
+    Retrieved,
+    TraceSpan,
+    Usage,
+)
 
 FilterOption = Annotated[
     list[str] | None,

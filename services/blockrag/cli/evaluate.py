@@ -13,15 +13,13 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from blockrag.cli import console
-from blockrag.cli.connection import Connection
-from blockrag.cli.console import JsonOption, SettingsOption
+from blockrag.cli.console import Connection, JsonOption, SettingsOption
 from blockrag.cli.measured import counted, environment, names, parse_numbers, parse_rates, write_results
 from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
-from blockrag.client_options import GenerateOptions
 from blockrag.errors import SetupError
 from blockrag.evaluation.experiment_options import MODES, MOST_PASSAGES, CompressionOptions, Mode, QaOptions
-from blockrag.results import AttentionModeName, Passage
+from blockrag.results import AttentionModeName, GenerateOptions, Passage
 from blockrag.settings import Settings
 
 if TYPE_CHECKING:

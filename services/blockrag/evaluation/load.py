@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from blockrag.client import BlockragClient
-from blockrag.client_options import GenerateOptions
 from blockrag.errors import BlockragError, OverloadedError
 from blockrag.evaluation.ttft_grpc import QUESTION, first_token_ms
-from blockrag.results import GivenPassage, Usage
+from blockrag.results import GenerateOptions, GivenPassage, Usage
 from blockrag.simulation.cluster import simulate
 from blockrag.simulation.scenario import Scenario, StageTimes, percentile
 from blockrag.simulation.workload import Asked, Workload

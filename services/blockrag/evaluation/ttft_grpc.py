@@ -15,12 +15,11 @@ from itertools import islice
 from typing import Literal
 
 from blockrag.client import BlockragClient
-from blockrag.client_options import GenerateOptions
 from blockrag.corpus.sample import load_articles
 from blockrag.errors import SettingsError
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.modeling.bundle import Bundle
-from blockrag.results import Answer, Compression, GivenPassage
+from blockrag.results import Answer, Compression, GenerateOptions, GivenPassage
 
 MeasuredPath = Literal["model", "grpc"]
 
