@@ -156,11 +156,7 @@ def draw_questions(
 
     Raises ``SetupError`` where there is no question to ask or there are fewer passages than are to be shown.
     """
-    usable = [question for question in data.questions if question.gold and question.answers]
-    if not usable:
-        raise SetupError(f"{data.name}: no question has both an answer and a gold passage")
-    chosen = usable[:count]
-    without_gold = data.questions.index(chosen[-1]) + 1 - len(chosen)
+    chosen, without_gold = data.first(count)
     source = _Source(data, pieces, chosen, distractors)
     drawn = tuple(
         _draw(question, source, most_passages - 1, absent_passages, Random(f"{seed} {number} {question.id}"))
