@@ -32,8 +32,7 @@ from blockrag.evaluation.scoring import normalize
 from blockrag.gateway.planning import decode_request
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.refrag.composing import mixed_inputs
-from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.modeling.refrag.compression import ChunkCompressor, mixed_inputs
 from blockrag.modeling.rotary import rotate_into
 from blockrag.modeling.slots import ResidentBlock, SequenceState, Slots, wide_slots
 from blockrag.settings import Settings

@@ -24,7 +24,7 @@ from blockrag.decoder.service import assemble
 from blockrag.evaluation.ttft_grpc import RATES, ReportRow, make_row, states_of
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
-from blockrag.modeling.refrag.composing import compose_passage
+from blockrag.modeling.refrag.compression import compose_passage
 from blockrag.modeling.slots import ResidentBlock, Slots
 from blockrag.settings import Settings
 from blockrag.types import BlockKV

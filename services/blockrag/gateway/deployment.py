@@ -26,11 +26,10 @@ from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.gateway import validation
 from blockrag.gateway.admission import Quotas
 from blockrag.gateway.answering import Answering, Deadline, Timings
-from blockrag.gateway.corpus import Corpus
+from blockrag.gateway.corpus import Corpus, receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.observing import count_answer, observed, request_context
 from blockrag.gateway.planning import NearPlanner
-from blockrag.gateway.spool import receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.gateway.warming import ALL_FORMS, AnsweredTurns, Warming
 from blockrag.grpc_status import rpc
 from blockrag.ingest.parser_pool import ParserPool

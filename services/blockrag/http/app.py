@@ -18,9 +18,8 @@ from starlette.routing import BaseRoute, Route
 
 import blockrag
 from blockrag.http import chat, extensions, responses, vector_stores
-from blockrag.http.door import Door, Guard
+from blockrag.http.door import Door, Guard, RemoteGateway, Visit
 from blockrag.http.error_objects import ERROR_RESPONSES, add_handlers
-from blockrag.http.gateway import RemoteGateway, Visit
 from blockrag.http.shared_fields import MODEL
 from blockrag.settings import Settings
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from blockrag.budget import chunk_bounds
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.refrag.composing import compose_passage, mixed_inputs
-from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.modeling.refrag.compression import ChunkCompressor, compose_passage, mixed_inputs
 from blockrag.modeling.slots import Slots
 from blockrag.modeling.stock_passes import (
     EXACT,
