@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockrag.decoder.detokenizer import Detokenizer
-from blockrag.decoder.sampling import sample
 from blockrag.decoder.scheduler import EngineLimits, Scheduler, Work
-from blockrag.decoder.sequence import Event, EventSink, GenerationRequest, Sequence
+from blockrag.decoder.sequence import Event, EventSink, GenerationRequest, Sequence, sample
 from blockrag.errors import (
     BlockragError,
     DeadlineError,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from blockrag.budget import composed_slots
 from blockrag.decoder.block_loading import BlockTier, LoadedBlocks
-from blockrag.decoder.sampling import SamplingParams
+from blockrag.decoder.sequence import SamplingParams
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.modeling.refrag.compression import compose_passage

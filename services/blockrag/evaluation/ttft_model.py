@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from blockrag.budget import chunk_count, expand_at_rate
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.engine import Engine
-from blockrag.decoder.sampling import SamplingParams
-from blockrag.decoder.sequence import Event, GenerationRequest
+from blockrag.decoder.sequence import Event, GenerationRequest, SamplingParams
 from blockrag.decoder.service import assemble
 from blockrag.evaluation.ttft_grpc import RATES, ReportRow, make_row, states_of
 from blockrag.modeling.bundle import Bundle

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from blockrag.decoder.engine import Engine
-from blockrag.decoder.sampling import SamplingParams
 from blockrag.decoder.scheduler import EngineLimits
-from blockrag.decoder.sequence import GenerationRequest, Sequence
+from blockrag.decoder.sequence import GenerationRequest, SamplingParams, Sequence
 from blockrag.decoder.service import check_engine
 from blockrag.errors import (
     BlockragError,

@@ -10,9 +10,8 @@ import torch
 
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
-from blockrag.decoder.sampling import SamplingParams
 from blockrag.decoder.scheduler import EngineLimits
-from blockrag.decoder.sequence import GenerationRequest
+from blockrag.decoder.sequence import GenerationRequest, SamplingParams
 from blockrag.modeling.model import SlotModel
 from tests.models import make_tiny_model, make_tiny_tokenizer
 from tests.unit.decoder.fakes import CollectingSink

@@ -26,8 +26,7 @@ import transformers
 from transformers import DynamicCache
 
 from blockrag.configured import configured_bundle, configured_keys
-from blockrag.decoder.sampling import SamplingParams
-from blockrag.decoder.sequence import Event, GenerationRequest, StageSeconds
+from blockrag.decoder.sequence import Event, GenerationRequest, SamplingParams, StageSeconds
 from blockrag.evaluation.ttft_model import encode_in_passes, engine_of
 from blockrag.kv_cache.block_files import read_block, write_block
 from blockrag.modeling.checkpoint import load_stock_model
