@@ -76,7 +76,7 @@ async def evaluate_almanac(
     concurrency: int = 4,
     seed: int = 0,
     resamples: int = RESAMPLES,
-    progress: Callable[[AttentionModeName, int], None] | None = None,
+    progress: Callable[[AttentionModeName, int], None] = lambda *_: None,
 ) -> AlmanacScores:
     """Ask all `questions` in each of `modes` and score the answers.
 
@@ -119,7 +119,7 @@ async def _ask_all(
     ask: Ask,
     mode: AttentionModeName,
     concurrency: int,
-    progress: Callable[[AttentionModeName, int], None] | None,
+    progress: Callable[[AttentionModeName, int], None],
 ) -> list[_Outcome]:
     slots = asyncio.Semaphore(concurrency)
     done = 0
@@ -139,8 +139,7 @@ async def _ask_all(
                     f1(text, question.answers),
                 )
         done += 1
-        if progress is not None:
-            progress(mode, done)
+        progress(mode, done)
         return outcome
 
     return list(await asyncio.gather(*(one(question) for question in questions)))

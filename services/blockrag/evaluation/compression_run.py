@@ -61,7 +61,7 @@ class CompressionRun:
 
 
 def run_compression(
-    options: CompressionOptions, progress: Progress | None = None, status: Status = lambda _: None
+    options: CompressionOptions, progress: Progress = lambda *_: None, status: Status = lambda _: None
 ) -> CompressionRun:
     """Run what ``options`` say.
 
@@ -162,7 +162,7 @@ class Asking:
         self._losses: dict[tuple[int, ...], NDArray[np.float32]] = {}
 
     def ask(
-        self, questions: Sequence[DrawnQuestion], cells: Sequence[Cell], progress: Progress | None = None
+        self, questions: Sequence[DrawnQuestion], cells: Sequence[Cell], progress: Progress = lambda *_: None
     ) -> dict[Cell, Answers]:
         """Greedy answers of every cell, in the order of ``questions``."""
 
@@ -258,7 +258,7 @@ def predict_paragraphs(
     reader: PolicyReader,
     selectors: Selectors,
     cells: Sequence[Cell],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> TextRun:
     """Losses of ``options.paragraphs`` targets of ``options.text`` in every cell.
 
@@ -308,6 +308,5 @@ def predict_paragraphs(
         if FULL in found:
             found[FULL].slots[number] = context.tokens
             found[FULL].nats[number] = reader.whole_loss(instruction, passages, branch) * tokens
-        if progress is not None:
-            progress(number + 1, count)
+        progress(number + 1, count)
     return TextRun(found, target_tokens)

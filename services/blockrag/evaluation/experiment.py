@@ -286,7 +286,7 @@ def ask_all(
     questions: Sequence[DrawnQuestion],
     cells: Sequence[Cell],
     answer: Callable[[Sequence[int]], Iterable[tuple[Cell, int, Found]]],
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> dict[Cell, list[Found]]:
     """What ``answer`` finds in every cell for each question, in the order of ``questions``.
 
@@ -300,8 +300,7 @@ def ask_all(
         for cell, number, result in answer(order[start : start + _CHUNK]):
             found[cell][number] = result
             done += 1
-        if progress is not None:
-            progress(done, len(cells) * len(questions))
+        progress(done, len(cells) * len(questions))
     return {cell: [own[number] for number in range(len(questions))] for cell, own in found.items()}
 
 

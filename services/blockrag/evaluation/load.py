@@ -70,7 +70,7 @@ async def measure_load(
     times: StageTimes,
     *,
     target_s: float,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[LoadRow]:
     """Rows of each rate and mode, one after the other; ``passages`` are at least the scenario's.
 
@@ -83,8 +83,7 @@ async def measure_load(
     def heard_one() -> None:
         nonlocal done
         done += 1
-        if on_progress is not None:
-            on_progress(done, total)
+        on_progress(done, total)
 
     for rate in rates:
         for mode in modes:

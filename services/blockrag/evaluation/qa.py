@@ -30,7 +30,7 @@ class QaRun:
     answers: Mapping[Cell, Sequence[str]]
 
 
-def run_qa(options: QaOptions, progress: Progress | None = None, status: Status = lambda _: None) -> QaRun:
+def run_qa(options: QaOptions, progress: Progress = lambda *_: None, status: Status = lambda _: None) -> QaRun:
     """Run what ``options`` say.
 
     ``progress`` gets the answers given and wanted, ``status`` what is being done before. Raises ``SetupError`` for bad
@@ -80,7 +80,7 @@ def evaluate_qa(
     questions: Sequence[DrawnQuestion],
     systems: Mapping[str, Reader],
     options: QaOptions,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> dict[Cell, list[str]]:
     """Greedy answers of every cell, in the order of ``questions``."""
     cells = [

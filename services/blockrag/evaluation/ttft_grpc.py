@@ -147,7 +147,7 @@ async def measure_grpc_ttft(
     chunk_tokens: int | None = None,
     repeats: int = 20,
     warmup: int = 2,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[GrpcSample]:
     """Samples of every context and state; ``warmup`` repeats are run and not kept.
 
@@ -168,8 +168,7 @@ async def measure_grpc_ttft(
                     slots = answered.usage.prompt_tokens - alone
                     samples.append(GrpcSample(state, context_tokens, slots, first_ms, dict(answered.stages_ms)))
             done += 1
-            if on_progress is not None:
-                on_progress(done, total)
+            on_progress(done, total)
     return samples
 
 

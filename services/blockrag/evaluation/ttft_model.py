@@ -42,7 +42,7 @@ def measure_model_ttft(
     chunk_tokens: int | None = None,
     device: str = "cpu",
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[ReportRow]:
     """Measure every state that these chunks allow at every context length, ``repeats`` times, after a warm-up round.
 
@@ -67,8 +67,7 @@ def measure_model_ttft(
                 elapsed = case.time_ms(method)
                 if number > 0:
                     times.setdefault((method, case.context), []).append(elapsed)
-        if progress is not None:
-            progress(number + 1, repeats + 1)
+        progress(number + 1, repeats + 1)
     return [
         make_row(
             "model",

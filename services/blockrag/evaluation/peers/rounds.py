@@ -176,7 +176,7 @@ def measure_peers(
     new_tokens: int = 16,
     repeats: int = 3,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[PeerRow]:
     """Ask every peer every task in each of its states, ``repeats`` times, interleaved, after a round at the first task.
 
@@ -220,8 +220,7 @@ def measure_peers(
                     if counts:
                         times.setdefault(key, []).append(taken)
                         memory[spec.label, task] = processes[spec.label].memory_mb()
-            if progress is not None:
-                progress(number + 1, len(rounds))
+            progress(number + 1, len(rounds))
     for spec in peers:
         for task in tasks:
             for state in spec.states if spec.label in processes else ():
