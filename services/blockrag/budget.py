@@ -23,8 +23,11 @@ from numpy.typing import NDArray
 
 from blockrag.errors import InvalidRequestError, PromptTooLongError
 
-BudgetKind = Literal["rate", "max_context_tokens", "max_ttft_ms"]
-"""What a request bounds: tokens per slot, slots, milliseconds until the first token."""
+BudgetKind = Literal["rate", "max_context_tokens", "max_ttft_ms", "auto"]
+"""What a request bounds: tokens per slot, slots, milliseconds until the first token; or what the question needs."""
+RELEVANT = 0.7
+"""Share of the best passage's relevance from which on another one is read, where the request says "auto". Measured:
+docs/experiments.md, "How many passages a question needs"."""
 _WHOLE = " (by the policy retrieval passages are read whole or not at all)"
 
 
@@ -188,6 +191,24 @@ def whole_passages(
     return [
         decision if decision.in_prompt else replace(decision, dropped_reason=decision.dropped_reason + _WHOLE)
         for decision in decisions
+    ]
+
+
+def relevant_passages(
+    passage_tokens: Sequence[int], relevance: Sequence[float], budget_tokens: int
+) -> list[PassageDecision]:
+    """Takes what the question seems to need: the first passage, and those that are nearly as relevant as any.
+
+    ``relevance`` of each passage, at least 0; where it is 0 for all of them it says nothing, and none is left out for
+    it. Of what is wanted, what fits is taken, best first.
+    """
+    least = RELEVANT * max(relevance, default=0.0)
+    wanted = [place for place, value in enumerate(relevance) if place == 0 or value >= least]
+    fits = dict(zip(wanted, expand_what_fits([passage_tokens[place] for place in wanted], budget_tokens), strict=True))
+    return [
+        fits.get(place)
+        or PassageDecision(False, f"shares {value:.2f} with the question; from {least:.2f} on passages are read")
+        for place, value in enumerate(relevance)
     ]
 
 

@@ -112,7 +112,10 @@ def compression(wanted: Compression) -> common_pb2.Compression:
         raise InvalidRequestError("compression", f"needs one of {', '.join(_BUDGETS)}; has {len(budgets)}")
     message = made(common_pb2.Compression, policy=wanted.policy)
     for name, value in budgets.items():
-        _set(message, name, value, "compression.")
+        if value == "auto":
+            message.auto = True
+        else:
+            _set(message, name, value, "compression.")
     return message
 
 

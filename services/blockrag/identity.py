@@ -86,8 +86,9 @@ def read_page_token(token: str, collection: str) -> str:
         return ""
     try:
         of_collection, document_id = json.loads(base64.urlsafe_b64decode(token.encode()))
-    except (binascii.Error, ValueError, TypeError):
+    except (binascii.Error, ValueError, TypeError, RecursionError):
         raise InvalidRequestError("page_token", "is none that this server gave") from None
     if of_collection != collection or not isinstance(document_id, str):
         raise InvalidRequestError("page_token", "belongs to another collection")
+    check_document_id(document_id)
     return document_id

@@ -175,8 +175,9 @@ class Compression:
     Chunks of passages are read word for word while the budget lasts, and as one slot each beyond it.
     """
 
-    rate: float | None = None
-    """Passage tokens per slot: from 1 (everything word for word) to the tokens of the bundle's chunks."""
+    rate: float | Literal["auto"] | None = None
+    """Passage tokens per slot: from 1 (everything word for word) to the tokens of the bundle's chunks. "auto": as few
+    whole passages as the question seems to need."""
     max_context_tokens: int | None = None
     """Most slots of the passages."""
     max_ttft_ms: float | None = None

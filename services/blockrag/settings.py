@@ -89,13 +89,17 @@ class GatewaySettings(Section):
     """Answers in progress per replica; one more is refused with RESOURCE_EXHAUSTED."""
     default_top_k: Positive = 5
     """Passages retrieved when the request does not say."""
+    default_rate: Literal["auto"] | Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """How small passages become when the request does not say, in block mode: 1 reads all of them word for word;
+    "auto" as few as the question seems to need, by which small readers answer better and sooner; else as a request's
+    rate."""
     max_top_k: Positive = 100
     """Most passages a request may ask for."""
     max_question_chars: Positive = 8192
     """Longest question."""
     default_max_tokens: Positive = 48
     """Tokens generated when the request does not say."""
-    max_timeout_ms: Positive = 120_000
+    max_timeout_ms: Annotated[int, Field(gt=0, lt=2**32)] = 120_000
     """Longest time a request may take; also what counts when a request has no deadline."""
     max_document_mb: Positive = 64
     """Largest document, in MiB."""
@@ -129,7 +133,7 @@ class IngestSettings(Section):
     """Passages sent to the retriever at a time; bounds memory."""
     parsers: Positive = 2
     """Processes per gateway replica that read files, each one at a time; as many as cores that may be spent on it."""
-    parse_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    parse_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Longest time, in seconds, that reading one file may take; then it is refused. A page of a pdf takes 0.06."""
     parse_memory_mb: Annotated[int, Field(ge=64)] = 1024
     """Most memory, in MiB, that reading one file may take; a web page that is all tags takes over 18 times its size."""

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from blockrag.client import BlockragClient
+from blockrag.errors import InvalidRequestError
 from blockrag.local.preflight import free_port
+from blockrag.results import Compression
 from tests.models import make_tiny_checkpoint
 
 _ROOT = Path(__file__).parent.parent.parent
@@ -156,6 +158,27 @@ async def test_what_short_texts_say_is_answered(tour: dict[str, str], mode: Any)
             assert title in {citation.title for citation in answers[0].completion.citations if citation.in_prompt}
     # a reader of this size takes one capital for the other where another country's passage stands last
     assert right >= len(_QUESTIONS) - 1
+
+
+async def test_a_time_leaves_passages_out(tour: dict[str, str]) -> None:
+    """The reader that ships has no chunk encoder: a time is so many tokens of whole passages."""
+    async with BlockragClient(_target(tour)) as client:
+
+        async def read(milliseconds: float) -> int:
+            timed = await client.ask(
+                "What is a block?",
+                collection="handbook",
+                top_k=20,
+                max_tokens=1,
+                compression=Compression(max_ttft_ms=milliseconds),
+            )
+            return timed.completion.usage.context_tokens
+
+        everything = await read(60_000)
+        with pytest.raises(InvalidRequestError, match=r"without any passage takes about \d+ ms") as caught:
+            await read(1)
+        least = int(re.findall(r"about (\d+) ms", str(caught.value))[0])
+        assert 0 <= await read(least + 1) < everything
 
 
 def test_the_tour_ends(tour: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockrag.budget import (
+    RELEVANT,
     BudgetKind,
     PrefillCost,
     PromptBudget,
@@ -18,6 +19,7 @@ from blockrag.budget import (
     expand,
     expand_in_order,
     expand_what_fits,
+    relevant_passages,
     retrieval_logits,
     room_for,
 )
@@ -209,3 +211,21 @@ def test_the_request_may_lower_the_budget_but_not_raise_it() -> None:
 def test_a_question_that_does_not_fit_is_refused() -> None:
     with pytest.raises(PromptTooLongError, match="shorten the question or the conversation, or lower max_tokens"):
         PromptBudget(100, 1, 80, 20).passage_tokens()
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.floats(0, 50)), max_size=12),
+    st.integers(0, 1000),
+)
+def test_passages_that_a_question_needs(passages: list[tuple[int, float]], budget: int) -> None:
+    sizes, relevance = [size for size, _ in passages], [value for _, value in passages]
+    decisions = relevant_passages(sizes, relevance, budget)
+    assert len(decisions) == len(passages)
+    taken = [place for place, decision in enumerate(decisions) if decision.in_prompt]
+    assert sum(sizes[place] for place in taken) <= budget
+    least = RELEVANT * max(relevance, default=0.0)
+    assert all(place == 0 or relevance[place] >= least for place in taken)
+    wanted = [place for place in range(len(passages)) if place == 0 or relevance[place] >= least]
+    if sum(sizes[place] for place in wanted) <= budget:
+        assert taken == wanted
+    assert all(decision.dropped_reason for decision in decisions if not decision.in_prompt)

@@ -128,6 +128,7 @@ async def test_options_of_a_question(client: BlockragClient, server: tuple[Serve
             common_pb2.Compression(max_context_tokens=100, policy="blind"),
         ),
         (Compression(max_ttft_ms=50.5), common_pb2.Compression(max_ttft_ms=50.5)),
+        (Compression(rate="auto"), common_pb2.Compression(auto=True)),
     ],
 )
 async def test_compression_of_a_question(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import uuid
 
 import pytest
 
 from blockrag.errors import InvalidRequestError
-from blockrag.identity import CollectionId, check_document_id, passage_id
+from blockrag.identity import CollectionId, check_document_id, page_token_after, passage_id, read_page_token
 
 
 @pytest.mark.parametrize("name", ["a", "Default", "my-notes_2.1", "0", "a" * 64])
@@ -48,3 +49,10 @@ def test_passage_ids_are_uuids_made_of_all_their_parts() -> None:
     assert uuid.UUID(passage_id(*base)).version == 5
     assert passage_id(*base) == passage_id(*base)
     assert len({passage_id(*parts) for parts in [base, *others]}) == 6
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '["c", "\\ud800"]', '["c", ""]', '["c", 1]', "{}", '["d", "a"]'])
+def test_page_tokens_that_are_none(content: str) -> None:
+    assert read_page_token(page_token_after("c", "a"), "c") == "a"
+    with pytest.raises(InvalidRequestError):
+        read_page_token(base64.urlsafe_b64encode(content.encode()).decode(), "c")

@@ -53,6 +53,10 @@ def test_the_cache_directory_is_no_setting() -> None:
         {"BLOCKRAG_GATEWAY": "1"},
         {"BLOCKRAG_GATEWAY__MAX_INFLIGHT": "many"},
         {"BLOCKRAG_GATEWAY__MAX_INFLIGHT": "["},
+        {"BLOCKRAG_GATEWAY__MAX_TIMEOUT_MS": str(2**32)},
+        {"BLOCKRAG_GATEWAY__DEFAULT_RATE": "0.5"},
+        {"BLOCKRAG_GATEWAY__DEFAULT_RATE": "most"},
+        {"BLOCKRAG_INGEST__PARSE_TIMEOUT_S": ".inf"},
     ],
 )
 def test_bad_environment_is_refused(environment: dict[str, str]) -> None:

@@ -65,7 +65,9 @@ def ask(
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds to wait; the server has a limit of its own.")] = None,
     max_context_tokens: Annotated[int | None, typer.Option(help="Most passage tokens in the prompt.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Compress: passage tokens per slot of the prompt.")] = None,
+    rate: Annotated[
+        str | None, typer.Option(help="Compress: passage tokens per slot of the prompt; auto: what the question needs.")
+    ] = None,
     max_context_tokens_compressed: Annotated[
         int | None, typer.Option(help="Compress: most slots that the passages take, instead of --rate.")
     ] = None,
@@ -95,10 +97,19 @@ def ask(
     }
     options = GenerateOptions(collection=collection, attention_mode=mode, filter=parse_filters(filters or []))
     options.update({key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
-    compression = Compression(rate, max_context_tokens_compressed, max_ttft_ms, policy)
+    compression = Compression(_rate(rate), max_context_tokens_compressed, max_ttft_ms, policy)
     if compression != Compression():
         options["compression"] = compression
     asyncio.run(_ask(connection.client(), question, options, trace, as_json))
+
+
+def _rate(given: str | None) -> float | Literal["auto"] | None:
+    if given is None or given == "auto":
+        return given  # type: ignore[return-value]
+    try:
+        return float(given)
+    except ValueError:
+        raise typer.BadParameter(f"{given!r} is neither a number nor auto", param_hint="--rate") from None
 
 
 async def _ask(

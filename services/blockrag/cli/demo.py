@@ -30,10 +30,11 @@ from blockrag.cli.measured import environment, own_settings, own_system
 from blockrag.client import BlockragClient
 from blockrag.corpus.sample import Question, articles_path, load_questions
 from blockrag.errors import InvalidRequestError
-from blockrag.results import Answer, AttentionModeName, Completion, Retrieved, WarmProgress
+from blockrag.results import Answer, AttentionModeName, Completion, Compression, Retrieved, WarmProgress
 
 _COLLECTION, _OWN_COLLECTION = "almanac", "document"
 _ARTICLES_AT_A_TIME = 8
+_AS_NEEDED = Compression(rate="auto")
 _SHOWN = 3
 """Questions about the almanac whose answers are shown."""
 _STAGES = ("retrieve", "plan", "queue", "kv_fetch", "compose", "prefill")
@@ -126,7 +127,7 @@ class _Show:
             line = Text.assemble("  without retrieval: ", (alone.text.strip(), "dim"), "\n  with retrieval:    ")
             console.out.print(line, end="")
         text = ""
-        async for event in client.generate(question, collection=collection, top_k=self.top_k):
+        async for event in client.generate(question, collection=collection, top_k=self.top_k, compression=_AS_NEEDED):
             if isinstance(event, Completion):
                 if not self._quiet:
                     console.out.print()

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from blockrag.compressor.compression_request import CompressionAbility
+from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
 from blockrag.configured import configured_keys
@@ -48,9 +49,9 @@ def assemble(
     choose chunks under the same budgets.
     """
     tokenizer = bundle.load_fast_tokenizer()
-    mixer = None
+    mixer, costs = None, DecoderCosts(decoder_status)
     if embeddings is not None:
-        from blockrag.compressor.mixing import DecoderCosts, Mixer
+        from blockrag.compressor.mixing import Mixer
         from blockrag.compressor.rating import ChunkRater
 
         rater = rater or ChunkRater.load(bundle)
@@ -60,7 +61,7 @@ def assemble(
             rater,
             embeddings,
             configured_keys(settings, bundle),
-            DecoderCosts(decoder_status),
+            costs,
             threads=settings.compressor.threads,
         )
     return Planner(
@@ -69,4 +70,5 @@ def assemble(
         ability or CompressionAbility.of(bundle),
         PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens),
         mixer,
+        costs,
     )

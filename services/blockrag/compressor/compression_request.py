@@ -18,7 +18,6 @@ RETRIEVAL = "retrieval"
 SENTENCES = "sentences"
 """A policy of bundles without a chunk encoder: sentences that share words with the question, of cached blocks."""
 _PREFERRED = ("query", "blind")
-_BUDGETS = ("rate", "max_context_tokens", "max_ttft_ms")
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,17 @@ class CompressionRequest:
 
     kind: BudgetKind
     limit: float
-    """In the unit of ``kind``: tokens per slot, slots, milliseconds."""
+    """In the unit of ``kind``: tokens per slot, slots, milliseconds; nothing of "auto"."""
     policy: str
     """Who chooses the chunks that stay word for word."""
 
     def to_message(self) -> common_pb2.Compression:
         """The message that reads as this."""
         message = common_pb2.Compression(policy=self.policy)
-        setattr(message, self.kind, int(self.limit) if self.kind == "max_context_tokens" else self.limit)
+        if self.kind == "auto":
+            message.auto = True
+        else:
+            setattr(message, self.kind, int(self.limit) if self.kind == "max_context_tokens" else self.limit)
         return message
 
 
@@ -61,22 +63,22 @@ def read_compression(
 ) -> CompressionRequest | None:
     """The request in ``message``; None: nothing is to be compressed.
 
-    Raises ``InvalidRequestError`` naming the field: a value out of range, an unknown policy, a time where the bundle
-    has no chunk encoder, an attention mode without cached blocks.
+    Raises ``InvalidRequestError`` naming the field: a value out of range, an unknown policy, an attention mode without
+    cached blocks.
     """
     kind = message.WhichOneof("budget")
     if kind is None:
         if message.policy:
-            raise InvalidRequestError("compression", "needs one of rate, max_context_tokens and max_ttft_ms")
+            raise InvalidRequestError("compression", "needs one of rate, max_context_tokens, max_ttft_ms and auto")
         return None
-    if ability.policies is None and kind == "max_ttft_ms":
-        raise InvalidRequestError(
-            "compression.max_ttft_ms",
-            f"the bundle {ability.bundle_name!r} has no chunk encoder: ask for a rate or max_context_tokens, by which "
-            "passages are left out",
-        )
     if (mode or common_pb2.ATTENTION_MODE_BLOCK) != common_pb2.ATTENTION_MODE_BLOCK:
         raise InvalidRequestError("compression", "is possible with attention_mode block only")
+    if kind == "auto":
+        if not message.auto:
+            raise InvalidRequestError("compression.auto", "is false: leave it out")
+        if message.policy not in ("", RETRIEVAL):
+            raise InvalidRequestError("compression.policy", f"is {message.policy!r}; with auto the passages decide")
+        return CompressionRequest(kind, 0.0, RETRIEVAL)
     limit = float(getattr(message, kind))
     if kind == "rate" and not 1.0 <= limit <= ability.chunk_tokens:  # refuses NaN as well
         raise InvalidRequestError(
@@ -98,10 +100,10 @@ def sizes_decide(compression: CompressionRequest | None, ability: CompressionAbi
     """
     if compression is None:
         return True
+    if compression.kind in ("max_ttft_ms", "auto"):
+        return False
     if ability.policies is None:
         return compression.policy == RETRIEVAL
-    if compression.kind == "max_ttft_ms":
-        return False
     highest = compression.kind == "rate" and compression.limit >= ability.chunk_tokens
     return highest or compression.policy == RETRIEVAL
 

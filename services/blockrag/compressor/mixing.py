@@ -1,14 +1,12 @@
 """Which chunks of which passages are expanded for one question: sizes, embeddings, policy, budget put together.
 
-A plan under a latency budget must know the decoder's cost per slot, which is asked for every few seconds while somebody
-plans so, and the policy's own time, which is measured here. Chunk embeddings are kept by the cache for the
-cluster, and here for the next plan.
+A plan under a latency budget must know the decoder's cost per slot (``decoder_costs``) and the policy's own time, which
+is measured here. Chunk embeddings are kept by the cache for the cluster, and here for the next plan.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import statistics
 import time
 from collections import deque
@@ -21,16 +19,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blockrag.budget import PrefillCost, Room, affordable_slots, chunk_lengths, expand, room_for
+from blockrag.budget import Room, affordable_slots, chunk_lengths, expand, room_for
 from blockrag.compressor.compression_request import RETRIEVAL, CompressionRequest
+from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.compressor.plans import Candidates, Mixture, by_passage, mixture_by_size
 from blockrag.compressor.rating import ChunkRater
-from blockrag.errors import BlockragError, DataError, InvalidRequestError, UnavailableError
+from blockrag.errors import DataError, InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.shard_messages import BlockSource
 from blockrag.lru import Lru
 from blockrag.types import BlockForm, BlockRequest, CachedBlock, ChunkEmbeddings
-from blockrag.v1 import compressor_pb2, decoder_pb2
+from blockrag.v1 import compressor_pb2
 
 
 class EmbeddingCache:
@@ -105,13 +104,9 @@ def _embeddings(request: BlockRequest, block: CachedBlock) -> Tensor:
     return torch.tensor(block.embeddings)
 
 
-FRESH_S = 5.0
-"""A cost this old is asked for again, beside the plan that uses it."""
 _KEPT_TIMES = 16
 _REMEMBERED_KEYS = 16_384
 _REMEMBERED_QUESTIONS = 256
-
-_logger = logging.getLogger(__name__)
 
 
 class PolicyTimes:
@@ -132,44 +127,6 @@ class PolicyTimes:
         wanted = chunks.bit_length()
         nearest = min(self._times, key=lambda known: (abs(known - wanted), -known))
         return statistics.median(self._times[nearest]) * 2.0 ** (wanted - nearest)
-
-
-class DecoderCosts:
-    """The latest answer of a decoder. All calls from one event loop."""
-
-    def __init__(
-        self,
-        ask: Callable[[], Awaitable[decoder_pb2.GetDecoderStatusResponse]],
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._ask = ask
-        self._clock = clock
-        self._cost: PrefillCost | None = None
-        self._asked = 0.0
-        self._asking: asyncio.Task[None] | None = None
-
-    async def current(self) -> PrefillCost:
-        """The cost; only the first call waits for the decoder. Raises ``UnavailableError`` when it has none to tell."""
-        if self._asking is None and (self._cost is None or self._clock() - self._asked > FRESH_S):
-            self._asking = asyncio.get_running_loop().create_task(self._refresh())
-        if self._cost is None and self._asking is not None:
-            # shielded: one who leaves must not take the answer from the others
-            await asyncio.shield(self._asking)
-        if self._cost is None:
-            raise UnavailableError("decoder: it has measured no prefill yet; ask again, or without max_ttft_ms")
-        return self._cost
-
-    async def _refresh(self) -> None:
-        try:
-            status = await self._ask()
-            if status.measured_prefills:
-                self._cost = PrefillCost(status.prefill_base_ms, status.prefill_slot_ms)
-                self._asked = self._clock()
-        except BlockragError as error:
-            _logger.warning("the decoder's cost per slot could not be asked for: %s", error)
-        finally:
-            self._asking = None
 
 
 class Mixer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +13,13 @@ from blockrag.budget import (
     PassageDecision,
     PromptBudget,
     Room,
+    affordable_slots,
     chunk_count,
     chunk_lengths,
     composed_slots,
     expand,
     expand_what_fits,
+    relevant_passages,
     retrieval_logits,
     room_for,
     wanted_tokens,
@@ -30,6 +32,7 @@ from blockrag.errors import InvalidRequestError
 from blockrag.v1 import common_pb2, compressor_pb2
 
 if TYPE_CHECKING:
+    from blockrag.compressor.decoder_costs import DecoderCosts
     from blockrag.compressor.mixing import Mixer
 
 
@@ -91,7 +94,9 @@ class Planner:
     ability: CompressionAbility
     drafts: PassageDrafts
     mixer: Mixer | None = None
-    """None where the bundle cannot compress, or compressed plans are made that ``sizes_decide`` only."""
+    """None where the bundle cannot compress."""
+    costs: DecoderCosts | None = None
+    """Of prefills. This and the mixer are None where plans are made that ``sizes_decide`` only."""
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
         """The plan of a request whose compression was not read yet; raises what ``plan_read`` raises, and
@@ -129,6 +134,8 @@ class Planner:
         mixture, drafted = None, None
         if compression is None:
             decisions = expand_what_fits(sizes, left)
+        elif compression.kind == "auto":
+            decisions = relevant_passages(sizes, _relevance(request.question, passages), left)
         elif self.ability.policies is not None:
             document_ids = [passage.document_id for passage in request.passages]
             candidates = Candidates(blocks, document_ids, before_tokens, final_ids, left)
@@ -140,13 +147,15 @@ class Planner:
                     raise ValueError(f"{compression} is not decided by sizes")
                 mixture = mixture_by_size(room, sizes, self.ability.chunk_tokens)
             decisions = mixture.decisions
-        elif compression.policy == RETRIEVAL:
-            decisions = whole_passages(sizes, compression.kind, compression.limit, left)
         else:
-            wanted = wanted_tokens(sizes, compression.kind, compression.limit, left)
-            most = left if compression.kind == "rate" else wanted  # a rate says how small, not how small it must be
-            drafted = self._by_sentences(request.question, passages, blocks, wanted, most)
-            decisions = [PassageDecision(plan.in_prompt, plan.dropped_reason) for plan in drafted]
+            compression = await self._in_tokens(compression, request.spent_ms, before_tokens)
+            if compression.policy == RETRIEVAL:
+                decisions = whole_passages(sizes, compression.kind, compression.limit, left)
+            else:
+                wanted = wanted_tokens(sizes, compression.kind, compression.limit, left)
+                most = left if compression.kind == "rate" else wanted  # a rate says how small, not how small it must be
+                drafted = self._by_sentences(request.question, passages, blocks, wanted, most)
+                decisions = [PassageDecision(plan.in_prompt, plan.dropped_reason) for plan in drafted]
         response = compressor_pb2.PlanResponse(
             instruction_token_ids=self.tokenizer.instruction_ids,
             final_token_ids=final_ids,
@@ -175,6 +184,18 @@ class Planner:
                     planned.chunks[index].form = common_pb2.CHUNK_FORM_EXPANDED
                 response.prompt_tokens += composed_slots([len(ids)], expanded, self.ability.chunk_tokens)
         return response
+
+    async def _in_tokens(
+        self, compression: CompressionRequest, spent_ms: float, before_tokens: int
+    ) -> CompressionRequest:
+        """The same budget, a time by the tokens that the decoder reads in it out of its cache."""
+        if compression.kind != "max_ttft_ms":
+            return compression
+        if self.costs is None:
+            raise ValueError(f"{compression} is not decided by sizes")
+        cost = await self.costs.current()
+        slots = affordable_slots(cost, compression.limit, spent_ms, before_tokens)
+        return replace(compression, kind="max_context_tokens", limit=slots)
 
     def _by_sentences(
         self,
@@ -223,3 +244,11 @@ class Planner:
         if not passage.text:
             raise InvalidRequestError("passages", f"passage {passage.passage_id!r} has no text")
         return self.tokenizer.passage_ids(passage.title, passage.text)
+
+
+def _relevance(question: str, passages: Sequence[common_pb2.Passage]) -> Sequence[float]:
+    """How many of the question's words each passage shares, by BM25 with the passages' own IDF."""
+    from blockrag.bm25 import Bm25Scorer  # the gateway imports this module too, and ranks nothing
+
+    scores: list[float] = Bm25Scorer([(passage.title, passage.text) for passage in passages]).scores(question).tolist()
+    return scores

@@ -24,6 +24,7 @@ from blockrag.compressor.compression_request import RETRIEVAL, SENTENCES
 from blockrag.configured import configured_bundle
 from blockrag.errors import SetupError
 from blockrag.evaluation.compression_scores import (
+    AUTO,
     COMPRESSED,
     FULL,
     NO_CONTEXT,
@@ -207,6 +208,8 @@ class Asking:
 def _compression(cell: Cell) -> Compression | None:
     if cell.selector == UNCOMPRESSED:
         return None
+    if cell.selector == AUTO:
+        return Compression(auto=True)
     # at the highest rate there is nothing to choose, whoever is asked
     return Compression(rate=cell.rate, policy="" if cell.selector == COMPRESSED else cell.selector)
 
@@ -238,14 +241,16 @@ def _selectors(options: CompressionOptions, known: Sequence[str]) -> Sequence[st
 def _cells(
     options: CompressionOptions, bundle: Bundle, selectors: Selectors | None, rates: Sequence[float]
 ) -> list[Cell]:
+    known = (SENTENCES, RETRIEVAL) if selectors is None else selectors.names
+    chosen = _selectors(options, (*known, AUTO))
+    names, auto = [name for name in chosen if name != AUTO], [Cell(AUTO, 0.0)] if AUTO in chosen else []
     if selectors is None:
-        names = _selectors(options, (SENTENCES, RETRIEVAL))
-        return [cell for cell in plan_cells(names, rates, bundle.chunk_tokens, None) if cell.selector != COMPRESSED]
-    names = _selectors(options, selectors.names)
+        cells = plan_cells(names, rates, bundle.chunk_tokens, None)
+        return [cell for cell in cells if cell.selector != COMPRESSED] + auto
     rate = bundle.chunk_tokens / 2 if options.reencode is None else options.reencode
     chooser = next(iter(selectors.policies), RANDOM)
     exact = (chooser, rate) if rate > 1 and chooser in names and rate in rates else None
-    return plan_cells(names, rates, bundle.chunk_tokens, exact)
+    return plan_cells(names, rates, bundle.chunk_tokens, exact) + auto
 
 
 TEXT_SELECTORS = (RANDOM, "high perplexity", "low perplexity", RETRIEVAL)

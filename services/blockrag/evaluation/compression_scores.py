@@ -23,6 +23,8 @@ from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_ratio
 
 UNCOMPRESSED = "nothing compressed"
 COMPRESSED = "everything compressed"
+AUTO = "auto"
+"""As few whole passages as the question seems to need; no rate is asked for."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Cell:
     selector: str
     """Who chooses; ``UNCOMPRESSED`` and ``COMPRESSED`` where there is nothing to choose."""
     rate: float
-    """Tokens of the passages for each slot, at least; 0 where no passages are shown."""
+    """Tokens of the passages for each slot, at least; 0 where no passages are shown, or no rate is asked for."""
     reencoded: bool = False
     """Mixed passages encoded anew instead of composed."""
 
@@ -271,7 +273,7 @@ class CompressionReport(AnswersReport):
     def _questions(self) -> list[str]:
         rows = [
             [
-                f"{one.rate:g}",
+                _shown(one.rate),
                 f"{one.selector}, re-encoded" if one.reencoded else one.selector,
                 f"{one.slots:.0f}",
                 f"{one.effective_rate:.2f}",
@@ -290,7 +292,7 @@ class CompressionReport(AnswersReport):
     def _differences(self) -> list[str]:
         rows = [
             [
-                f"{one.rate:g}",
+                _shown(one.rate),
                 one.first,
                 one.second,
                 *one.percents(sign=True),
@@ -338,3 +340,7 @@ def _nats(value: Interval, *, sign: bool = False) -> str:
     form = "{:+.4f}" if sign else "{:.4f}"
     mean, low, high = (form.format(number) for number in (value.mean, value.low, value.high))
     return f"{mean} ({low} to {high})"
+
+
+def _shown(rate: float) -> str:
+    return f"{rate:g}" if rate else "–"

@@ -130,8 +130,9 @@ class Reader:
         prompt would be measured than was asked for. What compression leaves out is what was asked for.
         """
         plan = self._runner.run(self.planner.plan(self.plan_request(prompt)))
+        asked = prompt.compression is not None and (self._compressor is None or prompt.compression.auto)
         for passage in plan.passages:
-            if not passage.in_prompt and (prompt.compression is None or self._compressor is not None):
+            if not passage.in_prompt and not asked:
                 raise PromptTooLongError(f"{len(prompt.passages)} passages do not fit: {passage.dropped_reason}")
         return PlannedPrompt(prompt, plan)
 

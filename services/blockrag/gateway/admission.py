@@ -129,14 +129,20 @@ class Metered:
     """What an answer has used so far."""
 
     tokens: int = 0
+    _whole: bool = False
 
     def see(self, event: GenerateResponse) -> None:
         """Counts an event's text, or with the last one what the whole answer used."""
         if event.HasField("completion"):
             usage = event.completion.usage
-            self.tokens = usage.prompt_tokens + usage.completion_tokens
+            self.tokens, self._whole = usage.prompt_tokens + usage.completion_tokens, True
         else:
             self.tokens += event.text.tokens
+
+    def end(self, prompt_tokens: int) -> None:
+        """Counts the prompt of an answer that was not heard to its end."""
+        if not self._whole:
+            self.tokens += prompt_tokens
 
 
 class Quotas:

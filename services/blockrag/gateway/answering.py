@@ -47,6 +47,8 @@ class Timings:
     received: float
     first_text: float = 0.0
     stage_ms: dict[str, float] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    """Of the plan; 0 until it is made."""
 
     @property
     def time_to_first_token_ms(self) -> float:
@@ -223,6 +225,7 @@ class Answering:
         """Plans and decodes."""
         question = way.question
         way.plan = await self._plan(way, passages)
+        way.timings.prompt_tokens = way.plan.prompt_tokens
         request = decode_request(
             way.plan, question.sampling, mode=question.attention_mode, collection=question.collection
         )

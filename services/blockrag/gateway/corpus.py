@@ -20,6 +20,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from blockrag.alike import alike
 from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, NotFoundError, UnavailableError
+from blockrag.gateway.leftovers import Leftovers
 from blockrag.grpc_status import MalformedRequest
 from blockrag.handles import KvCacheClient, RetrieverClient
 from blockrag.identity import page_token_after, read_page_token
@@ -61,6 +62,7 @@ class Corpus:
     cache: KvCacheClient
     prepare: Prepare
     batch_passages: int
+    leftovers: Leftovers
 
     async def ingest(
         self, header: corpus_pb2.DocumentHeader, spool: BinaryIO, context: RequestContext
@@ -91,6 +93,7 @@ class Corpus:
             retriever_pb2.RemoveDocumentRequest(context=context, collection=collection, document_id=document_id)
         )
         purged += await self._purge(collection, document_id, context)
+        self.leftovers.deleted(collection, document_id, context)
         return corpus_pb2.DeleteDocumentResponse(passages=removed.passages, purged_blocks=purged)
 
     async def delete_source(
@@ -119,6 +122,7 @@ class Corpus:
             retriever_pb2.RemoveCollectionRequest(context=context, collection=collection)
         )
         purged += await self._purge(collection, "", context)
+        self.leftovers.deleted(collection, "", context)
         return alike(corpus_pb2.DeleteCollectionResponse, removed, purged_blocks=purged)
 
     async def list_documents(

@@ -28,6 +28,7 @@ from blockrag.gateway.admission import Quotas
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.corpus import Corpus, receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.gateway.describing import Describing
+from blockrag.gateway.leftovers import Leftovers
 from blockrag.gateway.observing import count_answer, observed, request_context
 from blockrag.gateway.planning import NearPlanner
 from blockrag.gateway.warming import ALL_FORMS, AnsweredTurns, Warming
@@ -62,6 +63,7 @@ class Gateway:
         decoder = handles.DecoderClient(_find_decoders)
         self._limits = limits
         self._ability = CompressionAbility.of(bundle)
+        validation.check_default_rate(limits, self._ability)
         self._trace_directory = trace_directory(settings)
         self._quotas = Quotas(limits, self.access.limits)
         passages = PassageTokenizer(tokenizer, bundle.template, _REMEMBERED_PASSAGES)
@@ -80,6 +82,7 @@ class Gateway:
             kv_cache,
             functools.partial(parsers.prepare, splitter=splitter),
             settings.ingest.batch_passages,
+            Leftovers(retriever, kv_cache, limits.max_timeout_ms / 1000),
         )
         self._warming = Warming(
             retriever,
@@ -126,6 +129,7 @@ class Gateway:
                                 self._turns.encode(question, event.completion.answer, context)
                             yield event
                 finally:
+                    metered.end(timings.prompt_tokens)
                     metrics.NUM_REQUESTS_RUNNING.set(self._quotas.answers.running - 1, service="gateway")
 
     @rpc

@@ -8,8 +8,9 @@ tokenising is the compressor's: its replicas can be scaled for it, and this even
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from blockrag.compressor.compression_request import CompressionRequest, sizes_decide
 from blockrag.compressor.plans import Planner
@@ -32,6 +33,7 @@ MOST_UNKNOWN_CHARS = 8_192
 """Passage text that is tokenised and described here for one plan; takes about 5 ms, three times that where the
 vocabulary is not byte-level."""
 _KEPT = 32
+_FRESH_S = 60.0
 _ELSEWHERE = ("retrieve", "compose", "prefill")
 """Stages that a plan under a latency budget knows or predicts itself."""
 
@@ -101,12 +103,14 @@ class Overhead:
     the policy's own time.
 
     A plan for a latency needs it: time that is spent there cannot be spent on slots. Answers whose plans took a call to
-    the compressor count where there are any. Not for several threads.
+    the compressor count where there are any. What is a minute old counts no more: after a busy time everything that
+    is asked for would be refused, and so nothing would be measured that says that it is over. Not for several threads.
     """
 
-    def __init__(self) -> None:
-        self._by_compressor: deque[float] = deque(maxlen=_KEPT)
-        self._near: deque[float] = deque(maxlen=_KEPT)
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._by_compressor: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+        self._near: deque[tuple[float, float]] = deque(maxlen=_KEPT)
 
     def record(
         self,
@@ -120,10 +124,14 @@ class Overhead:
         if time_to_first_token_ms > 0:
             known = policy_ms + sum(stage_ms.get(stage, 0.0) for stage in _ELSEWHERE)
             latest = self._by_compressor if by_compressor else self._near
-            latest.append(max(0.0, time_to_first_token_ms - known))
+            latest.append((self._clock(), max(0.0, time_to_first_token_ms - known)))
 
     @property
     def milliseconds(self) -> float:
-        """Typical overhead of an answer that the compressor plans; 0 before the first answer."""
-        latest = self._by_compressor or self._near
+        """Typical overhead of an answer that the compressor plans; 0 before the first answer of the last minute."""
+        latest = self._fresh(self._by_compressor) or self._fresh(self._near)
         return statistics.median(latest) if latest else 0.0
+
+    def _fresh(self, latest: deque[tuple[float, float]]) -> list[float]:
+        oldest = self._clock() - _FRESH_S
+        return [milliseconds for then, milliseconds in latest if then >= oldest]

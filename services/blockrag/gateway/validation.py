@@ -16,7 +16,7 @@ from blockrag.compressor.compression_request import (
     read_compression,
     sizes_decide,
 )
-from blockrag.errors import InvalidRequestError
+from blockrag.errors import InvalidRequestError, SettingsError
 from blockrag.identity import DEFAULT_COLLECTION, check_collection_name, check_document_id
 from blockrag.languages import LANGUAGES
 from blockrag.limits import MAX_TEMPERATURE
@@ -91,7 +91,7 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
     if request.HasField("max_context_tokens") and request.max_context_tokens == 0:
         raise InvalidRequestError("max_context_tokens", "must be at least 1; leave it out for no limit")
     most_ms = limits.max_timeout_ms
-    compression = read_compression(request.compression, mode, ability)
+    compression = read_compression(_compression(request, mode, limits), mode, ability)
     return Question(
         text=text,
         collection=check_collection(request.collection),
@@ -107,6 +107,28 @@ def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ab
         turns=_check_conversation(request),
         instructions=normalise(request.instructions).strip(),
     )
+
+
+def check_default_rate(limits: GatewaySettings, ability: CompressionAbility) -> None:
+    """Raises ``SettingsError`` for a ``default_rate`` that the bundle does not have."""
+    try:
+        read_compression(_default_compression(limits), common_pb2.ATTENTION_MODE_BLOCK, ability)
+    except InvalidRequestError as error:
+        raise SettingsError(f"gateway.default_rate {error.problem}") from error
+
+
+def _compression(
+    request: rag_pb2.GenerateRequest, mode: common_pb2.AttentionMode, limits: GatewaySettings
+) -> common_pb2.Compression:
+    """What the request says, or the settings where it says nothing."""
+    asked = request.HasField("compression") or mode != common_pb2.ATTENTION_MODE_BLOCK
+    return request.compression if asked else _default_compression(limits)
+
+
+def _default_compression(limits: GatewaySettings) -> common_pb2.Compression:
+    if limits.default_rate == "auto":
+        return common_pb2.Compression(auto=True)
+    return common_pb2.Compression(rate=limits.default_rate) if limits.default_rate > 1 else common_pb2.Compression()
 
 
 def check_retrieve(request: rag_pb2.RetrieveRequest, limits: GatewaySettings) -> Search:

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blockrag.access import Access, OnBehalf
-from blockrag.client_calls import translated
+from blockrag.client_calls import open_channel, translated
 from blockrag.errors import UnauthenticatedError
 from blockrag.handles import FindHandle, RemoteService, Rpc
 from blockrag.http.error_objects import error_response, too_large, too_large_response
@@ -54,7 +54,7 @@ class Guard:
         except UnauthenticatedError as error:
             await error_response(error)(scope, receive, send)
             return
-        is_form = request.headers.get("content-type", "").startswith("multipart/form-data")
+        is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
         most = self._max_document_bytes + _FORM_BYTES if is_form else MAX_JSON_BYTES
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > most:
@@ -107,12 +107,15 @@ class _Origin:
 
 
 def _check_site(host: str, origin: str | None) -> None:
-    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        name, site = urlsplit(f"//{host}").hostname or "", urlsplit(origin or "").netloc
+    except ValueError:  # no closing bracket
+        raise UnauthenticatedError("this system has no keys and is asked under no name that can be read") from None
     if name not in LOOPBACK_NAMES and not _is_address(name):
         raise UnauthenticatedError(
             f"this system has no keys and is asked as {name!r}: use its address, or give tenants keys"
         )
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and site != host:
         raise UnauthenticatedError("this system has no keys and answers no other site's pages")
 
 
@@ -166,7 +169,7 @@ class RemoteGateway(RemoteService):
                 yield corpus_pb2.IngestDocumentRequest(content=piece)
 
         if self._channel is None:  # made here: a channel belongs to the event loop it is made in
-            self._channel = grpc.aio.insecure_channel(self._target)
+            self._channel = open_channel(self._target, None)
         stub = corpus_pb2_grpc.CorpusServiceStub(self._channel)  # type: ignore[no-untyped-call]
         metadata = [("application", self.name)]
         if authorization:

@@ -10,6 +10,7 @@ turn. Messages of one side that follow each other are one, with an empty line be
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,24 +64,28 @@ class Body(BaseModel):
     def _check_texts(cls, fields: Any) -> Any:
         if isinstance(fields, Mapping):
             for name, value in fields.items():
-                if _no_text(name) or _no_text(value):
+                if problem := _not_json(name) or _not_json(value):
                     shown = str(name).encode("ascii", "backslashreplace").decode()[:100]
-                    raise PydanticCustomError("no_text", "{name}: holds half of a surrogate pair", {"name": shown})
+                    raise PydanticCustomError("no_json", "{name}: holds " + problem, {"name": shown})
         return fields
 
 
-def _no_text(value: Any) -> bool:
+def _not_json(value: Any) -> str:
+    """What Python's parser takes and no answer could say again; empty where there is none."""
     waiting = [value]  # not by recursion: JSON may be deeper than the interpreter's stack
     while waiting:
         each = waiting.pop()
         if isinstance(each, str):
             if _SURROGATE.search(each) is not None:
-                return True
+                return "half of a surrogate pair"
+        elif isinstance(each, float):
+            if not math.isfinite(each):
+                return "a number that is not finite"
         elif isinstance(each, Mapping):
             waiting += [*each, *each.values()]
         elif isinstance(each, list):
             waiting += each
-    return False
+    return ""
 
 
 def only(*allowed: Any) -> AfterValidator:
@@ -153,8 +158,9 @@ class BlockragOptions(Body):
     """How many passages are retrieved."""
     filter: Filter | None = None
     """Conditions on documents' metadata."""
-    rate: float | None = None
-    """Tokens of the passages divided by their slots in the prompt, from 1 to the tokens of a chunk."""
+    rate: float | Literal["auto"] | None = None
+    """Tokens of the passages divided by their slots in the prompt, from 1 to the tokens of a chunk; "auto": as few
+    whole passages as the question seems to need."""
     max_ttft_ms: float | None = None
     """Most milliseconds until the first token, by what prefills cost of late."""
     policy: str | None = None
@@ -245,7 +251,10 @@ def generate_request(request: Answering) -> rag_pb2.GenerateRequest:
     set_number(message, "max_context_tokens", options.max_context_tokens)
     if options.rate is not None and options.max_ttft_ms is not None:
         raise InvalidRequestError("blockrag", "rate and max_ttft_ms cannot both be asked for")
-    set_number(message.compression, "rate", options.rate, "blockrag.rate")
+    if options.rate == "auto":
+        message.compression.auto = True
+    else:
+        set_number(message.compression, "rate", options.rate, "blockrag.rate")
     set_number(message.compression, "max_ttft_ms", options.max_ttft_ms, "blockrag.max_ttft_ms")
     if options.policy:
         message.compression.policy = options.policy
@@ -280,7 +289,10 @@ def _condition(comparison: Comparison, param: str) -> MetadataCondition:
         elif isinstance(value, str):
             condition.values.add(string_value=value)
         else:
-            condition.values.add(number_value=float(value))
+            try:
+                condition.values.add(number_value=float(value))
+            except OverflowError:
+                raise InvalidRequestError(param, "holds a number that is out of range") from None
     return condition
 
 

@@ -205,7 +205,10 @@ async def list_files(visit: Visit, page: Paging) -> dict[str, Any]:
     files: list[dict[str, Any]] = []
     for name in (one.name for one in collections if one.name >= first):
         left = page.limit + 1 - len(files)
-        found, _ = await _documents(visit, name, left, after if name == first else "")
+        try:
+            found, _ = await _documents(visit, name, left, after if name == first else "")
+        except NotFoundError:  # removed since they were listed
+            continue
         files += [file_object(name, document) for document in found]
         if len(files) > page.limit:
             break
@@ -306,7 +309,7 @@ async def upload(
         )
         try:
             ParseDict(options.metadata, header.metadata)
-        except ParseError as error:
+        except (ParseError, OverflowError) as error:
             raise InvalidRequestError("blockrag.metadata", str(error)) from None
         stored = await gateway.ingest(header, _pieces(file), request.headers.get("authorization", ""))
     return header.collection, stored.documents[0]

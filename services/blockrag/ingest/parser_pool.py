@@ -54,7 +54,7 @@ class ParserPool:
         it ends the process.
         """
         async with self._places:
-            worker = self._idle.pop() if self._idle else await _Worker.start(self._timeout_s, self._memory_mb)
+            worker = await self._living() or await _Worker.start(self._timeout_s, self._memory_mb)
             try:
                 async with asyncio.timeout(self._timeout_s):
                     answer = await worker.ask(
@@ -101,6 +101,15 @@ class ParserPool:
         while self._idle:
             await self._idle.pop().end()
 
+    async def _living(self) -> _Worker | None:
+        """An idle process; those that ended while they were idle are let go."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.runs:
+                return worker
+            await worker.end()
+        return None
+
     def _died(self, answer: Mapping[str, Any] | None, status: int) -> str:
         if answer and answer["ended"] == "MemoryError":
             return f"reading it takes more than the {self._memory_mb} MiB of memory that are allowed"
@@ -141,6 +150,11 @@ class _Worker:
         if ready is None:
             raise UnavailableError(f"the parser of documents does not start (status {await worker.end()})")
         return worker
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
 
     async def ask(self, request: Mapping[str, Any], descriptors: tuple[int, int]) -> dict[str, Any] | None:
         """The answer; None when the process ended instead."""

@@ -219,8 +219,10 @@ class PassageSplitter:
                 continue
             spans = self._spans(text, splitter, tokens, final=False)
             if spans:
-                yield from self._checked([span.text for span in spans[:-1]], tokens)
-                text = spans[-1].repeated + text[spans[-1].start :]
+                # A last one that hardly anything but white space belongs to would be split again and again.
+                goes_on = len(text) - spans[-1].start < 4 * WINDOW_CHARS
+                yield from self._checked([span.text for span in (spans[:-1] if goes_on else spans)], tokens)
+                text = spans[-1].repeated + text[spans[-1].start :] if goes_on else ""
             else:
                 text = ""
         yield from self._checked([span.text for span in self._spans(text, splitter, tokens, final=True)], tokens)

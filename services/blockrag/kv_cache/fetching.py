@@ -80,7 +80,9 @@ class BlockFetcher:
     async def _purged_since(self, index: int) -> PurgeLog | None:
         try:
             answer = await self._shards.shards[index].purged_since(self._cursors[index])
-        except UnavailableError:
+        except Exception as error:
+            if not isinstance(error, UnavailableError):
+                _logger.exception("a shard was not asked for its purges; it is tried again")
             return None
         self._cursors[index] = answer.cursor
         return answer

@@ -33,6 +33,8 @@ SERVICE_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    # Between replicas: the passages of the largest document are one message, and Serve's 4 MiB are not enough for it.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),
 }
 """Environment of every service's process, wherever it runs; the image sets the same."""
 

@@ -40,7 +40,7 @@ def check_machine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> No
 
 def check_port(host: str, port: int, setting: str) -> None:
     """Raises ``EnvironmentSetupError`` when the port cannot be bound."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As servers do: a port whose last connections are only closing down is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

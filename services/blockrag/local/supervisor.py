@@ -70,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _Supervisor(settings, options.settings, state, origin).run(stop)
     except _RayEndedError:
         remove_scratch(settings)
+        if stop.is_set():  # told to stop meanwhile
+            write_state(settings.state_path, state.with_phase("stopped"))
+            return 0
         become("blockrag.local.supervisor", sys.argv[1:] if arguments is None else arguments, environment)
         raise
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
@@ -98,6 +99,8 @@ _logger = logging.getLogger(__name__)
 
 MOST_PASSAGES = 1000
 """A larger ``top_k`` is served with this many candidates."""
+SWEEP_PERIOD_S = 3600.0
+"""How often what was staged and never committed is looked for."""
 _SEARCHES = 2
 """Searches at a time: one embeds while another one is in the index."""
 _PAGE = 1000
@@ -128,6 +131,7 @@ class RetrieverService:
         # A question never waits for the passages of an ingest.
         self._query_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-query")
         self._passage_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-passages")
+        self._sweeping: asyncio.Task[None] | None = None
 
     @rpc
     async def Search(self, request: retriever_pb2.SearchRequest) -> retriever_pb2.SearchResponse:
@@ -235,7 +239,8 @@ class RetrieverService:
         if not 1 <= len(request.document_ids) <= _SCANNED_DOCUMENTS:
             raise InvalidRequestError("document_ids", f"must be 1 to {_SCANNED_DOCUMENTS}")
         passages = await self._index.passages(collection, list(request.document_ids))
-        return retriever_pb2.ScanPassagesResponse(passages=map(messages.passage_message, passages))
+        bare = (replace(passage, metadata={}) for passage in passages)  # it would be told for each of them
+        return retriever_pb2.ScanPassagesResponse(passages=map(messages.passage_message, bare))
 
     @rpc
     async def ScanCollections(
@@ -285,9 +290,21 @@ class RetrieverService:
             await self._index.sweep()
         except UnavailableError as error:
             _logger.warning("the vector index is not available yet: %s", error)
+        self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        """Each hour: what was staged for a day belongs to an upload that broke off."""
+        while True:
+            await asyncio.sleep(SWEEP_PERIOD_S)
+            try:
+                await self._index.sweep()
+            except Exception:
+                _logger.exception("sweeping the index failed; it is tried again")
 
     async def close(self) -> None:
         """Makes the index durable and stops the threads."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         await self._index.close()
         self._query_thread.shutdown(wait=False)
         self._passage_thread.shutdown(wait=False)

@@ -25,47 +25,47 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62lockrag/v1/common.proto\x12\x0b\x62lockrag.v1\x1a\x1cgoogle/protobuf/struct.proto\"O\n\x0eRequestContext\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x13\n\x0btraceparent\x18\x03 \x01(\tJ\x04\x08\x04\x10\x05\"r\n\x0b\x43ompression\x12\x0e\n\x04rate\x18\x02 \x01(\x01H\x00\x12\x1c\n\x12max_context_tokens\x18\x03 \x01(\rH\x00\x12\x15\n\x0bmax_ttft_ms\x18\x04 \x01(\x01H\x00\x12\x0e\n\x06policy\x18\x05 \x01(\tB\x08\n\x06\x62udgetJ\x04\x08\x01\x10\x02\"z\n\x11MetadataCondition\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x08operator\x18\x02 \x01(\x0e\x32\x1e.blockrag.v1.ConditionOperator\x12&\n\x06values\x18\x03 \x03(\x0b\x32\x16.google.protobuf.Value\"\xe1\x01\n\x07Passage\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x18\n\x10\x64ocument_version\x18\x03 \x01(\t\x12\x0f\n\x07ordinal\x18\x04 \x01(\r\x12\r\n\x05title\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\x12)\n\x08metadata\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\r\n\x05score\x18\x08 \x01(\x01\x12+\n\x07\x61lso_in\x18\t \x03(\x0b\x32\x1a.blockrag.v1.PassageHolder\"G\n\rPassageHolder\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\"k\n\rChunkDecision\x12\x13\n\x0bstart_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12$\n\x04\x66orm\x18\x03 \x01(\x0e\x32\x16.blockrag.v1.ChunkForm\x12\x0c\n\x04text\x18\x04 \x01(\t\"0\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\x01\"\xf1\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x11\n\tl1_tokens\x18\x03 \x01(\r\x12\x14\n\x0cstore_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x65ncoded_tokens\x18\x05 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x06 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x08 \x01(\r\x12\x19\n\x11\x63ompressed_chunks\x18\t \x01(\r\x12\x13\n\x0b\x64isk_tokens\x18\n \x01(\r\"F\n\nBlockSlots\x12\n\n\x02l1\x18\x01 \x01(\r\x12\r\n\x05store\x18\x02 \x01(\r\x12\x0c\n\x04\x64isk\x18\x03 \x01(\r\x12\x0f\n\x07\x65ncoded\x18\x04 \x01(\r\"^\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0c\n\x04stop\x18\x05 \x03(\t\"(\n\x04Turn\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\"\xac\x01\n\x0bPromptBlock\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x12\n\ncollection\x18\x03 \x01(\t\x12\x14\n\x0c\x63hunk_tokens\x18\x04 \x01(\r\x12%\n\x05\x66orms\x18\x05 \x03(\x0e\x32\x16.blockrag.v1.ChunkForm\x12$\n\x04kept\x18\x06 \x03(\x0b\x32\x16.blockrag.v1.TokenSpan\"\'\n\tTokenSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r*{\n\rAttentionMode\x12\x1e\n\x1a\x41TTENTION_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTENTION_MODE_BLOCK\x10\x01\x12\x17\n\x13\x41TTENTION_MODE_FULL\x10\x02\x12\x17\n\x13\x41TTENTION_MODE_NONE\x10\x03*s\n\tChunkForm\x12\x1a\n\x16\x43HUNK_FORM_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43HUNK_FORM_EXPANDED\x10\x01\x12\x19\n\x15\x43HUNK_FORM_COMPRESSED\x10\x02\x12\x16\n\x12\x43HUNK_FORM_DROPPED\x10\x03*n\n\tBlockForm\x12\x1a\n\x16\x42LOCK_FORM_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42LOCK_FORM_FULL\x10\x01\x12\x19\n\x15\x42LOCK_FORM_COMPRESSED\x10\x02\x12\x15\n\x11\x42LOCK_FORM_CHUNKS\x10\x03*\xb2\x01\n\x11\x43onditionOperator\x12\"\n\x1e\x43ONDITION_OPERATOR_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ONDITION_OPERATOR_IN\x10\x01\x12\x1d\n\x19\x43ONDITION_OPERATOR_NOT_IN\x10\x02\x12\x1f\n\x1b\x43ONDITION_OPERATOR_AT_LEAST\x10\x03\x12\x1e\n\x1a\x43ONDITION_OPERATOR_AT_MOST\x10\x04*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_END\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62lockrag/v1/common.proto\x12\x0b\x62lockrag.v1\x1a\x1cgoogle/protobuf/struct.proto\"O\n\x0eRequestContext\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x13\n\x0btraceparent\x18\x03 \x01(\tJ\x04\x08\x04\x10\x05\"\x82\x01\n\x0b\x43ompression\x12\x0e\n\x04rate\x18\x02 \x01(\x01H\x00\x12\x1c\n\x12max_context_tokens\x18\x03 \x01(\rH\x00\x12\x15\n\x0bmax_ttft_ms\x18\x04 \x01(\x01H\x00\x12\x0e\n\x04\x61uto\x18\x06 \x01(\x08H\x00\x12\x0e\n\x06policy\x18\x05 \x01(\tB\x08\n\x06\x62udgetJ\x04\x08\x01\x10\x02\"z\n\x11MetadataCondition\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x08operator\x18\x02 \x01(\x0e\x32\x1e.blockrag.v1.ConditionOperator\x12&\n\x06values\x18\x03 \x03(\x0b\x32\x16.google.protobuf.Value\"\xe1\x01\n\x07Passage\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x18\n\x10\x64ocument_version\x18\x03 \x01(\t\x12\x0f\n\x07ordinal\x18\x04 \x01(\r\x12\r\n\x05title\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\x12)\n\x08metadata\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\r\n\x05score\x18\x08 \x01(\x01\x12+\n\x07\x61lso_in\x18\t \x03(\x0b\x32\x1a.blockrag.v1.PassageHolder\"G\n\rPassageHolder\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\"k\n\rChunkDecision\x12\x13\n\x0bstart_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12$\n\x04\x66orm\x18\x03 \x01(\x0e\x32\x16.blockrag.v1.ChunkForm\x12\x0c\n\x04text\x18\x04 \x01(\t\"0\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\x01\"\xf1\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x11\n\tl1_tokens\x18\x03 \x01(\r\x12\x14\n\x0cstore_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x65ncoded_tokens\x18\x05 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x06 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x08 \x01(\r\x12\x19\n\x11\x63ompressed_chunks\x18\t \x01(\r\x12\x13\n\x0b\x64isk_tokens\x18\n \x01(\r\"F\n\nBlockSlots\x12\n\n\x02l1\x18\x01 \x01(\r\x12\r\n\x05store\x18\x02 \x01(\r\x12\x0c\n\x04\x64isk\x18\x03 \x01(\r\x12\x0f\n\x07\x65ncoded\x18\x04 \x01(\r\"^\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0c\n\x04stop\x18\x05 \x03(\t\"(\n\x04Turn\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\"\xac\x01\n\x0bPromptBlock\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x12\n\ncollection\x18\x03 \x01(\t\x12\x14\n\x0c\x63hunk_tokens\x18\x04 \x01(\r\x12%\n\x05\x66orms\x18\x05 \x03(\x0e\x32\x16.blockrag.v1.ChunkForm\x12$\n\x04kept\x18\x06 \x03(\x0b\x32\x16.blockrag.v1.TokenSpan\"\'\n\tTokenSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r*{\n\rAttentionMode\x12\x1e\n\x1a\x41TTENTION_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTENTION_MODE_BLOCK\x10\x01\x12\x17\n\x13\x41TTENTION_MODE_FULL\x10\x02\x12\x17\n\x13\x41TTENTION_MODE_NONE\x10\x03*s\n\tChunkForm\x12\x1a\n\x16\x43HUNK_FORM_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43HUNK_FORM_EXPANDED\x10\x01\x12\x19\n\x15\x43HUNK_FORM_COMPRESSED\x10\x02\x12\x16\n\x12\x43HUNK_FORM_DROPPED\x10\x03*n\n\tBlockForm\x12\x1a\n\x16\x42LOCK_FORM_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42LOCK_FORM_FULL\x10\x01\x12\x19\n\x15\x42LOCK_FORM_COMPRESSED\x10\x02\x12\x15\n\x11\x42LOCK_FORM_CHUNKS\x10\x03*\xb2\x01\n\x11\x43onditionOperator\x12\"\n\x1e\x43ONDITION_OPERATOR_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ONDITION_OPERATOR_IN\x10\x01\x12\x1d\n\x19\x43ONDITION_OPERATOR_NOT_IN\x10\x02\x12\x1f\n\x1b\x43ONDITION_OPERATOR_AT_LEAST\x10\x03\x12\x1e\n\x1a\x43ONDITION_OPERATOR_AT_MOST\x10\x04*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_END\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blockrag.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTENTIONMODE']._serialized_start=1522
-  _globals['_ATTENTIONMODE']._serialized_end=1645
-  _globals['_CHUNKFORM']._serialized_start=1647
-  _globals['_CHUNKFORM']._serialized_end=1762
-  _globals['_BLOCKFORM']._serialized_start=1764
-  _globals['_BLOCKFORM']._serialized_end=1874
-  _globals['_CONDITIONOPERATOR']._serialized_start=1877
-  _globals['_CONDITIONOPERATOR']._serialized_end=2055
-  _globals['_FINISHREASON']._serialized_start=2057
-  _globals['_FINISHREASON']._serialized_end=2175
+  _globals['_ATTENTIONMODE']._serialized_start=1539
+  _globals['_ATTENTIONMODE']._serialized_end=1662
+  _globals['_CHUNKFORM']._serialized_start=1664
+  _globals['_CHUNKFORM']._serialized_end=1779
+  _globals['_BLOCKFORM']._serialized_start=1781
+  _globals['_BLOCKFORM']._serialized_end=1891
+  _globals['_CONDITIONOPERATOR']._serialized_start=1894
+  _globals['_CONDITIONOPERATOR']._serialized_end=2072
+  _globals['_FINISHREASON']._serialized_start=2074
+  _globals['_FINISHREASON']._serialized_end=2192
   _globals['_REQUESTCONTEXT']._serialized_start=71
   _globals['_REQUESTCONTEXT']._serialized_end=150
-  _globals['_COMPRESSION']._serialized_start=152
-  _globals['_COMPRESSION']._serialized_end=266
-  _globals['_METADATACONDITION']._serialized_start=268
-  _globals['_METADATACONDITION']._serialized_end=390
-  _globals['_PASSAGE']._serialized_start=393
-  _globals['_PASSAGE']._serialized_end=618
-  _globals['_PASSAGEHOLDER']._serialized_start=620
-  _globals['_PASSAGEHOLDER']._serialized_end=691
-  _globals['_CHUNKDECISION']._serialized_start=693
-  _globals['_CHUNKDECISION']._serialized_end=800
-  _globals['_STAGETIME']._serialized_start=802
-  _globals['_STAGETIME']._serialized_end=850
-  _globals['_USAGE']._serialized_start=853
-  _globals['_USAGE']._serialized_end=1094
-  _globals['_BLOCKSLOTS']._serialized_start=1096
-  _globals['_BLOCKSLOTS']._serialized_end=1166
-  _globals['_SAMPLING']._serialized_start=1168
-  _globals['_SAMPLING']._serialized_end=1262
-  _globals['_TURN']._serialized_start=1264
-  _globals['_TURN']._serialized_end=1304
-  _globals['_PROMPTBLOCK']._serialized_start=1307
-  _globals['_PROMPTBLOCK']._serialized_end=1479
-  _globals['_TOKENSPAN']._serialized_start=1481
-  _globals['_TOKENSPAN']._serialized_end=1520
+  _globals['_COMPRESSION']._serialized_start=153
+  _globals['_COMPRESSION']._serialized_end=283
+  _globals['_METADATACONDITION']._serialized_start=285
+  _globals['_METADATACONDITION']._serialized_end=407
+  _globals['_PASSAGE']._serialized_start=410
+  _globals['_PASSAGE']._serialized_end=635
+  _globals['_PASSAGEHOLDER']._serialized_start=637
+  _globals['_PASSAGEHOLDER']._serialized_end=708
+  _globals['_CHUNKDECISION']._serialized_start=710
+  _globals['_CHUNKDECISION']._serialized_end=817
+  _globals['_STAGETIME']._serialized_start=819
+  _globals['_STAGETIME']._serialized_end=867
+  _globals['_USAGE']._serialized_start=870
+  _globals['_USAGE']._serialized_end=1111
+  _globals['_BLOCKSLOTS']._serialized_start=1113
+  _globals['_BLOCKSLOTS']._serialized_end=1183
+  _globals['_SAMPLING']._serialized_start=1185
+  _globals['_SAMPLING']._serialized_end=1279
+  _globals['_TURN']._serialized_start=1281
+  _globals['_TURN']._serialized_end=1321
+  _globals['_PROMPTBLOCK']._serialized_start=1324
+  _globals['_PROMPTBLOCK']._serialized_end=1496
+  _globals['_TOKENSPAN']._serialized_start=1498
+  _globals['_TOKENSPAN']._serialized_end=1537
 # @@protoc_insertion_point(module_scope)

@@ -76,16 +76,18 @@ class RequestContext(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Compression(_message.Message):
-    __slots__ = ("rate", "max_context_tokens", "max_ttft_ms", "policy")
+    __slots__ = ("rate", "max_context_tokens", "max_ttft_ms", "auto", "policy")
     RATE_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    AUTO_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     rate: float
     max_context_tokens: int
     max_ttft_ms: float
+    auto: bool
     policy: str
-    def __init__(self, rate: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., max_ttft_ms: _Optional[float] = ..., policy: _Optional[str] = ...) -> None: ...
+    def __init__(self, rate: _Optional[float] = ..., max_context_tokens: _Optional[int] = ..., max_ttft_ms: _Optional[float] = ..., auto: _Optional[bool] = ..., policy: _Optional[str] = ...) -> None: ...
 
 class MetadataCondition(_message.Message):
     __slots__ = ("key", "operator", "values")

@@ -133,13 +133,19 @@ def slides(page: Page) -> None:
     expect(page.locator("#passages .chunk.compressed").first).to_be_visible()
     assert page.locator("#passages .chunk.expanded").count() > 0
     assert page.locator("#runs tbody tr").nth(1).locator("td").first.inner_text() == "4"
+    page.get_by_label("As few as the question needs").focus()
+    page.keyboard.press("Space")
+    done(page, 3)
+    assert page.locator("#runs tbody tr").nth(2).locator("td").first.inner_text() == "auto"
+    page.keyboard.press("Space")
+    done(page, 4)
     page.get_by_label("Cached blocks", exact=True).focus()
     page.keyboard.press("ArrowRight")
-    done(page, 3)
+    done(page, 5)
     expect(page.get_by_role("slider", name="Rate")).to_be_disabled()
     expect(page.locator("#passages")).to_contain_text("computed with the question")
     page.keyboard.press("ArrowRight")
-    done(page, 4)
+    done(page, 6)
     expect(page.locator("#passages")).to_contain_text("The question alone was read.")
     page.locator("#runs button").first.click()
     expect(page.locator("#passages .passage").first).to_be_visible()

@@ -20,6 +20,7 @@ from blockrag.cli.main import app
 from blockrag.errors import BlockragError
 from blockrag.gateway import validation
 from blockrag.gateway.corpus import Corpus
+from blockrag.gateway.leftovers import Leftovers
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.metadata import struct_of
 from blockrag.status import status_code
@@ -38,7 +39,8 @@ class Gateway(corpus_pb2_grpc.CorpusServiceServicer, rag_pb2_grpc.RagServiceServ
     def __init__(self) -> None:
         splitter = PassageSplitter(TEST_TEMPLATE, make_tiny_tokenizer(), 64)
         self.index, self.cache = FakeIndex(), FakeCache()
-        self._corpus = Corpus(self.index, self.cache, preparing(splitter), 8)
+        leftovers = Leftovers(self.index, self.cache, 3600.0)
+        self._corpus = Corpus(self.index, self.cache, preparing(splitter), 8, leftovers)
 
     async def IngestDocument(self, request: AsyncIterator[Any], context: Any) -> Any:
         messages = [message async for message in request]

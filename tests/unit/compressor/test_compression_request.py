@@ -41,6 +41,15 @@ def test_each_budget(message: Compression, kind: str, limit: float) -> None:
     assert (found.kind, found.limit, found.policy) == (kind, limit, "query")
 
 
+@pytest.mark.parametrize("ability", [ABLE, UNABLE])
+@pytest.mark.parametrize("policy", ["", "retrieval"])
+def test_what_the_question_needs(ability: CompressionAbility, policy: str) -> None:
+    found = read(Compression(auto=True, policy=policy), ability)
+    assert found == CompressionRequest("auto", 0.0, "retrieval")
+    assert found.to_message() == Compression(auto=True, policy="retrieval")
+    assert not sizes_decide(found, ability)
+
+
 @pytest.mark.parametrize(
     ("policies", "asked", "chosen"),
     [
@@ -71,6 +80,8 @@ def test_who_chooses(policies: set[str], asked: str, chosen: str) -> None:
         (Compression(max_ttft_ms=math.nan), "compression.max_ttft_ms"),
         (Compression(rate=4, policy="oracle"), "compression.policy"),
         (Compression(policy="query"), "compression"),
+        (Compression(auto=False), "compression.auto"),
+        (Compression(auto=True, policy="query"), "compression.policy"),
     ],
 )
 def test_what_cannot_be_is_named(message: Compression, field: str) -> None:
@@ -100,18 +111,23 @@ def test_what_sizes_decide(message: Compression, decided: bool) -> None:
 
 @pytest.mark.parametrize(
     ("message", "decided"),
-    [(Compression(), True), (Compression(rate=4), True), (Compression(rate=4, policy="sentences"), False)],
+    [
+        (Compression(), True),
+        (Compression(rate=4), True),
+        (Compression(rate=4, policy="sentences"), False),
+        (Compression(max_ttft_ms=90), False),
+        (Compression(max_ttft_ms=90, policy="sentences"), False),
+    ],
 )
 def test_what_sizes_decide_without_a_chunk_encoder(message: Compression, decided: bool) -> None:
     assert sizes_decide(read(message, UNABLE), UNABLE) is decided
 
 
-def test_without_a_chunk_encoder_retrieval_chooses_and_a_time_is_refused() -> None:
+def test_without_a_chunk_encoder_retrieval_chooses() -> None:
     assert read(Compression(rate=4), UNABLE) == CompressionRequest("rate", 4.0, "retrieval")
     assert read(Compression(max_context_tokens=9), UNABLE) == CompressionRequest("max_context_tokens", 9.0, "retrieval")
     assert read(Compression(rate=4, policy="sentences"), UNABLE).policy == "sentences"  # type: ignore[union-attr]
-    with pytest.raises(InvalidRequestError, match="the bundle 'plain' has no chunk encoder: ask for a rate"):
-        read(Compression(max_ttft_ms=90), UNABLE)
+    assert read(Compression(max_ttft_ms=90), UNABLE) == CompressionRequest("max_ttft_ms", 90.0, "retrieval")
     with pytest.raises(InvalidRequestError, match="is 'query'; the bundle has sentences, retrieval"):
         read(Compression(rate=4, policy="query"), UNABLE)
 

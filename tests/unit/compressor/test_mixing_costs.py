@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from blockrag.budget import PrefillCost
-from blockrag.compressor.mixing import FRESH_S, DecoderCosts, PolicyTimes
+from blockrag.compressor.decoder_costs import FRESH_S, DecoderCosts
+from blockrag.compressor.mixing import PolicyTimes
 from blockrag.errors import UnavailableError
 from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 from tests.unit.kv_cache.parts import settle

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from blockrag.budget import composed_slots
 from blockrag.compressor.compression_request import CompressionAbility, read_compression, sizes_decide
-from blockrag.compressor.mixing import DecoderCosts, EmbeddingCache, Mixer
+from blockrag.compressor.decoder_costs import DecoderCosts
+from blockrag.compressor.mixing import EmbeddingCache, Mixer
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.rating import ChunkRater
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
@@ -97,7 +98,7 @@ def planner(bundle: Bundle, source: Encoding) -> Planner:
     return make_planner(bundle, mixer)
 
 
-def make_planner(bundle: Bundle, mixer: Mixer | None) -> Planner:
+def make_planner(bundle: Bundle, mixer: Mixer | None, costs: DecoderCosts | None = None) -> Planner:
     tokenizer = bundle.load_tokenizer()
     drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
     return Planner(
@@ -106,6 +107,7 @@ def make_planner(bundle: Bundle, mixer: Mixer | None) -> Planner:
         CompressionAbility.of(bundle),
         drafts,
         mixer,
+        costs,
     )
 
 
@@ -350,10 +352,24 @@ async def test_without_a_chunk_encoder_the_best_passages_stay_whole(plain: Bundl
     assert (await planner.plan(request(most))).passages[0].in_prompt
     none = await planner.plan(request(Compression(max_context_tokens=1)))
     assert not any(passage.in_prompt for passage in none.passages)
-    with pytest.raises(InvalidRequestError, match="has no chunk encoder"):
-        await planner.plan(request(Compression(max_ttft_ms=100)))
     with pytest.raises(InvalidRequestError, match="the bundle has sentences, retrieval"):
         await planner.plan(request(Compression(rate=2, policy="query")))
+
+
+@pytest.mark.parametrize("policy", ["retrieval", "sentences"])
+async def test_a_time_becomes_whole_passages_where_there_is_no_chunk_encoder(plain: Bundle, policy: str) -> None:
+    planner = make_planner(plain, None, DecoderCosts(decoder_status))
+    for milliseconds in (16, 30, 60, 90, 500):
+        # 10 ms for the question, half a millisecond for each slot, 5 ms elsewhere; the instruction block has one
+        left = int((milliseconds - 5 - 10) / 0.5) - 1
+        timed = await planner.plan(request(Compression(max_ttft_ms=milliseconds, policy=policy), spent_ms=5.0))
+        same = await planner.plan(request(Compression(max_context_tokens=max(1, left), policy=policy)))
+        assert timed == same
+        assert slots(timed) <= left
+    with pytest.raises(InvalidRequestError, match="the question without any passage takes about 16 ms"):
+        await planner.plan(request(Compression(max_ttft_ms=14), spent_ms=5.0))
+    with pytest.raises(ValueError, match="not decided by sizes"):
+        await make_planner(plain, None).plan(request(Compression(max_ttft_ms=90)))
 
 
 SEVERAL = (
@@ -370,6 +386,24 @@ def about(question: str, compression: Compression) -> PlanRequest:
         Passage(passage_id=title, document_id=title, title=title, text=text) for title, text in SEVERAL
     )
     return asked
+
+
+@pytest.mark.parametrize("compresses", [False, True])
+async def test_a_question_reads_what_it_seems_to_need(plain: Bundle, bundle: Bundle, compresses: bool) -> None:
+    planner = make_planner(bundle if compresses else plain, None)
+
+    async def read(question: str) -> list[str]:
+        plan = await planner.plan(about(question, Compression(auto=True)))
+        assert all(bool(passage.dropped_reason) != passage.in_prompt for passage in plan.passages)
+        in_prompt = [passage for passage in plan.passages if passage.in_prompt]
+        assert slots(plan) == sum(len(passage.token_ids) for passage in in_prompt)
+        blocks = decode_request(plan, Sampling(max_tokens=4)).blocks
+        assert not any(block.kept or block.forms for block in blocks)
+        return [passage.document_id for passage in in_prompt]
+
+    assert await read("Where do trolls live?") == ["Norway"]
+    assert await read("What is the capital of Fiji?") == ["Norway", "Fiji"]  # the first is read in any case
+    assert await read("Why?") == ["Norway", "Fiji"]  # no word says which
 
 
 async def test_sentences_are_taken_out_of_cached_blocks_if_asked(plain: Bundle) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from blockrag.cli.main import app
 from blockrag.evaluation.compression_run import plan_cells, rank_passages
 from blockrag.evaluation.compression_scores import (
+    AUTO,
     COMPRESSED,
     FULL,
     NO_CONTEXT,
@@ -96,6 +97,7 @@ def test_questions_and_paragraphs(bundle: Bundle, tmp_path: Path) -> None:
         *((2.0, name, False) for name in names),
         (2.0, "query", True),
         (4.0, COMPRESSED, False),
+        (0.0, AUTO, False),
     ]
     assert results["questions"] == results["numeric"] == 8
     slots = {(score["rate"], score["selector"]): score["slots"] for score in results["scores"]}
@@ -126,7 +128,11 @@ def test_sentences_and_whole_passages_where_nothing_encodes_chunks(tmp_path: Pat
     data, plain = write_patterns(tmp_path / "data"), load_bundle(make_tiny_bundle(tmp_path / "plain"))
     report = _run(plain, "--data", data, "--passages", 3, "--rates", "1,2,4", "--out", tmp_path / "out")
     scores = {(score["rate"], score["selector"]): score for score in report["results"]["scores"]}
-    assert set(scores) == {(1.0, UNCOMPRESSED), *((rate, name) for rate in (2.0, 4.0) for name in PLAIN)}
+    assert set(scores) == {(1.0, UNCOMPRESSED), *((rate, name) for rate in (2.0, 4.0) for name in PLAIN), (0.0, AUTO)}
+    assert 0 < scores[0.0, AUTO]["slots"] <= scores[1.0, UNCOMPRESSED]["slots"]
+    assert "| – | auto |" in (tmp_path / "out" / "compression.md").read_text()
+    only = _run(plain, "--data", data, "--passages", 3, "--selectors", "auto", "--rates", "1,2")
+    assert {score["selector"] for score in only["results"]["scores"]} == {UNCOMPRESSED, AUTO}
     assert scores[4.0, "sentences"]["slots"] <= scores[2.0, "sentences"]["slots"] < scores[1.0, UNCOMPRESSED]["slots"]
     pairs = {(one["rate"], one["first"], one["second"]) for one in report["results"]["differences"]}
     assert {(2.0, *PLAIN), (2.0, "sentences", UNCOMPRESSED), (4.0, *PLAIN)} <= pairs

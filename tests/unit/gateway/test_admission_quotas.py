@@ -52,10 +52,14 @@ def test_an_answer_s_tokens_are_charged_at_its_end_whole_or_as_far_as_it_came() 
     with held.question("acme") as metered:
         metered.see(text(3))
         metered.see(completion(prompt=40, answer=5))
+        metered.end(prompt_tokens=40)
     assert used(held, "tokens_a_minute") == 45
     with pytest.raises(RuntimeError), held.question("acme") as metered:
-        metered.see(text(60))
-        raise RuntimeError
+        try:
+            metered.see(text(20))
+            raise RuntimeError
+        finally:
+            metered.end(prompt_tokens=40)
     with pytest.raises(OverloadedError, match="100 tokens_a_minute"), held.question("acme"):
         pass
 

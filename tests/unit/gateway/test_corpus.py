@@ -11,6 +11,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from blockrag.errors import InvalidRequestError, NotFoundError, UnavailableError
 from blockrag.gateway.corpus import Corpus
+from blockrag.gateway.leftovers import Leftovers
 from blockrag.gateway.validation import check_header
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.v1 import corpus_pb2
@@ -37,7 +38,8 @@ def splitter() -> PassageSplitter:
 
 @pytest.fixture
 def corpus(splitter: PassageSplitter) -> Corpus:
-    return Corpus(FakeIndex(), FakeCache(), preparing(splitter), 8)
+    index, cache = FakeIndex(), FakeCache()
+    return Corpus(index, cache, preparing(splitter), 8, Leftovers(index, cache, 3600.0))
 
 
 def parts(corpus: Corpus) -> tuple[FakeIndex, FakeCache]:

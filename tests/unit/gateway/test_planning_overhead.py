@@ -28,3 +28,16 @@ def test_answers_that_the_compressor_planned_count_where_there_are_any() -> None
     overhead.record(9.0, {}, by_compressor=True)
     overhead.record(5.0, {})
     assert overhead.milliseconds == 9.0
+
+
+def test_a_busy_time_is_forgotten_though_nothing_is_answered() -> None:
+    now = 0.0
+    overhead = Overhead(lambda: now)
+    overhead.record(500.0, {}, by_compressor=True)
+    now = 59.0
+    overhead.record(5.0, {})
+    assert overhead.milliseconds == 500.0
+    now = 61.0
+    assert overhead.milliseconds == 5.0
+    now = 200.0
+    assert overhead.milliseconds == 0.0

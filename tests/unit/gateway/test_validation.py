@@ -12,11 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockrag.compressor.compression_request import CompressionAbility, CompressionRequest
-from blockrag.errors import InvalidRequestError
+from blockrag.errors import InvalidRequestError, SettingsError
 from blockrag.gateway import validation
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2
-from blockrag.v1.common_pb2 import Compression, MetadataCondition, Turn
+from blockrag.v1.common_pb2 import (
+    ATTENTION_MODE_FULL,
+    ATTENTION_MODE_NONE,
+    Compression,
+    MetadataCondition,
+    Turn,
+)
 from blockrag.v1.rag_pb2 import GenerateRequest, GivenPassage, RetrieveRequest
 
 LIMITS = GatewaySettings(max_top_k=100, default_top_k=5, default_max_tokens=48, max_timeout_ms=10_000)
@@ -64,9 +70,8 @@ def test_compression_is_checked_against_the_bundle() -> None:
     named = GenerateRequest(question="q", compression=Compression(rate=4, policy="sentences"))
     by_sentences = validation.check_generate(named, LIMITS, plain)
     assert by_sentences.compression == CompressionRequest("rate", 4.0, "sentences") and by_sentences.needs_compressor
-    with pytest.raises(InvalidRequestError, match="no chunk encoder"):
-        timed = GenerateRequest(question="q", compression=Compression(max_ttft_ms=100))
-        validation.check_generate(timed, LIMITS, plain)
+    timed = GenerateRequest(question="q", compression=Compression(max_ttft_ms=100))
+    assert validation.check_generate(timed, LIMITS, plain).needs_compressor
 
 
 def test_what_is_given_is_kept() -> None:
@@ -269,3 +274,22 @@ def test_what_cannot_be_seen_is_empty() -> None:
             validation.check_generate(request, LIMITS, ABILITY)
     with pytest.raises(InvalidRequestError, match="document_id"):
         validation.read_document_id("\u200b")
+
+
+def test_the_settings_say_how_small_where_the_request_does_not() -> None:
+    plain = CompressionAbility("plain", 8, None)
+
+    def read(rate: Any, **fields: Any) -> CompressionRequest | None:
+        limits = GatewaySettings(default_rate=rate)
+        return validation.check_generate(GenerateRequest(question="q", **fields), limits, plain).compression
+
+    assert read(1) is None
+    assert read("auto") == CompressionRequest("auto", 0.0, "retrieval")
+    assert read(4) == CompressionRequest("rate", 4.0, "retrieval")
+    assert read("auto", compression=Compression(rate=1)) == CompressionRequest("rate", 1.0, "retrieval")
+    assert read("auto", compression=Compression()) is None
+    for mode in (ATTENTION_MODE_FULL, ATTENTION_MODE_NONE):
+        assert read("auto", attention_mode=mode) is None
+    validation.check_default_rate(GatewaySettings(default_rate=8), plain)
+    with pytest.raises(SettingsError, match=r"gateway\.default_rate is 9; must be from 1 to 8"):
+        validation.check_default_rate(GatewaySettings(default_rate=9), plain)

@@ -21,6 +21,7 @@ from blockrag.gateway import validation
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.describing import Describing
+from blockrag.gateway.leftovers import Leftovers
 from blockrag.gateway.observing import observed, request_context
 from blockrag.http.app import build_app
 from blockrag.ingest.splitting import PassageSplitter
@@ -61,7 +62,8 @@ class StandIn:
 
     def __post_init__(self) -> None:
         self._answering = Answering(self.searcher, self.planner, self.decoder, "f00d", "tiny")
-        self._corpus = Corpus(self.index, FakeCache(), preparing(splitter()), 8)
+        cache = FakeCache()
+        self._corpus = Corpus(self.index, cache, preparing(splitter()), 8, Leftovers(self.index, cache, 3600.0))
 
     def _note(self, call: OnBehalf) -> None:
         self.calls.append(call)

@@ -217,6 +217,7 @@ async def test_what_openai_has_no_field_for(client: httpx.AsyncClient, gateway: 
         ({"blockrag": {"rat": 2}}, "blockrag.rat"),
         ({"blockrag": {"rate": 99}}, "blockrag.rate"),
         ({"blockrag": {"rate": 2, "max_ttft_ms": 5}}, "blockrag"),
+        ({"blockrag": {"rate": "most"}}, "blockrag.rate.float"),
         ({"blockrag": {"top_k": -1}}, "blockrag.top_k"),
         ({"blockrag": {"filter": {"type": "or", "filters": []}}}, "blockrag.filter.Comparison.type"),
         ({"blockrag": {"filter": {"type": "eq", "key": "k", "value": ["a"]}}}, "blockrag.filter"),

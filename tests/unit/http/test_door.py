@@ -72,6 +72,8 @@ async def test_without_keys_the_machine_s_own_are_the_system(client: httpx.Async
         ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),
         ({"host": "[::1]:8000"}, 200),
         ({"host": ""}, 401),
+        ({"host": "[::1"}, 401),
+        ({"origin": "http://[x"}, 401),
     ],
 )
 async def test_no_other_site_s_page_comes_in_without_keys(
@@ -124,6 +126,15 @@ async def test_no_question_waits_for_a_thread(client: httpx.AsyncClient) -> None
     finally:
         threads.release_on_behalf_of(everybody)
         threads.total_tokens = many
+
+
+async def test_a_form_is_one_however_its_type_is_written(client: httpx.AsyncClient) -> None:
+    content = b"--b\r\nContent-Disposition: form-data; name=file; filename=a.txt\r\n\r\n"
+    content += b"A word. " * (MAX_JSON_BYTES // 8) + b"\r\n--b--\r\n"
+    response = await client.post(
+        "/v1/files", content=content, headers={"content-type": "Multipart/Form-Data; boundary=b"}
+    )
+    assert response.status_code == 200, response.text
 
 
 async def test_a_body_is_bounded(client: httpx.AsyncClient) -> None:

@@ -73,6 +73,9 @@ class Corpus(corpus_pb2_grpc.CorpusServiceServicer):  # type: ignore[misc]
         if first.header.document_id == "bad":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "content: has no text")
         self.pieces = [message.content for message in rest]
+        if first.header.document_id == "many.jsonl":
+            many = (corpus_pb2.IngestedDocument(document_id=f"{number}", version="v" * 64) for number in range(60_000))
+            return corpus_pb2.IngestDocumentResponse(documents=many)
         return corpus_pb2.IngestDocumentResponse(
             documents=[corpus_pb2.IngestedDocument(document_id=first.header.document_id)]
         )
@@ -102,6 +105,8 @@ async def test_an_upload_streams_with_the_client_s_own_key(port: tuple[Corpus, s
     assert stored.documents[0].document_id == "a.txt"
     assert corpus.pieces == [b"one ", b"two"]
     assert (corpus.metadata["application"], corpus.metadata["authorization"]) == ("gateway", "Bearer key")
+    many = await gateway.ingest(corpus_pb2.DocumentHeader(document_id="many.jsonl"), pieces(), "")
+    assert len(many.documents) == 60_000  # more than the 4 MiB that gRPC takes by itself
     with pytest.raises(OverloadedError) as busy:
         await gateway.ingest(corpus_pb2.DocumentHeader(document_id="busy"), pieces(), "")
     assert busy.value.retry_after_ms == 300

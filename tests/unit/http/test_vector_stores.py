@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from blockrag.errors import NotFoundError
 from blockrag.settings import GatewaySettings, Settings
 from blockrag.v1.common_pb2 import Passage
 
@@ -173,6 +174,56 @@ async def test_what_json_can_write_and_no_text_can_be_is_refused(
 
     assert response.status_code == 400, response.text
     assert "half of a surrogate pair" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (
+            "vector_stores/notes/search",
+            '{"query": "a", "filters": {"type": "eq", "key": "k", "value": 1e999}}',
+            "filters",
+        ),
+        (
+            "vector_stores/notes/search",
+            '{"query": "a", "filters": {"type": "eq", "key": "k", "value": 1%s}}' % ("0" * 400),
+            "filters",
+        ),
+        ("responses", '{"model": "blockrag", "input": "a", "metadata": {"k": NaN}}', "metadata"),
+        ("chat/completions", '{"model": "blockrag", "messages": [], "user": -Infinity}', "user"),
+    ],
+)
+async def test_numbers_that_no_answer_can_say_are_refused(
+    client: httpx.AsyncClient, path: str, body: str, field: str
+) -> None:
+    response = await client.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert field in response.json()["error"]["message"]
+
+
+async def test_metadata_with_a_number_beyond_all_is_refused(client: httpx.AsyncClient) -> None:
+    options = '{"metadata": {"year": 1%s}}' % ("0" * 400)
+    response = await client.post(
+        "/v1/files", files={"file": ("a.txt", b"Fiji is a country.")}, data={"blockrag": options}
+    )
+    assert response.status_code == 400, response.text
+
+
+async def test_a_collection_that_goes_while_files_are_listed_is_left_out(
+    client: httpx.AsyncClient, gateway: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for collection in ("a", "b", "c"):
+        await upload(client, "a.txt", collection)
+    list_documents = gateway.list_documents
+
+    async def gone(request: Any, call: Any) -> Any:
+        if request.collection == "b":
+            raise NotFoundError("collection 'b' does not exist")
+        return await list_documents(request, call)
+
+    monkeypatch.setattr(gateway, "list_documents", gone)
+    listed = (await client.get("/v1/files")).json()
+    assert [file["id"] for file in listed["data"]] == ["a/a.txt", "c/a.txt"]
 
 
 async def test_where_an_upload_comes_from_and_its_language(client: httpx.AsyncClient, gateway: StandIn) -> None:

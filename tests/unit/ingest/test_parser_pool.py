@@ -142,6 +142,14 @@ async def test_cancelling_ends_the_process_and_frees_its_place(pool: ParserPool)
     assert await asyncio.wait_for(passages(pool, b"next"), 15) == ["next"]
 
 
+async def test_a_process_that_died_while_it_was_idle_costs_no_file(pool: ParserPool) -> None:
+    assert await passages(pool, b"<p>first</p>") == ["first"]
+    (idle,) = pool._idle
+    idle._process.kill()
+    idle._process.wait()
+    assert await passages(pool, b"<p>second</p>") == ["second"]
+
+
 async def test_more_files_than_processes(pool: ParserPool) -> None:
     found = await asyncio.gather(*(passages(pool, f"text {number}".encode()) for number in range(20)))
     assert found == [[f"text {number}"] for number in range(20)]

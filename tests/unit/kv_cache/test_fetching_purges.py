@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from blockrag.kv_cache.fetching import follow_purges
+from blockrag.errors import DeadlineError
+from blockrag.kv_cache.fetching import BlockFetcher, follow_purges
 from blockrag.kv_cache.shard_messages import PurgeLog
 
 
@@ -53,3 +54,29 @@ async def test_copies_forget_what_was_purged(caplog: pytest.LogCaptureFixture) -
     assert copies.told == ["clear", ["a", "b"]]
     assert kept_up == [1, 1, 2, 2, 2]
     assert [record.exc_info[1].args[0] for record in caplog.records if record.exc_info] == ["lost", "upkeep"]  # type: ignore[union-attr]
+
+
+class Shard:
+    def __init__(self, *answers: PurgeLog | Exception) -> None:
+        self._answers = list(answers)
+
+    async def purged_since(self, cursor: int) -> PurgeLog:
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Group:
+    patience_s = 1.0
+
+    def __init__(self, *shards: Shard) -> None:
+        self.shards = list(shards)
+
+
+async def test_a_shard_that_fails_takes_nothing_of_the_others() -> None:
+    told, quiet = PurgeLog(7, ["purged"], reset=False), PurgeLog(7, [], reset=False)
+    failing = Shard(DeadlineError("late"), PurgeLog(3, ["later"], reset=False))
+    source = BlockFetcher(Group(Shard(told, quiet), failing), None)  # type: ignore[arg-type]
+    assert (await source.poll_purges()).keys == ["purged"]
+    assert (await source.poll_purges()).keys == ["later"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from google.protobuf.struct_pb2 import Value
 
 from blockrag.errors import InvalidRequestError, NotFoundError, SettingsError
+from blockrag.retriever import rpcs
 from blockrag.retriever.edge import EdgeIndex
 from blockrag.retriever.embedding import Embedder, find_embedding
 from blockrag.retriever.rpcs import RetrieverService, check_settings, open_index
@@ -190,8 +192,30 @@ async def test_scans(service: RetrieverService) -> None:
     assert [item.document_id for item in rest.documents] == ["tuvalu.md"]
     assert [item.document_id for item in some.documents] == ["peru.md"]
     assert [item.text for item in listed.passages] == TEXTS["norway.md"] + TEXTS["peru.md"]
+    assert not any(item.HasField("metadata") and item.metadata.fields for item in listed.passages)
     with pytest.raises(InvalidRequestError, match="document_ids"):
         await service.ScanPassages(pb.ScanPassagesRequest(context=context()))
+
+
+async def test_what_broken_off_uploads_left_is_swept_while_it_runs(
+    service: RetrieverService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough, times = asyncio.Event(), 0
+
+    async def sweep() -> None:
+        nonlocal times
+        times += 1
+        if times == 2:
+            raise RuntimeError("once")
+        if times == 4:
+            enough.set()
+
+    monkeypatch.setattr(rpcs, "SWEEP_PERIOD_S", 0.001)
+    monkeypatch.setattr(service._index, "sweep", sweep)
+    await service.start()
+    await asyncio.wait_for(enough.wait(), 5)
+    assert service._sweeping is not None
+    service._sweeping.cancel()
 
 
 async def test_removing(service: RetrieverService) -> None:

@@ -35,7 +35,7 @@ export function setUpAsking(chosenCollection) {
   });
   $("stop").addEventListener("click", () => running?.abort());
   $("rate").addEventListener("input", showSettings);
-  for (const input of [$("rate"), $("top-k"), ...document.getElementsByName("mode")])
+  for (const input of [$("rate"), $("auto"), $("top-k"), ...document.getElementsByName("mode")])
     input.addEventListener("change", () => {
       showSettings();
       clearTimeout(again);
@@ -62,10 +62,14 @@ export function forgetAsked() {
 }
 
 const mode = () => document.querySelector("input[name=mode]:checked").value;
-const rate = () => (mode() === "block" ? Number($("rate").value) : 1);
+const rate = () => {
+  if (mode() !== "block") return 1;
+  return $("auto").checked ? "auto" : Number($("rate").value);
+};
 
 function showSettings() {
-  $("rate").disabled = mode() !== "block";
+  $("rate").disabled = rate() === "auto" || mode() !== "block";
+  $("auto").disabled = mode() !== "block";
   $("top-k").disabled = mode() === "none";
   $("mode-help").textContent = MODE_HELP[mode()];
   $("rate-value").textContent = rate().toLocaleString("en");
@@ -73,13 +77,14 @@ function showSettings() {
   const smaller = whole
     ? "Passages are left out, the worst first, until the rest is this many times smaller."
     : "This many tokens for each slot; what the question needs stays word for word.";
-  $("rate-help").textContent = rate() > 1 ? smaller : "1: every passage word for word.";
+  const needed = "The best passage, and those that share nearly as many words with the question, are read.";
+  $("rate-help").textContent = rate() === "auto" ? needed : rate() > 1 ? smaller : "1: every passage word for word.";
 }
 
 function request(text) {
   const options = { attention_mode: mode(), explain: true };
   if (mode() !== "none") options.top_k = Number($("top-k").value);
-  if (rate() > 1) options.rate = rate();
+  if (mode() === "block") options.rate = rate();
   const model = mode() === "none" ? "blockrag" : `blockrag/${collection()}`;
   return { model, input: text, stream: true, include: ["file_search_call.results"], blockrag: options };
 }
@@ -144,7 +149,8 @@ async function findMore(run, query, signal) {
 /** Shows an earlier run again, with the settings that it was asked with. */
 function choose(run) {
   for (const input of document.getElementsByName("mode")) input.checked = input.value === run.mode;
-  $("rate").value = String(run.rate);
+  $("auto").checked = run.rate === "auto";
+  if (run.rate !== "auto") $("rate").value = String(run.rate);
   showSettings();
   show(run);
 }

@@ -124,7 +124,7 @@ async function confirmed() {
   $("delete-dialog").close();
   const { file, documentId } = deleting;
   try {
-    await remove(`files/${file.id.split("/").map(encodeURIComponent).join("/")}`);
+    await remove(`files/${encodeURIComponent(file.id)}`);
     say(`${documentId} was deleted.`);
     await changed(shown);
   } catch (error) {
