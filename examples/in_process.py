@@ -6,7 +6,7 @@ python examples/in_process.py [BUNDLE]
 import sys
 
 from blockrag.configured import configured_bundle
-from blockrag.evaluation.pieces import Piece
+from blockrag.evaluation.drawing import Piece
 from blockrag.evaluation.reader import Prompt, Reader
 from blockrag.settings import BundleSettings, Settings
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from google.protobuf.message import Message
@@ -36,13 +36,6 @@ _FILE_KEPT_S = 2.0
 _logger = logging.getLogger(__name__)
 
 
-class TenantRow(Protocol):
-    """What a status says of one tenant."""
-
-    tenant: str
-
-
-Row = TypeVar("Row", bound=TenantRow)
 Status = TypeVar("Status", bound=Message)
 
 
@@ -191,19 +184,11 @@ def show_own(status: Status, caller: Caller) -> Status:
     return status
 
 
-def show_own_rows(rows: MutableSequence[Row], caller: Caller) -> None:
+def show_own_rows(rows: MutableSequence[Any], caller: Caller) -> None:
     """Take other tenants' rows of a status away, in place, unless the caller is an operator."""
     for place in reversed(range(len(rows))):
         if not caller.operator and rows[place].tenant != caller.tenant:
             del rows[place]
-
-
-class CallOrigin(Protocol):
-    """The part of Serve's gRPC context that is used here."""
-
-    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
-
-    def peer(self) -> str: ...
 
 
 class Access(Tenants):
@@ -216,8 +201,8 @@ class Access(Tenants):
         super().__init__(settings.gateway.tenants, Path(file).expanduser() if file else None)
         self._this_machine_only = settings.cluster.host in LOOPBACK_NAMES
 
-    def check(self, request: Any, call: CallOrigin) -> Caller:
-        """Who calls. Refuses a call without a known key, or with one that is not the tenant's it speaks for."""
+    def check(self, request: Any, call: Any) -> Caller:
+        """Who calls, by Serve's gRPC context; refuses one without a known key, or with that of another tenant."""
         if self._this_machine_only and not is_this_machine(call.peer()):
             raise UnauthenticatedError(
                 "this system serves its own machine only: set cluster.host and give tenants keys"

@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
@@ -30,7 +29,6 @@ import grpc
 from blockrag import client_messages as messages
 from blockrag.alike import alike
 from blockrag.client_calls import CallSpan, Patience, open_channel, start_call, translated
-from blockrag.client_options import Filter, GenerateOptions, IngestOptions
 from blockrag.errors import DeadlineError, NotFoundError, OverloadedError, UnavailableError
 from blockrag.results import (
     Answer,
@@ -41,7 +39,10 @@ from blockrag.results import (
     DeletedSource,
     Description,
     Document,
+    Filter,
+    GenerateOptions,
     IngestedDocument,
+    IngestOptions,
     Passage,
     Retrieved,
     TextChunk,
@@ -94,9 +95,7 @@ class BlockragClient:
     async def __aenter__(self) -> BlockragClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:

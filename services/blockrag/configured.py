@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from blockrag.keys import KeyMaker
-from blockrag.modeling.native.processor import BFLOAT16, has_instructions
+from blockrag.modeling.native.build import BFLOAT16, has_instructions
 from blockrag.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def configured_bundle(settings: Settings, *, verify_files: bool = False) -> Bund
     small. Raises ``BundleError``.
     """
     from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
-    from blockrag.modeling.digests import remembered_sha256
+    from blockrag.modeling.cache import remembered_sha256
 
     return load_bundle(
         settings.bundle.path or DEFAULT_BUNDLE,

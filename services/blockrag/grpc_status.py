@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Container, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -45,14 +45,6 @@ INTERNAL_MESSAGE = "internal error; the server's log has more"
 """How the message of each unforeseen error begins."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class StatusContext(Protocol):
-    """The part of Serve's gRPC context that is used here."""
-
-    def set_code(self, code: grpc.StatusCode) -> None: ...
-
-    def set_details(self, details: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -115,8 +107,8 @@ def original_error(error: BaseException) -> BaseException:
 
 
 @asynccontextmanager
-async def translated(context: StatusContext | OnBehalf | None) -> AsyncIterator[None]:
-    """Sets the status of a context when the body raises."""
+async def translated(context: Any) -> AsyncIterator[None]:
+    """Sets the status of Serve's gRPC context, where there is one, when the body raises."""
     try:
         yield
     except Exception as error:

@@ -79,7 +79,7 @@ class BlockKV(_Summed):
     values: NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.int8]
     """V, same shape and type as ``keys``."""
     scales: tuple[NDArray[np.uint16], NDArray[np.uint16]] | None = None
-    """Of K and V in int8, see ``blockrag.modeling.narrow.Scales``; bits of bfloat16."""
+    """Of K and V in int8, see ``blockrag.modeling.slots.Scales``; bits of bfloat16."""
     checksum: int = field(init=False, compare=False, repr=False)
 
     def _contents(self) -> tuple[NDArray[Any], ...]:

@@ -16,7 +16,7 @@ import pytest
 from blockrag.client import BlockragClient
 from blockrag.configured import configured_bundle
 from blockrag.errors import InvalidRequestError
-from blockrag.evaluation.pieces import Piece
+from blockrag.evaluation.drawing import Piece
 from blockrag.evaluation.reader import PlannedPrompt, Prompt, Reader
 from blockrag.results import BlockSlots, Citation, Compression, GivenPassage, TextChunk
 from blockrag.v1 import common_pb2

@@ -15,7 +15,7 @@ from blockrag.configured import configured_bundle
 from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings
 from blockrag.telemetry import new_traceparent, read_trace, trace_directory, trace_id_of
-from blockrag.telemetry.trace_files import StoredSpan
+from blockrag.telemetry.tracing import StoredSpan
 from blockrag.v1 import common_pb2, decoder_pb2, decoder_pb2_grpc, kv_cache_pb2, kv_cache_pb2_grpc
 from tests.integration.conftest import Cluster
 

@@ -13,7 +13,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from blockrag.client import BlockragClient
-from blockrag.client_options import GenerateOptions
 from blockrag.errors import (
     BlockragError,
     DeadlineError,
@@ -22,7 +21,7 @@ from blockrag.errors import (
     OverloadedError,
     PromptTooLongError,
 )
-from blockrag.results import Completion, Compression, Condition, GivenPassage, Retrieved
+from blockrag.results import Completion, Compression, Condition, GenerateOptions, GivenPassage, Retrieved
 from blockrag.v1 import corpus_pb2, corpus_pb2_grpc
 from tests.integration.conftest import Cluster
 

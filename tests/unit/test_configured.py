@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockrag.configured import configured_bundle, configured_compute_dtype, configured_device, configured_keys
-from blockrag.modeling.native import processor
+from blockrag.modeling.native import build
 from blockrag.settings import BundleSettings, Settings
 from tests.models import make_tiny_bundle
 
@@ -38,7 +38,7 @@ def test_the_type_goes_by_the_processor(
 ) -> None:
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\nbugs\t\t: avx512_bf16\n")
-    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(build, "_CPUINFO", tmp_path / "cpuinfo")
     assert configured_compute_dtype(_settings()) == dtype
     assert configured_compute_dtype(_settings(device="cuda:1")) == "bfloat16"
     assert configured_compute_dtype(_settings(compute_dtype="float32", device="cuda")) == "float32"

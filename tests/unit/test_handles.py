@@ -18,7 +18,7 @@ from blockrag.handles import (
     RetrieverClient,
     Rpc,
 )
-from blockrag.http.gateway import RemoteGateway
+from blockrag.http.door import RemoteGateway
 from blockrag.services import SERVICES
 from blockrag.v1 import (
     compressor_pb2,

@@ -13,16 +13,16 @@ import typer
 from rich.table import Table
 
 from blockrag.cli import console
+from blockrag.cli.adapt import app as app
+from blockrag.cli.adapt import shown
 from blockrag.cli.console import JsonOption
 from blockrag.cli.options import command_of
-from blockrag.cli.training_workers import shown
 from blockrag.errors import SetupError
 from blockrag.modeling.files import DEFAULT_BUNDLE
 from blockrag.training.pear.pear_config import PUBLISHED_SIZES, PearConfig
 
 if TYPE_CHECKING:
     from blockrag.modeling.bundle import Bundle
-    from blockrag.training.pear.pear_config import PearConfig
     from blockrag.training.pear.procedure import PearReport
     from blockrag.training.run import OnProgress, RunFolder
 
@@ -30,12 +30,8 @@ if TYPE_CHECKING:
 _SIZES = ",".join(f"{samples}x{tokens}" for samples, tokens in PUBLISHED_SIZES)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the group ``adapt``."""
-    command = command_of(PearConfig, spellings={"heads": ("--heads", "-k")})
-    app.command(epilog="Example: blockrag adapt pear --bundle my-bundle --out my-bundle-pear")(command(pear))
-
-
+@app.command(epilog="Example: blockrag adapt pear --bundle my-bundle --out my-bundle-pear")
+@command_of(PearConfig, spellings={"heads": ("--heads", "-k")})
 def pear(
     config: PearConfig,
     bundle: Annotated[Path, typer.Option(help="Bundle; default: the one that ships with blockrag.")] = DEFAULT_BUNDLE,
@@ -58,7 +54,7 @@ def pear(
     from blockrag.modeling.bundle import load_bundle
     from blockrag.modeling.bundle_writing import write_pear
     from blockrag.training.run import RunFolder
-    from blockrag.training.workers import OneWorker
+    from blockrag.training.workers import Workers
 
     if (out is not None) + in_place + detect_only != 1:
         raise SetupError("give exactly one of --out, --in-place and --detect-only")
@@ -68,7 +64,7 @@ def pear(
     config = replace(config, sizes=_parse_sizes(sizes))
     beside = _beside(out or source.path)
     run_dir = (out or beside).with_name(f"{(out or beside).name}.run")
-    run = None if detect_only else RunFolder(run_dir, OneWorker(device))
+    run = None if detect_only else RunFolder(run_dir, Workers(device))
     with shown(as_json, lines=False) as show:
         found = _adapt(source, config, device, run, show)
     made = write_pear(source, found.record, out) if found.record else None

@@ -30,8 +30,7 @@ from blockrag.settings import Settings
 
 if TYPE_CHECKING:
     from blockrag.evaluation.peers.rounds import PeerRow
-    from blockrag.evaluation.ttft_grpc import GrpcSample
-    from blockrag.evaluation.ttft_report import ReportRow
+    from blockrag.evaluation.ttft_grpc import GrpcSample, ReportRow
 
 
 _LONGEST = 10**6
@@ -154,7 +153,7 @@ def ttft(
     """
     from blockrag.configured import configured_bundle
     from blockrag.evaluation.plots import plot_rows
-    from blockrag.evaluation.ttft_report import rate_notes
+    from blockrag.evaluation.ttft_grpc import rate_notes
 
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
@@ -268,7 +267,7 @@ def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> l
 
 
 def _grpc_rows(samples: list[GrpcSample]) -> list[ReportRow]:
-    from blockrag.evaluation.ttft_report import make_row
+    from blockrag.evaluation.ttft_grpc import make_row
 
     times: dict[tuple[int, str], list[float]] = {}
     slots: dict[tuple[int, str], int] = {}
@@ -308,7 +307,7 @@ def _stages(samples: list[GrpcSample]) -> dict[str, dict[str, float]]:
 def _table(
     rows: list[ReportRow], sizes: tuple[int, ...], title: str, shown: Callable[[ReportRow | None], str]
 ) -> Table:
-    from blockrag.evaluation.ttft_report import LABELS
+    from blockrag.evaluation.ttft_grpc import LABELS
 
     table = Table("", "", *(f"{size}" for size in sizes), title=title)
     for path in ("model", "grpc"):

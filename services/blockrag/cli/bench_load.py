@@ -11,8 +11,7 @@ import typer
 from rich.table import Table
 
 from blockrag.cli import console
-from blockrag.cli.connection import Connection
-from blockrag.cli.console import JsonOption
+from blockrag.cli.console import Connection, JsonOption
 from blockrag.cli.measured import as_bytes, counted, parse_rates, write_results
 from blockrag.cli.options import command_of
 from blockrag.errors import InvalidRequestError

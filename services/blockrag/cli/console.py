@@ -1,11 +1,11 @@
-"""How commands print: rich text for people, JSON for programs, one line for errors."""
+"""How commands print (rich text for people, JSON for programs, one line for errors), and which system they talk to."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +14,12 @@ from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from blockrag.client import BlockragClient
 from blockrag.errors import BlockragError
+from blockrag.local import LocalSystem
+from blockrag.results import Description
 from blockrag.settings import API_KEY_VARIABLE, Settings, load_settings
+from blockrag.tenants import HASHED_KEY
 
 _FILE_WIDTH = 160
 """Columns of what goes into a file or a pipe: at a terminal's 80 the wider tables lose their numbers."""
@@ -113,3 +117,34 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return printable(str(value))
     return value
+
+
+_PATIENCE_S = 3.0
+"""For a target that somebody typed, which may be wrong: shorter than a program's."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Options of every command that talks to a running system (``options.command_of``)."""
+
+    settings: SettingsOption = None
+    target: TargetOption = ""
+    api_key: ApiKeyOption = ""
+
+    def client(self) -> BlockragClient:
+        """A client of ``target``, or of the system on this machine when that is empty.
+
+        Raises ``NotFoundError`` when nothing runs here. On this machine the first tenant's key is used by itself.
+        """
+        if self.target:
+            return BlockragClient(self.target, api_key=self.api_key or None, patience_s=_PATIENCE_S)
+        settings = settings_from(self.settings)
+        system = LocalSystem.attach(settings)
+        tenants = settings.gateway.tenants or system.settings.gateway.tenants
+        keys = [key for tenant in tenants[:1] for key in tenant.keys if not key.startswith(HASHED_KEY)]
+        return BlockragClient(system.target, api_key=self.api_key or next(iter(keys), None))
+
+    async def describe(self) -> Description:
+        """What the system says of itself."""
+        async with self.client() as client:
+            return await client.describe()

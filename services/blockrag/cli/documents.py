@@ -15,14 +15,12 @@ from rich.text import Text
 
 from blockrag.characters import normalise
 from blockrag.cli import console
-from blockrag.cli.connection import Connection
-from blockrag.cli.console import CollectionOption, JsonOption
+from blockrag.cli.console import CollectionOption, Connection, JsonOption
 from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
-from blockrag.client_options import IngestOptions
 from blockrag.errors import BlockragError, InvalidRequestError
 from blockrag.languages import LANGUAGES
-from blockrag.results import IngestedDocument, WarmProgress
+from blockrag.results import IngestedDocument, IngestOptions, WarmProgress
 from blockrag.syncing import Sync
 
 SUFFIXES = (".txt", ".md", ".markdown", ".html", ".htm", ".pdf", ".jsonl")

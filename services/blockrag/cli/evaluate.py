@@ -13,15 +13,13 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from blockrag.cli import console
-from blockrag.cli.connection import Connection
-from blockrag.cli.console import JsonOption, SettingsOption
+from blockrag.cli.console import Connection, JsonOption, SettingsOption
 from blockrag.cli.measured import counted, environment, names, parse_numbers, parse_rates, write_results
 from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
-from blockrag.client_options import GenerateOptions
 from blockrag.errors import SetupError
 from blockrag.evaluation.experiment_options import MODES, MOST_PASSAGES, CompressionOptions, Mode, QaOptions
-from blockrag.results import AttentionModeName, Passage
+from blockrag.results import AttentionModeName, GenerateOptions, Passage
 from blockrag.settings import Settings
 
 if TYPE_CHECKING:
@@ -255,7 +253,7 @@ def almanac(
             )
         )
     if as_json:
-        result = {"scores": scores.to_dict(), "top_k": top_k, "max_context_tokens": max_context_tokens}
+        result = {"scores": scores, "top_k": top_k, "max_context_tokens": max_context_tokens}
         console.print_json({**result, "environment": environment()})
         return
     table = Table("mode", f"recall@{scores.recall_at}", "exact match", "F1", "failed")

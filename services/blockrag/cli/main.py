@@ -7,7 +7,7 @@ import sys
 import typer
 
 from blockrag import __version__
-from blockrag.cli import adapt, ask, bench, bench_load, bundles, demo, documents, evaluate, system, top
+from blockrag.cli import adapt_pear, ask, bench, bench_load, bundles, demo, documents, evaluate, system, top
 
 app = typer.Typer(
     name="blockrag",
@@ -37,7 +37,7 @@ for module in (system, top, documents, ask, demo):
 bench_load.register(app, bench.app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(bundles.app, name="bundle")
-app.add_typer(adapt.app, name="adapt")
+app.add_typer(adapt_pear.app, name="adapt")  # with the commands of ``adapt``
 app.add_typer(evaluate.app, name="eval")
 
 

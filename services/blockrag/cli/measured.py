@@ -72,7 +72,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def environment() -> dict[str, Any]:
     """Where it was measured, for a result's JSON."""
-    from blockrag.evaluation.environment import describe_environment
+    from blockrag.evaluation.experiment import describe_environment
 
     return asdict(describe_environment())
 

@@ -12,8 +12,7 @@ from rich.text import Text
 
 from blockrag.access import hashed_key
 from blockrag.cli import console
-from blockrag.cli.connection import Connection
-from blockrag.cli.console import JsonOption, SettingsOption
+from blockrag.cli.console import Connection, JsonOption, SettingsOption
 from blockrag.cli.options import command_of
 from blockrag.errors import NotFoundError
 from blockrag.local import LocalSystem

@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blockrag.cli import console
-from blockrag.cli.connection import Connection
-from blockrag.cli.console import JsonOption
+from blockrag.cli.console import Connection, JsonOption
 from blockrag.cli.options import command_of
 from blockrag.errors import NotFoundError, UnavailableError
 from blockrag.local import LocalSystem

@@ -21,14 +21,14 @@ from blockrag.settings import Settings
 from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 
 if TYPE_CHECKING:
-    from blockrag.compressor.embeddings import EmbeddingCache
+    from blockrag.compressor.mixing import EmbeddingCache
     from blockrag.compressor.rating import ChunkRater
     from blockrag.kv_cache.shard_messages import BlockSource
 
 
 def embedding_cache(source: BlockSource, settings: Settings) -> EmbeddingCache:
     """Chunk embeddings of ``source``, kept within the settings' budget."""
-    from blockrag.compressor.embeddings import EmbeddingCache
+    from blockrag.compressor.mixing import EmbeddingCache
 
     return EmbeddingCache(source, settings.compressor.embeddings_mb * MIB)
 

@@ -1,7 +1,7 @@
 """Which chunks of which passages are expanded for one question: sizes, embeddings, policy, budget put together.
 
 A plan under a latency budget must know the decoder's cost per slot (``decoder_costs``) and the policy's own time, which
-is measured here.
+is measured here. Chunk embeddings are kept by the cache for the cluster, and here for the next plan.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import statistics
 import time
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
@@ -22,14 +22,87 @@ from torch import Tensor
 from blockrag.budget import Room, affordable_slots, chunk_lengths, expand, room_for
 from blockrag.compressor.compression_request import RETRIEVAL, CompressionRequest
 from blockrag.compressor.decoder_costs import DecoderCosts
-from blockrag.compressor.embeddings import EmbeddingCache
 from blockrag.compressor.plans import Candidates, Mixture, by_passage, mixture_by_size
 from blockrag.compressor.rating import ChunkRater
-from blockrag.errors import InvalidRequestError
+from blockrag.errors import DataError, InvalidRequestError
 from blockrag.keys import KeyMaker
+from blockrag.kv_cache.shard_messages import BlockSource
 from blockrag.lru import Lru
-from blockrag.types import BlockForm, BlockRequest
+from blockrag.types import BlockForm, BlockRequest, CachedBlock, ChunkEmbeddings
 from blockrag.v1 import compressor_pb2
+
+
+class EmbeddingCache:
+    """Least recently used embeddings within a byte budget. All calls from one event loop.
+
+    One prompt's embeddings may exceed the budget; then they are not kept.
+    """
+
+    def __init__(self, source: BlockSource, budget_bytes: int) -> None:
+        self._source = source
+        self._held: Lru[str, Tensor] = Lru(budget_bytes, lambda embeddings: embeddings.nbytes)
+        self._coming: list[set[str]] = []
+        """Of each fetch under way, the keys that may be kept."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._held.size
+
+    async def get(self, keys: Sequence[str], request: Callable[[int], BlockRequest]) -> list[Tensor]:
+        """Embeddings of each block, float32 [chunks, width], in order. When all are here, the loop is not given up.
+
+        ``request`` makes the request for the block of ``keys[place]``, when it is missing. Raises what the source
+        raises, and ``DataError`` for a block that is not what was asked for.
+        """
+        found: dict[str, Tensor] = {}
+        missing: dict[str, BlockRequest] = {}
+        for place, key in enumerate(keys):
+            held = self._held.get(key)
+            if held is None:
+                missing[key] = request(place)
+            else:
+                found[key] = held
+        if missing:
+            found.update(await self._fetch(missing))
+        return [found[key] for key in keys]
+
+    def purge(self, keys: Iterable[str]) -> None:
+        """Forget embeddings, those on their way included."""
+        gone = set(keys)
+        for coming in self._coming:
+            coming -= gone
+        for key in gone:
+            self._held.pop(key)
+
+    def clear(self) -> None:
+        """Forget all embeddings, those on their way included."""
+        for coming in self._coming:
+            coming.clear()
+        self._held.clear()
+
+    async def _fetch(self, missing: dict[str, BlockRequest]) -> dict[str, Tensor]:
+        may_stay = set(missing)
+        self._coming.append(may_stay)
+        try:
+            fetched = await self._source.fetch(list(missing.values()))
+        finally:
+            self._coming = [coming for coming in self._coming if coming is not may_stay]
+        found = {
+            request.key: _embeddings(request, item.block)
+            for request, item in zip(missing.values(), fetched, strict=True)
+        }
+        for key in may_stay:
+            self._held.put(key, found[key])
+        return found
+
+
+def _embeddings(request: BlockRequest, block: CachedBlock) -> Tensor:
+    if not isinstance(block, ChunkEmbeddings) or len(block.embeddings) != request.size:
+        raise DataError(f"the cache answered chunk embeddings {request.key} with another block")
+    # a copy: what comes from the object store is read-only, and stays there as long as somebody refers to it
+    return torch.tensor(block.embeddings)
+
 
 _KEPT_TIMES = 16
 _REMEMBERED_KEYS = 16_384
@@ -76,11 +149,10 @@ class Mixer:
         self._chunk_tokens = chunk_tokens
         self._rater = rater
         self._embeddings = embeddings
-        self._keys = keys
         self._costs = costs
         self._times = PolicyTimes()
         self._form = BlockForm("chunks", chunk_tokens)
-        self._key = lru_cache(maxsize=_REMEMBERED_KEYS)(self._make_key)
+        self._key = lru_cache(maxsize=_REMEMBERED_KEYS)(partial(keys.block_key, form=self._form))
         self._questions: Lru[tuple[int, ...], asyncio.Future[Tensor]] = Lru(_REMEMBERED_QUESTIONS)
         self._executor = ThreadPoolExecutor(
             1, thread_name_prefix="compressor-policy", initializer=torch.set_num_threads, initargs=(threads,)
@@ -184,9 +256,6 @@ class Mixer:
             self._questions.put(ids, known)
         # shielded: one who leaves must not take it from the others
         return asyncio.shield(known)
-
-    def _make_key(self, tenant: str, ids: tuple[int, ...]) -> str:
-        return self._keys.block_key(tenant, ids, self._form)
 
 
 def _failed(future: asyncio.Future[Tensor]) -> bool:

@@ -60,15 +60,6 @@ class Mixture:
     """Time that the policy took; 0: it was not asked."""
 
 
-def mix_by_size(compression: CompressionRequest, candidates: Candidates, chunk_tokens: int) -> Mixture:
-    """The mixture of a request that ``sizes_decide``. Raises ValueError for one that a policy or time decides."""
-    sizes = [len(ids) for ids in candidates.blocks]
-    room = room_for(sizes, chunk_tokens, compression.kind, compression.limit, candidates.most_slots)
-    if compression.kind == "max_ttft_ms" or (room.choice and compression.policy != RETRIEVAL):
-        raise ValueError(f"{compression} is not decided by sizes")
-    return mixture_by_size(room, sizes, chunk_tokens)
-
-
 def mixture_by_size(room: Room, sizes: Sequence[int], chunk_tokens: int) -> Mixture:
     """Better passages' chunks first, where there is a choice."""
     kept = room.kept
@@ -94,28 +85,18 @@ def by_passage(
     return parts
 
 
+@dataclass
 class Planner:
     """Makes plans for one bundle."""
 
-    def __init__(
-        self,
-        tokenizer: PassageTokenizer,
-        max_positions: int,
-        ability: CompressionAbility,
-        drafts: PassageDrafts,
-        mixer: Mixer | None = None,
-        costs: DecoderCosts | None = None,
-    ) -> None:
-        """``mixer``: None where the bundle cannot compress; ``costs``: of prefills. Both None where plans are made that
-        ``sizes_decide`` only.
-        """
-        self.tokenizer = tokenizer
-        self._max_positions = max_positions
-        self.ability = ability
-        self._chunk_tokens = ability.chunk_tokens
-        self.drafts = drafts
-        self._mixer = mixer
-        self._costs = costs
+    tokenizer: PassageTokenizer
+    max_positions: int
+    ability: CompressionAbility
+    drafts: PassageDrafts
+    mixer: Mixer | None = None
+    """None where the bundle cannot compress."""
+    costs: DecoderCosts | None = None
+    """Of prefills. This and the mixer are None where plans are made that ``sizes_decide`` only."""
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
         """The plan of a request whose compression was not read yet; raises what ``plan_read`` raises, and
@@ -139,7 +120,7 @@ class Planner:
         turns = self._turns(request)
         before_tokens = len(self.tokenizer.instruction_ids) + sum(map(len, turns))
         budget = PromptBudget(
-            max_positions=self._max_positions,
+            max_positions=self.max_positions,
             instruction_tokens=before_tokens,
             final_tokens=len(final_ids),
             answer_tokens=request.max_tokens,
@@ -156,7 +137,15 @@ class Planner:
         elif compression.kind == "auto":
             decisions = relevant_passages(sizes, _relevance(request.question, passages), left)
         elif self.ability.policies is not None:
-            mixture = await self._mixture(request, compression, blocks, before_tokens, final_ids, left)
+            document_ids = [passage.document_id for passage in request.passages]
+            candidates = Candidates(blocks, document_ids, before_tokens, final_ids, left)
+            if self.mixer is not None:
+                mixture = await self.mixer.mix(request, compression, candidates)
+            else:
+                room = room_for(sizes, self.ability.chunk_tokens, compression.kind, compression.limit, left)
+                if compression.kind == "max_ttft_ms" or (room.choice and compression.policy != RETRIEVAL):
+                    raise ValueError(f"{compression} is not decided by sizes")
+                mixture = mixture_by_size(room, sizes, self.ability.chunk_tokens)
             decisions = mixture.decisions
         else:
             compression = await self._in_tokens(compression, request.spent_ms, before_tokens)
@@ -172,7 +161,7 @@ class Planner:
             final_token_ids=final_ids,
             prompt_tokens=before_tokens + len(final_ids),
             turns=[common_pb2.PromptBlock(token_ids=ids) for ids in turns],
-            chunk_tokens=self._chunk_tokens,
+            chunk_tokens=self.ability.chunk_tokens,
             policy_ms=mixture.policy_ms if mixture else 0.0,
         )
         draft = self.drafts.plain if mixture is None else self.drafts.worded
@@ -193,7 +182,7 @@ class Planner:
                 expanded = mixture.expanded[place]
                 for index in np.flatnonzero(expanded).tolist():
                     planned.chunks[index].form = common_pb2.CHUNK_FORM_EXPANDED
-                response.prompt_tokens += composed_slots([len(ids)], expanded, self._chunk_tokens)
+                response.prompt_tokens += composed_slots([len(ids)], expanded, self.ability.chunk_tokens)
         return response
 
     async def _in_tokens(
@@ -202,9 +191,9 @@ class Planner:
         """The same budget, a time by the tokens that the decoder reads in it out of its cache."""
         if compression.kind != "max_ttft_ms":
             return compression
-        if self._costs is None:
+        if self.costs is None:
             raise ValueError(f"{compression} is not decided by sizes")
-        cost = await self._costs.current()
+        cost = await self.costs.current()
         slots = affordable_slots(cost, compression.limit, spent_ms, before_tokens)
         return replace(compression, kind="max_context_tokens", limit=slots)
 
@@ -232,8 +221,8 @@ class Planner:
 
     async def prepare(self, question: str) -> None:
         """Embed a question that will be planned for with compression; nothing where the bundle cannot compress."""
-        if self._mixer is not None:
-            await self._mixer.prepare(self.tokenizer.final_ids(question))
+        if self.mixer is not None:
+            await self.mixer.prepare(self.tokenizer.final_ids(question))
 
     def tokenize(self, request: compressor_pb2.TokenizePassagesRequest) -> compressor_pb2.TokenizePassagesResponse:
         """The passages' blocks, in the request's order."""
@@ -245,21 +234,6 @@ class Planner:
                 passage_id=passage.passage_id, document_id=passage.document_id, token_ids=self._block(passage)
             )
         return response
-
-    async def _mixture(
-        self,
-        request: compressor_pb2.PlanRequest,
-        compression: CompressionRequest,
-        blocks: list[tuple[int, ...]],
-        before_tokens: int,
-        final_ids: tuple[int, ...],
-        most_slots: int,
-    ) -> Mixture:
-        document_ids = [passage.document_id for passage in request.passages]
-        candidates = Candidates(blocks, document_ids, before_tokens, final_ids, most_slots)
-        if self._mixer is None:
-            return mix_by_size(compression, candidates, self._chunk_tokens)
-        return await self._mixer.mix(request, compression, candidates)
 
     def _turns(self, request: compressor_pb2.PlanRequest) -> list[tuple[int, ...]]:
         """Blocks of what the caller asks of every answer, and of the conversation so far."""

@@ -31,11 +31,12 @@ class PassageTokenizer:
         self._template = template
         self._known: Lru[tuple[str, str], tuple[int, ...]] = Lru(remembered)
         self.instruction_ids: tuple[int, ...] = tuple(template.instruction_ids(tokenizer))
-        self.final_ids = lru_cache(maxsize=_REMEMBERED_QUESTIONS)(self._final_ids)
+        remembering = lru_cache(maxsize=_REMEMBERED_QUESTIONS)
+        self.final_ids = remembering(lambda question: tuple(template.final_ids(tokenizer, question)))
         """Token ids of the final block of a question."""
-        self.turn_ids = lru_cache(maxsize=_REMEMBERED_QUESTIONS)(self._turn_ids)
+        self.turn_ids = remembering(lambda question, answer: tuple(template.turn_ids(tokenizer, question, answer)))
         """Token ids of the block of an earlier question and its answer."""
-        self.request_ids = lru_cache(maxsize=_REMEMBERED_QUESTIONS)(self._request_ids)
+        self.request_ids = remembering(lambda instructions: tuple(template.request_ids(tokenizer, instructions)))
         """Token ids of the block of what a caller asks of every answer."""
 
     def passage_ids(self, title: str, text: str) -> tuple[int, ...]:
@@ -54,15 +55,6 @@ class PassageTokenizer:
         """Keep what another tokenizer of the same bundle made of a passage."""
         if (title, text) not in self._known:
             self._known.put((title, text), tuple(ids))
-
-    def _final_ids(self, question: str) -> tuple[int, ...]:
-        return tuple(self._template.final_ids(self._tokenizer, question))
-
-    def _turn_ids(self, question: str, answer: str) -> tuple[int, ...]:
-        return tuple(self._template.turn_ids(self._tokenizer, question, answer))
-
-    def _request_ids(self, instructions: str) -> tuple[int, ...]:
-        return tuple(self._template.request_ids(self._tokenizer, instructions))
 
 
 class PassageDrafts:

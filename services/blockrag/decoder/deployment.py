@@ -40,7 +40,7 @@ class Decoder:
         import torch
 
         from blockrag.decoder.prefill_cost import measure_prefills
-        from blockrag.decoder.runtime import assemble, check_engine, warm_up
+        from blockrag.decoder.service import assemble, check_engine, warm_up
         from blockrag.modeling.model import SlotModel
 
         setup_telemetry("decoder", settings)

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockrag.decoder.detokenizer import Detokenizer
-from blockrag.decoder.sampling import sample
 from blockrag.decoder.scheduler import EngineLimits, Scheduler, Work
-from blockrag.decoder.sequence import Event, EventSink, GenerationRequest, Sequence
+from blockrag.decoder.sequence import Event, EventSink, GenerationRequest, Sequence, sample
 from blockrag.errors import (
     BlockragError,
     DeadlineError,
@@ -327,7 +326,7 @@ class Engine:
 
     def _push(self, sequence: Sequence, event: Event) -> None:
         try:
-            sequence.sink.push(event)
+            sequence.sink(event)
         except Exception as error:  # its event loop is closed: nobody reads any more
             _logger.info("request %s has no reader: %s", sequence.request.request_id, error)
             sequence.cancelled = True

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from blockrag.budget import composed_slots
 from blockrag.decoder.block_loading import BlockTier, LoadedBlocks
-from blockrag.decoder.sampling import SamplingParams
+from blockrag.decoder.sequence import SamplingParams
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
-from blockrag.modeling.refrag.composing import compose_passage
+from blockrag.modeling.refrag.compression import compose_passage
 from blockrag.modeling.slots import SlotSlice
 from blockrag.types import FULL, BlockForm, BlockRequest
 from blockrag.v1 import common_pb2, decoder_pb2

@@ -1,25 +1,110 @@
-"""A sequence: one prompt and the text that grows from it. The nouns of the engine."""
+"""A sequence: one prompt and the text that grows from it. The nouns of the engine, how next tokens are chosen,
+and the way of events from its thread to a coroutine."""
 
 from __future__ import annotations
 
+import asyncio
+import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
-from blockrag.decoder.detokenizer import Detokenizer
-from blockrag.decoder.sampling import Sampler, SamplingParams
-from blockrag.decoder.stopping import StopScanner
-from blockrag.errors import BlockragError
+import torch
+
+from blockrag.decoder.detokenizer import Detokenizer, StopScanner
+from blockrag.errors import BlockragError, DataError, InvalidRequestError
+from blockrag.limits import MAX_TEMPERATURE
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence's tokens are chosen and when they end.
+
+    Raises ``InvalidRequestError`` naming the field of the ``Sampling`` message for a value out of range.
+    """
+
+    max_tokens: int
+    """Most tokens generated; at least 1."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float = 1.0
+    """Nucleus mass in (0, 1]; 1: off."""
+    seed: int = 0
+    """Seed of the sequence's random stream, in [0, 2**64)."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise InvalidRequestError("sampling.max_tokens", f"must be at least 1, is {self.max_tokens}")
+        if not 0.0 <= self.temperature <= MAX_TEMPERATURE:  # also refuses NaN
+            raise InvalidRequestError("sampling.temperature", f"must be in [0, {MAX_TEMPERATURE:g}]")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidRequestError("sampling.top_p", "must be in (0, 1]")
+        if not 0 <= self.seed < 2**64:
+            raise InvalidRequestError("sampling.seed", "must be in [0, 2**64)")
+        if any(not text for text in self.stop):
+            raise InvalidRequestError("sampling.stop", "holds an empty string")
+
+
+class Sampler:
+    """Chooses the tokens of one sequence.
+
+    The random stream belongs to the sequence and lives on the CPU: the same seed draws the same numbers on any
+    device and whatever else is in the batch.
+    """
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.greedy = params.temperature == 0.0
+        self._temperature = params.temperature
+        self._top_p = params.top_p
+        self._generator = None if self.greedy else torch.Generator().manual_seed(params.seed)
+
+    def draw(self, logits: torch.Tensor) -> int:
+        """A token id from one row of logits, shape [vocab], by inversion of the cumulative distribution."""
+        number = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        probabilities = torch.softmax(logits.double() / self._temperature, dim=-1)
+        if self._top_p < 1.0:
+            ordered, ids = probabilities.sort(descending=True, stable=True)
+            cumulative = ordered.cumsum(dim=-1)
+            # The nucleus is the smallest set whose mass reaches top_p; the likeliest token is always in it.
+            kept = int((cumulative < self._top_p).sum().item()) + 1
+            cumulative = cumulative[:kept]
+            return int(ids[_invert(cumulative, number)].item())
+        return _invert(probabilities.cumsum(dim=-1), number)
+
+
+def sample(logits: torch.Tensor, samplers: list[Sampler]) -> list[int | DataError]:
+    """One token id per row; a row without a finite maximum gives an error instead, and harms no other row.
+
+    Args:
+        logits: shape [rows, vocab], float32, on any device.
+        samplers: one per row.
+    """
+    highest, greedy_ids = logits.max(dim=-1)  # a NaN anywhere in a row is its maximum
+    tokens: list[int | DataError] = []
+    for row, (value, token) in enumerate(zip(highest.tolist(), greedy_ids.tolist(), strict=True)):
+        if not math.isfinite(value):
+            tokens.append(DataError("the model's logits are not finite"))
+        elif samplers[row].greedy:
+            tokens.append(token)
+        else:
+            tokens.append(samplers[row].draw(logits[row]))
+    return tokens
+
+
+def _invert(cumulative: torch.Tensor, number: float) -> int:
+    target = cumulative[-1:] * number
+    index = int(torch.searchsorted(cumulative, target, right=True).item())
+    return min(index, cumulative.shape[0] - 1)
+
 
 if TYPE_CHECKING:
     from blockrag.modeling.slots import SequenceState, Slots
 
 Reason = Literal["end", "stop", "length"]
 """``end``: the model ended its answer; ``stop``: a stop string; ``length``: max_tokens."""
-
-
-def _nothing() -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -35,7 +120,7 @@ class GenerationRequest:
     sampling: SamplingParams
     deadline: float | None = None
     """On the engine's clock (``time.monotonic``), in seconds."""
-    released: Callable[[], None] = field(default=_nothing, repr=False)
+    released: Callable[[], None] = field(default=lambda: None, repr=False)
     """Called once, from the engine's thread, when the engine no longer uses ``blocks``. Not when submit refuses."""
     tenant: str = ""
     """Whose it is: tenants take turns."""
@@ -81,10 +166,8 @@ class Event:
     error: BlockragError | None = None
 
 
-class EventSink(Protocol):
-    """Where a sequence's events go; called from the engine's thread, must not block."""
-
-    def push(self, event: Event) -> None: ...
+EventSink = Callable[[Event], object]
+"""Where a sequence's events go; called from the engine's thread, must not block."""
 
 
 class Sequence:
@@ -150,3 +233,55 @@ class Sequence:
             finish = Finish(reason, self.generated, stages)
         tokens, self._unreported = self._unreported, 0
         return Event(text, tokens, finish)
+
+
+class TokenStream:
+    """What one coroutine reads, by ``push`` as an ``EventSink``.
+
+    Events that a slow reader has not taken are merged into one, so what is kept is bounded by the text itself and a
+    reader that comes back late catches up with a single message.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._loop = loop or asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._pending: list[Event] = []
+        self._waking = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, event: Event) -> None:
+        """Add an event; from any thread. Raises ``RuntimeError`` when the reader's loop is closed."""
+        with self._lock:
+            self._pending.append(event)
+            wake, self._waking = not self._waking, True
+        if wake:
+            self._loop.call_soon_threadsafe(self._wake)
+
+    async def read(self) -> Event:
+        """The next event; raises the sequence's error once the text before it was read."""
+        while True:
+            with self._lock:
+                event = self._take()
+            if event is not None:
+                if event.error is not None:
+                    raise event.error
+                return event
+            # No event can be missed here: _wake runs in this loop, so not before the next line has run.
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def _take(self) -> Event | None:
+        taken = [event for event in self._pending if event.error is None]
+        self._pending = [event for event in self._pending if event.error is not None]
+        if not taken:  # an error stays: every further read raises it again
+            return self._pending[0] if self._pending else None
+        return Event("".join(event.text for event in taken), sum(event.tokens for event in taken), taken[-1].finish)
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._waking = False
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

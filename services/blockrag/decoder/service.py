@@ -1,4 +1,11 @@
-"""The decoder's service without its shell: a planned prompt in, a stream of text out. No Ray in here."""
+"""The decoder's service without its shell: a planned prompt in, a stream of text out. No Ray in here.
+
+``assemble`` puts all parts of a decoder together: in a Serve replica, in tests, in a program without a cluster.
+
+>>> runtime = assemble(bundle, model, EncodingBlockSource(model), Settings())
+>>> runtime.engine.start()
+>>> async for message in runtime.service.decode(request): ...
+"""
 
 from __future__ import annotations
 
@@ -9,18 +16,25 @@ from dataclasses import dataclass
 from functools import partial
 
 from blockrag.alike import alike
+from blockrag.configured import configured_keys
 from blockrag.decoder.block_loading import BlockLoader, BlockTier, LoadedBlocks
+from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
 from blockrag.decoder.prefill_cost import MOST_PREFILL_TOKENS, PrefillMeter
 from blockrag.decoder.prompt import ComposedPrompt, Prompt, compose, read_prompt
-from blockrag.decoder.sequence import Event, Finish, GenerationRequest
-from blockrag.decoder.stream import TokenStream
+from blockrag.decoder.scheduler import EngineLimits
+from blockrag.decoder.sequence import Event, Finish, GenerationRequest, TokenStream
 from blockrag.errors import DeadlineError, OverloadedError
 from blockrag.keys import KeyMaker
-from blockrag.limits import RETRY_AFTER_MS
+from blockrag.kv_cache.shard_messages import BlockSource
+from blockrag.limits import MIB, RETRY_AFTER_MS
+from blockrag.modeling.bundle import Bundle
+from blockrag.modeling.model import SlotModel
+from blockrag.settings import Settings
 from blockrag.telemetry import metrics, span
 from blockrag.v1 import common_pb2, decoder_pb2
+from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 
 _NOTHING_LOADED = LoadedBlocks()
 _REASONS = {
@@ -30,45 +44,22 @@ _REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class ModelDescription:
-    """What the status says of the model."""
-
-    bundle_name: str
-    bundle_fingerprint: str
-    vocab_size: int
-    max_positions: int
-    device: str
-    compute_dtype: str
-    weights: str
-    kv_dtype: str
-    slot_bytes: int
-    chunk_tokens: int = 0
-    """Tokens of a chunk; 0: the bundle cannot compress."""
-
-
+@dataclass
 class DecodeService:
     """Loads a prompt's blocks, hands it to the engine and passes the text on."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        loader: BlockLoader,
-        l1: L1Cache,
-        keys: KeyMaker,
-        model: ModelDescription,
-        meter: PrefillMeter,
-        *,
-        max_loading: int,
-    ) -> None:
-        self._engine = engine
-        self._loader = loader
-        self._l1 = l1
-        self._keys = keys
-        self._model = model
-        self._meter = meter
-        self._max_loading = max_loading
-        self._loading = 0
+    engine: Engine
+    loader: BlockLoader
+    l1: L1Cache
+    keys: KeyMaker
+    meter: PrefillMeter
+    model: decoder_pb2.GetDecoderStatusResponse
+    """What the status says of the model."""
+    vocab_size: int
+    chunk_tokens: int
+    """Tokens of a chunk; 0: the bundle cannot compress."""
+    max_loading: int
+    _loading: int = 0
 
     async def decode(self, request: decoder_pb2.DecodeRequest) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
         """The answer, piece by piece; the last message has the finish.
@@ -77,14 +68,14 @@ class DecodeService:
         ``OverloadedError``, ``DeadlineError``, ``UnavailableError`` and what fetching blocks raises.
         """
         deadline = time.monotonic() + request.time_left_ms / 1000 if request.time_left_ms else None
-        prompt = read_prompt(request, self._keys, self._model.vocab_size, self._model.chunk_tokens)
-        self._engine.check(prompt.slots, prompt.sampling.max_tokens, request.context.tenant)
+        prompt = read_prompt(request, self.keys, self.vocab_size, self.chunk_tokens)
+        self.engine.check(prompt.slots, prompt.sampling.max_tokens, request.context.tenant)
         started = time.monotonic()
         loaded = await self._load(request, prompt, deadline)
         fetch_seconds = time.monotonic() - started
         stream = TokenStream()
         try:
-            composed = compose(prompt.parts, loaded, self._model.chunk_tokens)
+            composed = compose(prompt.parts, loaded, self.chunk_tokens)
             metrics.KV_CACHE_QUERY_TOKENS.inc(prompt.composed_slots, tier="l1")
             metrics.KV_CACHE_HIT_TOKENS.inc(composed.slots("l1"), tier="l1")
             generation = GenerationRequest(
@@ -94,11 +85,11 @@ class DecodeService:
                 sampling=prompt.sampling,
                 tenant=request.context.tenant,
                 deadline=deadline,
-                released=partial(self._loader.release, loaded),
+                released=partial(self.loader.release, loaded),
             )
-            sequence = self._engine.submit(generation, stream)
+            sequence = self.engine.submit(generation, stream.push)
         except BaseException:
-            self._loader.release(loaded)
+            self.loader.release(loaded)
             raise
         try:
             with span("prefill", request.context, attention_mode=prompt.mode, prefill_tokens=len(prompt.token_ids)):
@@ -115,14 +106,14 @@ class DecodeService:
             yield response
             metrics.GENERATED_TOKENS.inc(response.finish.usage.completion_tokens, attention_mode=prompt.mode)
         finally:
-            self._engine.cancel(sequence)
+            self.engine.cancel(sequence)
 
     def status(self) -> decoder_pb2.GetDecoderStatusResponse:
         """What this replica holds and does."""
-        engine, l1, fit = self._engine.stats(), self._l1.stats(), self._meter.fit()
+        engine, l1, fit = self.engine.stats(), self.l1.stats(), self.meter.fit()
         return alike(
             decoder_pb2.GetDecoderStatusResponse,
-            self._model,
+            self.model,
             running=engine.running,
             waiting=engine.waiting,
             used_slots=engine.used_slots,
@@ -136,7 +127,7 @@ class DecodeService:
 
     def record_gauges(self) -> None:
         """Bring the gauges up to date; called once a second."""
-        engine, l1 = self._engine.stats(), self._l1.stats()
+        engine, l1 = self.engine.stats(), self.l1.stats()
         metrics.NUM_REQUESTS_RUNNING.set(engine.running, service="decoder")
         metrics.NUM_REQUESTS_WAITING.set(engine.waiting + self._loading, service="decoder")
         metrics.KV_CACHE_USAGE_PERC.set(l1.bytes / l1.budget_bytes, tier="l1")
@@ -145,12 +136,12 @@ class DecodeService:
     def _measure(self, prompt: Prompt, finish: Finish) -> None:
         if prompt.parts and len(prompt.token_ids) <= MOST_PREFILL_TOKENS:
             seconds = finish.stages.compose + finish.stages.prefill
-            self._meter.record(prompt.composed_slots, 1000 * seconds)
+            self.meter.record(prompt.composed_slots, 1000 * seconds)
 
     async def _load(self, request: decoder_pb2.DecodeRequest, prompt: Prompt, deadline: float | None) -> LoadedBlocks:
         if not prompt.parts:
             return _NOTHING_LOADED
-        if self._loading >= self._max_loading:
+        if self._loading >= self.max_loading:
             raise OverloadedError(f"{self._loading} requests are waiting for their blocks", RETRY_AFTER_MS)
         limit = asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
         self._loading += 1
@@ -158,7 +149,7 @@ class DecodeService:
             requests = prompt.requests
             with span("kv_fetch", request.context, blocks=len(requests)) as fetching:
                 async with limit:
-                    loaded = await self._loader.load(requests, fetching.traceparent)
+                    loaded = await self.loader.load(requests, fetching.traceparent)
                 fetching.set(
                     l1_tokens=loaded.slots("l1"),
                     store_tokens=loaded.slots("store"),
@@ -216,3 +207,78 @@ def _observe_pace(event: Event, last: float, mode: str) -> float:
     if event.tokens > 0:
         metrics.INTER_TOKEN_LATENCY_SECONDS.observe((now - last) / event.tokens, attention_mode=mode)
     return now
+
+
+_WARM_UP_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A decoder's parts. ``engine.start()`` sets it going, ``engine.stop()`` ends it."""
+
+    service: DecodeService
+    engine: Engine
+    loader: BlockLoader
+    l1: L1Cache
+    meter: PrefillMeter
+
+
+def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Settings) -> Runtime:
+    """A decoder of ``bundle``, whose weights are ``model``, with blocks from ``source``."""
+    decoder = settings.decoder
+    limits = EngineLimits(
+        max_sequences=decoder.max_sequences,
+        max_waiting=decoder.max_waiting,
+        max_batch_tokens=decoder.max_batch_tokens,
+        slots=decoder.slots,
+        several_tenants=settings.gateway.asks_for_keys,
+    )
+    detokenizers = detokenizer_factory(bundle.load_tokenizer(), bundle.template.answer_prefix)
+    engine = Engine(model, limits, detokenizers, threads=decoder.threads)
+    l1 = L1Cache(decoder.l1_mb * MIB, decoder.l1_ttl_s)
+    loader = BlockLoader(l1, source, model.to_resident)
+    model_status = GetDecoderStatusResponse(
+        bundle_name=bundle.name,
+        bundle_fingerprint=bundle.fingerprint,
+        max_positions=model.max_positions,
+        device=str(model.device),
+        compute_dtype=str(model.compute_dtype).removeprefix("torch."),
+        weights=model.weights,
+        kv_dtype=str(model.kv_dtype).removeprefix("torch."),
+        slot_bytes=model.slot_bytes,
+    )
+    meter = PrefillMeter()
+    # As many may wait for their blocks as may wait for a place or run: no more could be served after it anyway.
+    max_loading = decoder.max_waiting + decoder.max_sequences
+    service = DecodeService(
+        engine,
+        loader,
+        l1,
+        configured_keys(settings, bundle),
+        meter,
+        model_status,
+        vocab_size=model.vocab_size,
+        chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else 0,
+        max_loading=max_loading,
+    )
+    return Runtime(service, engine, loader, l1, meter)
+
+
+def warm_up(model: SlotModel) -> None:
+    """Run a prefill and a decode step, so that no request pays for what happens once. Before the engine starts."""
+    tokens = min(_WARM_UP_TOKENS, model.max_positions // 2)
+    if tokens < 2:
+        return
+    blocks = [model.to_resident(block) for block in model.encode([[0] * tokens], ["warm-up"])]
+    state = model.new_sequence(blocks, tokens)
+    model.forward([(state, [0] * (tokens - 1))])
+    model.forward([(state, [0])])
+    state.release()
+
+
+def check_engine(engine: Engine, max_step_s: float) -> None:
+    """Raises RuntimeError when the engine's thread ended or hangs in a step; who waits for it is told before."""
+    if engine.failure is None and engine.step_seconds > max_step_s:
+        engine.give_up(f"a step has taken more than {max_step_s:g} s")
+    if engine.failure is not None:
+        raise RuntimeError("the engine's thread failed") from engine.failure

@@ -6,9 +6,8 @@ Pure logic: whoever calls it says how a question is asked (`Ask`), so that it ru
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from blockrag.corpus.sample import Question
 from blockrag.evaluation.scoring import RESAMPLES, Interval, bootstrap, contains, exact_match, f1
@@ -18,10 +17,8 @@ MODES: tuple[AttentionModeName, ...] = ("block", "full", "none")
 RECALL_AT = 5
 
 
-class Ask(Protocol):
-    """Asks one question and gives the answer's text and the passages, best first; in mode ``none`` there are none."""
-
-    async def __call__(self, question: str, mode: AttentionModeName) -> tuple[str, Sequence[Passage]]: ...
+Ask = Callable[[str, AttentionModeName], Awaitable[tuple[str, Sequence[Passage]]]]
+"""Asks one question in a mode and gives the answer's text and the passages, best first; in ``none`` there are none."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,6 @@ class AlmanacScores:
     modes: tuple[ModeScores, ...]
     failures: tuple[Failure, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON types."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class _Outcome:
@@ -83,7 +76,7 @@ async def evaluate_almanac(
     concurrency: int = 4,
     seed: int = 0,
     resamples: int = RESAMPLES,
-    progress: Callable[[AttentionModeName, int], None] | None = None,
+    progress: Callable[[AttentionModeName, int], None] = lambda *_: None,
 ) -> AlmanacScores:
     """Ask all `questions` in each of `modes` and score the answers.
 
@@ -126,7 +119,7 @@ async def _ask_all(
     ask: Ask,
     mode: AttentionModeName,
     concurrency: int,
-    progress: Callable[[AttentionModeName, int], None] | None,
+    progress: Callable[[AttentionModeName, int], None],
 ) -> list[_Outcome]:
     slots = asyncio.Semaphore(concurrency)
     done = 0
@@ -146,8 +139,7 @@ async def _ask_all(
                     f1(text, question.answers),
                 )
         done += 1
-        if progress is not None:
-            progress(mode, done)
+        progress(mode, done)
         return outcome
 
     return list(await asyncio.gather(*(one(question) for question in questions)))

@@ -40,14 +40,12 @@ from blockrag.evaluation.compression_scores import (
     score_text,
 )
 from blockrag.evaluation.compression_selectors import RANDOM, Asked, Selectors, answer_spans
-from blockrag.evaluation.drawing import DrawnQuestion
+from blockrag.evaluation.drawing import DrawnQuestion, Piece, bm25_ranking
 from blockrag.evaluation.experiment import Progress, Status, ask_all, asked_facts, draw_data
 from blockrag.evaluation.experiment_options import CompressionOptions
-from blockrag.evaluation.pieces import Piece, bm25_ranking
 from blockrag.evaluation.reader import PlannedPrompt, Prompt, Reader
 from blockrag.modeling.bundle import Bundle, file_sha256
 from blockrag.modeling.refrag.policy_features import policy_ranks
-from blockrag.training.adaptation.batch import Branch
 from blockrag.training.refrag.composed import ComposedPrompt
 from blockrag.training.refrag.policy_reader import PolicyReader
 from blockrag.training.refrag.texts import PassageSource, as_target, read_texts, text_start
@@ -64,7 +62,7 @@ class CompressionRun:
 
 
 def run_compression(
-    options: CompressionOptions, progress: Progress | None = None, status: Status = lambda _: None
+    options: CompressionOptions, progress: Progress = lambda *_: None, status: Status = lambda _: None
 ) -> CompressionRun:
     """Run what ``options`` say.
 
@@ -150,22 +148,22 @@ def plan_cells(
     return cells
 
 
+@dataclass
 class Asking:
     """Plans and answers questions in every cell, all selectors behind one planner."""
 
-    def __init__(
-        self, reader: Reader, selectors: Selectors | None, policies: PolicyReader | None, passages: int
-    ) -> None:
-        """``policies`` says how hard chunks are to predict; both None where the bundle has no chunk encoder."""
-        self._reader = reader
-        self._selectors = selectors
-        self._policies = policies
-        self._passages = passages
-        self._tokenizer = reader.bundle.load_tokenizer()
+    reader: Reader
+    selectors: Selectors | None
+    policies: PolicyReader | None
+    """Says how hard chunks are to predict; like the selectors None where the bundle has no chunk encoder."""
+    passages: int
+
+    def __post_init__(self) -> None:
+        self._tokenizer = self.reader.bundle.load_tokenizer()
         self._losses: dict[tuple[int, ...], NDArray[np.float32]] = {}
 
     def ask(
-        self, questions: Sequence[DrawnQuestion], cells: Sequence[Cell], progress: Progress | None = None
+        self, questions: Sequence[DrawnQuestion], cells: Sequence[Cell], progress: Progress = lambda *_: None
     ) -> dict[Cell, Answers]:
         """Greedy answers of every cell, in the order of ``questions``."""
 
@@ -173,7 +171,7 @@ class Asking:
             asked = [(cell, number) for number in numbers for cell in cells]
             planned = [one for number in numbers for one in self.plan(number, questions[number], cells)]
             # all cells together: the decoder is never short of work
-            answers = self._reader.answer(planned)
+            answers = self.reader.answer(planned)
             for (cell, number), one, text in zip(asked, planned, answers, strict=True):
                 yield cell, number, (text, one.slots, one.tokens)
 
@@ -189,39 +187,28 @@ class Asking:
 
     def plan(self, number: int, question: DrawnQuestion, cells: Sequence[Cell]) -> list[PlannedPrompt]:
         """The question's plan in each cell, by the compressor's planner."""
-        pieces = rank_passages(question.passages(self._passages), question.source.text)
-        if self._selectors is not None and self._policies is not None:
-            self._describe(number, question, pieces, self._selectors, self._policies)
+        pieces = rank_passages(question.passages(self.passages), question.source.text)
+        if self.selectors is not None and self.policies is not None:  # what the rules know of a question
+            whole = self.reader.plan(Prompt(pieces, question.source.text))
+            blocks = [tuple(passage.token_ids) for passage in whole.plan.passages]
+            missing = [block for block in dict.fromkeys(blocks) if block not in self._losses]
+            self._losses.update(zip(missing, self.policies.chunk_losses(missing), strict=True))
+            gold, k = pieces.index(question.gold), self.reader.bundle.chunk_tokens
+            spans = answer_spans(blocks[gold], question.source.answers, k, self._tokenizer)
+            losses = np.concatenate([self._losses[block] for block in blocks])
+            self.selectors.asked = Asked(number, losses, gold, spans)
         return [
-            self._reader.plan(
+            self.reader.plan(
                 Prompt(
                     pieces,
                     question.source.text,
                     compression=_compression(cell),
-                    best_last=self._reader.settings.gateway.best_passage == "last",
+                    best_last=self.reader.settings.gateway.best_passage == "last",
                     reencoded=cell.reencoded,
                 )
             )
             for cell in cells
         ]
-
-    def _describe(
-        self,
-        number: int,
-        question: DrawnQuestion,
-        pieces: Sequence[Piece],
-        selectors: Selectors,
-        policies: PolicyReader,
-    ) -> None:
-        """Tells the rules what they know of a question."""
-        whole = self._reader.plan(Prompt(tuple(pieces), question.source.text))
-        blocks = [tuple(passage.token_ids) for passage in whole.plan.passages]
-        missing = [block for block in dict.fromkeys(blocks) if block not in self._losses]
-        self._losses.update(zip(missing, policies.chunk_losses(missing), strict=True))
-        gold = pieces.index(question.gold)
-        spans = answer_spans(blocks[gold], question.source.answers, self._reader.bundle.chunk_tokens, self._tokenizer)
-        losses = np.concatenate([self._losses[block] for block in blocks])
-        selectors.asked = Asked(number, losses, gold, spans)
 
 
 def _compression(cell: Cell) -> Compression | None:
@@ -282,7 +269,7 @@ def predict_paragraphs(
     reader: PolicyReader,
     selectors: Selectors,
     cells: Sequence[Cell],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> TextRun:
     """Losses of ``options.paragraphs`` targets of ``options.text`` in every cell.
 
@@ -304,46 +291,33 @@ def predict_paragraphs(
         *passages, target = drawn
         branch = as_target(target, text_start(drawn[0], drawn[1:]))
         target_tokens[number] = len(branch.answer)
-        _measure(number, passages, branch, instruction, reader, selectors, found)
-        if progress is not None:
-            progress(number + 1, count)
+        context = reader.capture(instruction, passages)
+        sizes = [len(passage) for passage in passages]
+        selectors.asked = Asked(number, np.concatenate(reader.chunk_losses(passages)))
+        question = reader.compressor.embed([branch.prompt])[0].cpu()
+        embeddings = [one.cpu() for one in context.embeddings]
+        # nothing was retrieved: the paragraph nearest to the target counts as the best, as in training
+        ranks = policy_ranks(False, range(len(passages)))
+        chosen = {
+            name: selectors.rate(name, passages, embeddings, branch.prompt, question, ranks)
+            for name in {cell.selector for cell in found}
+            if name in selectors.names
+        }
+        either = np.zeros(context.chunks, dtype=np.float32)
+        prompts: dict[Cell, ComposedPrompt] = {}
+        for cell, losses in found.items():
+            losses.tokens[number] = context.tokens
+            if cell == NO_CONTEXT:
+                prompts[cell] = context.without_passages(branch)
+            elif cell != FULL:
+                mask = context.mask_at(chosen.get(cell.selector, either), cell.rate)
+                losses.slots[number] = composed_slots(sizes, mask, context.chunk_tokens)
+                prompts[cell] = context.prompt(branch, mask)
+        tokens = len(branch.answer)
+        for cell, nats in zip(prompts, reader.prompt_losses(context, list(prompts.values())).tolist(), strict=True):
+            found[cell].nats[number] = nats * tokens
+        if FULL in found:
+            found[FULL].slots[number] = context.tokens
+            found[FULL].nats[number] = reader.whole_loss(instruction, passages, branch) * tokens
+        progress(number + 1, count)
     return TextRun(found, target_tokens)
-
-
-def _measure(
-    number: int,
-    passages: Sequence[Sequence[int]],
-    branch: Branch,
-    instruction: Sequence[int],
-    reader: PolicyReader,
-    selectors: Selectors,
-    found: dict[Cell, TextLosses],
-) -> None:
-    context = reader.capture(instruction, passages)
-    sizes = [len(passage) for passage in passages]
-    selectors.asked = Asked(number, np.concatenate(reader.chunk_losses(passages)))
-    question = reader.compressor.embed([branch.prompt])[0].cpu()
-    embeddings = [one.cpu() for one in context.embeddings]
-    # nothing was retrieved: the paragraph nearest to the target counts as the best, as in training
-    ranks = policy_ranks(False, range(len(passages)))
-    chosen = {
-        name: selectors.rate(name, passages, embeddings, branch.prompt, question, ranks)
-        for name in {cell.selector for cell in found}
-        if name in selectors.names
-    }
-    either = np.zeros(context.chunks, dtype=np.float32)
-    prompts: dict[Cell, ComposedPrompt] = {}
-    for cell, losses in found.items():
-        losses.tokens[number] = context.tokens
-        if cell == NO_CONTEXT:
-            prompts[cell] = context.without_passages(branch)
-        elif cell != FULL:
-            mask = context.mask_at(chosen.get(cell.selector, either), cell.rate)
-            losses.slots[number] = composed_slots(sizes, mask, context.chunk_tokens)
-            prompts[cell] = context.prompt(branch, mask)
-    tokens = len(branch.answer)
-    for cell, nats in zip(prompts, reader.prompt_losses(context, list(prompts.values())).tolist(), strict=True):
-        found[cell].nats[number] = nats * tokens
-    if FULL in found:
-        found[FULL].slots[number] = context.tokens
-        found[FULL].nats[number] = reader.whole_loss(instruction, passages, branch) * tokens

@@ -1,27 +1,101 @@
-"""What experiments share: the same questions and passages under every cell, so that differences are paired."""
+"""What experiments share: where and with what they were measured, and the same questions and passages under every cell,
+so that differences are paired."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from blockrag import __version__
 from blockrag.errors import SetupError
-from blockrag.evaluation.drawing import Draw, DrawnQuestion, draw_questions
-from blockrag.evaluation.environment import Environment, describe_environment
+from blockrag.evaluation.drawing import Draw, DrawnQuestion, PieceMaker, draw_questions
 from blockrag.evaluation.experiment_options import Distractors, ExperimentOptions
-from blockrag.evaluation.pieces import PieceMaker
 from blockrag.evaluation.question_data import load_questions
 from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_difference, contains, exact_match, f1
 from blockrag.modeling.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Commit, versions and hardware of a measurement."""
+
+    commit: str
+    """Git commit of the source tree, with "+" when it had changes; empty outside of a tree."""
+    blockrag: str
+    """Version of the package."""
+    date: str
+    """ISO 8601, UTC."""
+    cpu: str
+    cores: int
+    memory_gib: float
+    python: str
+    torch: str
+    transformers: str
+    device: str
+
+    @property
+    def source(self) -> str:
+        """The code that was measured: the commit, outside of a tree the package's version."""
+        return f"commit {self.commit}" if self.commit else f"blockrag {self.blockrag}"
+
+
+def describe_environment(device: str = "cpu") -> Environment:
+    """The environment of the calling process."""
+    import torch
+    import transformers
+
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+    return Environment(
+        commit=_commit(),
+        blockrag=__version__,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(pages / 2**30, 1),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        device=name,
+    )
+
+
+def _commit() -> str:
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # An installed package may lie inside of somebody else's tree, whose commit says nothing about it.
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
+        if tracked.returncode:
+            return ""
+        # --dirty marks changes of tracked files.
+        describe = [*git, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        result = subprocess.run(describe, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
 
 FORMAT = 1
 
@@ -212,7 +286,7 @@ def ask_all(
     questions: Sequence[DrawnQuestion],
     cells: Sequence[Cell],
     answer: Callable[[Sequence[int]], Iterable[tuple[Cell, int, Found]]],
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> dict[Cell, list[Found]]:
     """What ``answer`` finds in every cell for each question, in the order of ``questions``.
 
@@ -226,8 +300,7 @@ def ask_all(
         for cell, number, result in answer(order[start : start + _CHUNK]):
             found[cell][number] = result
             done += 1
-        if progress is not None:
-            progress(done, len(cells) * len(questions))
+        progress(done, len(cells) * len(questions))
     return {cell: [own[number] for number in range(len(questions))] for cell, own in found.items()}
 
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from blockrag.client import BlockragClient
-from blockrag.client_options import GenerateOptions
 from blockrag.errors import BlockragError, OverloadedError
 from blockrag.evaluation.ttft_grpc import QUESTION, first_token_ms
-from blockrag.results import GivenPassage, Usage
+from blockrag.results import GenerateOptions, GivenPassage, Usage
 from blockrag.simulation.cluster import simulate
 from blockrag.simulation.scenario import Scenario, StageTimes, percentile
 from blockrag.simulation.workload import Asked, Workload
@@ -71,7 +70,7 @@ async def measure_load(
     times: StageTimes,
     *,
     target_s: float,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[LoadRow]:
     """Rows of each rate and mode, one after the other; ``passages`` are at least the scenario's.
 
@@ -84,8 +83,7 @@ async def measure_load(
     def heard_one() -> None:
         nonlocal done
         done += 1
-        if on_progress is not None:
-            on_progress(done, total)
+        on_progress(done, total)
 
     for rate in rates:
         for mode in modes:

@@ -54,7 +54,7 @@ async def measure_plans(
     rate: float,
     repeats: int,
     warmup: int = 5,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[PlanTime]:
     """Times of plans for all of ``passages``, by policy; ``warmup`` repeats are run and not kept."""
     embeddings = None
@@ -75,8 +75,7 @@ async def measure_plans(
             chunks = sum(len(planned.chunks) for planned in plan.passages)
             if repeat >= 0:
                 times[policy].append((took_ms, plan.policy_ms))
-        if on_progress is not None:
-            on_progress(repeat + warmup + 1, repeats + warmup)
+        on_progress(repeat + warmup + 1, repeats + warmup)
     return [_summary(policy, len(passages), chunks, taken) for policy, taken in times.items()]
 
 

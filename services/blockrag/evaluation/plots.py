@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from blockrag.errors import SetupError
 from blockrag.evaluation.compression_scores import COMPRESSED, UNCOMPRESSED
 from blockrag.evaluation.peers.rounds import STATES, PeerRow
-from blockrag.evaluation.ttft_report import LABELS, ReportRow
+from blockrag.evaluation.ttft_grpc import LABELS, ReportRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from blockrag.configured import configured_bundle
 from blockrag.errors import SetupError
@@ -20,7 +19,6 @@ from blockrag.evaluation.experiment_options import QaOptions
 from blockrag.evaluation.qa_scores import Cell, QaReport, SystemFacts, conditions, score_answers
 from blockrag.evaluation.reader import Prompt, Reader
 from blockrag.modeling.bundle import Bundle
-from blockrag.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class QaRun:
     answers: Mapping[Cell, Sequence[str]]
 
 
-def run_qa(options: QaOptions, progress: Progress | None = None, status: Status = lambda _: None) -> QaRun:
+def run_qa(options: QaOptions, progress: Progress = lambda *_: None, status: Status = lambda _: None) -> QaRun:
     """Run what ``options`` say.
 
     ``progress`` gets the answers given and wanted, ``status`` what is being done before. Raises ``SetupError`` for bad
@@ -82,7 +80,7 @@ def evaluate_qa(
     questions: Sequence[DrawnQuestion],
     systems: Mapping[str, Reader],
     options: QaOptions,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> dict[Cell, list[str]]:
     """Greedy answers of every cell, in the order of ``questions``."""
     cells = [
@@ -121,12 +119,9 @@ def _bundles(options: QaOptions) -> dict[str, Bundle]:
             raise SetupError(f"{first.path}: has no PEAR coefficients to leave out")
         found[f"{first.name} without PEAR"] = replace(first, pear=None)
     if options.compare is not None:
-        second = configured_bundle(with_bundle(options.settings, options.compare))
+        settings = options.settings
+        other = settings.bundle.model_copy(update={"path": str(options.compare)})
+        second = configured_bundle(settings.model_copy(update={"bundle": other}))
         label = second.name if second.name not in found else f"{second.name} {second.fingerprint[:8]}"
         found[label] = second
     return found
-
-
-def with_bundle(settings: Settings, path: Path) -> Settings:
-    """The settings with another bundle."""
-    return settings.model_copy(update={"bundle": settings.bundle.model_copy(update={"path": str(path)})})

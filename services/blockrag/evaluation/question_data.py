@@ -66,6 +66,17 @@ class QuestionData:
     sha256: Mapping[str, str] = field(default_factory=dict)
     """Hex digest of every file read, by file name."""
 
+    def first(self, count: int) -> tuple[Sequence[SourceQuestion], int]:
+        """The first ``count`` questions with an answer and a gold passage, and how many others were passed over.
+
+        Raises ``SetupError`` where there is none.
+        """
+        usable = [question for question in self.questions if question.gold and question.answers]
+        if not usable:
+            raise SetupError(f"{self.name}: no question has both an answer and a gold passage")
+        chosen = usable[:count]
+        return chosen, self.questions.index(chosen[-1]) + 1 - len(chosen)
+
     def searched(self, chosen: Sequence[SourceQuestion]) -> Sequence[int]:
         """Numbers of the passages that a ranking for the ``chosen`` questions searches.
 

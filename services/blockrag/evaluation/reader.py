@@ -20,21 +20,19 @@ from blockrag.compressor import assembly as compressing
 from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.compressor.rating import ChunkRater
 from blockrag.configured import configured_keys
-from blockrag.decoder import runtime as decoding
+from blockrag.decoder import service as decoding
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.prompt import PromptPart, compose, read_prompt
-from blockrag.decoder.sequence import GenerationRequest
-from blockrag.decoder.stream import TokenStream
+from blockrag.decoder.sequence import GenerationRequest, TokenStream
 from blockrag.errors import PromptTooLongError, UnavailableError
+from blockrag.evaluation.drawing import Piece
 from blockrag.evaluation.experiment_options import Mode
-from blockrag.evaluation.pieces import Piece
 from blockrag.evaluation.scoring import normalize
 from blockrag.gateway.planning import decode_request
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.refrag.composing import mixed_inputs
-from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.modeling.refrag.compression import ChunkCompressor, mixed_inputs
 from blockrag.modeling.rotary import rotate_into
 from blockrag.modeling.slots import ResidentBlock, SequenceState, Slots, wide_slots
 from blockrag.settings import Settings
@@ -205,7 +203,7 @@ class Reader:
                 blocks += compose([part], loaded, chunk_tokens).blocks
             stream = TokenStream()
             engine = self._runtime.engine if planned.prompt.mode == "block" else self._unrotated()
-            engine.submit(GenerationRequest("", tuple(blocks), prompt.token_ids, prompt.sampling), stream)
+            engine.submit(GenerationRequest("", tuple(blocks), prompt.token_ids, prompt.sampling), stream.push)
             text = ""
             while (event := await stream.read()).finish is None:
                 text += event.text

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from blockrag.bm25 import Bm25, SparseVector
 from blockrag.errors import SetupError
-from blockrag.evaluation.environment import describe_environment
-from blockrag.evaluation.experiment import Report, percent, table
-from blockrag.evaluation.pieces import Piece, PieceMaker, holding_pieces
-from blockrag.evaluation.question_data import QuestionData, SourceQuestion, load_questions
+from blockrag.evaluation.drawing import Piece, PieceMaker, holding_pieces
+from blockrag.evaluation.experiment import Report, describe_environment, percent, table
+from blockrag.evaluation.question_data import SourceQuestion, load_questions
 from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_difference, ndcg, recall, reciprocal_rank
 from blockrag.identity import CollectionId, passage_id
 from blockrag.modeling.bundle import load_bundle
@@ -114,15 +113,6 @@ class RetrievalReport(Report):
         return "\n".join([*head, *table(header, rows)])
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What is searched, and what should be found."""
-
-    pieces: Sequence[Piece]
-    questions: Sequence[SourceQuestion]
-    relevant: Sequence[frozenset[int]]
-
-
 async def evaluate_retrieval(
     options: RetrievalOptions, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> RetrievalReport:
@@ -135,33 +125,40 @@ async def evaluate_retrieval(
     started = time.perf_counter()
     bundle = load_bundle(options.bundle)
     data = load_questions(options.data, options.seed)
-    usable = [question for question in data.questions if question.gold and question.answers]
-    if not usable:
-        raise SetupError(f"{data.name}: no question has both an answer and a gold passage")
-    chosen = usable[: options.questions]
+    chosen, without_gold = data.first(options.questions)
     maker = PieceMaker(bundle.template, bundle.load_tokenizer(), bundle.passage_tokens)
     searched = data.searched(chosen)
-    task = _make_task(data, chosen, searched, maker)
-    if max(options.at) > len(task.pieces):
-        raise SetupError(
-            f"{data.name}: {max(options.at)} results are asked for, and there are {len(task.pieces)} pieces"
-        )
+    pieces: list[Piece] = []
+    numbers: dict[int, range] = {}
+    for passage in searched:
+        cut = maker.pieces(data.passages[passage])
+        numbers[passage] = range(len(pieces), len(pieces) + len(cut))
+        pieces += cut
+    relevant = []
+    for question in chosen:
+        own = [number for passage in question.gold for number in numbers[passage]]
+        if not own:
+            raise SetupError(f"{data.name}: question {question.id}: the gold passage has no text")
+        holding = set(holding_pieces([pieces[number] for number in own], question.answers))
+        relevant.append(frozenset(number for number in own if pieces[number] in holding) or frozenset(own))
+    if max(options.at) > len(pieces):
+        raise SetupError(f"{data.name}: {max(options.at)} results are asked for, and there are {len(pieces)} pieces")
     embedder = Embedder(find_embedding(options.retriever.embedding_model))
     with tempfile.TemporaryDirectory(prefix="blockrag-retrieval-") as folder:
         index = EdgeIndex(Path(folder) / "index", embedder.info)
         try:
-            await _fill(index, task.pieces, embedder, progress)
-            rankings = await _search(index, task, embedder, options, progress)
+            await _fill(index, pieces, embedder, progress)
+            rankings = await _search(index, chosen, embedder, options, progress)
         finally:
             await index.close()
-    values = {search: _values(found, task.relevant, options.at) for search, found in rankings.items()}
+    values = {search: _values(found, relevant, options.at) for search, found in rankings.items()}
     return RetrievalReport(
         data=data.name,
         sha256=data.sha256,
         questions=len(chosen),
-        without_gold=data.questions.index(chosen[-1]) + 1 - len(chosen),
+        without_gold=without_gold,
         passages=len(searched),
-        pieces=len(task.pieces),
+        pieces=len(pieces),
         bundle_fingerprint=bundle.fingerprint,
         embedding=embedder.files.fingerprint,
         candidates=_candidates(options),
@@ -186,25 +183,6 @@ async def evaluate_retrieval(
         ),
         environment=describe_environment(),
     )
-
-
-def _make_task(
-    data: QuestionData, chosen: Sequence[SourceQuestion], searched: Sequence[int], maker: PieceMaker
-) -> _Task:
-    pieces: list[Piece] = []
-    numbers: dict[int, range] = {}
-    for passage in searched:
-        found = maker.pieces(data.passages[passage])
-        numbers[passage] = range(len(pieces), len(pieces) + len(found))
-        pieces += found
-    relevant = []
-    for question in chosen:
-        own = [number for passage in question.gold for number in numbers[passage]]
-        if not own:
-            raise SetupError(f"{data.name}: question {question.id}: the gold passage has no text")
-        holding = set(holding_pieces([pieces[number] for number in own], question.answers))
-        relevant.append(frozenset(number for number in own if pieces[number] in holding) or frozenset(own))
-    return _Task(pieces, chosen, relevant)
 
 
 async def _fill(
@@ -236,7 +214,7 @@ async def _fill(
 
 async def _search(
     index: EdgeIndex,
-    task: _Task,
+    questions: Sequence[SourceQuestion],
     embedder: Embedder,
     options: RetrievalOptions,
     progress: Callable[[str, int, int], None],
@@ -244,8 +222,8 @@ async def _search(
     """Numbers of the pieces found, best first, for every kind of search and question."""
     bm25, no_words = Bm25(), SparseVector((), ())
     found: dict[Search, list[list[int]]] = {search: [] for search in SEARCHES}
-    for done, question in enumerate(task.questions):
-        progress("searching", done, len(task.questions))
+    for done, question in enumerate(questions):
+        progress("searching", done, len(questions))
         dense, sparse = embedder.embed_query(question.text), bm25.embed_query(question.text)
         for search in SEARCHES:
             query = SearchQuery(
@@ -258,7 +236,7 @@ async def _search(
             # A question of stop words only has nothing for BM25 to search with.
             results = await index.search(_COLLECTION, query) if search != "bm25" or sparse.indices else []
             found[search].append([result.passage.ordinal for result in results])
-    progress("searching", len(task.questions), len(task.questions))
+    progress("searching", len(questions), len(questions))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Time to first token over gRPC, through every service, for each state that a prompt's blocks can be in.
+"""Times to first token as rows, and over gRPC, through every service, for each state that a prompt's blocks can be in.
 
 Passages are given with the request, so retrieval is left out and contexts have the sizes that are asked for. Within
 one repeat the states follow each other for the same passages; repeats are interleaved over the contexts, so that a
@@ -7,18 +7,112 @@ change of the machine's speed meets them all.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from blockrag.client import BlockragClient
-from blockrag.client_options import GenerateOptions
 from blockrag.corpus.sample import load_articles
 from blockrag.errors import SettingsError
-from blockrag.evaluation.ttft_report import RATES, states_of
-from blockrag.results import Answer, Compression, GivenPassage
+from blockrag.ingest.splitting import PassageSplitter
+from blockrag.modeling.bundle import Bundle
+from blockrag.results import Answer, Compression, GenerateOptions, GivenPassage
+
+MeasuredPath = Literal["model", "grpc"]
+
+LABELS = {
+    "none": "no retrieval",
+    "stock": "stock transformers",
+    "full": "full attention",
+    "block_cold": "block, cold",
+    "block_copied": "block, warm: copied in",
+    "block_store": "block, warm: object store",
+    "block_l1": "block, warm: decoder memory",
+    "compressed_copied": "compressed, warm: copied in",
+    "compressed_l1": "compressed, warm: decoder memory",
+    "rate_4": "mixed at rate 4: decoder memory",
+    "rate_8": "mixed at rate 8: decoder memory",
+    "rate_16": "mixed at rate 16: decoder memory",
+}
+"""By state: the question alone; stock transformers, full prefill with a KV cache; our full mode; block mode with the
+blocks encoded first; with blocks that are copied in, as those of an object store once they are mapped; with those of a
+store; with resident blocks; every chunk compressed, copied in and resident; a mixture of expanded and compressed chunks
+with so many tokens per slot, both forms resident."""
+RATES = {"rate_4": 4, "rate_8": 8, "rate_16": 16}
+_ELSEWHERE = {"model": ("block_store",), "grpc": ("stock", "block_copied", "compressed_copied")}
+
+
+def states_of(path: MeasuredPath, chunk_tokens: int | None) -> tuple[str, ...]:
+    """The states that can be measured with chunks of so many tokens: a mixture's rate is below theirs.
+
+    ``chunk_tokens`` is None where nothing can be compressed.
+    """
+    states = [state for state in LABELS if state not in _ELSEWHERE[path]]
+    if chunk_tokens is None:
+        return tuple(state for state in states if not state.startswith("compressed") and state not in RATES)
+    return tuple(state for state in states if RATES.get(state, 0) < chunk_tokens)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """Times of one state at one context size, in milliseconds."""
+
+    path: MeasuredPath
+    """model: inside one process; grpc: from the client through every service."""
+    state: str
+    """A key of ``LABELS``."""
+    context_tokens: int
+    min_ms: float
+    median_ms: float
+    max_ms: float
+    repeats: int
+    ratio_to_none: float | None
+    """Median of the ratios to the same repeat's time without retrieval; None where that was not measured."""
+    slots: int | None = None
+    """Slots of the passages in the prompt, where they were counted."""
+    kv_bytes: int | None = None
+    """K and V moved from a cache to the prompt."""
+
+
+def make_row(
+    path: MeasuredPath,
+    state: str,
+    context_tokens: int,
+    times: Sequence[float],
+    none: Sequence[float] | None,
+    slots: int | None = None,
+    kv_bytes: int | None = None,
+) -> ReportRow:
+    """A row of interleaved times: ``times[i]`` and ``none[i]`` were measured one after the other."""
+    ratio = None
+    if none is not None:
+        ratio = round(statistics.median(time / base for time, base in zip(times, none, strict=True)), 3)
+    return ReportRow(
+        path=path,
+        state=state,
+        context_tokens=context_tokens,
+        min_ms=round(min(times), 3),
+        median_ms=round(statistics.median(times), 3),
+        max_ms=round(max(times), 3),
+        repeats=len(times),
+        ratio_to_none=ratio,
+        slots=slots,
+        kv_bytes=kv_bytes,
+    )
+
+
+def rate_notes(chunk_tokens: int) -> list[str]:
+    """What chunks of so many tokens make of the rates that have no row."""
+    notes = []
+    for rate in RATES.values():
+        if rate == chunk_tokens:
+            notes.append(f"rate {rate} is everything compressed")
+        elif rate > chunk_tokens:
+            notes.append(f"rate {rate} is not reachable")
+    return [f"with chunks of {chunk_tokens} tokens, {', '.join(notes)}"] if notes else []
 
 
 @dataclass(frozen=True)
@@ -53,7 +147,7 @@ async def measure_grpc_ttft(
     chunk_tokens: int | None = None,
     repeats: int = 20,
     warmup: int = 2,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[GrpcSample]:
     """Samples of every context and state; ``warmup`` repeats are run and not kept.
 
@@ -70,10 +164,11 @@ async def measure_grpc_ttft(
                 if state == "none":
                     alone = answer.completion.usage.prompt_tokens
                 if repeat >= 0:
-                    samples.append(_sample(state, context_tokens, answer, first_ms, alone))
+                    answered = answer.completion
+                    slots = answered.usage.prompt_tokens - alone
+                    samples.append(GrpcSample(state, context_tokens, slots, first_ms, dict(answered.stages_ms)))
             done += 1
-            if on_progress is not None:
-                on_progress(done, total)
+            on_progress(done, total)
     return samples
 
 
@@ -89,9 +184,9 @@ async def _ask(
     if state == "full":
         return await _timed(client, workload.question, passages, "full")
     if state == "block_cold":
-        # A title that was never used makes blocks that nobody has encoded.
+        # A beginning that was never used makes blocks that nobody has encoded, of nearly as many tokens.
         stamp = f"{time.time_ns() % 10**9}"
-        fresh = tuple(GivenPassage(_stamped(passage.text, stamp), passage.title) for passage in passages)
+        fresh = tuple(GivenPassage(stamp + passage.text[len(stamp) :], passage.title) for passage in passages)
         return await _timed(client, workload.question, fresh, "block")
     if state == "block_store":
         # Asked once so that the store has them, then displaced from the decoder's own memory.
@@ -125,24 +220,6 @@ def first_token_ms(answer: Answer) -> float:
     """
     return answer.client_time_to_first_token_ms or answer.completion.time_to_first_token_ms
 
-
-def _stamped(text: str, stamp: str) -> str:
-    """The text with its first digits' worth of characters replaced, so that its length in tokens hardly changes."""
-    return stamp + text[len(stamp) :]
-
-
-def _sample(state: str, context_tokens: int, answer: Answer, first_ms: float, alone: int) -> GrpcSample:
-    return GrpcSample(
-        state=state,
-        context_tokens=context_tokens,
-        slots=answer.completion.usage.prompt_tokens - alone,
-        client_ms=first_ms,
-        stages_ms=dict(answer.completion.stages_ms),
-    )
-
-
-if TYPE_CHECKING:
-    from blockrag.modeling.bundle import Bundle
 
 QUESTION = (
     "Considering all of the countries that are described in the passages above, and leaving aside those for which "
@@ -185,8 +262,6 @@ def _take(passages: Iterator[tuple[GivenPassage, int]], tokens: int) -> tuple[Gi
 
 def _passages(bundle: Bundle) -> Iterator[tuple[GivenPassage, int]]:
     """The almanac's passages with the tokens of their blocks."""
-    from blockrag.ingest.splitting import PassageSplitter
-
     tokenizer = bundle.load_tokenizer()
     splitter = PassageSplitter(bundle.template, tokenizer, bundle.passage_tokens)
     for article in load_articles():

@@ -18,13 +18,12 @@ from transformers import PreTrainedModel
 from blockrag.budget import chunk_count, expand_at_rate
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.engine import Engine
-from blockrag.decoder.runtime import assemble
-from blockrag.decoder.sampling import SamplingParams
-from blockrag.decoder.sequence import Event, GenerationRequest
-from blockrag.evaluation.ttft_report import RATES, ReportRow, make_row, states_of
+from blockrag.decoder.sequence import Event, GenerationRequest, SamplingParams
+from blockrag.decoder.service import assemble
+from blockrag.evaluation.ttft_grpc import RATES, ReportRow, make_row, states_of
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
-from blockrag.modeling.refrag.composing import compose_passage
+from blockrag.modeling.refrag.compression import compose_passage
 from blockrag.modeling.slots import ResidentBlock, Slots
 from blockrag.settings import Settings
 from blockrag.types import BlockKV
@@ -43,7 +42,7 @@ def measure_model_ttft(
     chunk_tokens: int | None = None,
     device: str = "cpu",
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[ReportRow]:
     """Measure every state that these chunks allow at every context length, ``repeats`` times, after a warm-up round.
 
@@ -68,8 +67,7 @@ def measure_model_ttft(
                 elapsed = case.time_ms(method)
                 if number > 0:
                     times.setdefault((method, case.context), []).append(elapsed)
-        if progress is not None:
-            progress(number + 1, repeats + 1)
+        progress(number + 1, repeats + 1)
     return [
         make_row(
             "model",
@@ -184,12 +182,12 @@ class _Case:
     def _answer(self, blocks: Sequence[Slots], tokens: Sequence[int]) -> None:
         """Have the decoder's engine generate the first token, in this thread."""
         request = GenerationRequest("bench", tuple(blocks), tuple(tokens), SamplingParams(max_tokens=1))
-        first = LastEvent()
-        self._bench.engine.submit(request, first)
+        heard: list[Event] = []
+        self._bench.engine.submit(request, heard.append)
         while self._bench.engine.step():
             pass
-        if first.event is None or first.event.error is not None:
-            raise RuntimeError("the engine gave no token") from (first.event.error if first.event else None)
+        if not heard or heard[-1].error is not None:
+            raise RuntimeError("the engine gave no token") from (heard[-1].error if heard else None)
 
     @torch.inference_mode()
     def _stock(self) -> None:
@@ -212,13 +210,3 @@ def encode_in_passes(model: SlotModel, blocks: Sequence[Sequence[int]], keys: Se
         span = slice(start, start + per_pass)
         encoded += model.encode(blocks[span], keys[span])
     return encoded
-
-
-class LastEvent:
-    """An ``EventSink`` that keeps the last event."""
-
-    def __init__(self) -> None:
-        self.event: Event | None = None
-
-    def push(self, event: Event) -> None:
-        self.event = event

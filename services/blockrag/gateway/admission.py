@@ -17,7 +17,6 @@ from blockrag.fairness import has_room
 from blockrag.limits import MIB
 from blockrag.settings import GatewaySettings
 from blockrag.tenants import LimitsOf
-from blockrag.v1.common_pb2 import Usage
 from blockrag.v1.rag_pb2 import GenerateResponse
 from blockrag.v1.retriever_pb2 import TenantStored
 from blockrag.v1.system_pb2 import Quota, TenantQuotas
@@ -33,15 +32,11 @@ LimitOf = Callable[[str], int | None]
 """A tenant's limit in this replica; None: it has none of its own."""
 
 
-def _unlimited(tenant: str) -> None:
-    return None
-
-
 class Admission:
     """Counts requests in progress. Not for several threads: it lives in one event loop."""
 
     def __init__(
-        self, what: str, max_inflight: int, limit_of: LimitOf = _unlimited, *, several_tenants: bool = False
+        self, what: str, max_inflight: int, limit_of: LimitOf = lambda tenant: None, *, several_tenants: bool = False
     ) -> None:
         """``what`` ends the sentence that a refusal tells: "64 answers are in progress". ``several_tenants``: none of
         them takes all places, see ``has_room``."""
@@ -139,7 +134,8 @@ class Metered:
     def see(self, event: GenerateResponse) -> None:
         """Counts an event's text, or with the last one what the whole answer used."""
         if event.HasField("completion"):
-            self.tokens, self._whole = _tokens(event.completion.usage), True
+            usage = event.completion.usage
+            self.tokens, self._whole = usage.prompt_tokens + usage.completion_tokens, True
         else:
             self.tokens += event.text.tokens
 
@@ -213,7 +209,3 @@ class Quotas:
             return None if limit is None else -(-limit // self._replicas)
 
         return share_of
-
-
-def _tokens(usage: Usage) -> int:
-    return usage.prompt_tokens + usage.completion_tokens

@@ -26,14 +26,12 @@ from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.gateway import validation
 from blockrag.gateway.admission import Quotas
 from blockrag.gateway.answering import Answering, Deadline, Timings
-from blockrag.gateway.corpus import Corpus
+from blockrag.gateway.corpus import Corpus, receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.gateway.describing import Describing
 from blockrag.gateway.leftovers import Leftovers
 from blockrag.gateway.observing import count_answer, observed, request_context
 from blockrag.gateway.planning import NearPlanner
-from blockrag.gateway.spool import receive_content, receive_header, refused_gently, while_it_moves
-from blockrag.gateway.turns import AnsweredTurns
-from blockrag.gateway.warming import ALL_FORMS, Warming
+from blockrag.gateway.warming import ALL_FORMS, AnsweredTurns, Warming
 from blockrag.grpc_status import rpc
 from blockrag.ingest.parser_pool import ParserPool
 from blockrag.ingest.splitting import PassageSplitter
@@ -235,16 +233,12 @@ class Gateway:
                         yield step
 
     @rpc
-    async def Describe(
-        self, request: system_pb2.DescribeRequest, grpc_context: GrpcContext = None, *, caller: Caller
-    ) -> system_pb2.DescribeResponse:
+    async def Describe(self, request: system_pb2.DescribeRequest, *, caller: Caller) -> system_pb2.DescribeResponse:
         """Reports the bundle, the limits and every service's state."""
         return await self._describing.describe(caller)
 
     @rpc
-    async def GetTrace(
-        self, request: system_pb2.GetTraceRequest, grpc_context: GrpcContext = None, *, caller: Caller
-    ) -> system_pb2.GetTraceResponse:
+    async def GetTrace(self, request: system_pb2.GetTraceRequest, *, caller: Caller) -> system_pb2.GetTraceResponse:
         """The spans of one of the tenant's requests, as far as this node keeps them."""
         trace_id = validation.check_trace_id(request.trace_id)
         # What nobody is named for may be another's.

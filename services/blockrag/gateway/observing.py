@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 
 from opentelemetry.trace import SpanKind
 
@@ -20,16 +20,8 @@ from blockrag.v1.rag_pb2 import Completion
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-class CallContext(Protocol):
-    """The part of Serve's gRPC context that says who calls."""
-
-    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
-
-    def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
-
-
-def request_context(call: CallContext | None, tenant: str) -> RequestContext:
-    """A call's context: the client's request id and ``traceparent`` where it sent usable ones."""
+def request_context(call: Any, tenant: str) -> RequestContext:
+    """A call's context, by Serve's: the client's request id and ``traceparent`` where it sent usable ones."""
     sent = {} if call is None else {key: value for key, value in call.invocation_metadata() if isinstance(value, str)}
     # Serve makes an id for calls without one and puts it into the trailing metadata: use the same.
     made = dict(call.trailing_metadata()) if call is not None else {}

@@ -51,20 +51,10 @@ def add_services_to_server(servicer: object, server: Any) -> None:
         server.service_handler_factory = DiscreetHandlers(factory)
     forgiving = ForgivingServer(server)
     for name in sorted(name for service in SERVICES for name in service.protobuf):
-        add = _generated(name)
-        add(servicer, forgiving)
-    _add_health(server)
-
-
-def _generated(name: str) -> Callable[[object, Any], None]:
-    """The generated function that adds a protobuf service to a server."""
-    module = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.removesuffix("Service")).lower()
-    stubs = importlib.import_module(f"blockrag.v1.{module}_pb2_grpc")
-    return getattr(stubs, f"add_{name}Servicer_to_server")  # type: ignore[no-any-return]
-
-
-def _add_health(server: Any) -> None:
-    """Adds the health service, to be answered by the server itself and not by a replica."""
+        module = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.removesuffix("Service")).lower()
+        stubs = importlib.import_module(f"blockrag.v1.{module}_pb2_grpc")
+        getattr(stubs, f"add_{name}Servicer_to_server")(servicer, forgiving)
+    # health is answered by the server itself and not by a replica
     if hasattr(server, "add_passthrough_service"):
         server.add_passthrough_service(health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(serving_applications), server)

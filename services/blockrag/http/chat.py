@@ -10,9 +10,9 @@ from fastapi import APIRouter
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
+from blockrag.http.door import Visit
 from blockrag.http.error_objects import error_detail
 from blockrag.http.events import STREAMED, Answer, data, server_sent, usage_details
-from blockrag.http.gateway import Visit
 from blockrag.http.shared_fields import (
     Answering,
     Body,

@@ -9,7 +9,7 @@ from ray.serve import Application
 
 from blockrag.grpc_status import rpc
 from blockrag.http.app import build_app
-from blockrag.http.gateway import RemoteGateway
+from blockrag.http.door import RemoteGateway
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry
 

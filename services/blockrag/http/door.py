@@ -1,4 +1,4 @@
-"""Who may come in over HTTP, and with how much: by the rule that gRPC has, with the same keys.
+"""Who may come in over HTTP, and with how much, by the rule that gRPC has, with the same keys; and where they go.
 
 Without keys a system serves its own machine. A browser on that machine would carry any web page's requests here, which
 gRPC's port cannot be asked by; so there the request must be for this machine by address and come from no other site.
@@ -6,18 +6,25 @@ gRPC's port cannot be asked by; so there the request must be for this machine by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Annotated
 from urllib.parse import urlsplit
 
+import grpc
+from fastapi import Depends
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blockrag.access import Access, OnBehalf
+from blockrag.client_calls import open_channel, translated
 from blockrag.errors import UnauthenticatedError
+from blockrag.handles import FindHandle, RemoteService, Rpc
 from blockrag.http.error_objects import error_response, too_large, too_large_response
 from blockrag.limits import LOOPBACK_NAMES
 from blockrag.settings import Settings
+from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2, system_pb2
 
 MAX_JSON_BYTES = 4 * 2**20
 """Largest body that is no form; the gateway's own limits of texts are lower."""
@@ -118,3 +125,70 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+class RemoteGateway(RemoteService):
+    """The gateway behind its deployment's handle, and for uploads behind the node's own gRPC port.
+
+    Every method raises errors of ``blockrag.errors``; ``call`` names who was admitted.
+    """
+
+    def __init__(self, find_handle: FindHandle, target: str, application: str = "gateway") -> None:
+        """``target``: host:port of the gRPC ingress on this node. A handle takes no stream of requests, and a document
+        of 64 MiB as one argument would be held whole by both sides and by the object store."""
+        super().__init__(find_handle)
+        self.name = application
+        self._target = target
+        self._channel: grpc.aio.Channel | None = None
+
+    retrieve = Rpc(rag_pb2.RetrieveRequest, rag_pb2.RetrieveResponse)
+    list_documents = Rpc(corpus_pb2.ListDocumentsRequest, corpus_pb2.ListDocumentsResponse)
+    list_collections = Rpc(corpus_pb2.ListCollectionsRequest, corpus_pb2.ListCollectionsResponse)
+    delete_document = Rpc(corpus_pb2.DeleteDocumentRequest, corpus_pb2.DeleteDocumentResponse)
+    describe = Rpc(system_pb2.DescribeRequest, system_pb2.DescribeResponse)
+    trace = Rpc(system_pb2.GetTraceRequest, system_pb2.GetTraceResponse, name="GetTrace")
+
+    def generate(
+        self, request: rag_pb2.GenerateRequest, call: OnBehalf
+    ) -> AsyncGenerator[rag_pb2.GenerateResponse, None]:
+        """Streams an answer; closing the stream stops the work."""
+        return self.stream("Generate", request, "completion", grpc_context=call)
+
+    def warm(self, request: corpus_pb2.WarmRequest, call: OnBehalf) -> AsyncGenerator[corpus_pb2.WarmResponse, None]:
+        """Encodes passages ahead of time and says how far it is; closing the stream stops the work."""
+        return self.stream("Warm", request, grpc_context=call)
+
+    async def ingest(
+        self, header: corpus_pb2.DocumentHeader, pieces: AsyncIterator[bytes], authorization: str
+    ) -> corpus_pb2.IngestDocumentResponse:
+        """Stores a document. ``authorization``: the header that the client sent, which is checked anew."""
+
+        async def requests() -> AsyncIterator[corpus_pb2.IngestDocumentRequest]:
+            yield corpus_pb2.IngestDocumentRequest(header=header)
+            async for piece in pieces:
+                yield corpus_pb2.IngestDocumentRequest(content=piece)
+
+        if self._channel is None:  # made here: a channel belongs to the event loop it is made in
+            self._channel = open_channel(self._target, None)
+        stub = corpus_pb2_grpc.CorpusServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        metadata = [("application", self.name)]
+        if authorization:
+            metadata.append(("authorization", authorization))
+        with translated():
+            return await stub.IngestDocument(requests(), metadata=metadata)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """An admitted request, and whom it asks."""
+
+    gateway: RemoteGateway
+    call: OnBehalf
+
+
+async def _visit(request: Request) -> _Visit:  # FastAPI hands what is not async to another thread, for a millisecond
+    return _Visit(request.app.state.gateway, request.state.call)
+
+
+Visit = Annotated[_Visit, Depends(_visit)]
+"""What every path of ``/v1`` is given."""

@@ -11,9 +11,9 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from blockrag.errors import NotFoundError
+from blockrag.http.door import Visit
 from blockrag.http.error_objects import error_detail
 from blockrag.http.events import STREAMED, data, fields_of, server_sent
-from blockrag.http.gateway import Visit
 from blockrag.http.shared_fields import Body
 from blockrag.http.vector_stores import DEFAULT_COLLECTION, split_id
 from blockrag.v1 import corpus_pb2, system_pb2

@@ -12,9 +12,9 @@ from google.protobuf.struct_pb2 import Struct
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
+from blockrag.http.door import Visit
 from blockrag.http.error_objects import error_detail
 from blockrag.http.events import STREAMED, Answer, cited_documents, data, file_id, server_sent, usage_details
-from blockrag.http.gateway import Visit
 from blockrag.http.shared_fields import (
     Answering,
     Body,

@@ -19,8 +19,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from blockrag.errors import InvalidRequestError, NotFoundError
+from blockrag.http.door import RemoteGateway, Visit
 from blockrag.http.events import file_id
-from blockrag.http.gateway import RemoteGateway, Visit
 from blockrag.http.responses import attributes
 from blockrag.http.shared_fields import Body, Filter, RankingOptions, conditions, only, set_number
 from blockrag.identity import page_token_after

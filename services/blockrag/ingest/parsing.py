@@ -15,7 +15,7 @@ from blockrag.ingest.markdown import read_markdown
 from blockrag.ingest.media import READ_BYTES, MediaType, decode, no_text
 from blockrag.ingest.pdf import read_pdf
 from blockrag.ingest.plain import unwrap_lines
-from blockrag.ingest.titles import choose_title
+from blockrag.ingest.splitting import choose_title
 from blockrag.metadata import checked_metadata
 
 PARSER_VERSION = 2

@@ -14,8 +14,7 @@ from blockrag.identity import check_document_id
 from blockrag.ingest.json_documents import read_documents
 from blockrag.ingest.media import READ_BYTES, MediaType, media_type_of
 from blockrag.ingest.parsing import PARSER_VERSION, ParsedFile
-from blockrag.ingest.splitting import PassageSplitter
-from blockrag.ingest.titles import title_from_id
+from blockrag.ingest.splitting import PassageSplitter, title_from_id
 from blockrag.metadata import canonical, checked_metadata
 
 

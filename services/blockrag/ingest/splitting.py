@@ -6,21 +6,152 @@ headings of a long table are repeated.
 
 The text is split in windows: all passages of a window but the last are final, the last one is split again with what
 follows. So memory is bounded, and where a window ends leaves hardly a mark.
+
+Tokens of a passage's block are counted fast enough for documents of tens of megabytes. And which of the titles that a
+file offers is one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
+from blockrag.characters import clean_line
 from blockrag.errors import InvalidRequestError
-from blockrag.ingest.counting import BlockCounter
+from blockrag.ingest.media import known_suffix
 from blockrag.ingest.tables_and_runs import Solid, Span, Table, blocks_of, cut_solid, pack_table
+from blockrag.modeling.running_text import field_ids, running_text
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
+
+_CACHED_WORDS = 200_000
+_CACHED_WORD_CHARS = 32
+
+
+class BlockCounter:
+    """Tokens of a passage's block, counted as ``PromptTemplate.passage_ids`` makes them.
+
+    The template tokenises title and text apart, so a block's count is a constant of its title plus the text's count.
+    """
+
+    def __init__(self, template: PromptTemplate, tokenizer: BundleTokenizer) -> None:
+        before, found, _ = template.passage.partition("{text}")
+        if not found:
+            raise ValueError("the template's passage has no {text}")
+        self._template = template
+        self._tokenizer = tokenizer
+        self._carried = before[len(before.rstrip(" ")) :]
+        self._fast = running_text(tokenizer)
+        self._word_counts = _WordCounts(self.text_count)
+        # Calling a transformers tokenizer sets flags on it.
+        self._calling = threading.Lock()
+
+    def fingerprint(self) -> str:
+        """Changes when a text may get another count."""
+        digest = hashlib.sha256(self._template.passage.encode())
+        if self._fast is not None:
+            digest.update(self._fast.described.encode())
+        return digest.hexdigest()
+
+    def overhead(self, title: str) -> int:
+        """Tokens of a block with this title beyond those of its text."""
+        with self._calling:
+            block = self._template.passage_ids(self._tokenizer, title, "")
+        return len(block) - self.text_count("")
+
+    def text_counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens that each text takes in a block."""
+        pieces = [self._carried + text for text in texts]
+        if self._fast is not None:
+            return [len(ids) for ids in self._fast.ids_of(pieces)]
+        return [len(field_ids(self._tokenizer, piece)) if piece else 0 for piece in pieces]
+
+    def text_count(self, text: str) -> int:
+        """Tokens that one text takes in a block."""
+        return self.text_counts([text])[0]
+
+    def estimate(self, text: str) -> int:
+        """About ``text_count``, from the counts of its words, which are kept.
+
+        Right for vocabularies that never merge across a space, up to words that follow a newline.
+        """
+        return text.count("\n") + sum(map(self._word_counts.__getitem__, text.split()))
+
+
+class _WordCounts(dict[str, int]):
+    """Counts of words, kept up to a limit. A dict, so that a known word costs no Python call."""
+
+    def __init__(self, count: Callable[[str], int]) -> None:
+        super().__init__()
+        self._count = count
+
+    def __missing__(self, word: str) -> int:
+        count = self._count(word)
+        if len(word) <= _CACHED_WORD_CHARS:
+            if len(self) >= _CACHED_WORDS:
+                self.clear()
+            self[word] = count
+        return count
+
+
+MAX_TITLE_CHARS = 300
+"""Longest title that is taken from a file."""
+
+# What programs write before the name of the file that they made.
+_WRITTEN_BY = re.compile(
+    r"(?:Microsoft\s+(?:Office\s+)?(?:Word|Excel|PowerPoint|Publisher|Visio)|Print)\s+-\s+", re.IGNORECASE
+)
+_OFFICE_SUFFIX = re.compile(
+    r"\.(?:docx?|dotx?|odt|rtf|xlsx?|ods|pptx?|odp|pub|pages|tex|dvi|indd|qxd|wpd|fm|pdf|txt|md|html?)$", re.IGNORECASE
+)
+# What programs call what nobody has named, by language; a number may follow.
+_NAMELESS = """
+untitled | untitled document | untitled page | untitled presentation | untitled design | untitled spreadsheet | no title
+title | page title | your title | your title here | anonymous | (anonymous) | unknown | none | null | temp | tmp | con
+document | new document | new page | page | webpage | website | index | home | homepage | default | about:blank | blank
+draft | test | scan | scanned document | image | file | print | sheet | book | workbook | layout | slide | presentation
+powerpoint presentation | unbenannt | unbenanntes dokument | neues dokument | dokument | ohne titel | mappe | tabelle
+powerpoint-präsentation | sans titre | sans-titre | document sans titre | document sans nom | nouveau document
+classeur | présentation powerpoint | sin título | sin titulo | documento | documento sin título | nuevo documento
+libro | presentación de powerpoint | sem título | documento sem título | apresentação do powerpoint | senza titolo
+senza nome | nuovo documento | presentazione di powerpoint | naamloos | naamloos document | uten navn | namnlös
+nimetön | bez názvu | bez tytułu | névtelen | dokumentas | без названия | без имени | без назви | документ
+χωρίς τίτλο | έγγραφο | başlıksız | adsız | belge | 無題 | 名称未設定 | 文書 | ドキュメント | 无标题 | 未命名 | 文档
+無標題 | 新建文档 | 제목 없음 | 제목없음 | 문서
+"""
+_APART = r"[|\n]"
+_NO_TITLE = re.compile(
+    rf"(?:{'|'.join(re.escape(name.strip()) for name in re.split(_APART, _NAMELESS) if name.strip())})"
+    r"[\s_-]*(?:\(?\d+\)?)?",
+    re.IGNORECASE,
+)
+
+
+def choose_title(candidates: Iterable[str]) -> str:
+    """The first that says something, on one line; empty: none does."""
+    for candidate in candidates:
+        title = clean_line(candidate)
+        title = _WRITTEN_BY.sub("", title, count=1) if _WRITTEN_BY.match(title) else title
+        # Whoever named the file named the document; its suffix says nothing.
+        title = _OFFICE_SUFFIX.sub("", title).strip()
+        if title and not _NO_TITLE.fullmatch(title) and any(character.isalnum() for character in title):
+            return title[:MAX_TITLE_CHARS].rstrip()
+    return ""
+
+
+def title_from_id(document_id: str) -> str:
+    """``reports/annual_report-2024.txt`` → ``annual report-2024``: without folders and a suffix that is known."""
+    name = PurePosixPath(document_id).name
+    suffix = known_suffix(name)
+    name = name[: -len(suffix)] if suffix and name != suffix else name
+    return " ".join(name.replace("_", " ").split()) or document_id
+
 
 WINDOW_CHARS = 1 << 16
 """Characters split at a time, at least."""

@@ -200,8 +200,7 @@ def _bundle_and_budgets(settings: Settings) -> Iterator[Finding]:
 
 
 def _kernels(settings: Settings) -> Iterator[Finding]:
-    from blockrag.modeling.native.build import CannotBuildError, check_processor
-    from blockrag.modeling.native.processor import BFLOAT16, has_instructions
+    from blockrag.modeling.native.build import BFLOAT16, CannotBuildError, check_processor, has_instructions
 
     if settings.bundle.device.startswith("cuda"):
         return

@@ -32,7 +32,7 @@ WHOLE = (
     "blockrag.gateway.servicers",
     # what comes with the replicas that have models, and the kinds that the bundled ones are of
     "blockrag.decoder.routing",
-    "blockrag.decoder.runtime",
+    "blockrag.decoder.service",
     "blockrag.encoder.block_encoder",
     "blockrag.modeling.refrag.compression",
     "transformers.models.bert.modeling_bert",

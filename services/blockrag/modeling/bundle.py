@@ -45,8 +45,8 @@ from blockrag.modeling.refrag.record import (
     check_part_files,
     is_refrag_file,
 )
+from blockrag.modeling.running_text import FastTokenizer
 from blockrag.modeling.template import PromptTemplate
-from blockrag.modeling.tokenizer import FastTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

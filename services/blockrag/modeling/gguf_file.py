@@ -101,7 +101,7 @@ def open_gguf(path: Path) -> GgufFile:
 def convert(file: GgufFile, folder: Path) -> None:
     """Write ``file`` as a Hugging Face checkpoint with its tokenizer into the empty directory ``folder``.
 
-    What it writes is ``base_cache.CONVERTER``'s version.
+    What it writes is ``base.CONVERTER``'s version.
 
     Raises BundleError for a tokenizer that does not load and for NaN or infinity, OSError or SafetensorError where
     the disk does not take it.

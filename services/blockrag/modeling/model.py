@@ -18,7 +18,6 @@ from blockrag.modeling.attention.contract import Capture, RaggedBatch, Segment, 
 from blockrag.modeling.attention.over_lists import BATCH, attention_over_lists, register
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.checkpoint import configured_ends, load_stock_model
-from blockrag.modeling.differences import traced
 from blockrag.modeling.linear_layers import fuse_linear_layers, keep_freed_memory, speed_up_linear_layers
 from blockrag.modeling.loading import KV_DTYPES
 from blockrag.modeling.long_pass import LongPass
@@ -36,6 +35,7 @@ from blockrag.modeling.rotary import LayerRotaries, Rotation
 from blockrag.modeling.served import load_served_model
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotArena, Slots, resident_block, stored_block
 from blockrag.modeling.step import Step
+from blockrag.modeling.stock_passes import traced
 from blockrag.modeling.support import ModelFacts, inspect_model
 from blockrag.types import BlockKV
 

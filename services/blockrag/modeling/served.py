@@ -2,7 +2,7 @@
 
 Before a decoder serves, its base is read, an adapter merged into it, everything brought into the type that is computed
 in, queries, keys and values put behind one another, and a copy made in eight bits. Each replica would do that, and hold
-the result for itself. The first one writes it to ``served/`` in the user's cache instead (``blockrag.modeling.made``);
+the result for itself. The first one writes it to ``served/`` in the user's cache instead (``blockrag.modeling.cache``);
 the others map the same file, whose pages are in memory once.
 
 ::
@@ -35,12 +35,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from blockrag.errors import UnsupportedModelError
 from blockrag.modeling.bundle import Bundle
-from blockrag.modeling.cache import cache_dir
+from blockrag.modeling.cache import cache_dir, changed_file, is_ours, made, remembered_sha256
 from blockrag.modeling.checkpoint import load_stock_model
-from blockrag.modeling.digests import is_ours, remembered_sha256
 from blockrag.modeling.files import hashed
 from blockrag.modeling.linear_layers import GROUPS, give_freed_memory_back
-from blockrag.modeling.made import changed_file, made
 from blockrag.modeling.measuring import own_logits, probe_of
 from blockrag.modeling.plain_decoder import UnsuitableError
 from blockrag.modeling.step import pack, packed_weights

@@ -3,6 +3,10 @@
 A slot holds one position's K before rotation and V, for all layers. A prompt is a slot list: slot i stands at
 position i, and its key is rotated by i when it is placed, once, in each layer as that layer rotates; nothing is ever
 un-rotated.
+
+In eight bits keys are kept by channel and values by slot, as in KIVI (arXiv 2402.02750, section 3): keys have channels
+that are large in every slot, so before rotation each channel has a step and a middle of its own over the block's slots.
+Values have no such channels; each slot has a step of its own.
 """
 
 from __future__ import annotations
@@ -18,10 +22,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockrag.errors import DataError
-from blockrag.modeling.narrow import Scales, quantised, widened
 from blockrag.modeling.native.kernels import Kernels, Piece, kernels
 from blockrag.modeling.rotary import LayerRotaries, rotate_into
 from blockrag.types import BlockKV
+
+_LARGEST = 127
+_LEAST = 2.0**-100
+"""So that zeros divide by something."""
+
+Scales = tuple[Tensor, Tensor]
+"""Of keys, bfloat16 [2, layers, kv_heads, head_dim], the step and the middle of each channel; and of values, bfloat16
+[layers, kv_heads, n], the step of each slot."""
+
+
+def quantised(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Scales]:
+    """``keys`` and ``values``, [layers, kv_heads, n, head_dim] each, as int8 of the same shape, and their scales."""
+    wide = keys.float()
+    middles = ((wide.amax(2) + wide.amin(2)) / 2).bfloat16()
+    centred = wide - middles.float()[:, :, None]
+    steps = (centred.abs().amax(2) / _LARGEST).clamp_min(_LEAST).bfloat16()
+    narrow_keys = _rounded(centred, steps.float()[:, :, None])
+    wide = values.float()
+    by_slot = (wide.abs().amax(3) / _LARGEST).clamp_min(_LEAST).bfloat16()
+    narrow_values = _rounded(wide, by_slot.float()[..., None])
+    return narrow_keys, narrow_values, (torch.stack([steps, middles]), by_slot)
+
+
+def widened(slots: Tensor, start: int, stop: int, scales: Scales) -> Tensor:
+    """Slots ``start`` to ``stop`` of int8 [2, layers, kv_heads, n, head_dim] in float32."""
+    (steps, middles), by_slot = scales
+    keys = slots[0, :, :, start:stop].float() * steps.float()[:, :, None] + middles.float()[:, :, None]
+    values = slots[1, :, :, start:stop].float() * by_slot[:, :, start:stop, None].float()
+    return torch.stack([keys, values])
+
+
+def _rounded(numbers: Tensor, steps: Tensor) -> Tensor:
+    return (numbers / steps).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+
 
 _BUFFER_STEP = 256
 """Buffers are cut to a multiple of this many slots, so that a released one fits the next sequence more often."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from blockrag.modeling.attention.contract import RaggedBatch
 from blockrag.modeling.attention.tiled import LEAST_SUM
-from blockrag.modeling.native.processor import has_instructions
+from blockrag.modeling.native.build import has_instructions
 from blockrag.modeling.native.step_kernel import (
     GROUP,
     PackedDecoder,

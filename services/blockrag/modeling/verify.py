@@ -19,12 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.modeling.bundle import Bundle, load_bundle
-from blockrag.modeling.differences import Check, Difference, Limits, traced
 from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.mixture_gate import MixtureGate
 from blockrag.modeling.slots import SequenceState
-from blockrag.modeling.stock_passes import block_mask, stock_mask
+from blockrag.modeling.stock_passes import Check, Difference, Limits, block_mask, stock_mask, traced
 from blockrag.types import BlockKV
 
 ThroughStore = Callable[[BlockKV], BlockKV]

@@ -8,7 +8,7 @@ from typing import Any
 import qdrant_edge as qdrant
 
 from blockrag.retriever import payload as fields
-from blockrag.retriever.conditions import AnyTerm, Condition
+from blockrag.retriever.payload import AnyTerm, Condition
 from blockrag.retriever.vector_index import Document
 
 

@@ -20,9 +20,8 @@ from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.identity import CollectionId
 from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.retriever import payload as fields
-from blockrag.retriever.catalogue import Catalogue
+from blockrag.retriever.catalogue import Catalogue, DiskRoom, locked
 from blockrag.retriever.edge_filters import equals, of_commit, of_version, since, sparse, visible
-from blockrag.retriever.edge_folder import DiskRoom, locked
 from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of, fuse_texts, holders_of
 from blockrag.retriever.vector_index import (
     COMMITS_WITHIN_S,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from blockrag.errors import SettingsError
 from blockrag.lru import Lru
-from blockrag.modeling.digests import remembered_sha256
+from blockrag.modeling.cache import remembered_sha256
 from blockrag.retriever.vector_index import EmbeddingInfo
 
 if TYPE_CHECKING:

@@ -1,28 +1,31 @@
-"""The retriever's work, free of Ray: messages in, messages out; and which index and model the settings choose."""
+"""The retriever's work, free of Ray: messages in, messages out; which index and model the settings choose;
+and what a tenant may store, checked where documents become visible, so whoever writes meets it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 from blockrag.access import Caller, show_own
 from blockrag.alike import alike
 from blockrag.bm25 import Bm25, bm25_of
-from blockrag.errors import InvalidRequestError, NotFoundError, SettingsError, UnavailableError
+from blockrag.errors import InvalidRequestError, NotFoundError, OverloadedError, SettingsError, UnavailableError
 from blockrag.fairness import Turns
 from blockrag.grpc_status import rpc
 from blockrag.identity import CollectionId, check_normalised
 from blockrag.languages import LANGUAGES
+from blockrag.limits import MIB
 from blockrag.retriever import passage_messages as messages
-from blockrag.retriever.conditions import Condition, parse_conditions
 from blockrag.retriever.edge import EdgeIndex
 from blockrag.retriever.embedding import Embedder, find_embedding
-from blockrag.retriever.storage_quotas import StorageQuotas
+from blockrag.retriever.payload import Condition, parse_conditions
 from blockrag.retriever.vector_index import (
     EmbeddedPassage,
     EmbeddingInfo,
@@ -34,8 +37,63 @@ from blockrag.retriever.vector_index import (
 )
 from blockrag.settings import RetrieverSettings, Settings
 from blockrag.telemetry import span
-from blockrag.tenants import LimitsOf, no_limits
+from blockrag.tenants import LimitsOf, TenantLimits, no_limits
 from blockrag.v1 import retriever_pb2
+
+_RETRY_MS = 60_000
+"""When to come back after a refusal that passes only when something is removed."""
+
+
+class StorageQuotas:
+    """Counts what tenants store. Exact within a replica; with several, each may let one document more through."""
+
+    def __init__(self, index: VectorIndex, limits_of: LimitsOf) -> None:
+        self._index = index
+        self._limits_of = limits_of
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def storing(self, collection: CollectionId, document_id: str) -> AsyncIterator[None]:
+        """Within it a document may be stored: nobody else of the tenant stores meanwhile, where that must be counted.
+
+        Raises ``OverloadedError`` naming the limit that is reached.
+        """
+        limits = self._limits_of(collection.tenant)
+        if limits.collections is None and limits.documents is None and limits.index_mb is None:
+            yield
+            return
+        async with self._locks.setdefault(collection.tenant, asyncio.Lock()):
+            await self._check(limits, collection, document_id)
+            yield
+
+    async def check(self, collection: CollectionId, document_id: str) -> None:
+        """Raises what ``storing`` would raise now: for who is about to compute what it could not store."""
+        async with self.storing(collection, document_id):
+            pass
+
+    async def _check(self, limits: TenantLimits, collection: CollectionId, document_id: str) -> None:
+        owned = await self._index.collections(collection.tenant)
+        if limits.collections is not None and collection not in owned and len(owned) >= limits.collections:
+            raise _reached(f"{len(owned)} collections of {limits.collections}")
+        if limits.documents is not None and not await self._has(collection, document_id):
+            documents = sum([(await self._index.counts(one)).documents for one in owned])
+            if documents >= limits.documents:
+                raise _reached(f"{documents} documents of {limits.documents}")
+        if limits.index_mb is not None:
+            used = sum([await self._index.disk_bytes(one) for one in owned])
+            if used >= limits.index_mb * MIB:
+                raise _reached(f"{used / MIB:.1f} MiB of the index's {limits.index_mb}")
+
+    async def _has(self, collection: CollectionId, document_id: str) -> bool:
+        try:
+            return bool(await self._index.find_documents(collection, [document_id]))
+        except NotFoundError:
+            return False
+
+
+def _reached(what: str) -> OverloadedError:
+    return OverloadedError(f"this tenant has {what} that it may have; remove some, or have the limit raised", _RETRY_MS)
+
 
 _logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from blockrag.bm25 import SparseVector
 from blockrag.errors import InvalidRequestError, SettingsError
 from blockrag.identity import CollectionId
 from blockrag.retriever import payload as fields
-from blockrag.retriever.conditions import AnyTerm, Condition
 from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of
+from blockrag.retriever.payload import AnyTerm, Condition
 from blockrag.retriever.vector_index import Document, EmbeddedPassage, SearchQuery, too_few_staged
 
 _PREFIX = "blockrag."

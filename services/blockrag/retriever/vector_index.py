@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,10 @@ from numpy.typing import NDArray
 from blockrag.bm25 import SparseVector
 from blockrag.identity import CollectionId
 from blockrag.languages import DEFAULT_LANGUAGE
-from blockrag.retriever.conditions import Condition
+
+if TYPE_CHECKING:
+    from blockrag.retriever.payload import Condition
+
 
 STAGED_FOR_S = 24 * 3600
 """Passages that were staged longer ago and never committed are swept away."""

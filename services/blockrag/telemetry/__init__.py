@@ -2,8 +2,7 @@
 
 from blockrag.telemetry import metrics
 from blockrag.telemetry.logs import request_fields
-from blockrag.telemetry.trace_files import read_trace, trace_directory
-from blockrag.telemetry.tracing import Span, setup_telemetry, shutdown_telemetry, span
+from blockrag.telemetry.tracing import Span, read_trace, setup_telemetry, shutdown_telemetry, span, trace_directory
 from blockrag.traceparent import new_traceparent, trace_id_of
 
 __all__ = [

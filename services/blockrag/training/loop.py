@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import nn, optim
 
-from blockrag.training.run import MetricsLog, OnProgress, RunFolder, RunState, Scores, StepMetrics
+from blockrag.training.run import MetricsLog, OnProgress, RunFolder, RunState, Scores, StepMetrics, read_records
 from blockrag.training.workers import Workers
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
@@ -117,35 +117,29 @@ def train(
     return _Run(learner, schedule, folder, workers, on_progress).run(tensorboard)
 
 
+@dataclass
 class _Run(Generic[S]):
-    def __init__(
-        self,
-        learner: Learner[S],
-        schedule: Schedule,
-        folder: RunFolder,
-        workers: Workers,
-        on_progress: OnProgress | None,
-    ) -> None:
-        self._learner = learner
-        self._schedule = schedule
-        self._folder = folder
-        self._workers = workers
-        self._on_progress = on_progress
-        self._log: MetricsLog | None = None
-        self._speeds: list[tuple[int, float]] = []
+    learner: Learner[S]
+    schedule: Schedule
+    folder: RunFolder
+    workers: Workers
+    on_progress: OnProgress | None
+    log: MetricsLog | None = None
+    speeds: list[tuple[int, float]] = field(default_factory=list)
+    reported: set[str] = field(default_factory=set)
 
     def run(self, tensorboard: bool) -> RunState:
-        if self._workers.device.type == "cpu":
+        if self.workers.device.type == "cpu":
             never_return_memory()
-        state = self._folder.restore(self._learner.model, self._learner.optimizers)
-        self._reported = {place for record in self._folder.records() for place in record.get("left_out", ())}
-        if self._workers.rank != 0:
+        state = self.folder.restore(self.learner.model, self.learner.optimizers)
+        self.reported = {place for record in read_records(self.folder.path) for place in record.get("left_out", ())}
+        if self.workers.rank != 0:
             return self._train(state)
-        with closing(MetricsLog(self._folder.path, tensorboard=tensorboard)) as self._log:
+        with closing(MetricsLog(self.folder.path, tensorboard=tensorboard)) as self.log:
             return self._train(state)
 
     def _train(self, state: RunState) -> RunState:
-        learner, schedule = self._learner, self._schedule
+        learner, schedule = self.learner, self.schedule
         if state.step == 0:
             self._report(StepMetrics(step=0, fraction=0.0, dev=learner.measure()))
         fraction = schedule.fraction(state)
@@ -159,46 +153,43 @@ class _Run(Generic[S]):
                     ahead = drawing.submit(learner.draw, following.step, schedule.fraction(following))
                 factor = learning_rate_factor(state.step, fraction, schedule.warmup_steps, decay=schedule.decay)
                 result = learner.step(samples, factor)
-                took = self._shared(time.perf_counter() - started)
+                # the mean over the workers, so that all end at the same step
+                took = float(self.workers.sum(torch.tensor([time.perf_counter() - started]))) / self.workers.size
                 state = replace(following, tokens=state.tokens + result.tokens, seconds=state.seconds + took)
                 fraction = schedule.fraction(state)
-                self._speeds = [*self._speeds, (result.tokens, took)][-_SPEED_STEPS:]
+                self.speeds = [*self.speeds, (result.tokens, took)][-_SPEED_STEPS:]
                 measured = fraction >= 1 or state.step % schedule.eval_steps == 0
                 self._report(self._metrics(state, result, factor, learner.measure() if measured else {}))
                 # after the report: what a checkpoint holds is in the metrics, and what came later is cut from them
                 if fraction >= 1 or state.step % schedule.checkpoint_steps == 0:
-                    self._folder.save(learner.model, learner.optimizers, state)
+                    self.folder.save(learner.model, learner.optimizers, state)
             ahead.cancel()
         return state
 
     def _metrics(self, state: RunState, result: StepResult, factor: float, dev: Scores) -> StepMetrics:
-        recent = sum(took for _, took in self._speeds)
-        fresh = {place: tokens for place, tokens in result.left_out.items() if place not in self._reported}
-        self._reported.update(fresh)
+        recent = sum(took for _, took in self.speeds)
+        fresh = {place: tokens for place, tokens in result.left_out.items() if place not in self.reported}
+        self.reported.update(fresh)
         return StepMetrics(
             step=state.step,
-            fraction=min(1.0, self._schedule.fraction(state)),
+            fraction=min(1.0, self.schedule.fraction(state)),
             losses=result.losses,
             further=result.further,
             gradient_norm=result.gradient_norm,
-            learning_rate=self._schedule.learning_rate * factor,
+            learning_rate=self.schedule.learning_rate * factor,
             tokens=state.tokens,
             seconds=state.seconds,
-            tokens_per_second=sum(tokens for tokens, _ in self._speeds) / recent,
-            eta_seconds=self._schedule.left(state, recent / len(self._speeds)),
+            tokens_per_second=sum(tokens for tokens, _ in self.speeds) / recent,
+            eta_seconds=self.schedule.left(state, recent / len(self.speeds)),
             dev=dev,
             left_out=fresh,
         )
 
-    def _shared(self, seconds: float) -> float:
-        """The mean over the workers, so that all end at the same step."""
-        return float(self._workers.sum(torch.tensor([seconds]))) / self._workers.size
-
     def _report(self, metrics: StepMetrics) -> None:
-        if self._log is not None:
-            self._log.write(metrics)
-            if self._on_progress is not None:
-                self._on_progress(metrics)
+        if self.log is not None:
+            self.log.write(metrics)
+            if self.on_progress is not None:
+                self.on_progress(metrics)
 
 
 def learning_rate_factor(step: int, fraction: float, warmup_steps: int, decay: Decay = "cosine") -> float:

@@ -127,13 +127,9 @@ class RunFolder:
                     shutil.rmtree(self._checkpoint(step))
         self._workers.barrier()
 
-    def records(self) -> list[dict[str, Any]]:
-        """See ``read_records``."""
-        return read_records(self.path)
-
     def scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Held-out scores before the first step and after the last, as metrics.jsonl has them; empty without any."""
-        found: list[dict[str, Any]] = [record["dev"] for record in self.records() if "dev" in record]
+        found: list[dict[str, Any]] = [record["dev"] for record in read_records(self.path) if "dev" in record]
         return (found[0], found[-1]) if found else ({}, {})
 
     def drop_checkpoints(self) -> None:
@@ -166,7 +162,7 @@ class RunFolder:
         """Forget the lines of steps that were done after the checkpoint, and half a line that a kill left."""
         path = self.path / METRICS
         if self._workers.rank == 0 and path.exists():
-            kept = [record for record in self.records() if step and record["step"] <= step]
+            kept = [record for record in read_records(self.path) if step and record["step"] <= step]
             replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def _checkpoint(self, step: int) -> Path:

@@ -7,7 +7,6 @@ parameter, of its gradient and of the optimiser's state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,50 +18,34 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 _CLIP = 1.0
 
 
-class Workers(Protocol):
-    """The workers of a run, as one of them sees them."""
-
-    rank: int
-    """Number of this worker; worker 0 writes."""
-    size: int
-    device: torch.device
-
-    def shard(self, model: nn.Module, layers: nn.ModuleList) -> None:
-        """Spread the model's parameters over the workers, layer by layer."""
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of every worker's ``values``, in float64 on the CPU."""
-
-    def barrier(self) -> None:
-        """Wait until every worker came here."""
-
-
-class OneWorker:
-    """A run of one process on one device."""
+class Workers:
+    """The workers of a run, as one of them sees them: here a run of one process on one device."""
 
     rank = 0
+    """Number of this worker; worker 0 writes."""
     size = 1
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
 
     def shard(self, model: nn.Module, layers: nn.ModuleList) -> None:
-        """Everything stays here."""
+        """Spread the model's parameters over the workers, layer by layer."""
 
     def sum(self, values: Tensor) -> Tensor:
+        """Sum of every worker's ``values``, in float64 on the CPU."""
         return values.detach().double().cpu()
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """Wait until every worker came here."""
 
 
-class ShardedWorkers:
+class ShardedWorkers(Workers):
     """The workers of torch.distributed's default process group, which must be running."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self.device = device
         self._mesh = init_device_mesh(device.type, (self.size,))
 
     def shard(self, model: nn.Module, layers: nn.ModuleList) -> None:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.cli.filters import parse_filters
+from blockrag.cli.ask import parse_filters
 from blockrag.errors import InvalidRequestError
 from blockrag.results import Condition
 

@@ -110,8 +110,7 @@ def test_files_may_have_shares() -> None:
 def test_every_option_of_training_has_help() -> None:
     from blockrag.cli.options import _docstrings
     from blockrag.training.pear.pear_config import LearningConfig, PearConfig
-    from blockrag.training.refrag.policy_config import PolicyTrainingConfig, PpoSettings
-    from blockrag.training.refrag.stage_config import RefragConfig
+    from blockrag.training.refrag.stage_config import PolicyTrainingConfig, PpoSettings, RefragConfig
 
     nested = {"ppo", "learning", "stage"}
     for config in (BlockAdaptConfig, LearningConfig, PearConfig, PolicyTrainingConfig, PpoSettings, RefragConfig):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from blockrag.compressor.embeddings import EmbeddingCache
+from blockrag.compressor.mixing import EmbeddingCache
 from blockrag.errors import DataError, UnavailableError
 from blockrag.kv_cache.shard_messages import FetchedBlock
 from blockrag.types import BlockForm, BlockRequest, ChunkEmbeddings

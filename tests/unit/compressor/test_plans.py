@@ -18,8 +18,7 @@ from torch import Tensor
 from blockrag.budget import composed_slots
 from blockrag.compressor.compression_request import CompressionAbility, read_compression, sizes_decide
 from blockrag.compressor.decoder_costs import DecoderCosts
-from blockrag.compressor.embeddings import EmbeddingCache
-from blockrag.compressor.mixing import Mixer
+from blockrag.compressor.mixing import EmbeddingCache, Mixer
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.rating import ChunkRater
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
@@ -260,8 +259,8 @@ async def test_the_policys_own_time_is_no_slots_and_where_it_takes_too_much_retr
     planner: Planner, source: Encoding
 ) -> None:
     await planner.plan(request(Compression(rate=2)))
-    assert planner._mixer is not None
-    times = planner._mixer._times
+    assert planner.mixer is not None
+    times = planner.mixer._times
     chunks = sum(len(passage.chunks) for passage in (await planner.plan(request())).passages)
     limit = 10 + (chunks + 41) / 2  # room for every chunk compressed, and forty slots more
     free = await planner.plan(request(Compression(max_ttft_ms=limit, policy="retrieval")))

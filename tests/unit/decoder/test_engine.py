@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from blockrag.decoder.engine import Engine
-from blockrag.decoder.runtime import check_engine
-from blockrag.decoder.sampling import SamplingParams
 from blockrag.decoder.scheduler import EngineLimits
-from blockrag.decoder.sequence import GenerationRequest, Sequence
+from blockrag.decoder.sequence import GenerationRequest, SamplingParams, Sequence
+from blockrag.decoder.service import check_engine
 from blockrag.errors import (
     BlockragError,
     DataError,
@@ -64,7 +63,7 @@ class Bench:
             deadline,
             released=lambda: self.released.append(name),
         )
-        return self.engine.submit(request, sink), sink
+        return self.engine.submit(request, sink.push), sink
 
     def run(self) -> int:
         steps = 0
@@ -204,7 +203,7 @@ def test_a_reader_that_is_gone_harms_no_other(bench: Bench) -> None:
             raise RuntimeError("Event loop is closed")
 
     request = GenerationRequest("gone", (), (10,), SamplingParams(max_tokens=100))
-    bench.engine.submit(request, Gone())
+    bench.engine.submit(request, Gone().push)
     _, fine = bench.submit([20])
     bench.run()
     assert fine.text == letters(21, 5)
@@ -303,7 +302,7 @@ def test_a_failure_of_the_engine_itself_is_known_and_ends_what_runs(bench: Bench
     engine = Engine(Confused(), EngineLimits(), detokenizer)  # type: ignore[arg-type]
     engine.start()
     sink = CollectingSink()
-    engine.submit(GenerationRequest("r", (), (10,), SamplingParams(max_tokens=5)), sink)
+    engine.submit(GenerationRequest("r", (), (10,), SamplingParams(max_tokens=5)), sink.push)
     assert sink.done.wait(10)
     assert isinstance(sink.events[-1].error, UnavailableError)
     assert engine.failure is not None
@@ -346,7 +345,7 @@ def test_small_steps_take_one_thread(cost: int, threads: int) -> None:
     engine = Engine(Measured(), limits, LetterDetokenizer, threads=3)  # type: ignore[arg-type]
     engine.start()
     sink = CollectingSink()
-    engine.submit(GenerationRequest("r", (), (10,), SamplingParams(max_tokens=3)), sink)
+    engine.submit(GenerationRequest("r", (), (10,), SamplingParams(max_tokens=3)), sink.push)
     assert sink.done.wait(10)
     engine.stop()
     assert seen

@@ -10,9 +10,8 @@ import torch
 
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
-from blockrag.decoder.sampling import SamplingParams
 from blockrag.decoder.scheduler import EngineLimits
-from blockrag.decoder.sequence import GenerationRequest
+from blockrag.decoder.sequence import GenerationRequest, SamplingParams
 from blockrag.modeling.model import SlotModel
 from tests.models import make_tiny_model, make_tiny_tokenizer
 from tests.unit.decoder.fakes import CollectingSink
@@ -31,7 +30,7 @@ def _generate(model: SlotModel, *requests: GenerationRequest, **limits: int) -> 
     engine = Engine(model, EngineLimits(**limits), _NEW_DETOKENIZER)
     sinks = [CollectingSink() for _ in requests]
     for request, sink in zip(requests, sinks, strict=True):
-        engine.submit(request, sink)
+        engine.submit(request, sink.push)
     while engine.step():
         pass
     assert all(sink.events[-1].finish is not None for sink in sinks)
@@ -93,7 +92,7 @@ def test_the_engine_needs_no_ray_pydantic_or_grpc() -> None:
 import sys
 for name in ("ray", "pydantic", "grpc", "google.protobuf"):
     sys.modules[name] = None
-import blockrag.decoder.engine, blockrag.decoder.block_loading, blockrag.decoder.stream, blockrag.decoder.detokenizer
+import blockrag.decoder.engine, blockrag.decoder.block_loading, blockrag.decoder.sequence, blockrag.decoder.detokenizer
 import blockrag.modeling.model
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.decoder.sampling import Sampler, SamplingParams, sample
+from blockrag.decoder.sequence import Sampler, SamplingParams, sample
 from blockrag.errors import DataError, InvalidRequestError
 
 _LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0])

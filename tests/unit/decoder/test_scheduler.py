@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.decoder.sampling import SamplingParams
 from blockrag.decoder.scheduler import EngineLimits, Scheduler
-from blockrag.decoder.sequence import GenerationRequest, Sequence
+from blockrag.decoder.sequence import GenerationRequest, SamplingParams, Sequence
 from blockrag.errors import OverloadedError, SettingsError
 from tests.unit.decoder.fakes import CollectingSink, FakeState, LetterDetokenizer
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from blockrag.decoder.sampling import SamplingParams
 from blockrag.decoder.scheduler import EngineLimits, Scheduler
-from blockrag.decoder.sequence import GenerationRequest, Sequence
+from blockrag.decoder.sequence import GenerationRequest, SamplingParams, Sequence
 from blockrag.errors import OverloadedError
 from tests.unit.decoder.fakes import CollectingSink, FakeState, LetterDetokenizer
 

@@ -12,8 +12,7 @@ import pytest
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
-from blockrag.decoder.runtime import assemble, warm_up
-from blockrag.decoder.service import DecodeService
+from blockrag.decoder.service import DecodeService, assemble, warm_up
 from blockrag.errors import DeadlineError, InvalidRequestError, OverloadedError, PromptTooLongError
 from blockrag.kv_cache.shard_messages import BlockSource
 from blockrag.modeling.bundle import Bundle, load_bundle

@@ -8,7 +8,7 @@ import pytest
 
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.detokenizer import detokenizer_factory
-from blockrag.decoder.runtime import Runtime, assemble
+from blockrag.decoder.service import Runtime, assemble
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.decoder.stopping import StopScanner
+from blockrag.decoder.detokenizer import StopScanner
 
 
 def _cut(text: str, stops: list[str]) -> tuple[str, bool]:

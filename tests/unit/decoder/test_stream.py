@@ -5,8 +5,7 @@ import threading
 
 import pytest
 
-from blockrag.decoder.sequence import Event, Finish, StageSeconds
-from blockrag.decoder.stream import TokenStream
+from blockrag.decoder.sequence import Event, Finish, StageSeconds, TokenStream
 from blockrag.errors import DeadlineError
 
 _FINISH = Finish("end", 3, StageSeconds(0, 0, 0, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import pytest
 
@@ -53,7 +54,7 @@ async def test_scores_per_mode() -> None:
     assert block.by_relation == {"area": 0.0, "capital": 1.0}
     assert none.recall is None and none.exact_match.mean == 0.0
     assert block.questions == 2 and block.failed == 0 and result.failures == ()
-    assert json.loads(json.dumps(result.to_dict()))["modes"][0]["mode"] == "block"
+    assert json.loads(json.dumps(asdict(result)))["modes"][0]["mode"] == "block"
 
 
 async def test_a_failed_question_scores_zero_and_is_listed() -> None:

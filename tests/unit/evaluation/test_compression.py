@@ -27,8 +27,7 @@ from blockrag.evaluation.compression_scores import (
     score_text,
 )
 from blockrag.evaluation.compression_selectors import answer_spans, holding_answer, similar_to_question
-from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.pieces import Piece
+from blockrag.evaluation.drawing import DrawnQuestion, Piece
 from blockrag.evaluation.question_data import SourceQuestion
 from blockrag.evaluation.reader import Prompt, Reader
 from blockrag.modeling.bundle import Bundle, load_bundle

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.drawing import Distractors, Draw, draw_questions
-from blockrag.evaluation.pieces import PieceMaker
+from blockrag.evaluation.drawing import Draw, PieceMaker, draw_questions
+from blockrag.evaluation.experiment_options import Distractors
 from blockrag.evaluation.question_data import QuestionData, load_questions
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 from tests.unit.evaluation.question_files import town, write_jsonl, write_key_values, write_patterns, write_rows

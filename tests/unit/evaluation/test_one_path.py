@@ -14,14 +14,13 @@ from blockrag.compressor import assembly as compressing
 from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
-from blockrag.decoder import runtime as decoding
+from blockrag.decoder import service as decoding
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.evaluation.compression_run import Asking
 from blockrag.evaluation.compression_scores import COMPRESSED, UNCOMPRESSED, Cell
 from blockrag.evaluation.compression_selectors import ORACLE, RULES, Selectors
-from blockrag.evaluation.drawing import DrawnQuestion
-from blockrag.evaluation.pieces import Piece
+from blockrag.evaluation.drawing import DrawnQuestion, Piece
 from blockrag.evaluation.question_data import SourceQuestion
 from blockrag.evaluation.reader import PlannedPrompt, Reader, no_decoder
 from blockrag.gateway import validation

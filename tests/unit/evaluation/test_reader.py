@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.errors import PromptTooLongError
+from blockrag.evaluation.drawing import Piece
 from blockrag.evaluation.experiment_options import MODES, Mode
-from blockrag.evaluation.pieces import Piece
 from blockrag.evaluation.reader import Prompt, Reader, compose_without_reencoding
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel, load_stock_model

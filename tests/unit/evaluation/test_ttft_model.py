@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from blockrag.evaluation.ttft_grpc import states_of
 from blockrag.evaluation.ttft_model import measure_model_ttft
-from blockrag.evaluation.ttft_report import states_of
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.settings import Settings
 from tests.models import make_tiny_bundle

@@ -1,7 +1,7 @@
 import pytest
 
 from blockrag.evaluation.plots import plot_rows
-from blockrag.evaluation.ttft_report import LABELS, ReportRow, make_row, rate_notes
+from blockrag.evaluation.ttft_grpc import LABELS, ReportRow, make_row, rate_notes
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:

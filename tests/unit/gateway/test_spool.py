@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from blockrag.errors import DeadlineError, InvalidRequestError
-from blockrag.gateway.spool import Message, receive_content, receive_header, refused_gently, while_it_moves
+from blockrag.gateway.corpus import Message, receive_content, receive_header, refused_gently, while_it_moves
 from blockrag.grpc_status import MalformedRequest
 from blockrag.v1.corpus_pb2 import DocumentHeader, IngestDocumentRequest
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from blockrag.errors import UnavailableError
-from blockrag.gateway.turns import AnsweredTurns, Which
 from blockrag.gateway.validation import Question, check_generate
+from blockrag.gateway.warming import AnsweredTurns, Which
 from blockrag.v1.common_pb2 import ATTENTION_MODE_FULL, RequestContext, Turn
 from blockrag.v1.kv_cache_pb2 import WarmBlocksRequest, WarmBlocksResponse
 from blockrag.v1.rag_pb2 import GenerateRequest

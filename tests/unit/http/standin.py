@@ -48,7 +48,7 @@ def splitter() -> PassageSplitter:
 
 @dataclass
 class StandIn:
-    """In the place of ``blockrag.http.gateway.RemoteGateway``."""
+    """In the place of ``blockrag.http.door.RemoteGateway``."""
 
     settings: Settings = field(default_factory=Settings)
     searcher: FakeSearcher = field(default_factory=lambda: FakeSearcher(PASSAGES))

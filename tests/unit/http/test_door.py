@@ -107,7 +107,7 @@ async def test_the_schema_is_open_and_the_rest_is_not_found(guarded: httpx.Async
     assert len(schema["paths"]) == 11
     options = schema["components"]["schemas"]["BlockragOptions"]["properties"]
     assert all(option.get("description") for option in options.values()), options
-    for path in ("/index.html", "/page/", "/page/..%2fapp.py", "/page/static.py"):
+    for path in ("/index.html", "/page/", "/page/..%2fapp.py", "/page/app.py"):
         missing = await guarded.get(path)
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
 

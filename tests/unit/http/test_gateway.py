@@ -10,7 +10,7 @@ import pytest
 
 from blockrag.access import Caller, OnBehalf
 from blockrag.errors import InvalidRequestError, OverloadedError
-from blockrag.http.gateway import RemoteGateway
+from blockrag.http.door import RemoteGateway
 from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2
 from tests.unit.test_handles import Response
 

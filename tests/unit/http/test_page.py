@@ -6,7 +6,7 @@ import re
 
 import httpx
 
-from blockrag.http.static import page_files
+from blockrag.http.app import page_files
 
 MOST_BYTES = 150_000
 

@@ -12,8 +12,7 @@ from typing import Any, BinaryIO, cast
 from blockrag.ingest.media import MediaType
 from blockrag.ingest.parsing import parse
 from blockrag.ingest.pipeline import PreparedDocument, SourceDocument, check_source, check_spool, documents_of
-from blockrag.ingest.splitting import PassageSplitter
-from blockrag.ingest.titles import title_from_id
+from blockrag.ingest.splitting import PassageSplitter, title_from_id
 from tests.unit.ingest.tokenizers import TEMPLATE, WordTokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "data"

@@ -11,7 +11,7 @@ import pytest
 from blockrag.errors import InvalidRequestError
 from blockrag.ingest.media import MediaType
 from blockrag.ingest.plain import unwrap_lines
-from blockrag.ingest.titles import choose_title
+from blockrag.ingest.splitting import choose_title
 from tests.unit.ingest.reading import CASES, case, parsed, prepare
 
 

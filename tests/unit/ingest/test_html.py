@@ -10,7 +10,7 @@ import pytest
 from blockrag.characters import clean_text
 from blockrag.errors import InvalidRequestError
 from blockrag.ingest.html import read_html
-from blockrag.ingest.titles import choose_title
+from blockrag.ingest.splitting import choose_title
 from tests.unit.ingest.reading import CASES, DATA
 
 PAGES = json.loads((DATA / "pages" / "expected.json").read_text())

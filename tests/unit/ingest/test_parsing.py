@@ -11,7 +11,7 @@ from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 from blockrag.errors import InvalidRequestError
 from blockrag.ingest.media import MediaType
 from blockrag.ingest.plain import unwrap_lines
-from blockrag.ingest.titles import title_from_id
+from blockrag.ingest.splitting import title_from_id
 from tests.unit.ingest.reading import parsed
 
 

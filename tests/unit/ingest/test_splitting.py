@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.ingest import splitting
-from blockrag.ingest.counting import BlockCounter
-from blockrag.ingest.splitting import PassageSplitter
+from blockrag.ingest.splitting import BlockCounter, PassageSplitter
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.template import PromptTemplate
 from tests.models import make_tiny_bundle

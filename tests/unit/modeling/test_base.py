@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 
 from blockrag.cli.main import app
 from blockrag.errors import BundleError
-from blockrag.modeling.base import Base, is_base, open_base
-from blockrag.modeling.base_cache import check_converted, converted
+from blockrag.modeling.base import Base, check_converted, converted, is_base, open_base
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.bundle_writing import create_bundle
 from blockrag.modeling.cache import cache_dir

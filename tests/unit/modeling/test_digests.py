@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockrag.modeling.digests import remembered_sha256
+from blockrag.modeling.cache import remembered_sha256
 from blockrag.modeling.files import file_sha256
 
 _SIZE = 2**20

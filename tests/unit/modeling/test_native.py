@@ -20,11 +20,10 @@ from blockrag.modeling import slots
 from blockrag.modeling.attention import compiled as compiled_attention
 from blockrag.modeling.attention.over_lists import attend
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.narrow import quantised, widened
 from blockrag.modeling.native import kernels as native
 from blockrag.modeling.native.kernels import Kernels
 from blockrag.modeling.rotary import RotaryTable, rotate_into
-from blockrag.modeling.slots import ResidentBlock, Slots, SlotSlice
+from blockrag.modeling.slots import ResidentBlock, Slots, SlotSlice, quantised, widened
 from tests.models import FAMILIES, make_tiny_model
 from tests.unit.modeling.test_model import close, compose, stock_logits, tokens
 

@@ -6,9 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from blockrag.modeling.running_text import field_ids
+from blockrag.modeling.running_text import FastTokenizer, field_ids
 from blockrag.modeling.template import PromptTemplate
-from blockrag.modeling.tokenizer import FastTokenizer
 from tests.models import make_tiny_tokenizer
 
 CHATML = PromptTemplate(

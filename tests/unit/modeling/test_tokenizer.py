@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.errors import BundleError
 from blockrag.modeling.bundle import DEFAULT_BUNDLE, load_bundle
-from blockrag.modeling.running_text import field_ids
-from blockrag.modeling.tokenizer import FastTokenizer
+from blockrag.modeling.running_text import FastTokenizer, field_ids
 
 BUNDLE = load_bundle(DEFAULT_BUNDLE, verify_files=False)
 FAST, STOCK = BUNDLE.load_fast_tokenizer(), BUNDLE.load_tokenizer()

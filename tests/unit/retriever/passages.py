@@ -9,7 +9,7 @@ import numpy as np
 
 from blockrag.bm25 import SparseVector
 from blockrag.identity import CollectionId, passage_id
-from blockrag.retriever.conditions import Condition
+from blockrag.retriever.payload import Condition
 from blockrag.retriever.vector_index import Document, EmbeddedPassage, EmbeddingInfo, Passage, SearchQuery
 
 DIMENSIONS = 8

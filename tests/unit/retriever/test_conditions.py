@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from blockrag.characters import normalise
 from blockrag.errors import InvalidRequestError
-from blockrag.retriever.conditions import (
+from blockrag.retriever.payload import (
     AnyTerm,
     NumberRange,
     metadata_numbers,

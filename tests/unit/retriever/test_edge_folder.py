@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blockrag.errors import OverloadedError, UnavailableError
-from blockrag.retriever import edge_folder
+from blockrag.retriever import catalogue as edge_folder
 from blockrag.retriever.edge_store import EdgeStore
 from blockrag.retriever.vector_index import Counts
 from tests.unit.retriever.passages import EMBEDDING, HOME, document, embedded, query

@@ -17,8 +17,8 @@ from qdrant_client import AsyncQdrantClient
 from blockrag.bm25 import SparseVector
 from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.identity import CollectionId
-from blockrag.retriever.conditions import AnyTerm, Condition, NumberRange, metadata_terms, number_field
 from blockrag.retriever.edge import EdgeIndex
+from blockrag.retriever.payload import AnyTerm, Condition, NumberRange, metadata_terms, number_field
 from blockrag.retriever.server import ServerIndex
 from blockrag.retriever.vector_index import Counts, EmbeddedPassage, Replaced, SearchQuery, VectorIndex
 from tests.unit.retriever.passages import DIMENSIONS, EMBEDDING, HOME, document, embedded, query

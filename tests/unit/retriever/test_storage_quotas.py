@@ -10,7 +10,7 @@ import pytest
 from blockrag.errors import OverloadedError
 from blockrag.identity import CollectionId
 from blockrag.retriever.edge import EdgeIndex
-from blockrag.retriever.storage_quotas import StorageQuotas
+from blockrag.retriever.rpcs import StorageQuotas
 from blockrag.retriever.vector_index import VectorIndex
 from blockrag.tenants import NO_LIMITS, TenantLimits
 from tests.unit.retriever.passages import EMBEDDING, document, embedded

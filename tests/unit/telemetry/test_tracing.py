@@ -136,7 +136,7 @@ def test_files_are_bounded_and_a_torn_line_is_skipped(tmp_path: Path, settings: 
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
-    from blockrag.telemetry.trace_files import TraceFileExporter
+    from blockrag.telemetry.tracing import TraceFileExporter
 
     directory = tmp_path / "small"
     exporter = TraceFileExporter(directory, "gateway", file_bytes=2_000, directory_bytes=6_000)

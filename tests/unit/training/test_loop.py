@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blockrag.training.loop import Schedule, StepResult, learning_rate_factor, train
 from blockrag.training.run import RunFolder, RunState, Scores, StepMetrics
-from blockrag.training.workers import OneWorker
+from blockrag.training.workers import Workers
 
 
 class Line:
@@ -60,9 +60,9 @@ def run(path: Path, learner: Line, wanted: Schedule, stop: int = -1) -> tuple[Ru
         if metrics.step == stop:
             raise InterruptedError
 
-    folder = RunFolder(path, OneWorker())
+    folder = RunFolder(path, Workers())
     with folder.opened({"kind": "line"}):
-        state = train(learner, wanted, folder, OneWorker(), show)
+        state = train(learner, wanted, folder, Workers(), show)
     return state, seen, dict(zip(("before", "after"), folder.scores(), strict=True))
 
 

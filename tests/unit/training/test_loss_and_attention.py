@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from blockrag.training import attention
-from blockrag.training.loss import linear_cross_entropy
+from blockrag.training.adaptation import visibility as attention
+from blockrag.training.refrag.refrag_reader import linear_cross_entropy
 from tests.models import TINY_VOCAB, make_tiny_model
 
 
@@ -32,7 +32,7 @@ def test_training_attention_agrees_with_the_stock_one(tile: int, monkeypatch: py
     mask[0, 0, 6:, :3] = False  # a key that one row sees and the other does not
     mask[:, 0, 5:10, :5] = False  # a tile of five has keys that nobody there sees
     found = []
-    for name, given in ((None, mask), (attention.register(), attention.additive_mask(mask, torch.float32))):
+    for name, given in ((None, mask), (attention.TRAINING_ATTENTION, attention.additive_mask(mask, torch.float32))):
         if name:
             model.set_attn_implementation(name)
         model.zero_grad()

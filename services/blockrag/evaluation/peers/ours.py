@@ -19,16 +19,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
 from transformers import DynamicCache
 
 from blockrag.configured import configured_bundle, configured_keys
-from blockrag.decoder.sampling import SamplingParams
-from blockrag.decoder.sequence import GenerationRequest
-from blockrag.evaluation.ttft_model import LastEvent, encode_in_passes, engine_of
+from blockrag.decoder.sequence import Event, GenerationRequest, SamplingParams, StageSeconds
+from blockrag.evaluation.ttft_model import encode_in_passes, engine_of
 from blockrag.kv_cache.block_files import read_block, write_block
 from blockrag.modeling.checkpoint import load_stock_model
 from blockrag.modeling.model import SlotModel
@@ -52,17 +51,6 @@ class Prompt:
         return [*(token for block in self.blocks for token in block), *self.question]
 
 
-class Peer(Protocol):
-    """One way to answer prompts."""
-
-    name: str
-    """Its version and types, as they are behind its label in the rows."""
-
-    def run(self, prompts: Sequence[Prompt], state: str, new_tokens: int) -> tuple[float, float]:
-        """Seconds until every stream has its first token, and seconds of each step after it."""
-        ...
-
-
 class Blockrag:
     """The decoder's engine without the services. States: memory, store, disk, cold, full."""
 
@@ -71,6 +59,7 @@ class Blockrag:
         bundle = configured_bundle(settings)
         self._model = SlotModel.load(bundle)
         self.name = settings_text(bundle.compute_dtype, self._model.weights)
+        """Types, and a version, as they are behind its label in the rows."""
         self._model.end_token_ids = frozenset()  # random prompts may be answered by the end of an answer
         self._engine = engine_of(bundle, self._model, settings, slots=2**30, max_sequences=64)
         self._keys = configured_keys(settings, bundle)
@@ -79,6 +68,7 @@ class Blockrag:
         self._resident: dict[tuple[int, ...], ResidentBlock] = {}
 
     def run(self, prompts: Sequence[Prompt], state: str, new_tokens: int) -> tuple[float, float]:
+        """Seconds until every stream has its first token, and seconds of each step after it."""
         torch.set_num_threads(self._threads)
         blocks = list(dict.fromkeys(block for prompt in prompts for block in prompt.blocks))
         load: dict[str, Callable[[], dict[tuple[int, ...], ResidentBlock]]] = {
@@ -90,18 +80,18 @@ class Blockrag:
         }
         if state in ("memory", "store", "disk"):
             self._prepare(blocks, state)
-        sinks = [_Answered() for _ in prompts]
+        heard: list[list[Event]] = [[] for _ in prompts]
         start = time.perf_counter()
         found = load[state]()
         loaded = time.perf_counter() - start
-        for prompt, sink in zip(prompts, sinks, strict=True):
+        for prompt, events in zip(prompts, heard, strict=True):
             composed = () if state == "full" else tuple(found[block] for block in prompt.blocks)
             tokens = tuple(prompt.tokens) if state == "full" else prompt.question
             sampling = SamplingParams(max_tokens=new_tokens)
-            self._engine.submit(GenerationRequest("bench", composed, tokens, sampling), sink)
+            self._engine.submit(GenerationRequest("bench", composed, tokens, sampling), events.append)
         while self._engine.step():
             pass
-        stages = [sink.stages() for sink in sinks]
+        stages = list(map(_stages, heard))
         first = max(one.queue + one.compose + one.prefill for one in stages)
         # the last to begin decodes with all others beside it
         last = min(one.decode for one in stages)
@@ -165,11 +155,11 @@ class Transformers:
         return chosen
 
 
-class _Answered(LastEvent):
-    def stages(self) -> Any:
-        if self.event is None or self.event.finish is None:
-            raise RuntimeError("the engine gave no answer") from (self.event.error if self.event else None)
-        return self.event.finish.stages
+def _stages(events: Sequence[Event]) -> StageSeconds:
+    last = events[-1] if events else Event()
+    if last.finish is None:
+        raise RuntimeError("the engine gave no answer") from last.error
+    return last.finish.stages
 
 
 def settings_text(compute_dtype: str, weights: str) -> str:
@@ -177,7 +167,7 @@ def settings_text(compute_dtype: str, weights: str) -> str:
     return f"{compute_dtype}, steps in int8" if weights == "int8" else compute_dtype
 
 
-def serve(peer: Peer) -> None:
+def serve(peer: Blockrag | Transformers) -> None:
     """Answer tasks until the input ends."""
     answer = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Keys
@@ -95,7 +94,7 @@ class PeerProcess:
     def __enter__(self) -> PeerProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -177,7 +176,7 @@ def measure_peers(
     new_tokens: int = 16,
     repeats: int = 3,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[PeerRow]:
     """Ask every peer every task in each of its states, ``repeats`` times, interleaved, after a round at the first task.
 
@@ -221,8 +220,7 @@ def measure_peers(
                     if counts:
                         times.setdefault(key, []).append(taken)
                         memory[spec.label, task] = processes[spec.label].memory_mb()
-            if progress is not None:
-                progress(number + 1, len(rounds))
+            progress(number + 1, len(rounds))
     for spec in peers:
         for task in tasks:
             for state in spec.states if spec.label in processes else ():

@@ -4,6 +4,8 @@ The library is looked for beside the sources, where ``python -m blockrag.modelin
 is built, and in the user's cache, where a process that does not find it puts it. Its name holds a hash of the sources
 and the options, so that another version's library is never loaded, and one of the compiler; where there is no compiler,
 as in an image, any compiler's will do. Its SHA-256 stands in a file beside it.
+
+And what this machine's processor can do, as Linux says.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from blockrag.modeling.cache import cache_dir
-from blockrag.modeling.native.processor import has_instructions
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "slots.c", _HERE / "step.c", _HERE / "between.c")
@@ -50,7 +52,7 @@ def check_platform() -> None:
 def check_processor() -> None:
     """Raise CannotBuildError where the library would not run."""
     check_platform()
-    if not has_instructions(("avx512_bf16",), _CPUINFO):
+    if not has_instructions(("avx512_bf16",)):
         raise CannotBuildError("the processor has no AVX-512 BF16")
 
 
@@ -122,16 +124,8 @@ def main() -> int:
         print(library((_HERE,)))  # where this processor lacks the instructions too: the image may run on others
     except CannotBuildError as error:
         print(f"not compiled: {error}")
-        return 1 if _has_instructions() else 0
+        return int(has_instructions(("avx512_bf16",)))
     return 0
-
-
-def _has_instructions() -> bool:
-    try:
-        check_processor()
-    except CannotBuildError:
-        return False
-    return True
 
 
 def _compiler() -> list[str]:
@@ -164,6 +158,24 @@ def _cache() -> Path:
         return cache_dir()
     except RuntimeError as error:
         raise CannotBuildError(f"no directory for the compiled library: {error}") from error
+
+
+BFLOAT16 = ("avx512_bf16", "amx_bf16")
+"""Instructions that multiply bfloat16, of x86-64: one of them is needed to compute in it at speed."""
+
+
+def has_instructions(names: tuple[str, ...]) -> bool:
+    """Whether the processor has one of ``names``; False where that cannot be read."""
+    return not _flags(_CPUINFO).isdisjoint(names)
+
+
+@cache
+def _flags(cpuinfo: Path) -> frozenset[str]:
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 Piece = tuple[Tensor, int, int, tuple[Tensor, Tensor] | None]
 """A block's slots [2, layers, kv_heads, n, head_dim], which of them from where to where, and the scales of those in
-int8 (``blockrag.modeling.narrow``); others are bfloat16."""
+int8 (``blockrag.modeling.slots``); others are bfloat16."""
 
 
 class Kernels:

@@ -11,12 +11,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.budget import chunk_bounds
-from blockrag.modeling.differences import EXACT, Check, Difference, Limits, traced
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.refrag.composing import compose_passage, mixed_inputs
-from blockrag.modeling.refrag.compression import ChunkCompressor
+from blockrag.modeling.refrag.compression import ChunkCompressor, compose_passage, mixed_inputs
 from blockrag.modeling.slots import Slots
-from blockrag.modeling.stock_passes import BlockPass, ChosenSlot, additive_mask, block_mask, pass_block, pass_final
+from blockrag.modeling.stock_passes import (
+    EXACT,
+    BlockPass,
+    Check,
+    ChosenSlot,
+    Difference,
+    Limits,
+    additive_mask,
+    block_mask,
+    pass_block,
+    pass_final,
+    traced,
+)
 from blockrag.types import BlockKV
 
 ThroughStore = Callable[[BlockKV], BlockKV]

@@ -17,12 +17,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
+from typing import ClassVar
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.pieces import Piece, PieceMaker, Rank, bm25_ranking, gold_piece
+from blockrag.evaluation.drawing import Piece, PieceMaker, Rank, bm25_ranking, gold_piece
 from blockrag.evaluation.question_data import QuestionData, SourceQuestion, load_questions
 from blockrag.evaluation.scoring import contains
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
@@ -171,43 +173,38 @@ _TYPED_SHARE = 0.25
 """Share of questions written as people type them into a search box: in lower case, half of them without the mark."""
 
 
+@dataclass
 class ContextSource:
     """Makes contexts of pools. Not thread-safe: one thread draws."""
 
-    def __init__(
-        self,
-        pools: Sequence[tuple[Pool, float]],
-        tokenizer: BundleTokenizer,
-        template: PromptTemplate,
-        limits: SampleLimits,
-        questions: int,
-        seed: int | str,
-    ) -> None:
-        """``pools`` with their shares of the contexts; at most ``questions`` questions a context."""
-        self._pools = [pool for pool, _ in pools]
-        self._shares = [share for _, share in pools]
-        self._tokenizer = tokenizer
-        self._template = template
-        self._limits = limits
-        self._questions = questions
-        self._seed = seed
-        self._instruction = tuple(template.instruction_ids(tokenizer))
+    pools: Sequence[tuple[Pool, float]]
+    """With their shares of the contexts."""
+    tokenizer: BundleTokenizer
+    template: PromptTemplate
+    limits: SampleLimits
+    questions: int
+    """Most of a context."""
+    seed: int | str
+    too_long: ClassVar[dict[str, int]] = {}
+    """Empty: a context is cut to what fits."""
+
+    def __post_init__(self) -> None:
+        self._instruction = tuple(self.template.instruction_ids(self.tokenizer))
         self._block = lru_cache(maxsize=_REMEMBERED)(self._make_block)
-        self.too_long: dict[str, int] = {}
-        """Empty: a context is cut to what fits."""
 
     def sample(self, number: int) -> Context:
         """Context ``number`` of an endless stream. Raises SetupError when nothing that is drawn fits."""
-        random = Random(f"{self._seed}/{number}")
+        random = Random(f"{self.seed}/{number}")
         for _ in range(_TRIES):
-            pool = random.choices(self._pools, self._shares)[0]
+            pools, shares = zip(*self.pools, strict=True)
+            pool = random.choices(pools, shares)[0]
             context = self._build(pool, random.choice(pool.questions), random)
             if context is not None:
                 return context
-        raise SetupError(f"{_TRIES} contexts one after another do not fit {self._limits.max_tokens} tokens")
+        raise SetupError(f"{_TRIES} contexts one after another do not fit {self.limits.max_tokens} tokens")
 
     def _build(self, pool: Pool, lead: SourceQuestion, random: Random) -> Context | None:
-        limits = self._limits
+        limits = self.limits
         found = pool.gold(lead)
         if found is None:
             return None
@@ -233,7 +230,7 @@ class ContextSource:
             if question is not lead
         ]
         random.shuffle(others)
-        for question in others[: self._questions - 1]:
+        for question in others[: self.questions - 1]:
             if random.random() < limits.refusal_share:
                 hidden = self._hidden(pool, shown, unseen, random)
                 if hidden is not None and all(hidden is not other for other, _ in asked):
@@ -304,12 +301,12 @@ class ContextSource:
     ) -> Context | None:
         blocks = [block for block in map(self._block, shown) if block]
         random.shuffle(blocks)
-        room = self._limits.max_tokens - len(self._instruction) - sum(map(len, blocks))
+        room = self.limits.max_tokens - len(self._instruction) - sum(map(len, blocks))
         branches = []
         for question, refused in asked:
-            prompt = tuple(self._template.final_ids(self._tokenizer, _typed(question.text, random)))
-            answer = self._template.refusal if refused or not question.answers else self._answer(question, shown)
-            target = tuple(self._template.answer_ids(self._tokenizer, answer))
+            prompt = tuple(self.template.final_ids(self.tokenizer, _typed(question.text, random)))
+            answer = self.template.refusal if refused or not question.answers else self._answer(question, shown)
+            target = tuple(self.template.answer_ids(self.tokenizer, answer))
             room -= len(prompt) + len(target)
             if room < 0:
                 break
@@ -326,7 +323,7 @@ class ContextSource:
         return next((a for a in question.answers if any(a in text for text in texts)), question.answers[0])
 
     def _make_block(self, piece: Piece) -> tuple[int, ...]:
-        return tuple(self._template.passage_ids(self._tokenizer, piece.title, piece.text))
+        return tuple(self.template.passage_ids(self.tokenizer, piece.title, piece.text))
 
 
 def _typed(question: str, random: Random) -> str:

@@ -1,4 +1,4 @@
-"""From question rows to training samples: which passages, in what order, with which answer.
+"""From question rows to training samples: which passages, in what order, cut at sentence ends, with which answer.
 
 Sample number n is a pure function of (seed, n): a run that is resumed, or shared out to other workers, sees the same
 samples, and no position in the data has to be stored.
@@ -13,18 +13,61 @@ passages do not answer; only such a row may have an empty list of answers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 from blockrag.errors import SetupError
 from blockrag.jsonl import read_objects
-from blockrag.modeling.template import PromptTemplate
+from blockrag.modeling.running_text import field_ids
+from blockrag.modeling.template import BundleTokenizer, PromptTemplate
 from blockrag.training.adaptation.batch import Branch, Context
-from blockrag.training.passages import DecodingTokenizer, cut_passage, sentences
+
+
+class DecodingTokenizer(BundleTokenizer, Protocol):
+    """A tokenizer that also turns token ids back into text."""
+
+    def decode(self, token_ids: list[int]) -> Any: ...
+
+
+# An abbreviation's or initial's period ends no sentence; the pattern errs towards longer sentences.
+_SENTENCE_END = re.compile(r"(?<=[a-z0-9)\]\"'%])[.!?][\"')\]]* +(?=[A-Z\"'(])|\n+")
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of ``text``, without the spaces between them."""
+    found: list[str] = []
+    start = 0
+    for match in _SENTENCE_END.finditer(text):
+        found.append(text[start : match.end()].strip())
+        start = match.end()
+    found.append(text[start:].strip())
+    return [sentence for sentence in found if sentence]
+
+
+def cut_passage(
+    tokenizer: DecodingTokenizer, template: PromptTemplate, title: str, text: str, max_tokens: int, first: int = 0
+) -> str:
+    """The longest run of whole sentences from number ``first`` whose block has at most ``max_tokens`` tokens.
+
+    The block counts title and special tokens. A first sentence that alone is too long is cut after a word.
+    """
+    room = max_tokens - len(template.passage_ids(tokenizer, title, ""))
+    kept: list[str] = []
+    for sentence in sentences(text)[first:]:
+        tokens = field_ids(tokenizer, " " + sentence)
+        if len(tokens) > room:
+            if not kept and room > 0:
+                kept.append(tokenizer.decode(tokens[:room]).strip().rpartition(" ")[0])
+            break
+        kept.append(sentence)
+        room -= len(tokens)
+    return " ".join(kept)
+
 
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 _HELD_OUT_SHARE = 0.1
@@ -133,29 +176,24 @@ class SampleLimits:
     """Share of samples whose gold passages are left out, answered by the template's refusal."""
 
 
+@dataclass
 class SampleSource:
     """Makes samples of rows. Not thread-safe: one thread draws."""
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        tokenizer: DecodingTokenizer,
-        template: PromptTemplate,
-        limits: SampleLimits,
-        seed: int | str,
-    ) -> None:
-        if not rows:
+    rows: Sequence[Row]
+    tokenizer: DecodingTokenizer
+    template: PromptTemplate
+    limits: SampleLimits
+    seed: int | str
+    too_long: dict[str, int] = field(default_factory=dict)
+    """Rows that were left out, by file and line, with the tokens that they need at least."""
+
+    def __post_init__(self) -> None:
+        if not self.rows:
             raise SetupError("no rows to draw samples from")
-        self._rows = rows
-        self._tokenizer = tokenizer
-        self._template = template
-        self._limits = limits
-        self._seed = seed
-        self._instruction = tuple(template.instruction_ids(tokenizer))
+        self._instruction = tuple(self.template.instruction_ids(self.tokenizer))
         self._order: tuple[int, list[int]] = (-1, [])
         self._block = lru_cache(maxsize=_REMEMBERED)(self._make_block)
-        self.too_long: dict[str, int] = {}
-        """Rows that were left out, by file and line, with the tokens that they need at least."""
 
     def sample(self, number: int) -> Context:
         """Sample ``number``, of one question, of an endless stream that visits every row once per pass over the data.
@@ -163,13 +201,13 @@ class SampleSource:
         A row that cannot be fitted is noted in ``too_long`` and another one takes its place. Raises SetupError when
         none seems to fit.
         """
-        random = Random(f"{self._seed}/{number}")
-        row = self._rows[self._place(number)]
+        random = Random(f"{self.seed}/{number}")
+        row = self.rows[self._place(number)]
         for _ in range(_TRIES):
             sample = self._build(row, random)
             if sample is not None:
                 return sample
-            row = random.choice(self._rows)
+            row = random.choice(self.rows)
         if not self.too_long:
             raise SetupError(
                 f"{_TRIES} rows one after another have nothing to show: mark the passages that answer with "
@@ -177,20 +215,20 @@ class SampleSource:
             )
         place, tokens = next(iter(self.too_long.items()))
         raise SetupError(
-            f"{_TRIES} rows one after another do not fit {self._limits.max_tokens} tokens; {place} needs {tokens}: "
+            f"{_TRIES} rows one after another do not fit {self.limits.max_tokens} tokens; {place} needs {tokens}: "
             "raise max_tokens or lower passage_tokens"
         )
 
     def _place(self, number: int) -> int:
-        turn, at = divmod(number, len(self._rows))
+        turn, at = divmod(number, len(self.rows))
         if self._order[0] != turn:
-            order = list(range(len(self._rows)))
-            Random(f"{self._seed}/order/{turn}").shuffle(order)
+            order = list(range(len(self.rows)))
+            Random(f"{self.seed}/order/{turn}").shuffle(order)
             self._order = (turn, order)
         return self._order[1][at]
 
     def _build(self, row: Row, random: Random) -> Context | None:
-        limits, template = self._limits, self._template
+        limits, template = self.limits, self.template
         golds = [passage for passage in row.passages if passage.gold]
         # those that hold an answer first, in case there are more than a prompt may have
         golds.sort(key=lambda passage: not _holds(passage.text, row.answers))
@@ -202,9 +240,9 @@ class SampleSource:
         others = self._distractors(row, max(0, count - len(chosen)), absent, random)
         if absent and not others:
             return None
-        prompt = tuple(template.final_ids(self._tokenizer, row.question))
+        prompt = tuple(template.final_ids(self.tokenizer, row.question))
         answer = template.refusal if absent else row.answers[0]
-        target = tuple(template.answer_ids(self._tokenizer, answer))
+        target = tuple(template.answer_ids(self.tokenizer, answer))
         room = limits.max_tokens - len(self._instruction) - len(prompt) - len(target) - sum(map(len, blocks))
         fitting = []
         for block in others:
@@ -231,7 +269,7 @@ class SampleSource:
         for _ in range(_TRIES + 4 * count):
             if len(blocks) == count:
                 break
-            passage = random.choice(random.choice(self._rows).passages)
+            passage = random.choice(random.choice(self.rows).passages)
             if passage.text in seen or _holds(passage.text, row.answers):
                 continue
             seen.add(passage.text)
@@ -243,7 +281,7 @@ class SampleSource:
     def _make_block(self, passage: Passage) -> tuple[int, ...]:
         """A distractor's block, remembered: its passage is met again and again. Empty when only its title fits."""
         text = self._text(passage, 0)
-        return tuple(self._template.passage_ids(self._tokenizer, passage.title, text)) if text else ()
+        return tuple(self.template.passage_ids(self.tokenizer, passage.title, text)) if text else ()
 
     def _gold_block(self, passage: Passage, answers: Sequence[str], random: Random) -> tuple[int, ...]:
         """A gold passage's block: a run of sentences with the answer's anywhere in it."""
@@ -256,11 +294,11 @@ class SampleSource:
                 if _holds(window, answers):
                     text = window
                     break
-        return tuple(self._template.passage_ids(self._tokenizer, passage.title, text))
+        return tuple(self.template.passage_ids(self.tokenizer, passage.title, text))
 
     def _text(self, passage: Passage, first: int) -> str:
-        limit = self._limits.passage_tokens
-        return cut_passage(self._tokenizer, self._template, passage.title, passage.text, limit, first=first)
+        limit = self.limits.passage_tokens
+        return cut_passage(self.tokenizer, self.template, passage.title, passage.text, limit, first=first)
 
 
 def _holds(text: str, answers: Sequence[str]) -> bool:

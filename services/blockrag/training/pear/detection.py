@@ -33,24 +33,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 from blockrag.modeling.pear import AttentionHeads, attention_heads
-from blockrag.modeling.pear_record import Mask
 from blockrag.training.pear.passes import ProxyTask, cache_of, check_length, forward, prefill, recording, removing
-from blockrag.training.pear.pear_config import PUBLISHED_SIZES, LaterHeads, Mean
-
-
-@dataclass(frozen=True)
-class DetectionConfig:
-    """How heads are looked for. The defaults are the published ones."""
-
-    mask: Mask = "full"
-    distractors: int = 0
-    mean: Mean = "batch"
-    later_heads: LaterHeads = "frozen"
-    sizes: tuple[tuple[int, int], ...] = PUBLISHED_SIZES
-    """(samples, n) to average over."""
-    seed: int = 0
-    memory_bytes: int = 2**30
-    """About how much a batch of single tokens may take; more is faster up to what fills the device."""
+from blockrag.training.pear.pear_config import LaterHeads, Mean, PearConfig
 
 
 @dataclass(frozen=True)
@@ -99,10 +83,10 @@ class _CleanRun:
 def detect(
     model: PreTrainedModel,
     candidates: Tensor,
-    config: DetectionConfig,
+    config: PearConfig,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> Detection:
-    """Δπ of every head on prompts of ``candidates``, int64 [any]; the model is left as it was.
+    """Δπ of every head on prompts of ``candidates``, int64 [any], under ``config``'s mask; the model is left as it was.
 
     ``on_progress`` gets the share done. Raises UnsupportedModelError, and InvalidRequestError for too few candidates or
     prompts longer than the model's positions.
@@ -182,14 +166,14 @@ def _clean_run(model: PreTrainedModel, heads: AttentionHeads, task: ProxyTask, t
 
 
 def _replaced(
-    model: PreTrainedModel, heads: AttentionHeads, clean: _CleanRun, layer: int, config: DetectionConfig
+    model: PreTrainedModel, heads: AttentionHeads, clean: _CleanRun, layer: int, config: PearConfig
 ) -> Tensor:
     """π of every head of a layer replaced, for each sample: float64 [heads, samples], on the CPU."""
     samples = len(clean.tokens)
     row_bytes = 4 * int(clean.logits.shape[1])
     if config.later_heads == "live":
         row_bytes += 2 * sum(keys[0].nbytes + values[0].nbytes for keys, values in clean.prefix[layer:])
-    rows = max(1, config.memory_bytes // row_bytes)
+    rows = max(1, int(config.memory * 2**30) // row_bytes)
     scores = []
     for piece in torch.arange(heads.num_heads * samples, device=clean.tokens.device).split(rows):
         head, sample = piece // samples, piece % samples

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.pear_record import Mask
 
 if TYPE_CHECKING:
-    from blockrag.training.pear.detection import DetectionConfig
     from blockrag.training.pear.passes import ProxyTask
 
 Mean = Literal["batch", "sequence"]
@@ -71,20 +70,10 @@ class PearConfig:
     memory: float = 1.0
     """GiB that a batch of detection may take, about; more is faster up to what fills the device."""
 
-    def detection(self, condition: str) -> DetectionConfig:
-        """How heads are detected under a condition of ``CONDITIONS``."""
-        from blockrag.training.pear.detection import DetectionConfig
-
+    def under(self, condition: str) -> PearConfig:
+        """The same for heads that are detected under a condition of ``CONDITIONS``."""
         mask, with_passages = CONDITIONS[condition]
-        return DetectionConfig(
-            mask=mask,
-            distractors=self.distractors if with_passages else 0,
-            mean=self.mean,
-            later_heads=self.later_heads,
-            sizes=self.sizes,
-            seed=self.seed,
-            memory_bytes=int(self.memory * 2**30),
-        )
+        return replace(self, mask=mask, distractors=self.distractors if with_passages else 0)
 
     def task(self, mask: Mask) -> ProxyTask:
         """What is learned and scored under a mask."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from blockrag.training.pear.detection import Detection, detect, rank_correlation
 from blockrag.training.pear.passes import ProxyTask, check_length, forward, prefill, removing
 from blockrag.training.pear.pear_config import CONDITIONS, LEAST_HEADS, PUBLISHED_SHARE, LearningConfig, PearConfig
 from blockrag.training.run import OnProgress, RunFolder, Scores, StepMetrics
-from blockrag.training.workers import OneWorker
+from blockrag.training.workers import Workers
 
 _WARMUP = 2
 _KEPT = 25
@@ -62,7 +62,7 @@ def learn(
     model.requires_grad_(False)
     learner = _Learner(model, len(chosen), task, candidates, config, seed)
     schedule = Schedule(config.steps, config.learning_rate, _WARMUP, checkpoint_steps=_KEPT, decay="linear")
-    workers = OneWorker(model.device)
+    workers = Workers(model.device)
     with scaled(attention_heads(model), chosen, learner.model.tau), tempfile.TemporaryDirectory() as none:
         train(learner, schedule, run or RunFolder(Path(none), workers), workers, on_progress)
     return [float(value) for value in learner.model.tau.detach().cpu()]
@@ -203,81 +203,59 @@ def adapt(
     for condition in CONDITIONS:
         stage = f"detect, {condition}"
         if condition not in detections:
-            with_progress = _share_of(on_progress, stage)
-            detections[condition] = detect(model, candidates, config.detection(condition), with_progress)
+            detections[condition] = detect(
+                model,
+                candidates,
+                config.under(condition),
+                lambda share, stage=stage: on_progress(StepMetrics(step=0, fraction=share, stage=stage)),  # type: ignore[misc]
+            )
             _keep_detections(run, detections)
         watch.stop(stage)
+    pairs = (("full", "block"), ("full", "full, same prompts"), ("full, same prompts", "block"))
     correlations = {
-        f"full / {other}": rank_correlation(detections["full"].delta_pi, detections[other].delta_pi)
-        for other in ("block", "full, same prompts")
+        f"{one} / {other}": rank_correlation(detections[one].delta_pi, detections[other].delta_pi)
+        for one, other in pairs
     }
-    correlations["full, same prompts / block"] = rank_correlation(
-        detections["full, same prompts"].delta_pi, detections["block"].delta_pi
-    )
-    before: dict[str, ProxyScore] = {
-        mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS
-    }
+
+    def scores() -> dict[str, ProxyScore]:
+        return {mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS}
+
+    before = scores()
     watch.stop("score before")
     chosen = suppressing(detections[config.mask])[:wanted]
     record = None
     if chosen and learning:
-        record = _learn_and_fold(model, chosen, candidates, config, before, watch, run, on_progress)
+        taus = learn(
+            model,
+            [(layer, head) for layer, head, _ in chosen],
+            config.task(config.mask),
+            candidates,
+            config.learning,
+            config.seed + 1,
+            run,
+            lambda metrics: on_progress(replace(metrics, stage="learn")),
+        )
+        watch.stop("learn")
+        coefficients = tuple(
+            HeadCoefficient(layer, head, tau, change) for (layer, head, change), tau in zip(chosen, taus, strict=True)
+        )
+        fold(model, coefficients)
+        after = scores()
+        watch.stop("score after")
+        used = ("mask", "mean", "later_heads", "sizes", "distractors", "seed")
+        record = PearRecord(
+            heads=coefficients,
+            before=before,
+            after=after,
+            **{name: getattr(config, name) for name in used},
+            **asdict(config.learning),
+        )
     return PearReport(detections, correlations, before, record, watch.seconds)
 
 
 def suppressing(detection: Detection) -> list[tuple[int, int, float]]:
     """(layer, head, Δπ) of the heads whose replacement raises π, strongest first."""
     return [item for item in detection.ranked() if item[2] > LEAST_CHANGE]
-
-
-def _learn_and_fold(
-    model: PreTrainedModel,
-    chosen: list[tuple[int, int, float]],
-    candidates: Tensor,
-    config: PearConfig,
-    before: Mapping[str, ProxyScore],
-    watch: _Watch,
-    run: RunFolder | None,
-    on_progress: OnProgress,
-) -> PearRecord:
-    taus = learn(
-        model,
-        [(layer, head) for layer, head, _ in chosen],
-        config.task(config.mask),
-        candidates,
-        config.learning,
-        config.seed + 1,
-        run,
-        lambda metrics: on_progress(replace(metrics, stage="learn")),
-    )
-    watch.stop("learn")
-    coefficients = tuple(
-        HeadCoefficient(layer, head, tau, change) for (layer, head, change), tau in zip(chosen, taus, strict=True)
-    )
-    fold(model, coefficients)
-    after: dict[str, ProxyScore] = {
-        mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS
-    }
-    watch.stop("score after")
-    return PearRecord(
-        heads=coefficients,
-        mask=config.mask,
-        mean=config.mean,
-        later_heads=config.later_heads,
-        sizes=config.sizes,
-        distractors=config.distractors,
-        n=config.learning.n,
-        steps=config.learning.steps,
-        batch=config.learning.batch,
-        learning_rate=config.learning.learning_rate,
-        seed=config.seed,
-        before=before,
-        after=after,
-    )
-
-
-def _share_of(on_progress: OnProgress, stage: str) -> Callable[[float], None]:
-    return lambda share: on_progress(StepMetrics(step=0, fraction=share, stage=stage))
 
 
 def _read_detections(run: RunFolder | None) -> dict[str, Detection]:

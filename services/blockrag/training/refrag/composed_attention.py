@@ -6,7 +6,7 @@ their K and V, a ``FinalPass`` reads questions over slots that block passes kept
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,6 @@ COMPOSED_ATTENTION = "blockrag_composed"
 """Name in transformers' ``AttentionInterface``. No mask function has it, so transformers builds no mask."""
 
 _MASKED = -1e9
-
-
-class _Composition(Protocol):
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor: ...
 
 
 class BlockPass:
@@ -132,7 +128,7 @@ def composed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    composition: _Composition,
+    composition: BlockPass | FinalPass,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: query [B, heads, T, d], key and value [B, kv_heads, T, d] to [B, T, heads, d]."""

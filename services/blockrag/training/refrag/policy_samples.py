@@ -17,12 +17,10 @@ from numpy.typing import NDArray
 from blockrag.budget import chunk_count
 from blockrag.modeling.bundle import Bundle, file_sha256
 from blockrag.modeling.refrag.policy_features import policy_ranks
-from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.batch import Branch
 from blockrag.training.adaptation.samples import Row, SampleSource, data_files
-from blockrag.training.passages import DecodingTokenizer
 from blockrag.training.refrag.chunk_masks import answer_places, passage_ranking
-from blockrag.training.refrag.policy_config import PolicyTrainingConfig
+from blockrag.training.refrag.stage_config import PolicyTrainingConfig
 from blockrag.training.refrag.stage_samples import row_source, split_instruction
 from blockrag.training.refrag.texts import PassageSource, Text, as_target, read_held_out, text_start
 
@@ -72,47 +70,37 @@ def answer_target(context: PolicyContext, branch: Branch, chunk_tokens: int) -> 
     return normalised
 
 
+@dataclass
 class PolicySamples:
     """Draws the contexts of a step."""
 
-    def __init__(
-        self,
-        *,
-        rows: SampleSource | None,
-        texts: PassageSource | None,
-        template: PromptTemplate,
-        tokenizer: DecodingTokenizer,
-        text_share: float,
-        max_passages: int,
-        ranked: bool,
-        seed: int,
-    ) -> None:
-        """``ranked``: passages of a question come with places that a retrieval could have given them; otherwise, as
-        for texts, those nearest to the target count as the best.
+    rows: SampleSource | None
+    texts: PassageSource | None
+    instruction: tuple[int, ...]
+    text_share: float
+    """Of the contexts; all where there are no questions, none where there are no texts."""
+    max_passages: int
+    ranked: bool
+    """Whether passages of a question come with places that a retrieval could have given them; otherwise, as for texts,
+    those nearest to the target count as the best."""
+    seed: int
 
-        ``text_share`` of the contexts are texts, all where there are no questions, none where there are no texts.
-        """
-        self._rows = rows
-        self._texts = texts
-        self._instruction = tuple(template.instruction_ids(tokenizer))
-        self._text_share = 0.0 if texts is None else text_share if rows is not None else 1.0
-        self._max_passages = max_passages
-        self._ranked = ranked
-        self._seed = seed
+    def __post_init__(self) -> None:
+        self._text_share = 0.0 if self.texts is None else self.text_share if self.rows is not None else 1.0
 
     @property
     def has_questions(self) -> bool:
-        return self._rows is not None
+        return self.rows is not None
 
     def questions(self, step: int, contexts: int) -> list[PolicyContext]:
         """Contexts with questions alone, for a step of imitation; a context may have none and is then left out."""
-        random = Random(f"{self._seed}/imitation/{step}")
+        random = Random(f"{self.seed}/imitation/{step}")
         drawn = [self.asked(step * contexts + number, random) for number in range(contexts)]
         return [context for context in drawn if context is not None]
 
     def step(self, step: int, contexts: int) -> list[PolicyContext]:
         """The contexts of a step."""
-        random = Random(f"{self._seed}/{step}")
+        random = Random(f"{self.seed}/{step}")
         found: list[PolicyContext] = []
         while len(found) < contexts:
             number = step * contexts + len(found)
@@ -123,25 +111,25 @@ class PolicySamples:
 
     def asked(self, number: int, random: Random) -> PolicyContext | None:
         """Sample ``number`` of the question rows; None where it has no passage."""
-        assert self._rows is not None
-        context = self._rows.sample(number)
-        instruction, passages = split_instruction(context, self._instruction)
+        assert self.rows is not None
+        context = self.rows.sample(number)
+        instruction, passages = split_instruction(context, self.instruction)
         if not passages:
             return None
         ranks = tuple(
-            policy_ranks(self._ranked, _ranks(passages, branch, random) if self._ranked else range(len(passages)))
+            policy_ranks(self.ranked, _ranks(passages, branch, random) if self.ranked else range(len(passages)))
             for branch in context.branches
         )
         return PolicyContext(instruction, passages, context.branches, ranks, "answers")
 
     def text(self, random: Random) -> PolicyContext:
         """Passages of one text, and the next one as the target."""
-        assert self._texts is not None
-        drawn = self._texts.draw(random.randint(2, self._max_passages + 1), random, least=2)
+        assert self.texts is not None
+        drawn = self.texts.draw(random.randint(2, self.max_passages + 1), random, least=2)
         branch = as_target(drawn[-1], text_start(drawn[0], drawn[1:]))
         passages = tuple(map(tuple, drawn[:-1]))
         ranks = policy_ranks(False, range(len(passages)))
-        return PolicyContext(self._instruction, passages, (branch,), (ranks,), "text")
+        return PolicyContext(self.instruction, passages, (branch,), (ranks,), "text")
 
 
 def _ranks(passages: Sequence[Sequence[int]], branch: Branch, random: Random) -> tuple[int, ...]:
@@ -178,8 +166,7 @@ def load_policy_data(config: PolicyTrainingConfig, bundle: Bundle) -> PolicyData
             # a refusal's likelihood says nothing of which chunks matter
             rows=row_source(rows, bundle, tokenizer, config.max_passages, 0.0, seed) if rows else None,
             texts=PassageSource(texts, tokenizer, bundle.template, bundle.passage_tokens) if texts else None,
-            template=bundle.template,
-            tokenizer=tokenizer,
+            instruction=tuple(bundle.template.instruction_ids(tokenizer)),
             text_share=config.chosen_text_share,
             max_passages=config.max_passages,
             ranked=config.query,

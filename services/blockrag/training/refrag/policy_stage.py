@@ -3,10 +3,18 @@
 Behind ``blockrag adapt refrag policy``. Decoder, chunk encoder and projector do not change; the bundle gets a
 policy beside them. Several workers share the contexts of a step, whose reading is what a step costs; the policy is
 small, and every worker has it whole.
+
+For every prompt a group of expansions is drawn from the policy (chunks one after another without replacement), the
+frozen decoder reads the target under each composed prompt, and the reward is minus the target's loss. Rewards are
+normalised within the group, and the policy is moved with PPO's clipped objective, draw by draw, without a KL term.
+
+Source: REFRAG (arXiv 2509.01092, section on selective compression); group-normalised advantages as in GRPO (arXiv
+2402.03300, equation 3); clipping as in PPO (arXiv 1707.06347, equation 7).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,15 +28,141 @@ from torch import Tensor
 
 from blockrag.errors import BundleError, SetupError
 from blockrag.modeling.bundle import Bundle, load_bundle
-from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyInput
+from blockrag.modeling.refrag.policy import (
+    ChunkPolicy,
+    PolicyInput,
+    draw,
+    log_probabilities,
+    make_policy_batch,
+    mask_of,
+)
 from blockrag.modeling.refrag.refrag_writing import PolicyPart, write_refrag
 from blockrag.training.loop import Schedule, StepResult, train
-from blockrag.training.refrag.policy_config import PolicyTrainingConfig
-from blockrag.training.refrag.policy_learning import Group, draw_groups, imitate, update
 from blockrag.training.refrag.policy_reader import CapturedContext, PolicyReader
 from blockrag.training.refrag.policy_samples import PolicyContext, PolicyData, answer_target, load_policy_data
+from blockrag.training.refrag.stage_config import PolicyTrainingConfig, PpoSettings
 from blockrag.training.run import OnProgress, RunFolder, Scores
-from blockrag.training.workers import OneWorker, Workers
+from blockrag.training.workers import Workers, take_step
+
+
+@dataclass(frozen=True)
+class Group:
+    """Expansions drawn for one prompt."""
+
+    prompt: PolicyInput
+    drawn: Tensor
+    """Chunks in the order drawn, int64 [draws, count]."""
+    log_probabilities: Tensor
+    """Of each draw when it was drawn, [draws, count]."""
+
+    @property
+    def masks(self) -> Tensor:
+        """bool [draws, chunks]"""
+        return mask_of(self.drawn, self.prompt.chunks)
+
+
+def draw_fraction(settings: PpoSettings, random: Random) -> float:
+    """A share of chunks to expand, its logarithm uniform."""
+    low, high = settings.fractions
+    return math.exp(random.uniform(math.log(low), math.log(high)))
+
+
+@torch.no_grad()
+def draw_groups(
+    policy: ChunkPolicy, prompts: Sequence[PolicyInput], settings: PpoSettings, random: Random
+) -> list[Group]:
+    """A group for each prompt; the same for equal ``random``."""
+    logits = policy(make_policy_batch(prompts))
+    generator = torch.Generator().manual_seed(random.getrandbits(62))
+    groups = []
+    for prompt, row in zip(prompts, logits, strict=True):
+        own = row[: prompt.chunks]
+        count = max(1, round(draw_fraction(settings, random) * prompt.chunks))
+        drawn = draw(own, count, settings.draws, generator)
+        groups.append(Group(prompt, drawn, log_probabilities(own, drawn)))
+    return groups
+
+
+def advantages(losses: Tensor, least_spread: float) -> Tensor:
+    """Rewards normalised within each group: ``losses`` [groups, draws], nats per target token; same shape."""
+    rewards = -losses
+    spread = rewards.std(dim=1, keepdim=True, correction=0)
+    return (rewards - rewards.mean(dim=1, keepdim=True)) / (spread + least_spread)
+
+
+def clipped_objective(logits: Tensor, group: Group, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """What is minimised for one group, a scalar, and the ratios, [draws, count].
+
+    ``logits`` [chunks] carry gradients; ``advantage`` [draws].
+    """
+    ratio = torch.exp(log_probabilities(logits, group.drawn) - group.log_probabilities)
+    gain = ratio * advantage.unsqueeze(1)
+    bounded = ratio.clamp(1 - clip, 1 + clip) * advantage.unsqueeze(1)
+    return -torch.minimum(gain, bounded).mean(), ratio.detach()
+
+
+def imitate(
+    policy: ChunkPolicy,
+    optimizer: torch.optim.Optimizer,
+    prompts: Sequence[PolicyInput],
+    targets: Sequence[Tensor],
+) -> StepResult:
+    """Move the first draw towards ``targets``, distributions over each prompt's chunks, [chunks] each.
+
+    Cross-entropy. It needs no decoder, and a policy that starts from it seldom draws what cannot matter. Further is
+    ``first``, the share of prompts whose likeliest chunk holds the answer.
+    """
+    logits = policy(make_policy_batch(prompts))
+    losses = [
+        -(target * torch.log_softmax(row[: prompt.chunks], dim=0)).sum()
+        for row, prompt, target in zip(logits, prompts, targets, strict=True)
+    ]
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = _move(policy, optimizer)
+    likeliest = [
+        float(target[row[: prompt.chunks].argmax()] == target.max())
+        for row, prompt, target in zip(logits.detach(), prompts, targets, strict=True)
+    ]
+    return StepResult({"imitation": float(loss.detach())}, norm, 0, {"first": sum(likeliest) / len(likeliest)})
+
+
+def _move(policy: ChunkPolicy, optimizer: torch.optim.Optimizer) -> float:
+    return take_step(list(policy.parameters()), [(optimizer, optimizer.param_groups[0]["lr"])])
+
+
+def update(
+    policy: ChunkPolicy,
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Group],
+    losses: Tensor,
+    settings: PpoSettings,
+) -> StepResult:
+    """Move the policy by the draws of ``groups``, whose target losses are ``losses`` [groups, draws].
+
+    Further are ``reward``, the mean over draws of minus nats per target token (or minus the divergence where that is
+    the reward); ``spread``, its standard deviation within a group, mean over groups: 0 where no choice mattered; and
+    ``clipped``, the share of draws whose ratio was outside of the clip range in the last epoch.
+    """
+    gains = advantages(losses, settings.least_spread)
+    batch = make_policy_batch([group.prompt for group in groups])
+    norms, outside = [], 0.0
+    for _ in range(settings.epochs):
+        logits = policy(batch)
+        objectives, ratios = zip(
+            *(
+                clipped_objective(row[: group.prompt.chunks], group, gain, settings.clip)
+                for row, group, gain in zip(logits, groups, gains, strict=True)
+            ),
+            strict=True,
+        )
+        torch.stack(objectives).mean().backward()
+        norms.append(_move(policy, optimizer))
+        moved = torch.cat([(ratio - 1).abs().flatten() for ratio in ratios])
+        outside = float((moved > settings.clip).float().mean())
+    spread = float(losses.std(dim=1, correction=0).mean())
+    further = {"reward": -float(losses.mean()), "spread": spread, "clipped": outside}
+    return StepResult({}, sum(norms) / len(norms), losses.numel(), further)
 
 
 def prepare_policy(config: PolicyTrainingConfig, workers: int = 1) -> Bundle:
@@ -49,14 +183,17 @@ def train_policy(
     Every worker calls it. Raises SetupError for data that is missing, a run of another recipe in ``run_dir`` or an
     ``out`` that exists, BundleError for a bundle without chunk compression.
     """
-    workers = workers or OneWorker(config.device)
+    workers = workers or Workers(config.device)
     bundle = prepare_policy(config)
     reader = PolicyReader.load(bundle, workers.device, bf16=config.precision == "bf16")
     data = load_policy_data(config, bundle)
     torch.manual_seed(config.seed)
     policy = ChunkPolicy(config.sizes(reader.compressor.encoder_width)).to(workers.device)
     if config.start_from is not None:
-        _start(policy, config.start_from)
+        before = ChunkPolicy.load(config.start_from)
+        if before.config != policy.config:
+            raise SetupError(f"{config.start_from}: {before.config}, where {policy.config} is to be trained")
+        policy.load_state_dict(before.state_dict())
     run = RunFolder(config.run_dir, workers)
     identity = {"kind": "policy", "recipe": config.recipe(), "bundle": bundle.policy_basis, "data": data.digests}
     with run.opened(identity), _pool(config, workers) as pool:
@@ -86,131 +223,100 @@ class _Drawn:
     imitated: bool
 
 
+@dataclass
 class _Learner:
     """What ``train`` trains: a policy, the reader frozen. Its work is counted in compositions that are read."""
 
-    def __init__(
-        self,
-        config: PolicyTrainingConfig,
-        reader: PolicyReader,
-        policy: ChunkPolicy,
-        data: PolicyData,
-        workers: Workers,
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        self._config = config
-        self._reader = reader
-        self._policy = policy
+    config: PolicyTrainingConfig
+    reader: PolicyReader
+    model: ChunkPolicy
+    data: PolicyData
+    workers: Workers
+    pool: ThreadPoolExecutor
+
+    def __post_init__(self) -> None:
         # no weight decay: the few steps do not overfit draws that are made anew each time
-        self._optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
-        self._data = data
-        self._workers = workers
-        self._pool = pool
-        self.model = policy
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
         self.optimizers = [self._optimizer]
 
     def draw(self, step: int, fraction: float) -> _Drawn:
-        samples = self._data.samples
-        if fraction < self._config.chosen_imitation and samples.has_questions:
-            return _Drawn(step, samples.questions(step, self._config.imitation_contexts), True)
-        return _Drawn(step, samples.step(step, self._config.contexts), False)
+        samples = self.data.samples
+        if fraction < self.config.chosen_imitation and samples.has_questions:
+            return _Drawn(step, samples.questions(step, self.config.imitation_contexts), True)
+        return _Drawn(step, samples.step(step, self.config.contexts), False)
 
     def step(self, samples: _Drawn, factor: float) -> StepResult:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * factor
+            group["lr"] = self.config.learning_rate * factor
         result = self._imitate(samples.contexts) if samples.imitated else self._update(samples.step, samples.contexts)
-        self._share_policy()
+        if self.workers.size > 1:  # all go on with the first one's policy: what devices round otherwise does not add up
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    own = parameter if self.workers.rank == 0 else torch.zeros_like(parameter)
+                    parameter.copy_(self.workers.sum(own).to(parameter))
         return result
 
     def _imitate(self, contexts: Sequence[PolicyContext]) -> StepResult:
         """Does nothing where no answer of the contexts stands in a passage."""
-        reader = self._reader
-        embedded = list(self._pool.map(lambda one: reader.compressor.embed(one.passages), contexts))
+        reader = self.reader
+        embedded = list(self.pool.map(lambda one: reader.compressor.embed(one.passages), contexts))
         prompts, targets = [], []
         for context, embeddings in zip(contexts, embedded, strict=True):
             for branch, ranks in zip(context.branches, context.ranks, strict=True):
                 target = answer_target(context, branch, reader.compressor.chunk_tokens)
                 if target is not None:
                     prompts.append(reader.see(context.passages, embeddings, branch.prompt, ranks))
-                    targets.append(torch.from_numpy(target).to(self._workers.device))
+                    targets.append(torch.from_numpy(target).to(self.workers.device))
         if not prompts:
             return StepResult({}, 0.0, 0)
-        return imitate(self._policy, self._optimizer, prompts, targets)
+        return imitate(self.model, self._optimizer, prompts, targets)
 
     def _update(self, step: int, contexts: Sequence[PolicyContext]) -> StepResult:
-        config = self._config
-        mine = range(self._workers.rank, len(contexts), self._workers.size)
-        captured = dict(zip(mine, self._pool.map(lambda n: self._capture(contexts[n]), mine), strict=True))
+        config, reader = self.config, self.reader
+        mine = range(self.workers.rank, len(contexts), self.workers.size)
+        reading = self.pool.map(lambda n: reader.capture(contexts[n].instruction, contexts[n].passages), mine)
+        captured = dict(zip(mine, reading, strict=True))
         asked = [(number, place) for number, one in enumerate(contexts) for place in range(len(one.branches))]
-        prompts = self._see(contexts, captured, asked)
-        self._policy.train(False)
+        # chunk embeddings of what others read cost little
+        embeddings = [
+            captured[number].embeddings if number in captured else reader.compressor.embed(one.passages)
+            for number, one in enumerate(contexts)
+        ]
+        prompts = [
+            reader.see(
+                contexts[n].passages, embeddings[n], contexts[n].branches[place].prompt, contexts[n].ranks[place]
+            )
+            for n, place in asked
+        ]
+        self.model.train(False)
         # every worker draws for all contexts, so that all draw the same, and reads its own
-        groups = draw_groups(self._policy, prompts, config.ppo, Random(f"{config.seed}/draws/{step}"))
+        groups = draw_groups(self.model, prompts, config.ppo, Random(f"{config.seed}/draws/{step}"))
         jobs = [
             (row, captured[n], contexts[n], place, group)
             for row, ((n, place), group) in enumerate(zip(asked, groups, strict=True))
             if n in captured
         ]
         losses = torch.zeros(len(groups), config.ppo.draws)
-        for job, found in zip(jobs, self._pool.map(self._losses, jobs), strict=True):
+        for job, found in zip(jobs, self.pool.map(self._losses, jobs), strict=True):
             losses[job[0]] = found
-        losses = self._workers.sum(losses).float()
-        return update(self._policy, self._optimizer, groups, losses.to(self._workers.device), config.ppo)
-
-    def _capture(self, context: PolicyContext) -> CapturedContext:
-        return self._reader.capture(context.instruction, context.passages)
-
-    def _see(
-        self,
-        contexts: Sequence[PolicyContext],
-        captured: Mapping[int, CapturedContext],
-        asked: Sequence[tuple[int, int]],
-    ) -> list[PolicyInput]:
-        """What the policy sees of each context and branch; chunk embeddings of what others read cost little."""
-        reader = self._reader
-        embeddings = [
-            captured[number].embeddings if number in captured else reader.compressor.embed(one.passages)
-            for number, one in enumerate(contexts)
-        ]
-        return [
-            reader.see(
-                contexts[n].passages, embeddings[n], contexts[n].branches[place].prompt, contexts[n].ranks[place]
-            )
-            for n, place in asked
-        ]
-
-    def _share_policy(self) -> None:
-        """Every worker goes on with the first one's policy: what devices round differently does not add up."""
-        if self._workers.size == 1:
-            return
-        with torch.no_grad():
-            for parameter in self._policy.parameters():
-                own = parameter if self._workers.rank == 0 else torch.zeros_like(parameter)
-                parameter.copy_(self._workers.sum(own).to(parameter))
+        losses = self.workers.sum(losses).float()
+        return update(self.model, self._optimizer, groups, losses.to(self.workers.device), config.ppo)
 
     def _losses(self, job: tuple[int, CapturedContext, PolicyContext, int, Group]) -> Tensor:
         _, captured, context, place, group = job
-        diverging = context.kind == "text" and self._config.text_reward == "divergence"
-        measured = self._reader.divergences if diverging else self._reader.losses
+        diverging = context.kind == "text" and self.config.text_reward == "divergence"
+        measured = self.reader.divergences if diverging else self.reader.losses
         return measured(captured, context.branches[place], group.masks.cpu().numpy())
 
     def measure(self) -> Scores:
-        self._policy.train(False)
-        return measure_policy(self._policy, self._reader, self._data.probes, self._pool)
+        self.model.train(False)
+        return measure_policy(self.model, self.reader, self.data.probes, self.pool)
 
 
 def _pool(config: PolicyTrainingConfig, workers: Workers) -> ThreadPoolExecutor:
     """Threads with a core each; one on a GPU, and for one worker of several."""
     count = config.threads if workers.device.type == "cpu" and workers.size == 1 else 1
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-
-
-def _start(policy: ChunkPolicy, path: Path) -> None:
-    """Take the weights of the policy at ``path``. Raises SetupError where it is of another kind or size."""
-    before = ChunkPolicy.load(path)
-    if before.config != policy.config:
-        raise SetupError(f"{path}: {before.config}, where {policy.config} is to be trained")
-    policy.load_state_dict(before.state_dict())
 
 
 def _write(bundle: Bundle, config: PolicyTrainingConfig, policy: ChunkPolicy, facts: Mapping[str, Any]) -> None:

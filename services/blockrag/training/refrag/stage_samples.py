@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, Protocol
+from typing import Literal
 
 from blockrag.modeling.bundle import Bundle
 from blockrag.training.adaptation.batch import Branch, Context
-from blockrag.training.adaptation.samples import Row, SampleLimits, SampleSource
-from blockrag.training.passages import DecodingTokenizer
+from blockrag.training.adaptation.samples import DecodingTokenizer, Row, SampleLimits, SampleSource
 from blockrag.training.refrag.chunk_masks import (
     Mask,
     MaskSampler,
@@ -65,67 +64,60 @@ class RefragSample:
         return len(self.instruction) + sum(map(len, self.passages)) + asked
 
 
-class SampleMaker(Protocol):
-    """Makes a step's samples."""
-
-    def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
-        """Samples of ``step`` with ``tokens`` tokens, about, at ``progress`` (0 to 1) of the run."""
-        ...
-
-
+@dataclass
 class Reconstruction:
     """A run of chunks, compressed, and the same text as the answer to an empty question."""
 
-    def __init__(
-        self, source: PassageSource, instruction: Sequence[int], prompt: Sequence[int], config: RefragConfig, k: int
-    ) -> None:
-        """``prompt``: the final block of an empty question."""
-        self._source = source
-        self._instruction = tuple(instruction)
-        self._prompt = list(prompt)
-        self._config = config
-        self._k = k
+    source: PassageSource
+    instruction: tuple[int, ...]
+    prompt: Sequence[int]
+    """The final block of an empty question."""
+    config: RefragConfig
+    k: int
 
     def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
-        random = Random(f"{self._config.seed}/{step}")
+        """Samples of ``step`` with ``tokens`` tokens, about, at ``progress`` (0 to 1) of the run; so of every maker."""
+        random = Random(f"{self.config.seed}/{step}")
         samples: list[RefragSample] = []
         while tokens > 0:
-            for passage in self._source.draw(self._config.max_passages, random):
+            for passage in self.source.draw(self.config.max_passages, random):
                 chunks = self.draw_length(len(passage), progress, random)
                 # cutting passages out of texts costs more than a short sample does: several are taken of each
-                for _ in range(max(1, min(_PIECES, len(passage) // (2 * chunks * self._k)))):
+                for _ in range(max(1, min(_PIECES, len(passage) // (2 * chunks * self.k)))):
                     samples.append(self.sample(passage, chunks, random))
                     tokens -= samples[-1].tokens
         return samples
 
     def draw_length(self, tokens: int, progress: float, random: Random) -> int:
         """Chunks of a sample: powers of two whose shares are a geometric sequence, rising or falling with progress."""
-        lengths = [1 << n for n in range(max(1, (tokens // self._k)).bit_length())]
-        ratio = _CURRICULUM_BASE ** (2 * progress - 1) if self._config.curriculum else 1.0
+        lengths = [1 << n for n in range(max(1, (tokens // self.k)).bit_length())]
+        ratio = _CURRICULUM_BASE ** (2 * progress - 1) if self.config.curriculum else 1.0
         return random.choices(lengths, [ratio**n for n in range(len(lengths))])[0]
 
     def sample(self, passage: Sequence[int], chunks: int, random: Random) -> RefragSample:
         """``chunks`` chunks of a passage's block, from one drawn at random on."""
-        last = max(0, -(-len(passage) // self._k) - chunks)
-        start = self._k * random.randint(0, last)
-        piece = tuple(passage[start : start + self._k * chunks])
-        view = View(constant_mask([piece], self._k, False), (Branch(self._prompt, list(piece)),))
-        return RefragSample(self._instruction, (piece,), (view,), "text")
+        last = max(0, -(-len(passage) // self.k) - chunks)
+        start = self.k * random.randint(0, last)
+        piece = tuple(passage[start : start + self.k * chunks])
+        view = View(constant_mask([piece], self.k, False), (Branch(self.prompt, list(piece)),))
+        return RefragSample(self.instruction, (piece,), (view,), "text")
 
 
+@dataclass
 class NextPassage:
     """Passages of one text, and after several of them the next one as the target."""
 
-    def __init__(self, source: PassageSource, instruction: Sequence[int], config: RefragConfig, k: int) -> None:
-        self._source = source
-        self._instruction = tuple(instruction)
-        self._config = config
-        self._k = k
-        self._mixed = config.stage != "pretrain"
-        self._expanded, self._full = config.uncompressed_shares
+    source: PassageSource
+    instruction: tuple[int, ...]
+    config: RefragConfig
+    k: int
+
+    def __post_init__(self) -> None:
+        self._mixed = self.config.stage != "pretrain"
+        self._expanded, self._full = self.config.uncompressed_shares
 
     def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
-        random = Random(f"{self._config.seed}/{step}")
+        random = Random(f"{self.config.seed}/{step}")
         samples: list[RefragSample] = []
         while tokens > 0:
             samples.append(self.sample(random))
@@ -134,71 +126,66 @@ class NextPassage:
 
     def sample(self, random: Random) -> RefragSample:
         """A context whose passages are targets too, each behind those before it."""
-        passages = self._source.draw(random.randint(2, self._config.max_passages + 1), random, least=2)
+        passages = self.source.draw(random.randint(2, self.config.max_passages + 1), random, least=2)
         start = text_start(passages[0], passages[1:])
         last = len(passages) - 1
-        ends = {last, *random.sample(range(1, last + 1), min(last, self._config.targets))}
+        ends = {last, *random.sample(range(1, last + 1), min(last, self.config.targets))}
         context = tuple(map(tuple, passages[:-1]))
         if self._mixed and random.random() < self._full:
             view = View((), (as_target(passages[last], start),))
-            return RefragSample(self._instruction, context, (view,), "text", whole=True)
+            return RefragSample(self.instruction, context, (view,), "text", whole=True)
         views = [View(self._mask(passages[:end], random), (as_target(passages[end], start),)) for end in sorted(ends)]
-        return RefragSample(self._instruction, context, tuple(views), "text")
+        return RefragSample(self.instruction, context, tuple(views), "text")
 
     def context(self, random: Random) -> RefragSample:
         """As many passages as a context may have, compressed, and the one after them as the only target."""
-        passages = self._source.draw(self._config.max_passages + 1, random, least=2)
+        passages = self.source.draw(self.config.max_passages + 1, random, least=2)
         target = as_target(passages[-1], text_start(passages[0], passages[1:]))
         context = tuple(map(tuple, passages[:-1]))
-        view = View(constant_mask(context, self._k, False), (target,))
-        return RefragSample(self._instruction, context, (view,), "text")
+        view = View(constant_mask(context, self.k, False), (target,))
+        return RefragSample(self.instruction, context, (view,), "text")
 
     def _mask(self, passages: Sequence[Sequence[int]], random: Random) -> Mask:
-        if not self._mixed or random.random() < self._config.compressed_share:
-            return constant_mask(passages, self._k, False)
+        if not self._mixed or random.random() < self.config.compressed_share:
+            return constant_mask(passages, self.k, False)
         if random.random() < self._expanded:
-            return constant_mask(passages, self._k, True)
-        places = all_places(passages, self._k)
+            return constant_mask(passages, self.k, True)
+        places = all_places(passages, self.k)
         random.shuffle(places)
-        return fill_budget(passages, self._k, random_rate(self._k, random), places)
+        return fill_budget(passages, self.k, random_rate(self.k, random), places)
 
 
+@dataclass
 class Questions:
     """Contexts with questions in drawn compositions, and a share of next-paragraph samples."""
 
-    def __init__(
-        self,
-        source: SampleSource,
-        per_step: int,
-        texts: NextPassage | None,
-        instruction: Sequence[int],
-        config: RefragConfig,
-        k: int,
-    ) -> None:
-        """``per_step``: samples of rows that a step takes; fixed, so that the step says which they are."""
-        self._source = source
-        self._per_step = per_step
-        self._texts = texts
-        self._instruction = tuple(instruction)
-        self._config = config
-        expanded, self._full = config.uncompressed_shares
-        self._masks = MaskSampler(k, expanded)
+    source: SampleSource
+    per_step: int
+    """Samples of rows that a step takes; fixed, so that the step says which they are."""
+    texts: NextPassage | None
+    instruction: tuple[int, ...]
+    config: RefragConfig
+    k: int
+
+    def __post_init__(self) -> None:
+        expanded, self._full = self.config.uncompressed_shares
+        self._masks = MaskSampler(self.k, expanded)
 
     def step(self, step: int, progress: float, tokens: int) -> list[RefragSample]:
-        random = Random(f"{self._config.seed}/{step}")
+        random = Random(f"{self.config.seed}/{step}")
         samples: list[RefragSample] = []
-        room = int(self._config.text_share * tokens) if self._texts is not None else 0
-        first = step * self._per_step
-        for number in range(first, first + self._per_step):
-            samples.append(self.sample(self._source.sample(number), random))
-        while room > 0 and self._texts is not None:
-            samples.append(self._texts.sample(random))
+        room = int(self.config.text_share * tokens) if self.texts is not None else 0
+        first = step * self.per_step
+        for number in range(first, first + self.per_step):
+            samples.append(self.sample(self.source.sample(number), random))
+        while room > 0 and self.texts is not None:
+            samples.append(self.texts.sample(random))
             room -= samples[-1].tokens
         return samples
 
     def sample(self, context: Context, random: Random) -> RefragSample:
         """A context in compositions that are drawn for a few of its questions at a time."""
-        instruction, passages = split_instruction(context, self._instruction)
+        instruction, passages = split_instruction(context, self.instruction)
         if not passages or random.random() < self._full:
             view = View((), context.branches)
             return RefragSample(instruction, passages, (view,), "answers", whole=True)

@@ -5,7 +5,7 @@ And what each stage learns from and is measured on: held-out samples in fixed co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -35,15 +35,14 @@ from blockrag.training.refrag.stage_samples import (
     Questions,
     Reconstruction,
     RefragSample,
-    SampleMaker,
     View,
     row_source,
     split_instruction,
 )
 from blockrag.training.refrag.texts import HeldOut, PassageSource, Text, read_held_out
 from blockrag.training.refrag.trainer import RefragTrainer
-from blockrag.training.run import OnProgress, RunFolder, RunState, Scores, whole_weights
-from blockrag.training.workers import OneWorker, Workers
+from blockrag.training.run import OnProgress, RunFolder, Scores, whole_weights
+from blockrag.training.workers import Workers
 
 QUESTION_RATES = (2.0, 4.0)
 
@@ -160,7 +159,7 @@ _REFUSALS = 0.1
 class StagePlan:
     """A stage's samples."""
 
-    maker: SampleMaker
+    maker: Reconstruction | NextPassage | Questions
     probes: list[ProbeGroup]
 
 
@@ -172,7 +171,7 @@ def files_of(config: RefragConfig) -> list[Path]:
 def plan_stage(config: RefragConfig, start: Start, data: HeldOut, tokenizer: PreTrainedTokenizerFast) -> StagePlan:
     """Samples and held-out samples of ``config.stage``."""
     template, k = start.bundle.template, start.chunk_tokens
-    instruction = template.instruction_ids(tokenizer)
+    instruction = tuple(template.instruction_ids(tokenizer))
 
     def passages(texts: Sequence[Text]) -> PassageSource:
         return PassageSource(texts, tokenizer, template, start.bundle.passage_tokens)
@@ -216,16 +215,16 @@ def adapt_refrag(config: RefragConfig, workers: Workers | None = None, on_progre
     Every worker calls it. A run that was stopped goes on from its last checkpoint and, with a budget in steps, ends as
     it would have without the stop. Raises SetupError for what a caller must change.
     """
-    workers = workers or OneWorker(config.device)
+    workers = workers or Workers(config.device)
     start = prepare(config, workers.size)
     run = RunFolder(config.run_dir, workers)
-    identity = {
+    identity: dict[str, Any] = {
         "kind": "refrag",
         "base": start.bundle.fingerprint,
         "compression": None if start.fresh else start.bundle.compression_fingerprint,
         "data": [{"file": path.name, "sha256": file_sha256(path)} for path in files_of(config)],
         "recipe": {**config.recipe(), "chunk_tokens": start.chunk_tokens},
-        "average_with": _fingerprint(config.average_with),
+        "average_with": config.average_with and load_bundle(config.average_with, verify_files=False).fingerprint,
     }
     with run.opened(identity):
         rows = config.data if config.stage == "tune" else ()
@@ -234,14 +233,28 @@ def adapt_refrag(config: RefragConfig, workers: Workers | None = None, on_progre
         try:
             state = train(learner, Schedule.of(config), run, workers, on_progress)
             averaged = learner.average(config.average_with)
-            _finish(config, start, learner, state, run, identity, averaged, workers)
+            weights = whole_weights(learner.model)
+            if workers.rank == 0:
+                before, after = run.scores()
+                facts = {
+                    **identity["recipe"],
+                    "base": identity["base"],
+                    # what readers are trained on comes with files that say what must not be trained on
+                    "data": sorted({path.name for path in files_of(config) if path.parent.name != "dev"}),
+                    "steps_done": state.step,
+                    "tokens": state.tokens,
+                    "seconds": round(state.seconds),
+                    "workers": workers.size,
+                    "before": before,
+                    "after": after,
+                    **averaged,
+                }
+                write_stage(weights, start, config, facts)
+                run.drop_checkpoints()
+            workers.barrier()
         finally:
             learner.trainer.close()
     return config.out
-
-
-def _fingerprint(bundle: Path | None) -> str | None:
-    return None if bundle is None else load_bundle(bundle, verify_files=False).fingerprint
 
 
 class _Learner:
@@ -269,34 +282,3 @@ class _Learner:
         bundle = load_bundle(other, verify_files=False)
         self.trainer.average(dict(load_stock_model(bundle).named_parameters()), self._config.learnt_share)
         return {"average_with": bundle.fingerprint, "averaged": self.measure()}
-
-
-def _finish(
-    config: RefragConfig,
-    start: Start,
-    learner: _Learner,
-    state: RunState,
-    run: RunFolder,
-    identity: Mapping[str, Any],
-    averaged: Mapping[str, Any],
-    workers: Workers,
-) -> None:
-    weights = whole_weights(learner.model)
-    if workers.rank == 0:
-        before, after = run.scores()
-        facts = {
-            **identity["recipe"],
-            "base": identity["base"],
-            # what readers are trained on comes with files that say what must not be trained on
-            "data": sorted({path.name for path in files_of(config) if path.parent.name != "dev"}),
-            "steps_done": state.step,
-            "tokens": state.tokens,
-            "seconds": round(state.seconds),
-            "workers": workers.size,
-            "before": before,
-            "after": after,
-            **averaged,
-        }
-        write_stage(weights, start, config, facts)
-        run.drop_checkpoints()
-    workers.barrier()

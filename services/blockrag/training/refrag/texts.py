@@ -18,8 +18,7 @@ from blockrag.jsonl import read_objects
 from blockrag.modeling.running_text import field_ids
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.batch import Branch
-from blockrag.training.adaptation.samples import Row, data_files, hold_out_rows, read_rows
-from blockrag.training.passages import DecodingTokenizer, sentences
+from blockrag.training.adaptation.samples import DecodingTokenizer, Row, data_files, hold_out_rows, read_rows, sentences
 
 _HELD_OUT_SHARE = 50
 """One text in this many is held out."""
@@ -81,18 +80,18 @@ def read_held_out(texts: Sequence[Path], rows: Sequence[Path], count: int, seed:
     )
 
 
+@dataclass
 class PassageSource:
     """Draws consecutive passages of one text."""
 
-    def __init__(
-        self, texts: Sequence[Text], tokenizer: DecodingTokenizer, template: PromptTemplate, passage_tokens: int
-    ) -> None:
-        """``passage_tokens`` is the most tokens of a passage's block."""
-        self._texts = texts
-        self._weights = list(accumulate(text.size for text in texts))
-        self._tokenizer = tokenizer
-        self._template = template
-        self._passage_tokens = passage_tokens
+    texts: Sequence[Text]
+    tokenizer: DecodingTokenizer
+    template: PromptTemplate
+    passage_tokens: int
+    """Most tokens of a passage's block."""
+
+    def __post_init__(self) -> None:
+        self._weights = list(accumulate(text.size for text in self.texts))
 
     def draw(self, count: int, random: Random, least: int = 1) -> list[list[int]]:
         """Ids of ``least`` to ``count`` passages that follow each other, from a place drawn at random.
@@ -100,18 +99,18 @@ class PassageSource:
         Raises SetupError when no text seems to have that many.
         """
         for _ in range(_TRIES):
-            text = random.choices(self._texts, cum_weights=self._weights)[0]
+            text = random.choices(self.texts, cum_weights=self._weights)[0]
             passages = self._cut(text, count, random)
             if len(passages) >= least:
                 return passages
         raise SetupError(f"{_TRIES} texts one after another have fewer than {least} passages")
 
     def _cut(self, text: Text, count: int, random: Random) -> list[list[int]]:
-        template, tokenizer = self._template, self._tokenizer
-        room = self._passage_tokens - len(template.passage_ids(tokenizer, text.title, ""))
+        template, tokenizer = self.template, self.tokenizer
+        room = self.passage_tokens - len(template.passage_ids(tokenizer, text.title, ""))
         pieces: list[list[str]] = []
         left = 0
-        for sentence in self._sentences(text, count * self._passage_tokens, random):
+        for sentence in self._sentences(text, count * self.passage_tokens, random):
             tokens = len(field_ids(tokenizer, " " + sentence))
             if tokens > room:
                 continue

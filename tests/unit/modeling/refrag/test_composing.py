@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from blockrag.budget import chunk_bounds, chunk_count, composed_slots
 from blockrag.errors import InvalidRequestError, PromptTooLongError
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.refrag.composing import compose_passage, mixed_inputs
+from blockrag.modeling.refrag.compression import compose_passage, mixed_inputs
 from blockrag.modeling.slots import ResidentBlock, SequenceState, SlotSlice, wide_slots
 from blockrag.modeling.stock_passes import ChosenSlot, additive_mask, block_mask, pass_block, pass_final
 from tests.models import FAMILIES, TINY_VOCAB, make_tiny_model

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.pieces import PieceMaker
+from blockrag.evaluation.drawing import PieceMaker
 from blockrag.training.adaptation.contexts import Context, ContextSource, Excluded, Pool, load_pools
 from blockrag.training.adaptation.samples import SampleLimits
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer

@@ -15,8 +15,7 @@ from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.verify import verify_bundle
 from blockrag.training.adaptation.block import adapt_block
 from blockrag.training.adaptation.block_config import BlockAdaptConfig
-from blockrag.training.adaptation.source import Source, load_for_training, open_source
-from blockrag.training.adaptation.writing import write_bundle
+from blockrag.training.adaptation.source import Source, load_for_training, open_source, write_bundle
 from tests.gguf_files import install_package, make_tiny_gguf, tiny_gguf_model
 from tests.models import make_tiny_bundle
 

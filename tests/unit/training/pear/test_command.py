@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
 from blockrag.cli import adapt_pear
@@ -21,10 +20,7 @@ QUICK = ["--sizes", "6x8,4x5", "--n", "8", "--steps", "4", "--batch", "4", "--di
 
 
 def run(*arguments: object) -> Result:
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    adapt_pear.register(app)
-    return CliRunner().invoke(app, ["pear", *map(str, arguments)])
+    return CliRunner().invoke(adapt_pear.app, ["pear", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.pear import attention_heads
 from blockrag.modeling.stock_passes import additive_mask, block_mask
-from blockrag.training.pear.detection import DetectionConfig, detect, rank_correlation
+from blockrag.training.pear.detection import detect, rank_correlation
 from blockrag.training.pear.passes import ProxyTask, forward, ordinary_tokens, prefill
+from blockrag.training.pear.pear_config import PearConfig
 from tests.models import make_tiny_model
 from tests.unit.training.pear.models import KINDS, VOCAB, make_model
 
 CANDIDATES = ordinary_tokens(VOCAB, range(3))
 # with this seed no random model's π is near 0, which Δπ is relative to
-FULL = DetectionConfig(sizes=((5, 8), (3, 5)), seed=11)
+FULL = PearConfig(mask="full", distractors=0, sizes=((5, 8), (3, 5)), seed=11)
 BLOCK = replace(FULL, mask="block", distractors=2)
 
 
@@ -34,7 +35,7 @@ BLOCK = replace(FULL, mask="block", distractors=2)
         *[pytest.param(kind, BLOCK, id=f"{kind}-block") for kind in KINDS if kind != "bloom"],
     ],
 )
-def test_equals_one_forward_pass_per_head(kind: str, config: DetectionConfig, mean: Any, later_heads: Any) -> None:
+def test_equals_one_forward_pass_per_head(kind: str, config: PearConfig, mean: Any, later_heads: Any) -> None:
     model = make_model(kind)
     config = replace(config, mean=mean, later_heads=later_heads)
 
@@ -59,7 +60,7 @@ def test_little_memory_changes_nothing(kind: str) -> None:
     for later_heads in ("frozen", "live"):
         config = replace(BLOCK, later_heads=later_heads)
         whole = detect(model, CANDIDATES, config).delta_pi
-        pieces = detect(model, CANDIDATES, replace(config, memory_bytes=5000)).delta_pi
+        pieces = detect(model, CANDIDATES, replace(config, memory=5000 / 2**30)).delta_pi
         torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -159,7 +160,7 @@ def masked_logits(model: PreTrainedModel, task: ProxyTask, tokens: Tensor) -> Te
 
 
 @torch.no_grad()
-def naive(model: PreTrainedModel, config: DetectionConfig) -> Tensor:
+def naive(model: PreTrainedModel, config: PearConfig) -> Tensor:
     """As the paper writes it: one pass over the whole prompt per head, its contribution after W_O replaced."""
     heads = attention_heads(model)
     generator = torch.Generator().manual_seed(config.seed)
@@ -201,7 +202,7 @@ def parts(heads: Any, layer: int, z: Tensor) -> Tensor:
     return torch.stack(found, dim=2)
 
 
-def patched(heads: Any, clean: list[Tensor], layer: int, head: int, config: DetectionConfig, score: Any) -> float:
+def patched(heads: Any, clean: list[Tensor], layer: int, head: int, config: PearConfig, score: Any) -> float:
     dimension = 0 if config.mean == "batch" else 1
 
     def hook(at: int, z: Tensor, out: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ from blockrag.training.pear.passes import ProxyTask, ordinary_tokens
 from blockrag.training.pear.pear_config import CONDITIONS, LearningConfig, PearConfig
 from blockrag.training.pear.procedure import PearReport, adapt, learn, proxy_score, scaled
 from blockrag.training.run import RunFolder, StepMetrics
-from blockrag.training.workers import OneWorker
+from blockrag.training.workers import Workers
 from tests.unit.training.pear.copying import INDUCTION, SUPPRESSOR, VOCAB, copying_model
 from tests.unit.training.pear.models import KINDS, make_model
 from tests.unit.training.pear.models import VOCAB as SMALL_VOCAB
@@ -151,7 +151,7 @@ def test_the_same_seed_learns_the_same() -> None:
 def test_a_stopped_run_goes_on_with_what_was_detected_and_learned(tmp_path: Path) -> None:
     config = replace(CONFIG, learning=replace(CONFIG.learning, steps=40))
     whole = adapt(copying_model(suppression=0.8), CANDIDATES, config)
-    folder = RunFolder(tmp_path / "run", OneWorker())
+    folder = RunFolder(tmp_path / "run", Workers())
     seen: list[tuple[str, int]] = []
 
     def show(stop: int) -> Callable[[StepMetrics], None]:

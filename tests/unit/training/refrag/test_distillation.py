@@ -12,16 +12,15 @@ from torch.nn import functional as F
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.training.adaptation.batch import Branch
-from blockrag.training.loss import linear_cross_entropy
 from blockrag.training.refrag.chunk_masks import constant_mask
-from blockrag.training.refrag.refrag_reader import RefragReader, SampleLosses
+from blockrag.training.refrag.refrag_reader import RefragReader, SampleLosses, linear_cross_entropy
 from blockrag.training.refrag.stage_bundles import load_reader, open_start
 from blockrag.training.refrag.stage_config import RefragConfig
 from blockrag.training.refrag.stage_samples import RefragSample, View
 from blockrag.training.refrag.stages import adapt_refrag
 from blockrag.training.refrag.trainer import RefragTrainer
 from blockrag.training.run import StepMetrics
-from blockrag.training.workers import OneWorker
+from blockrag.training.workers import Workers
 
 Make = Callable[..., RefragConfig]
 TARGET = Branch([5, 6], [7, 8, 9, 10])
@@ -98,7 +97,7 @@ def test_a_sample_under_the_full_mask_has_no_teacher(reader: RefragReader) -> No
 def test_a_part_in_which_nothing_learns_is_passed(config: Make) -> None:
     wanted = config(stage="mixed", train_decoder=False, parts=1, distillation=0.5)
     reader, _ = load_reader(open_start(wanted), wanted)
-    trainer = RefragTrainer(reader, wanted, OneWorker("cpu"))
+    trainer = RefragTrainer(reader, wanted, Workers("cpu"))
     try:
         before = {name: value.clone() for name, value in reader.state_dict().items()}
         result = trainer.step([sample(True)], 1.0)

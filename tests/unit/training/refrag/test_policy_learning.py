@@ -11,8 +11,7 @@ import torch
 from blockrag.errors import SetupError
 from blockrag.modeling.refrag.policy import ChunkPolicy, PolicyConfig, PolicyInput
 from blockrag.modeling.refrag.policy_features import FEATURES
-from blockrag.training.refrag.policy_config import PpoSettings
-from blockrag.training.refrag.policy_learning import (
+from blockrag.training.refrag.policy_stage import (
     Group,
     advantages,
     clipped_objective,
@@ -21,6 +20,7 @@ from blockrag.training.refrag.policy_learning import (
     imitate,
     update,
 )
+from blockrag.training.refrag.stage_config import PpoSettings
 
 WIDTH = 16
 

@@ -11,8 +11,7 @@ from blockrag.budget import composed_slots
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
-from blockrag.modeling.refrag.composing import compose_passage
-from blockrag.modeling.refrag.compression import ChunkCompressor, Projector
+from blockrag.modeling.refrag.compression import ChunkCompressor, Projector, compose_passage
 from blockrag.modeling.refrag.refrag_writing import write_refrag
 from blockrag.training.adaptation.batch import Branch
 from blockrag.training.refrag.policy_reader import PolicyReader

@@ -17,9 +17,9 @@ from blockrag.modeling.refrag.compression import Projector
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.refrag_writing import write_refrag
 from blockrag.training.adaptation.batch import Branch
-from blockrag.training.refrag.policy_config import PolicyTrainingConfig
 from blockrag.training.refrag.policy_samples import PolicyContext, answer_target
 from blockrag.training.refrag.policy_stage import train_policy
+from blockrag.training.refrag.stage_config import PolicyTrainingConfig
 from blockrag.training.run import StepMetrics
 from tests.models import TINY_VOCAB, make_tiny_bundle
 from tests.unit.training.adaptation.conftest import write_rows

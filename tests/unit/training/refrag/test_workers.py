@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.refrag.policy import ChunkPolicy
-from blockrag.training.refrag.policy_config import PolicyTrainingConfig, PpoSettings
 from blockrag.training.refrag.policy_stage import train_policy
-from blockrag.training.refrag.stage_config import RefragConfig
+from blockrag.training.refrag.stage_config import PolicyTrainingConfig, PpoSettings, RefragConfig
 from blockrag.training.refrag.stages import adapt_refrag
 from blockrag.training.run import StepMetrics
 

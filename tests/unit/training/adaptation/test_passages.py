@@ -1,6 +1,6 @@
 import pytest
 
-from blockrag.training.passages import cut_passage, sentences
+from blockrag.training.adaptation.samples import cut_passage, sentences
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
 
 TEXT = "Doha is a city (1998). Its official language is Arabic. It has a population of 956,460 and a port."
