@@ -20,7 +20,7 @@ from blockrag.kv_cache.block_files import block_paths
 from blockrag.kv_cache.fetching import BlockFetcher
 from blockrag.kv_cache.shards import owner, shard_names
 from blockrag.modeling.model import SlotModel
-from blockrag.types import BlockRequest
+from blockrag.types import BlockRequest, ChunkEmbeddings
 from blockrag.v1.common_pb2 import PromptBlock, RequestContext
 from blockrag.v1.kv_cache_pb2 import (
     DocumentRef,
@@ -150,7 +150,8 @@ class Owner:
     """Owns objects, as a shard does."""
 
     def own(self) -> list[ray.ObjectRef]:  # type: ignore[type-arg]
-        return [ray.put(np.zeros(300_000, dtype=np.uint8))]
+        embeddings = np.zeros((300, 300), dtype=np.float32)
+        return [ray.put(ChunkEmbeddings("key", np.zeros(300, dtype=np.int32), embeddings))]
 
     async def never(self) -> None:
         await asyncio.Event().wait()

@@ -85,6 +85,8 @@ def read_compression(
             "compression.rate",
             f"is {limit:g}; must be from 1 to {ability.chunk_tokens}, the tokens of the bundle's chunks",
         )
+    if kind == "rate" and limit == 1.0 and not message.policy:
+        return None  # everything word for word, as if nothing were said
     if kind == "max_context_tokens" and limit < 1:
         raise InvalidRequestError("compression.max_context_tokens", "must be at least 1")
     if kind == "max_ttft_ms" and not (limit > 0 and math.isfinite(limit)):

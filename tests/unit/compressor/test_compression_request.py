@@ -22,6 +22,7 @@ def read(message: Compression, ability: CompressionAbility = ABLE) -> Compressio
 def test_nothing_is_asked() -> None:
     assert read(Compression()) is None
     assert read(Compression(), UNABLE) is None
+    assert read(Compression(rate=1)) is read(Compression(rate=1), UNABLE) is None
     assert read_compression(Compression(), ATTENTION_MODE_FULL, UNABLE) is None
 
 
@@ -29,7 +30,7 @@ def test_nothing_is_asked() -> None:
     ("message", "kind", "limit"),
     [
         (Compression(rate=4), "rate", 4.0),
-        (Compression(rate=1), "rate", 1.0),
+        (Compression(rate=1, policy="query"), "rate", 1.0),
         (Compression(rate=8), "rate", 8.0),
         (Compression(max_context_tokens=1), "max_context_tokens", 1.0),
         (Compression(max_ttft_ms=0.5), "max_ttft_ms", 0.5),
@@ -97,7 +98,8 @@ def test_what_cannot_be_is_named(message: Compression, field: str) -> None:
         (Compression(rate=8), True),
         (Compression(rate=8, policy="query"), True),
         (Compression(rate=7.9), False),
-        (Compression(rate=1), False),
+        (Compression(rate=1), True),
+        (Compression(rate=1, policy="query"), False),
         (Compression(rate=2, policy="retrieval"), True),
         (Compression(max_context_tokens=100), False),
         (Compression(max_context_tokens=100, policy="retrieval"), True),
