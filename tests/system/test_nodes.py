@@ -92,7 +92,7 @@ def test_each_machine_answers_and_blocks_cross_the_wires(cluster: Machines) -> N
     async def everywhere() -> list[list[str]]:
         async with BlockragClient(cluster.head.target) as client:
             for name, fact in FACTS.items():
-                await client.ingest_text(name, fact * 20, title=name, collection=COLLECTION)
+                await client.ingest_text(name, fact * 80, title=name, collection=COLLECTION)
         return [await ask(target) for target in [cluster.head.target, *(node.target for node in decoders)] * 2]
 
     before = apart.received_bytes()
