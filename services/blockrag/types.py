@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,16 +50,20 @@ class _Summed:
 
     checksum: int
 
-    def _contents(self) -> tuple[NDArray[Any], ...]:
-        raise NotImplementedError
-
     def __post_init__(self) -> None:
-        object.__setattr__(self, "checksum", _word_sum(*self._contents()))
+        object.__setattr__(self, "checksum", _word_sum(*self._arrays()))
 
     @property
     def intact(self) -> bool:
         """Whether no byte of the arrays has changed since the block was made."""
-        return self.checksum == _word_sum(*self._contents())
+        return self.checksum == _word_sum(*self._arrays())
+
+    def _arrays(self) -> Iterator[NDArray[Any]]:
+        """Of all fields, in their order."""
+        for value in vars(self).values():
+            for array in value if isinstance(value, tuple) else (value,):
+                if isinstance(array, np.ndarray):
+                    yield array
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,6 @@ class BlockKV(_Summed):
     """Of K and V in int8, see ``blockrag.modeling.slots.Scales``; bits of bfloat16."""
     checksum: int = field(init=False, compare=False, repr=False)
 
-    def _contents(self) -> tuple[NDArray[Any], ...]:
-        return (self.token_ids, self.keys, self.values, *(self.scales or ()))
-
     @property
     def num_slots(self) -> int:
         """Positions that the block takes in a prompt."""
@@ -107,9 +109,6 @@ class ChunkEmbeddings(_Summed):
     embeddings: NDArray[np.float32]
     """One row for each chunk, shape [chunks, width of the chunk encoder]."""
     checksum: int = field(init=False, compare=False, repr=False)
-
-    def _contents(self) -> tuple[NDArray[Any], ...]:
-        return (self.token_ids, self.embeddings)
 
     @property
     def nbytes(self) -> int:
