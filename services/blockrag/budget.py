@@ -14,7 +14,8 @@ ours. Imports numpy alone, so that a plan that follows from sizes needs no torch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -97,12 +98,28 @@ class Room:
 
 
 @dataclass(frozen=True)
+class FetchCost:
+    """What having blocks takes that are at one place."""
+
+    tier: str
+    base_ms: float
+    slot_ms: float
+
+
+@dataclass(frozen=True)
 class PrefillCost:
     """What a prefill takes on the decoder, as it measured lately."""
 
     base_ms: float
     slot_ms: float
     """For each composed slot."""
+    fetches: tuple[FetchCost, ...] = ()
+    """Of what is not in the decoder's own memory."""
+
+    def fetch_ms(self, slots: Mapping[str, int]) -> float:
+        """To have blocks, of which there are so many slots at each place; they come at the same time."""
+        times = (each.base_ms + each.slot_ms * slots[each.tier] for each in self.fetches if slots.get(each.tier))
+        return max(times, default=0.0)
 
     def slots(self, milliseconds: float) -> int:
         """Composed slots that can be afforded; at least 0."""
@@ -281,6 +298,40 @@ def retrieval_logits(passage_tokens: Sequence[int], chunk_tokens: int) -> NDArra
     """Logits of the policy "retrieval": every chunk of a better passage above every one of a worse."""
     counts = [chunk_count(tokens, chunk_tokens) for tokens in passage_tokens]
     return -np.repeat(np.arange(len(counts), dtype=np.float32), counts)
+
+
+@dataclass(frozen=True)
+class InTime:
+    """Which passages a time to first token leaves."""
+
+    decisions: list[PassageDecision]
+    fetch_ms: float
+    """To have the blocks of those that it leaves."""
+
+
+def passages_in_time(
+    passage_tokens: Sequence[int], least_slots: Sequence[int], tiers: Sequence[str], cost: PrefillCost, left_ms: float
+) -> InTime:
+    """Takes passages, best first, whose blocks will be there in time and leave the time to read them.
+
+    ``least_slots`` that each takes in the prompt, ``tiers`` where each one's block is; ``left_ms`` for having and
+    reading them. One that is too late is dropped, and those further down may still enter.
+    """
+    decisions, taken, fetched, fetch_ms = [], 0, Counter[str](), 0.0
+    for tokens, slots, tier in zip(passage_tokens, least_slots, tiers, strict=True):
+        further = fetched + Counter({tier: tokens})
+        takes = cost.fetch_ms(further)
+        whole_ms = takes + cost.slot_ms * (taken + slots)
+        if whole_ms <= left_ms:
+            taken, fetched, fetch_ms = taken + slots, further, takes
+            decisions.append(PassageDecision(in_prompt=True))
+        else:
+            where = "it is not encoded yet" if tier == "encoded" else "reading it"
+            reason = (
+                f"not in time: {where}, and {whole_ms:.0f} ms would be needed where {max(0.0, left_ms):.0f} are left"
+            )
+            decisions.append(PassageDecision(in_prompt=False, dropped_reason=reason))
+    return InTime(decisions, fetch_ms)
 
 
 def affordable_slots(cost: PrefillCost, max_ttft_ms: float, spent_ms: float, instruction_slots: int) -> int:

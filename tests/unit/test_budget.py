@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from blockrag.budget import (
     RELEVANT,
     BudgetKind,
+    FetchCost,
     PrefillCost,
     PromptBudget,
     Room,
@@ -19,6 +20,7 @@ from blockrag.budget import (
     expand,
     expand_in_order,
     expand_what_fits,
+    passages_in_time,
     relevant_passages,
     retrieval_logits,
     room_for,
@@ -229,3 +231,33 @@ def test_passages_that_a_question_needs(passages: list[tuple[int, float]], budge
     if sum(sizes[place] for place in wanted) <= budget:
         assert taken == wanted
     assert all(decision.dropped_reason for decision in decisions if not decision.in_prompt)
+
+
+COST = PrefillCost(
+    10.0, 0.5, (FetchCost("store", 2.0, 0.01), FetchCost("disk", 5.0, 0.1), FetchCost("encoded", 50.0, 1.0))
+)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.sampled_from(["l1", "store", "disk", "encoded"])), max_size=20),
+    st.floats(-100, 2000),
+)
+def test_what_is_read_in_time_is_there_and_read_in_time(passages: list[tuple[int, str]], left_ms: float) -> None:
+    sizes, tiers = [tokens for tokens, _ in passages], [tier for _, tier in passages]
+    found = passages_in_time(sizes, sizes, tiers, COST, left_ms)
+    kept = [passage for passage, decision in zip(passages, found.decisions, strict=True) if decision.in_prompt]
+    by_tier = {tier: sum(tokens for tokens, of in kept if of == tier) for tier in tiers}
+    assert found.fetch_ms == pytest.approx(COST.fetch_ms(by_tier))
+    whole_ms = found.fetch_ms + COST.slot_ms * sum(tokens for tokens, _ in kept)
+    assert whole_ms <= left_ms or not kept
+    for (tokens, tier), decision in zip(passages, found.decisions, strict=True):
+        assert decision.in_prompt == (not decision.dropped_reason)
+        if not decision.in_prompt:  # no passage is left out that would have been in time at the end
+            later = COST.fetch_ms({**by_tier, tier: by_tier[tier] + tokens})
+            assert later + COST.slot_ms * (tokens + sum(size for size, _ in kept)) > left_ms
+
+
+def test_blocks_of_several_places_come_at_the_same_time() -> None:
+    assert COST.fetch_ms({}) == COST.fetch_ms({"l1": 500}) == COST.fetch_ms({"store": 0}) == 0.0
+    assert COST.fetch_ms({"store": 100, "disk": 100, "l1": 7}) == 15.0
+    assert COST.fetch_ms({"store": 100, "encoded": 100}) == 150.0

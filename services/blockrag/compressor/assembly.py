@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.compressor.plans import Planner
+from blockrag.compressor.timely import BlockPlaces, Timely
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
 from blockrag.configured import configured_keys
 from blockrag.decoder.detokenizer import detokenizer_factory
@@ -39,14 +40,15 @@ def assemble(
     embeddings: EmbeddingCache | None,
     decoder_status: Callable[[], Awaitable[GetDecoderStatusResponse]],
     *,
+    places: BlockPlaces | None = None,
     rater: ChunkRater | None = None,
     ability: CompressionAbility | None = None,
 ) -> Planner:
     """A planner of ``bundle``; it belongs to one event loop.
 
     ``embeddings``: where it has chunk embeddings from, None for a bundle that cannot compress; ``decoder_status`` is
-    asked for what prefills cost. ``rater`` and ``ability`` default to what the bundle has; others let somebody else
-    choose chunks under the same budgets.
+    asked for what prefills cost; ``places`` tell where blocks are, without them all are taken for cached. ``rater`` and
+    ``ability`` default to what the bundle has; others let somebody else choose chunks under the same budgets.
     """
     tokenizer = bundle.load_fast_tokenizer()
     mixer, costs = None, DecoderCosts(decoder_status)
@@ -71,4 +73,5 @@ def assemble(
         PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens),
         mixer,
         costs,
+        None if places is None else Timely(costs, places, configured_keys(settings, bundle)),
     )

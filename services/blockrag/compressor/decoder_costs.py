@@ -7,7 +7,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from blockrag.budget import PrefillCost
+from blockrag.alike import alike
+from blockrag.budget import FetchCost, PrefillCost
 from blockrag.errors import BlockragError, UnavailableError
 from blockrag.v1 import decoder_pb2
 
@@ -47,7 +48,8 @@ class DecoderCosts:
         try:
             status = await self._ask()
             if status.measured_prefills:
-                self._cost = PrefillCost(status.prefill_base_ms, status.prefill_slot_ms)
+                fetches = tuple(alike(FetchCost, each) for each in status.fetches)
+                self._cost = PrefillCost(status.prefill_base_ms, status.prefill_slot_ms, fetches)
                 self._asked = self._clock()
         except BlockragError as error:
             _logger.warning("the decoder's cost per slot could not be asked for: %s", error)

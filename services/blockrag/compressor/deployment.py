@@ -13,7 +13,7 @@ from blockrag.configured import configured_bundle
 from blockrag.grpc_status import rpc
 from blockrag.handles import DecoderClient
 from blockrag.kv_cache.fetching import follow_purges
-from blockrag.kv_cache.remote import connect
+from blockrag.kv_cache.remote import connect, connect_shards
 from blockrag.limits import HEALTH_CHECKS
 from blockrag.settings import Settings, load_application_settings
 from blockrag.telemetry import setup_telemetry, span
@@ -34,7 +34,8 @@ class Compressor:
             cache = connect(settings)
             embeddings = embedding_cache(cache, settings)
             self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, embeddings))
-        self._planner = assemble(bundle, settings, embeddings, DecoderClient(serve.get_app_handle).status)
+        decoder_status = DecoderClient(serve.get_app_handle).status
+        self._planner = assemble(bundle, settings, embeddings, decoder_status, places=connect_shards(settings))
 
     @rpc
     async def Plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:

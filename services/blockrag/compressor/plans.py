@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ from blockrag.v1 import common_pb2, compressor_pb2
 if TYPE_CHECKING:
     from blockrag.compressor.decoder_costs import DecoderCosts
     from blockrag.compressor.mixing import Mixer
+    from blockrag.compressor.timely import Timely
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,53 @@ class Planner:
     """None where the bundle cannot compress."""
     costs: DecoderCosts | None = None
     """Of prefills. This and the mixer are None where plans are made that ``sizes_decide`` only."""
+    timely: Timely | None = None
+    """None: a time counts all blocks as cached."""
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
         """The plan of a request whose compression was not read yet; raises what ``plan_read`` raises, and
         ``InvalidRequestError`` for a compression that cannot be.
         """
-        return await self.plan_read(
-            request, read_compression(request.compression, request.attention_mode, self.ability)
-        )
+        compression = read_compression(request.compression, request.attention_mode, self.ability)
+        if compression is not None and compression.kind == "max_ttft_ms" and self.timely is not None:
+            return await self._plan_in_time(request, compression, self.timely)
+        return await self.plan_read(request, compression)
+
+    async def _plan_in_time(
+        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest, timely: Timely
+    ) -> compressor_pb2.PlanResponse:
+        """A plan of the passages whose blocks are there in time."""
+        blocks = [self._block(passage) for passage in request.passages]
+        if self.ability.policies is not None:
+            least = [chunk_count(len(ids), self.ability.chunk_tokens) for ids in blocks]
+        else:
+            least = [len(ids) if compression.policy == RETRIEVAL else 1 for ids in blocks]
+        before_tokens = len(self.tokenizer.instruction_ids) + sum(map(len, self._turns(request)))
+        chosen = await timely.choose(request, compression.limit, blocks, least, before_tokens)
+        shorter = compressor_pb2.PlanRequest()
+        shorter.CopyFrom(request)
+        shorter.spent_ms += chosen.fetch_ms
+        del shorter.passages[:]
+        kept = [decision.in_prompt for decision in chosen.decisions]
+        shorter.passages.extend(itertools.compress(request.passages, kept))
+        response = await self.plan_read(shorter, compression)
+        made = iter(list(response.passages))
+        del response.passages[:]
+        for passage, ids, decision in zip(request.passages, blocks, chosen.decisions, strict=True):
+            planned = next(made) if decision.in_prompt else self._left_out(passage, ids, decision)
+            response.passages.append(planned)
+        slots = response.prompt_tokens - len(response.final_token_ids)
+        response.expected_ms = await timely.expected_ms(shorter.spent_ms + response.policy_ms, slots)
+        return response
+
+    def _left_out(
+        self, passage: common_pb2.Passage, ids: tuple[int, ...], decision: PassageDecision
+    ) -> compressor_pb2.PassagePlan:
+        draft = self.drafts.plain if self.ability.policies is None else self.drafts.worded
+        planned = compressor_pb2.PassagePlan()
+        planned.CopyFrom(draft(ids))
+        _describe(planned, passage, decision)
+        return planned
 
     async def plan_read(
         self, request: compressor_pb2.PlanRequest, compression: CompressionRequest | None
@@ -168,14 +209,10 @@ class Planner:
         for place, (passage, ids, decision) in enumerate(zip(passages, blocks, decisions, strict=True)):
             planned = response.passages.add()
             planned.CopyFrom(draft(ids) if drafted is None else drafted[place])
-            planned.passage_id = passage.passage_id
-            planned.document_id = passage.document_id
-            planned.in_prompt = decision.in_prompt
-            planned.dropped_reason = decision.dropped_reason
+            _describe(planned, passage, decision)
             if not decision.in_prompt:
-                for chunk in planned.chunks:
-                    chunk.form = common_pb2.CHUNK_FORM_DROPPED
-            elif mixture is None:
+                continue
+            if mixture is None:
                 read = len(ids) if drafted is None else sum(end - start for start, end in read_spans(planned))
                 response.prompt_tokens += read
             else:
@@ -244,6 +281,17 @@ class Planner:
         if not passage.text:
             raise InvalidRequestError("passages", f"passage {passage.passage_id!r} has no text")
         return self.tokenizer.passage_ids(passage.title, passage.text)
+
+
+def _describe(planned: compressor_pb2.PassagePlan, passage: common_pb2.Passage, decision: PassageDecision) -> None:
+    """Whose plan it is, and what was decided; of one that is left out no chunk is read."""
+    planned.passage_id = passage.passage_id
+    planned.document_id = passage.document_id
+    planned.in_prompt = decision.in_prompt
+    planned.dropped_reason = decision.dropped_reason
+    if not decision.in_prompt:
+        for chunk in planned.chunks:
+            chunk.form = common_pb2.CHUNK_FORM_DROPPED
 
 
 def _relevance(question: str, passages: Sequence[common_pb2.Passage]) -> Sequence[float]:

@@ -39,7 +39,7 @@ class Decoder:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         import torch
 
-        from blockrag.decoder.prefill_cost import measure_prefills
+        from blockrag.decoder.costs import measure_costs
         from blockrag.decoder.service import assemble, check_engine, warm_up
         from blockrag.modeling.model import SlotModel
 
@@ -54,7 +54,7 @@ class Decoder:
         cache = connect(settings)
         self._runtime = assemble(bundle, model, cache, settings)
         self._check_engine = partial(check_engine, self._runtime.engine, settings.decoder.max_step_s)
-        measure_prefills(model, self._runtime.meter)
+        measure_costs(model, self._runtime.meters)
         self._runtime.engine.start()
         self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, self._runtime.loader, self._keep_up))
 

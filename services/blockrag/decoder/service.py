@@ -18,10 +18,10 @@ from functools import partial
 from blockrag.alike import alike
 from blockrag.configured import configured_keys
 from blockrag.decoder.block_loading import BlockLoader, BlockTier, LoadedBlocks
+from blockrag.decoder.costs import MOST_PREFILL_TOKENS, CostFit, CostMeters
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
-from blockrag.decoder.prefill_cost import MOST_PREFILL_TOKENS, PrefillMeter
 from blockrag.decoder.prompt import ComposedPrompt, Prompt, compose, read_prompt
 from blockrag.decoder.scheduler import EngineLimits
 from blockrag.decoder.sequence import Event, Finish, GenerationRequest, TokenStream
@@ -52,7 +52,7 @@ class DecodeService:
     loader: BlockLoader
     l1: L1Cache
     keys: KeyMaker
-    meter: PrefillMeter
+    meters: CostMeters
     model: decoder_pb2.GetDecoderStatusResponse
     """What the status says of the model."""
     vocab_size: int
@@ -73,6 +73,7 @@ class DecodeService:
         started = time.monotonic()
         loaded = await self._load(request, prompt, deadline)
         fetch_seconds = time.monotonic() - started
+        self.meters.record_fetch(loaded, 1000 * fetch_seconds)
         stream = TokenStream()
         try:
             composed = compose(prompt.parts, loaded, self.chunk_tokens)
@@ -110,7 +111,7 @@ class DecodeService:
 
     def status(self) -> decoder_pb2.GetDecoderStatusResponse:
         """What this replica holds and does."""
-        engine, l1, fit = self.engine.stats(), self.l1.stats(), self.meter.fit()
+        engine, l1, fit = self.engine.stats(), self.l1.stats(), self.meters.prefill.fit()
         return alike(
             decoder_pb2.GetDecoderStatusResponse,
             self.model,
@@ -121,7 +122,8 @@ class DecodeService:
             generated_tokens=engine.generated_tokens,
             prefill_base_ms=fit.base_ms,
             prefill_slot_ms=fit.slot_ms,
-            measured_prefills=fit.prefills,
+            measured_prefills=fit.samples,
+            fetches=[_fetch_cost(tier, meter.fit()) for tier, meter in self.meters.fetches.items()],
             **{f"l1_{name}": getattr(l1, name) for name in ("blocks", "bytes", "budget_bytes", "hits", "misses")},
         )
 
@@ -136,7 +138,7 @@ class DecodeService:
     def _measure(self, prompt: Prompt, finish: Finish) -> None:
         if prompt.parts and len(prompt.token_ids) <= MOST_PREFILL_TOKENS:
             seconds = finish.stages.compose + finish.stages.prefill
-            self.meter.record(prompt.composed_slots, 1000 * seconds)
+            self.meters.prefill.record(prompt.composed_slots, 1000 * seconds)
 
     async def _load(self, request: decoder_pb2.DecodeRequest, prompt: Prompt, deadline: float | None) -> LoadedBlocks:
         if not prompt.parts:
@@ -198,6 +200,10 @@ def _finished(
     )
 
 
+def _fetch_cost(tier: BlockTier, fit: CostFit) -> decoder_pb2.FetchCost:
+    return decoder_pb2.FetchCost(tier=tier, base_ms=fit.base_ms, slot_ms=fit.slot_ms)
+
+
 def _slots(found: Mapping[BlockTier, int]) -> common_pb2.BlockSlots:
     return common_pb2.BlockSlots(l1=found["l1"], store=found["store"], disk=found["disk"], encoded=found["encoded"])
 
@@ -220,7 +226,7 @@ class Runtime:
     engine: Engine
     loader: BlockLoader
     l1: L1Cache
-    meter: PrefillMeter
+    meters: CostMeters
 
 
 def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Settings) -> Runtime:
@@ -247,7 +253,7 @@ def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Se
         kv_dtype=str(model.kv_dtype).removeprefix("torch."),
         slot_bytes=model.slot_bytes,
     )
-    meter = PrefillMeter()
+    meters = CostMeters()
     # As many may wait for their blocks as may wait for a place or run: no more could be served after it anyway.
     max_loading = decoder.max_waiting + decoder.max_sequences
     service = DecodeService(
@@ -255,13 +261,13 @@ def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Se
         loader,
         l1,
         configured_keys(settings, bundle),
-        meter,
+        meters,
         model_status,
         vocab_size=model.vocab_size,
         chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else 0,
         max_loading=max_loading,
     )
-    return Runtime(service, engine, loader, l1, meter)
+    return Runtime(service, engine, loader, l1, meters)
 
 
 def warm_up(model: SlotModel) -> None:

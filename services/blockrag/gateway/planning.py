@@ -7,6 +7,7 @@ tokenising is the compressor's: its replicas can be scaled for it, and this even
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -34,7 +35,10 @@ MOST_UNKNOWN_CHARS = 8_192
 vocabulary is not byte-level."""
 _KEPT = 32
 _FRESH_S = 60.0
-_ELSEWHERE = ("retrieve", "compose", "prefill")
+_LEAST_EXPECTED = 8
+_IN_TIME = 0.95
+_TOLERATED = 0.1
+_ELSEWHERE = ("retrieve", "kv_fetch", "compose", "prefill")
 """Stages that a plan under a latency budget knows or predicts itself."""
 
 
@@ -103,8 +107,8 @@ def decode_request(
 
 
 class Overhead:
-    """The median, over the latest answers, of fetching, waiting, the calls between services and planning, without
-    the policy's own time.
+    """The median, over the latest answers, of waiting, the calls between services and planning, without the policy's
+    own time.
 
     A plan for a latency needs it: time that is spent there cannot be spent on slots. Answers whose plans took a call to
     the compressor count where there are any. What is a minute old counts no more: after a busy time everything that
@@ -115,6 +119,7 @@ class Overhead:
         self._clock = clock
         self._by_compressor: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._near: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+        self._late: deque[tuple[float, float]] = deque(maxlen=_KEPT)
 
     def record(
         self,
@@ -129,6 +134,19 @@ class Overhead:
             known = policy_ms + sum(stage_ms.get(stage, 0.0) for stage in _ELSEWHERE)
             latest = self._by_compressor if by_compressor else self._near
             latest.append((self._clock(), max(0.0, time_to_first_token_ms - known)))
+
+    def record_expected(self, time_to_first_token_ms: float, expected_ms: float) -> None:
+        """Count one answer whose plan was made for a time."""
+        if time_to_first_token_ms > 0:
+            self._late.append((self._clock(), time_to_first_token_ms - expected_ms))
+
+    def margin_ms(self, max_ttft_ms: float) -> float:
+        """What a plan for a time leaves free: as much as had brought 19 of 20 of the latest such answers in time, where
+        a tenth later is in time too."""
+        late = sorted(self._fresh(self._late))
+        if len(late) < _LEAST_EXPECTED:
+            return 0.0
+        return max(0.0, late[math.ceil(_IN_TIME * len(late)) - 1] - _TOLERATED * max_ttft_ms)
 
     @property
     def milliseconds(self) -> float:

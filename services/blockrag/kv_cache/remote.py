@@ -50,6 +50,7 @@ class RemoteShard(Shard):
         self._handle: DeploymentHandle[Any] | None = None
 
     acquire = _remote(Shard.acquire)
+    locate = _remote(Shard.locate)
     warm = _remote(Shard.warm)
     report_lost = _remote(Shard.report_lost)
     purged_since = _remote(Shard.purged_since)
@@ -70,11 +71,15 @@ def shard_group(resolvers: Mapping[str, Callable[[], DeploymentHandle[Any]]]) ->
     return ShardGroup([RemoteShard(name, resolve) for name, resolve in resolvers.items()], list(resolvers))
 
 
-def connect(settings: Settings) -> BlockFetcher:
-    """A client for a replica of another service; shards are looked up when they are first needed."""
+def connect_shards(settings: Settings) -> ShardGroup:
+    """The shards, for a replica of another service; they are looked up when they are first needed."""
     names = shard_names(settings.kv_cache.shards)
-    resolvers = {name: partial(serve.get_deployment_handle, name, app_name=APP) for name in names}
-    return BlockFetcher(shard_group(resolvers), read_objects)
+    return shard_group({name: partial(serve.get_deployment_handle, name, app_name=APP) for name in names})
+
+
+def connect(settings: Settings) -> BlockFetcher:
+    """The shards' blocks, for a replica of another service."""
+    return BlockFetcher(connect_shards(settings), read_objects)
 
 
 async def translated(name: str, call: Awaitable[T]) -> T:

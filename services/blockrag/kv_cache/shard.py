@@ -120,6 +120,15 @@ class CacheShard:
         found.update((block.key, block) for block in encoded)
         return [found[request.key] for request in blocks]
 
+    async def locate(self, keys: Sequence[str]) -> list[Tier]:
+        """Where each block would come from now; touches nothing."""
+        return [self._tier(key) for key in keys]
+
+    def _tier(self, key: str) -> Tier:
+        if key in self.store:
+            return "store"
+        return "disk" if self.disk is not None and key in self.disk.index else "encoded"
+
     async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
         """Has blocks held ahead of time, a bounded number of them encoded at a time."""
         distinct = {(request.key, document_of(request)): request for request in blocks}

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from blockrag.aio import gather_or_cancel
 from blockrag.errors import BlockragError, UnavailableError
-from blockrag.kv_cache.shard_messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, WarmOutcome
+from blockrag.kv_cache.shard_messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, Tier, WarmOutcome
 from blockrag.types import BlockRequest
 
 PATIENCE_S = 60.0
@@ -27,6 +27,8 @@ class Shard(Protocol):
     """A ``CacheShard`` as its callers see it. Every method raises ``UnavailableError`` when the shard is gone."""
 
     async def acquire(self, blocks: list[BlockRequest]) -> list[AcquiredBlock]: ...
+
+    async def locate(self, keys: list[str]) -> list[Tier]: ...
 
     async def warm(self, blocks: list[BlockRequest], pin: bool) -> WarmOutcome: ...
 
@@ -95,6 +97,18 @@ class ShardGroup:
         for place, key in enumerate(keys):
             groups.setdefault(owner(key, self.names), []).append(place)
         return groups
+
+    async def locate(self, keys: Sequence[str]) -> list[Tier]:
+        """Where each block would come from now. Raises ``UnavailableError`` where a shard does not answer at once."""
+        tiers: list[Tier] = ["encoded"] * len(keys)
+
+        async def ask(index: int, places: list[int]) -> None:
+            found = await self.shards[index].locate([keys[place] for place in places])
+            for place, tier in zip(places, found, strict=True):
+                tiers[place] = tier
+
+        await gather_or_cancel([ask(index, places) for index, places in self.places(keys).items()])
+        return tiers
 
     async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
         """Has blocks held ahead of time; takes as long as encoding them takes."""

@@ -50,7 +50,7 @@ class PassagePlan(_message.Message):
     def __init__(self, passage_id: _Optional[str] = ..., document_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.ChunkDecision, _Mapping]]] = ..., in_prompt: _Optional[bool] = ..., dropped_reason: _Optional[str] = ...) -> None: ...
 
 class PlanResponse(_message.Message):
-    __slots__ = ("instruction_token_ids", "passages", "final_token_ids", "prompt_tokens", "chunk_tokens", "policy_ms", "turns")
+    __slots__ = ("instruction_token_ids", "passages", "final_token_ids", "prompt_tokens", "chunk_tokens", "policy_ms", "turns", "expected_ms")
     INSTRUCTION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
     FINAL_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class PlanResponse(_message.Message):
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     POLICY_MS_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_MS_FIELD_NUMBER: _ClassVar[int]
     instruction_token_ids: _containers.RepeatedScalarFieldContainer[int]
     passages: _containers.RepeatedCompositeFieldContainer[PassagePlan]
     final_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -65,7 +66,8 @@ class PlanResponse(_message.Message):
     chunk_tokens: int
     policy_ms: float
     turns: _containers.RepeatedCompositeFieldContainer[_common_pb2.PromptBlock]
-    def __init__(self, instruction_token_ids: _Optional[_Iterable[int]] = ..., passages: _Optional[_Iterable[_Union[PassagePlan, _Mapping]]] = ..., final_token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., policy_ms: _Optional[float] = ..., turns: _Optional[_Iterable[_Union[_common_pb2.PromptBlock, _Mapping]]] = ...) -> None: ...
+    expected_ms: float
+    def __init__(self, instruction_token_ids: _Optional[_Iterable[int]] = ..., passages: _Optional[_Iterable[_Union[PassagePlan, _Mapping]]] = ..., final_token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., policy_ms: _Optional[float] = ..., turns: _Optional[_Iterable[_Union[_common_pb2.PromptBlock, _Mapping]]] = ..., expected_ms: _Optional[float] = ...) -> None: ...
 
 class PrepareQuestionRequest(_message.Message):
     __slots__ = ("context", "question")

@@ -50,7 +50,7 @@ class GetDecoderStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetDecoderStatusResponse(_message.Message):
-    __slots__ = ("bundle_fingerprint", "running", "waiting", "used_slots", "total_slots", "l1_blocks", "l1_bytes", "l1_budget_bytes", "l1_hits", "l1_misses", "generated_tokens", "device", "bundle_name", "max_positions", "prefill_base_ms", "prefill_slot_ms", "measured_prefills", "compute_dtype", "weights", "kv_dtype", "slot_bytes")
+    __slots__ = ("bundle_fingerprint", "running", "waiting", "used_slots", "total_slots", "l1_blocks", "l1_bytes", "l1_budget_bytes", "l1_hits", "l1_misses", "generated_tokens", "device", "bundle_name", "max_positions", "prefill_base_ms", "prefill_slot_ms", "measured_prefills", "compute_dtype", "weights", "kv_dtype", "slot_bytes", "fetches")
     BUNDLE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class GetDecoderStatusResponse(_message.Message):
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCHES_FIELD_NUMBER: _ClassVar[int]
     bundle_fingerprint: str
     running: int
     waiting: int
@@ -93,4 +94,15 @@ class GetDecoderStatusResponse(_message.Message):
     weights: str
     kv_dtype: str
     slot_bytes: int
-    def __init__(self, bundle_fingerprint: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., used_slots: _Optional[int] = ..., total_slots: _Optional[int] = ..., l1_blocks: _Optional[int] = ..., l1_bytes: _Optional[int] = ..., l1_budget_bytes: _Optional[int] = ..., l1_hits: _Optional[int] = ..., l1_misses: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., device: _Optional[str] = ..., bundle_name: _Optional[str] = ..., max_positions: _Optional[int] = ..., prefill_base_ms: _Optional[float] = ..., prefill_slot_ms: _Optional[float] = ..., measured_prefills: _Optional[int] = ..., compute_dtype: _Optional[str] = ..., weights: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+    fetches: _containers.RepeatedCompositeFieldContainer[FetchCost]
+    def __init__(self, bundle_fingerprint: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., used_slots: _Optional[int] = ..., total_slots: _Optional[int] = ..., l1_blocks: _Optional[int] = ..., l1_bytes: _Optional[int] = ..., l1_budget_bytes: _Optional[int] = ..., l1_hits: _Optional[int] = ..., l1_misses: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., device: _Optional[str] = ..., bundle_name: _Optional[str] = ..., max_positions: _Optional[int] = ..., prefill_base_ms: _Optional[float] = ..., prefill_slot_ms: _Optional[float] = ..., measured_prefills: _Optional[int] = ..., compute_dtype: _Optional[str] = ..., weights: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., fetches: _Optional[_Iterable[_Union[FetchCost, _Mapping]]] = ...) -> None: ...
+
+class FetchCost(_message.Message):
+    __slots__ = ("tier", "base_ms", "slot_ms")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    BASE_MS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_MS_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    base_ms: float
+    slot_ms: float
+    def __init__(self, tier: _Optional[str] = ..., base_ms: _Optional[float] = ..., slot_ms: _Optional[float] = ...) -> None: ...

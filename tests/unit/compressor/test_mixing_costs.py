@@ -8,7 +8,7 @@ from blockrag.budget import PrefillCost
 from blockrag.compressor.decoder_costs import FRESH_S, DecoderCosts
 from blockrag.compressor.mixing import PolicyTimes
 from blockrag.errors import UnavailableError
-from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
+from blockrag.v1.decoder_pb2 import FetchCost, GetDecoderStatusResponse
 from tests.unit.kv_cache.parts import settle
 
 
@@ -52,6 +52,17 @@ async def test_an_old_cost_serves_while_it_is_asked_for_again() -> None:
     await settle()
     assert await costs.current() == PrefillCost(7.0, 0.02)
     assert decoder.asked == 2
+
+
+async def test_what_fetching_takes_is_told_too() -> None:
+    decoder = Decoder()
+    decoder.answer = GetDecoderStatusResponse(
+        prefill_base_ms=5.0,
+        prefill_slot_ms=0.01,
+        measured_prefills=9,
+        fetches=[FetchCost(tier="disk", base_ms=3.0, slot_ms=0.5)],
+    )
+    assert (await DecoderCosts(decoder).current()).fetch_ms({"disk": 10, "store": 10}) == 8.0
 
 
 async def test_a_decoder_that_is_away_leaves_the_last_cost() -> None:

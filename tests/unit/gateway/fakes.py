@@ -62,6 +62,7 @@ class FakePlanner:
     prepared: list[str] = field(default_factory=list)
     """Questions embedded ahead of their plan."""
     prepare: Callable[[], Awaitable[None]] = nothing
+    expected_ms: float = 0.0
 
     async def prepare_question(
         self, request: compressor_pb2.PrepareQuestionRequest
@@ -74,7 +75,9 @@ class FakePlanner:
         self, request: compressor_pb2.PlanRequest, compression: CompressionRequest | None = None
     ) -> compressor_pb2.PlanResponse:
         self.requests.append(request)
-        response = compressor_pb2.PlanResponse(instruction_token_ids=[1], final_token_ids=[9, 9], prompt_tokens=3)
+        response = compressor_pb2.PlanResponse(
+            instruction_token_ids=[1], final_token_ids=[9, 9], prompt_tokens=3, expected_ms=self.expected_ms
+        )
         for place, passage in enumerate(request.passages):
             ids = list(range(len(passage.text.split())))
             kept = place < self.fits

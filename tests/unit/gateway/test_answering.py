@@ -12,6 +12,7 @@ from blockrag.compressor.compression_request import CompressionRequest
 from blockrag.errors import DeadlineError, InvalidRequestError, UnavailableError
 from blockrag.gateway import validation
 from blockrag.gateway.answering import STAGES, Deadline, Timings
+from blockrag.gateway.planning import Overhead
 from blockrag.v1.common_pb2 import (
     ATTENTION_MODE_BLOCK,
     ATTENTION_MODE_FULL,
@@ -296,6 +297,32 @@ async def test_a_plan_for_a_latency_hears_what_is_spent_elsewhere() -> None:
     service.overhead.record(50.0, {})
     await collect(service, compression=Compression(max_ttft_ms=100))
     assert 50.0 < planner.requests[0].spent_ms < 100.0
+
+
+class Late(Overhead):
+    """Answers that were 30 ms too late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: list[float] = []
+
+    def record_expected(self, time_to_first_token_ms: float, expected_ms: float) -> None:
+        self.expected.append(expected_ms)
+
+    def margin_ms(self, max_ttft_ms: float) -> float:
+        return 30.0
+
+
+async def test_such_plans_leave_time_free_that_is_not_expected_to_be_needed() -> None:
+    planner, late = FakePlanner(expected_ms=95.0), Late()
+    service = replace(answering(planner=planner), overhead=late)
+    await collect(service, compression=Compression(max_ttft_ms=100))
+    assert planner.requests[0].spent_ms > 30.0
+    assert late.expected == [65.0]
+    planner.expected_ms = 0.0
+    await collect(service, compression=Compression(rate=4))
+    assert len(late.expected) == 1
+    assert planner.requests[1].spent_ms < 30.0
 
 
 @pytest.mark.parametrize(("rate", "counts"), [(2, True), (4, False)])

@@ -41,3 +41,22 @@ def test_a_busy_time_is_forgotten_though_nothing_is_answered() -> None:
     assert overhead.milliseconds == 5.0
     now = 200.0
     assert overhead.milliseconds == 0.0
+
+
+def test_plans_for_a_time_leave_free_what_made_the_latest_late() -> None:
+    now = 100.0
+    overhead = Overhead(lambda: now)
+    for _ in range(7):
+        overhead.record_expected(150.0, 100.0)
+    assert overhead.margin_ms(100.0) == 0.0  # too few to say
+    overhead.record_expected(100.0, 100.0)
+    assert overhead.margin_ms(100.0) == 40.0  # a tenth late is in time
+    assert overhead.margin_ms(1000.0) == 0.0
+    for _ in range(30):
+        overhead.record_expected(95.0, 100.0)
+    assert overhead.margin_ms(100.0) == 0.0  # one of 32 may be late
+    overhead.record_expected(0.0, 100.0)  # without a first token
+    now += 61
+    for _ in range(7):
+        overhead.record_expected(150.0, 100.0)
+    assert overhead.margin_ms(100.0) == 0.0

@@ -11,7 +11,15 @@ import numpy as np
 
 from blockrag.errors import UnavailableError
 from blockrag.kv_cache.shard import CacheShard
-from blockrag.kv_cache.shard_messages import AcquiredBlock, DocumentId, EncodedObject, PurgeLog, ShardStats, WarmOutcome
+from blockrag.kv_cache.shard_messages import (
+    AcquiredBlock,
+    DocumentId,
+    EncodedObject,
+    PurgeLog,
+    ShardStats,
+    Tier,
+    WarmOutcome,
+)
 from blockrag.kv_cache.store import BlockStore
 from blockrag.types import BlockKV, BlockRequest
 
@@ -89,6 +97,9 @@ class LocalShard:
 
     async def acquire(self, blocks: list[BlockRequest]) -> list[AcquiredBlock]:
         return await (await self._alive("acquire")).acquire(blocks)
+
+    async def locate(self, keys: list[str]) -> list[Tier]:
+        return await (await self._alive("locate")).locate(keys)
 
     async def warm(self, blocks: list[BlockRequest], pin: bool) -> WarmOutcome:
         return await (await self._alive("warm")).warm(blocks, pin)

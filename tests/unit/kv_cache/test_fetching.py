@@ -138,6 +138,19 @@ async def test_the_group_warms_pins_and_counts_over_all_shards() -> None:
     assert sum(each.misses for each in stats) == 40
 
 
+async def test_the_group_says_where_blocks_are_and_touches_none() -> None:
+    cache = Cache()
+    await cache.group.warm(BLOCKS[::2], False)
+    assert await cache.group.locate(KEYS) == ["store", "encoded"] * 20
+    assert await cache.group.locate([]) == []
+    stats = await cache.group.stats()
+    assert sum(each.hits for each in stats) == 0
+    assert sum(each.misses for each in stats) == 20
+    cache.shards[1].unavailable = 1
+    with pytest.raises(UnavailableError):
+        await cache.group.locate(KEYS)
+
+
 async def test_stats_leave_out_a_shard_that_does_not_answer() -> None:
     cache = Cache()
     cache.shards[1].unavailable = 1

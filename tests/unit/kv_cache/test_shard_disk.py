@@ -41,6 +41,18 @@ async def stop(shard: CacheShard) -> None:
     await shard.disk.settled()
 
 
+async def test_a_shard_says_where_a_block_is(tmp_path: Path) -> None:
+    encoder = Encoder()
+    shard = open_shard(tmp_path, encoder)
+    await shard.warm([wanted(1)], False)
+    assert await shard.locate([wanted(1).key, wanted(2).key]) == ["store", "encoded"]
+    await stop(shard)
+    again = open_shard(tmp_path, encoder)
+    assert await again.locate([wanted(1).key, wanted(2).key]) == ["disk", "encoded"]
+    assert (await again.stats()).misses == 0
+    await stop(again)
+
+
 async def test_after_a_restart_a_block_comes_from_disk_and_then_from_the_store(tmp_path: Path) -> None:
     encoder = Encoder()
     shard = open_shard(tmp_path, encoder)
