@@ -17,7 +17,7 @@ from blockrag.errors import SetupError
 from blockrag.modeling.bundle import file_sha256, load_bundle
 from blockrag.modeling.model import load_stock_model
 from blockrag.training.adaptation.batch import Context
-from blockrag.training.adaptation.samples import data_files
+from blockrag.training.adaptation.samples import DecodingTokenizer, data_files
 from blockrag.training.loop import Schedule, train
 from blockrag.training.refrag.chunk_masks import (
     Mask,
@@ -27,6 +27,7 @@ from blockrag.training.refrag.chunk_masks import (
     fill_budget,
     question_order,
 )
+from blockrag.training.refrag.kept_words import KINDS, kept_words
 from blockrag.training.refrag.refrag_reader import SampleScores
 from blockrag.training.refrag.stage_bundles import Start, load_reader, open_start, write_stage
 from blockrag.training.refrag.stage_config import RefragConfig
@@ -65,6 +66,24 @@ def reconstruction_probes(maker: Reconstruction, source: PassageSource, count: i
             passages += source.draw(2, random)
         samples = tuple(maker.sample(passage, chunks, random) for passage in passages[:count])
         groups.append(ProbeGroup((f"{chunks} chunks",), samples))
+    return groups
+
+
+def kept_probes(
+    maker: Reconstruction, source: PassageSource, tokenizer: DecodingTokenizer, count: int
+) -> list[ProbeGroup]:
+    """Words of single chunks, with the chunk and without it; about ``count`` of each kind."""
+    random = Random("kept words")
+    groups = []
+    for kind in KINDS:
+        samples: list[RefragSample] = []
+        for _ in range(count):  # a passage a time, as texts may have no such words at all
+            passages = source.draw(2, random)
+            samples += kept_words(passages, kind, tokenizer, maker.instruction, maker.prompt, maker.k, random)
+            if len(samples) >= count:
+                break
+        if samples:
+            groups.append(ProbeGroup((f"{kind} of a chunk", f"{kind}, guessed"), tuple(samples)))
     return groups
 
 
@@ -180,7 +199,9 @@ def plan_stage(config: RefragConfig, start: Start, data: HeldOut, tokenizer: Pre
     if config.stage == "reconstruction":
         prompt = template.final_ids(tokenizer, "")
         learning = Reconstruction(passages(train), instruction, prompt, config, k)
-        return StagePlan(learning, reconstruction_probes(learning, passages(held), config.dev_samples))
+        probes = reconstruction_probes(learning, passages(held), config.dev_samples)
+        probes += kept_probes(learning, passages(held), tokenizer, config.dev_samples)
+        return StagePlan(learning, probes)
     following = NextPassage(passages(train), instruction, config, k) if train else None
     probes = []
     if train:
