@@ -208,6 +208,11 @@ class KvCacheSettings(Section):
     the disk has is refused. 4096 MiB hold 1,400 passages of the bundled reader."""
     disk_path: str = ""
     """Directory of these files, on a local disk, of this system alone; empty: blocks/ in cluster.state_dir."""
+    volume: str = ""
+    """URL of a place that machines share, and systems with the same bundle and secret, as fsspec has them
+    (s3://bucket/blocks, file:///mnt/nfs/blocks); empty: none. Blocks of documents that neither memory nor disk holds
+    are looked for there before they are encoded, and written there. blockrag removes there what is purged or damaged
+    and evicts nothing: bounds in size and age are the volume's own, such as a bucket's lifecycle rules."""
     secret: Annotated[str, Field(min_length=16)] = PUBLIC_SECRET
     """Secret that tenants' salts are made from; must be set where gateway.tenants is."""
 

@@ -132,11 +132,13 @@ def _print_status(description: Description) -> None:
             f"{form['blocks']} blocks, {_mib(form['bytes'])} MiB, {form['hits']} hits, {form['misses']} misses",
         )
     disk = cache.get("disk")  # absent where the cache is down
-    if disk and int(disk["budget_bytes"]):
+    if disk and any(int(disk[name]) for name in ("budget_bytes", "hits", "written", "dropped")):
+        held = f"{disk['blocks']} blocks, {_mib(disk['bytes'])} of {_mib(disk['budget_bytes'])} MiB, "
+        subject, held = ("on disk", held) if int(disk["budget_bytes"]) else ("on the volume", "")
         facts.add_row(
-            "on disk",
-            f"{disk['blocks']} blocks, {_mib(disk['bytes'])} of {_mib(disk['budget_bytes'])} MiB, "
-            f"{disk['hits']} hits, {disk['evictions']} evicted, {disk['rejected']} rejected, {disk['dropped']} dropped",
+            subject,
+            f"{held}{disk['hits']} hits, {disk['evictions']} evicted, {disk['rejected']} rejected, "
+            f"{disk['dropped']} dropped",
         )
     for warning in disk["warnings"] if disk else ():
         facts.add_row("", Text(warning, style="yellow"))

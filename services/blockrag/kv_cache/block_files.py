@@ -86,8 +86,8 @@ def most_header_bytes(tokens: int) -> int:
     return 512 + 12 * tokens
 
 
-def write_block(path: Path, block: CachedBlock, tenant: str, form: BlockForm, encode_s: float) -> int:
-    """Writes a block; whole or not at all. Its bytes. Raises ``OSError``; then nothing is left."""
+def packed(block: CachedBlock, tenant: str, form: BlockForm, encode_s: float) -> list[bytes | memoryview]:
+    """The bytes of a block's file, in parts."""
     arrays = [np.ascontiguousarray(array) for array in _arrays(block)]
     described = {
         "tenant": tenant,
@@ -104,10 +104,41 @@ def write_block(path: Path, block: CachedBlock, tenant: str, form: BlockForm, en
     parts: list[bytes | memoryview] = [header, *map(_bytes, arrays)]
     for part in parts:
         checksum = zlib.crc32(part, checksum)
+    return [_PREFIX.pack(_MAGIC, checksum, len(header), payload), *parts]
+
+
+def unpacked(content: bytes, request: BlockRequest) -> tuple[CachedBlock, float]:
+    """The block asked for, in read-only views of a file's bytes, and the seconds that encoding it took.
+
+    Raises ``DataError`` for a file that is damaged or holds another block.
+    """
+    header, start = _parsed(content, len(content))
+    magic, checksum, _, _ = _PREFIX.unpack_from(content)
+    if zlib.crc32(memoryview(content)[_CRC_FROM:]) != checksum or magic != _MAGIC:
+        raise DataError("the checksum is another")
+    if (
+        header.tenant != request.tenant
+        or header.form != request.form
+        or not np.array_equal(header.token_ids, request.token_ids)
+    ):
+        raise DataError("holds another block")
+    found = []
+    for shape, dtype in zip(header.shapes, header.dtypes, strict=True):
+        array = np.frombuffer(content, dtype, int(np.prod(shape)), start).reshape(shape)
+        found.append(array)
+        start += array.nbytes
+    if header.form.kind == "chunks":
+        return ChunkEmbeddings(request.key, header.token_ids, found[0]), header.encode_s
+    scales = (found[2], found[3]) if found[2:] else None
+    return BlockKV(request.key, header.token_ids, found[0], found[1], scales), header.encode_s
+
+
+def write_block(path: Path, block: CachedBlock, tenant: str, form: BlockForm, encode_s: float) -> int:
+    """Writes a block; whole or not at all. Its bytes. Raises ``OSError``; then nothing is left."""
+    parts = packed(block, tenant, form, encode_s)
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
         with _new_file(unfinished) as file:
-            file.write(_PREFIX.pack(_MAGIC, checksum, len(header), payload))
             for part in parts:
                 file.write(part)
         unfinished.replace(path)
@@ -115,7 +146,7 @@ def write_block(path: Path, block: CachedBlock, tenant: str, form: BlockForm, en
         with contextlib.suppress(OSError):
             unfinished.unlink()
         raise
-    return _PREFIX.size + len(header) + payload
+    return sum(len(part) for part in parts)
 
 
 def read_block(path: Path, request: BlockRequest) -> CachedBlock:
@@ -123,26 +154,12 @@ def read_block(path: Path, request: BlockRequest) -> CachedBlock:
 
     Raises ``DataError`` for a file that is damaged or holds another block, ``OSError`` for one that cannot be read.
     """
-    content = _read(path)
-    header, start = _parsed(content, len(content))
-    magic, checksum, _, _ = _PREFIX.unpack_from(content)
-    if zlib.crc32(memoryview(content)[_CRC_FROM:]) != checksum or magic != _MAGIC:
-        raise DataError(f"{path}: the checksum is another")
-    if (
-        header.tenant != request.tenant
-        or header.form != request.form
-        or not np.array_equal(header.token_ids, request.token_ids)
-        or path.name != request.key
-    ):
-        raise DataError(f"{path}: holds another block")
-    found = []
-    for shape, dtype in zip(header.shapes, header.dtypes, strict=True):
-        array = np.frombuffer(content, dtype, int(np.prod(shape)), start).reshape(shape)
-        found.append(array)
-        start += array.nbytes
-    if header.form.kind == "chunks":
-        return ChunkEmbeddings(request.key, header.token_ids, found[0])
-    return BlockKV(request.key, header.token_ids, found[0], found[1], (found[2], found[3]) if found[2:] else None)
+    if path.name != request.key:
+        raise DataError(f"{path}: named as another block")
+    try:
+        return unpacked(_read(path), request)[0]
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def read_header(path: Path, keys: KeyMaker) -> BlockHeader:

@@ -3,21 +3,17 @@
 Blocks are written behind the requests, from a bounded queue and by a thread of their own, and read in others. Which
 shard a file belongs to follows from its key alone, so the number of shards may change. All calls on one event loop.
 
-Load or encode: each file says how long its block took to encode, and the tier measures what reading a byte takes. A
-block is read unless that would have taken longer; then one in ``_SECOND_CHANCE`` is read all the same, so that a disk
-that was slow for a while is found to be fast again.
+Load or encode: each file says how long its block took to encode, and the tier measures what reading a byte takes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +29,19 @@ from blockrag.kv_cache.block_files import (
     write_block,
 )
 from blockrag.kv_cache.disk_index import DiskEntry, DiskIndex, affordable, on_disk, scan, space
+from blockrag.kv_cache.pace import LoadOrEncode
 from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId, EncodedObject
-from blockrag.limits import DISK_RESERVE, MIB
-from blockrag.types import BlockForm, BlockRequest, CachedBlock
+from blockrag.kv_cache.write_behind import Pending, ReadObject, Warnings, WriteBehind
+from blockrag.limits import DISK_RESERVE
+from blockrag.types import BlockRequest, CachedBlock
 
-MOST_PENDING_BYTES = 64 * MIB
-"""Blocks that wait to be written: what is more is not written. They stay in the object store meanwhile."""
 READ_TIMEOUT_S = 5.0
 """A read that takes longer is left, and the block encoded."""
-_RETRY_WRITING_S = 30.0
-"""After a write failed none is tried for so long."""
-_SECOND_CHANCE = 16
 _NOTE_USE_S = 60.0
 """A file's time follows its block's use at most this often."""
 _READERS = 2
-_NEWEST = 0.2
-"""Weight of the latest read in the measured pace."""
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _Pending:
-    key: str
-    ref: Any
-    nbytes: int
-    tenant: str
-    folder: str
-    form: BlockForm
-    encode_s: float
-    purged: bool = False
 
 
 class DiskTier:
@@ -75,7 +54,7 @@ class DiskTier:
         keys: KeyMaker,
         *,
         put: Callable[[CachedBlock], EncodedObject],
-        read: Callable[[Any], Awaitable[CachedBlock | None]],
+        read: ReadObject,
         owns: Callable[[str], bool] = lambda _: True,
         shards: int = 1,
         tenant_share: float = 1.0,
@@ -84,27 +63,20 @@ class DiskTier:
     ) -> None:
         """Finds what is there and removes what is of no use. Raises nothing: a folder that cannot be used is a warning.
 
-        ``put`` makes an object of a block, in a thread; ``read`` gives the block of an object, None if it was lost.
-        ``owns`` says which keys are this shard's, ``shards`` how many share the disk; ``budget_bytes`` are this
-        shard's. ``clock`` gives seconds since 1970.
+        ``put`` makes an object of a block, in a thread. ``owns`` says which keys are this shard's, ``shards`` how many
+        share the disk; ``budget_bytes`` are this shard's. ``clock`` gives seconds since 1970.
         """
         self._root = root
         self._put = put
-        self._read_object = read
         self._clock = clock
         self._ttl_s = ttl_s
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="disk-writer")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="disk-reader")
-        self._mutating = asyncio.Lock()
-        self._pending: dict[str, _Pending] = {}
-        self._pending_bytes = 0
-        self._writing: asyncio.Task[None] | None = None
-        self._paused_until = 0.0
-        self._read_s_per_byte = 0.0
-        self._passed_over = 0
-        self._counts = dict.fromkeys(("hits", "slower", "written", "evictions", "rejected", "dropped"), 0)
-        self._warnings: dict[str, str] = {}
-        """By what they concern: budget, folder, reading, writing, pace."""
+        self._choice = LoadOrEncode()
+        """By bytes."""
+        self._counts = dict.fromkeys(("hits", "evictions", "rejected"), 0)
+        self._warnings = Warnings()
+        self._queue = WriteBehind("the disk", self._write, read=read, warnings=self._warnings)
         self._usable = True
         found: list[DiskEntry] = []
         try:
@@ -112,11 +84,11 @@ class DiskTier:
             held = sum(entry.nbytes for entry in found)
             budget_bytes, warning = affordable(root, budget_bytes, held, shards)
             if warning:
-                self._warn("budget", warning)
+                self._warnings.warn("budget", warning)
         except OSError as error:
             self._usable = False
             budget_bytes = 0
-            self._warn("folder", f"blocks are not kept on disk: {error}")
+            self._warnings.warn("folder", f"blocks are not kept on disk: {error}")
         self.index = DiskIndex(budget_bytes, tenant_share)
         for entry in found:
             self._drop(self.index.make_room(entry.nbytes, entry.tenant) or ())
@@ -134,14 +106,14 @@ class DiskTier:
         """
         self._expire()
         entry = self.index.get(request.key)
-        if entry is None or not self._worth_reading(entry):
+        if entry is None or not self._choice.load(entry.nbytes, entry.encode_s):
             return None
         reading = asyncio.get_running_loop().run_in_executor(self._readers, self._load, entry, request)
         try:
             made, seconds = await asyncio.wait_for(reading, READ_TIMEOUT_S)
         except TimeoutError:
-            self._measured(READ_TIMEOUT_S, entry.nbytes)
-            self._warn("reading", f"the disk is slow: a block took longer than {READ_TIMEOUT_S:g} s to read")
+            self._choice.reading.measured(READ_TIMEOUT_S, entry.nbytes)
+            self._warnings.warn("reading", f"the disk is slow: a block took longer than {READ_TIMEOUT_S:g} s to read")
             return None
         except (DataError, OSError) as error:
             if self.index.get(request.key) is entry:
@@ -150,12 +122,12 @@ class DiskTier:
                 # gone: by another shard's purge
                 self._counts["rejected"] += not isinstance(error, FileNotFoundError)
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                self._warn("reading", f"blocks on disk cannot be read: {error}")
+                self._warnings.warn("reading", f"blocks on disk cannot be read: {error}")
             else:
                 _logger.info("a block's file is of no use: %s", error)
             return None
-        self._warnings.pop("reading", None)
-        self._measured(seconds, entry.nbytes)
+        self._warnings.over("reading")
+        self._choice.reading.measured(seconds, entry.nbytes)
         self._counts["hits"] += 1
         self.use(request.key, document)
         return made, entry.encode_s
@@ -164,7 +136,7 @@ class DiskTier:
         """Notes that a block was asked for, wherever it was found; False: it has no file, and none is being written."""
         entry = self.index.get(key)
         if entry is None:
-            pending = self._pending.get(key)
+            pending = self._queue.get(key)
             if pending is not None and document.named and pending.folder == _of_no_document(pending.tenant):
                 pending.folder = folder_of(document)
             return pending is not None
@@ -183,25 +155,11 @@ class DiskTier:
     ) -> None:
         """Has a block written behind. ``evict``: others may be removed for it."""
         nbytes = on_disk(encoded.nbytes + most_header_bytes(request.token_ids.size))
-        key = request.key
-        if not self._usable or key in self.index or key in self._pending:
+        if not self._usable or request.key in self.index:
             return
-        if time.monotonic() < self._paused_until:
-            self._counts["dropped"] += evict
+        if not evict and (self._queue.paused or not self.index.has_room(nbytes + self._queue.nbytes, request.tenant)):
             return
-        if not evict and not self.index.has_room(nbytes + self._pending_bytes, request.tenant):
-            return
-        if self._pending_bytes + nbytes > MOST_PENDING_BYTES:
-            self._counts["dropped"] += 1
-            self._warn("pace", "the disk is slower than the encoder: blocks were not written")
-            return
-        self._pending[key] = _Pending(
-            key, encoded.ref, nbytes, request.tenant, folder_of(document), request.form, encode_s
-        )
-        self._pending_bytes += nbytes
-        if self._writing is None or self._writing.done():
-            # Nobody's request: the cancellation that Serve ties to one must not reach it.
-            self._writing = asyncio.get_running_loop().create_task(self._write_all(), context=contextvars.Context())
+        self._queue.offer(request, encoded, nbytes, folder_of(document), encode_s)
 
     def forget(self, document: DocumentId) -> set[str]:
         """From now on none of a document's blocks is read or written, nor a collection's; their keys."""
@@ -209,15 +167,11 @@ class DiskTier:
         keys = set(self.index.below(folder))
         for key in keys:
             self.index.remove(key)
-        for pending in self._pending.values():
-            if pending.folder == folder or pending.folder.startswith(f"{folder}/"):
-                pending.purged = True
-                keys.add(pending.key)
-        return keys
+        return keys | self._queue.forget(folder)
 
     async def erase(self, document: DocumentId) -> None:
         """Removes a document's files, or a collection's, of all shards. Raises ``UnavailableError`` if it cannot."""
-        async with self._mutating:
+        async with self._queue.mutating:
             try:
                 await self._in_writer(remove_folder, self._root, purged_folder(document))
             except OSError as error:
@@ -225,8 +179,7 @@ class DiskTier:
 
     async def settled(self) -> None:
         """Returns when nothing waits to be written."""
-        while self._writing is not None and not self._writing.done():
-            await asyncio.shield(self._writing)
+        await self._queue.settled()
         await self._in_writer(_nothing)
 
     def usage(self) -> DiskUsage:
@@ -236,82 +189,43 @@ class DiskTier:
             blocks=len(self.index),
             nbytes=self.index.nbytes,
             budget_bytes=self.index.budget_bytes,
-            pending=len(self._pending),
-            warnings=tuple(self._warnings.values()),
+            slower=self._choice.slower,
+            written=self._queue.written,
+            dropped=self._queue.dropped,
+            pending=len(self._queue),
+            warnings=self._warnings.texts(),
             **self._counts,
         )
-
-    def _worth_reading(self, entry: DiskEntry) -> bool:
-        if self._read_s_per_byte * entry.nbytes <= entry.encode_s:
-            return True
-        self._passed_over += 1
-        if self._passed_over % _SECOND_CHANCE == 0:
-            return True
-        self._counts["slower"] += 1
-        return False
 
     def _load(self, entry: DiskEntry, request: BlockRequest) -> tuple[EncodedObject, float]:
         started = time.perf_counter()
         made = self._put(read_block(self._path(entry), request))
         return made, time.perf_counter() - started
 
-    def _measured(self, seconds: float, nbytes: int) -> None:
-        pace = seconds / nbytes
-        last = self._read_s_per_byte
-        self._read_s_per_byte = last + _NEWEST * (pace - last) if last else pace
-
-    async def _write_all(self) -> None:
-        while self._pending:
-            pending = next(iter(self._pending.values()))
-            try:
-                await self._write(pending)
-            except Exception:
-                _logger.exception("a block was not written")
-                self._counts["dropped"] += 1
-            finally:
-                del self._pending[pending.key]
-                self._pending_bytes -= pending.nbytes
-        self._warnings.pop("pace", None)
-
-    async def _write(self, pending: _Pending) -> None:
+    async def _write(self, pending: Pending, block: CachedBlock) -> bool:
+        evicted = self.index.make_room(pending.nbytes, pending.tenant)
+        if evicted is None:
+            return False
+        self._counts["evictions"] += len(evicted)
+        now = self._clock()
+        folder = pending.folder
+        path = self._root / folder / pending.key
+        try:
+            nbytes = on_disk(await self._in_writer(self._write_file, evicted, path, block, pending, now))
+        except OSError:
+            self._drop(evicted)
+            raise
         if pending.purged:
-            return
-        if time.monotonic() < self._paused_until:
-            self._counts["dropped"] += 1
-            return
-        block = await self._read_object(pending.ref)
-        if block is None:
-            return
-        async with self._mutating:
-            if pending.purged:
-                return
-            evicted = self.index.make_room(pending.nbytes, pending.tenant)
-            if evicted is None:
-                return
-            self._counts["evictions"] += len(evicted)
-            now = self._clock()
-            folder = pending.folder
-            path = self._root / folder / pending.key
-            try:
-                nbytes = on_disk(await self._in_writer(self._write_file, evicted, path, block, pending, now))
-            except OSError as error:
-                self._paused_until = time.monotonic() + _RETRY_WRITING_S
-                self._counts["dropped"] += 1
-                self._drop(evicted)
-                self._warn("writing", f"blocks cannot be written: {error}")
-                return
-            self._warnings.pop("writing", None)
-            if pending.purged:
-                await self._in_writer(remove_file, path)
-                return
-            self._counts["written"] += 1
-            entry = DiskEntry(pending.key, folder, nbytes, pending.tenant, pending.encode_s, now, now)
-            self.index.add(entry)
-            if pending.folder != folder:
-                self._move(entry, pending.folder)
+            await self._in_writer(remove_file, path)
+            return False
+        entry = DiskEntry(pending.key, folder, nbytes, pending.tenant, pending.encode_s, now, now)
+        self.index.add(entry)
+        if pending.folder != folder:
+            self._move(entry, pending.folder)
+        return True
 
     def _write_file(
-        self, evicted: Iterable[DiskEntry], path: Path, block: CachedBlock, pending: _Pending, now: float
+        self, evicted: Iterable[DiskEntry], path: Path, block: CachedBlock, pending: Pending, now: float
     ) -> int:
         for entry in evicted:
             remove_file(self._path(entry))
@@ -335,11 +249,6 @@ class DiskTier:
     def _drop(self, entries: Iterable[DiskEntry]) -> None:
         for entry in entries:
             self._writer.submit(_quietly, remove_file, self._path(entry))
-
-    def _warn(self, concern: str, warning: str) -> None:
-        if self._warnings.get(concern) != warning:
-            _logger.warning(warning)
-        self._warnings[concern] = warning
 
     def _path(self, entry: DiskEntry) -> Path:
         return self._root / entry.folder / entry.key

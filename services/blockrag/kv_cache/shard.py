@@ -30,6 +30,7 @@ from blockrag.kv_cache.shard_messages import (
 )
 from blockrag.kv_cache.store import BlockStore
 from blockrag.kv_cache.suspects import Suspects
+from blockrag.kv_cache.volume_tier import VolumeTier
 from blockrag.telemetry.metrics import (
     KV_CACHE_HIT_TOKENS,
     KV_CACHE_QUERY_TOKENS,
@@ -75,6 +76,8 @@ class _Made(NamedTuple):
     tier: Tier
     encode_s: float
     """What encoding it took, now or before it was written."""
+    lacking: Sequence[DiskTier | VolumeTier]
+    """Those that it is to be written to."""
 
 
 class _Acquired(NamedTuple):
@@ -91,10 +94,13 @@ class CacheShard:
         encode: Encode,
         *,
         disk: DiskTier | None = None,
+        volume: VolumeTier | None = None,
         warm_concurrency: int = WARM_CONCURRENCY,
     ) -> None:
         self.store = store
         self.disk = disk
+        self._tiers: list[DiskTier | VolumeTier] = [tier for tier in (disk, volume) if tier is not None]
+        """Of files, in the order in which they are looked into."""
         self.hits: Tally[BlockForm] = Tally()
         self.misses: Tally[BlockForm] = Tally()
         self.joined = 0
@@ -166,13 +172,13 @@ class CacheShard:
     async def purge(self, documents: Sequence[DocumentId]) -> int:
         """Forgets documents' blocks, also those being encoded or written, and removes their files; how many were held.
 
-        None of them is handed out from the call on, and once it returns none is on disk. Raises ``UnavailableError``
-        if a file cannot be removed.
+        None of them is handed out from the call on, and once it returns none is on disk or volume. Raises
+        ``UnavailableError`` if a file cannot be removed.
         """
         forgotten = sum(self._purge(document) for document in documents)
-        if self.disk is not None:
+        for tier in self._tiers:
             for document in documents:
-                await self.disk.erase(document)
+                await tier.erase(document)
         return forgotten
 
     async def stats(self) -> ShardStats:
@@ -192,7 +198,7 @@ class CacheShard:
             lost=store.lost,
             tenants=store.tenants(),
             forms=self._forms(),
-            disk=DiskUsage() if self.disk is None else self.disk.usage(),
+            disk=sum((tier.usage() for tier in self._tiers), DiskUsage()),
         )
 
     def _forms(self) -> dict[str, FormUsage]:
@@ -238,23 +244,23 @@ class CacheShard:
 
     async def _encode_and_store(self, request: BlockRequest, encoding: _Encoding) -> _Acquired:
         key = request.key
-        (ref, nbytes), tier, encode_s = await self._load_or_encode(request)
+        (ref, nbytes), tier, encode_s, lacking = await self._load_or_encode(request)
         if not encoding.documents:  # purged meanwhile: whoever waits may use it, nobody keeps it
             return _Acquired(AcquiredBlock(key, [ref], tier, nbytes), over_budget=False)
         outcome = self.store.put(
             key, ref, nbytes, request.tenant, encoding.documents, encoding.pins, request.form, encode_s
         )
-        if self.disk is not None and tier == "encoded":
-            document = _keeper(encoding.documents)
-            self.disk.offer(request, EncodedObject(ref, nbytes), document, encode_s, evict=True)
+        for files in lacking:
+            files.offer(request, EncodedObject(ref, nbytes), _keeper(encoding.documents), encode_s, evict=True)
         generation = outcome.entry.generation if outcome.entry else 0
         over_budget = outcome.entry is None or outcome.evicted > 0
         return _Acquired(AcquiredBlock(key, [ref], tier, nbytes, generation), over_budget)
 
     async def _load_or_encode(self, request: BlockRequest) -> _Made:
-        loaded = await self.disk.load(request, document_of(request)) if self.disk is not None else None
-        if loaded is not None:
-            return _Made(loaded[0], "disk", loaded[1])
+        for place, tier in enumerate(self._tiers):
+            loaded = await tier.load(request, document_of(request))
+            if loaded is not None:
+                return _Made(loaded[0], "disk", loaded[1], self._tiers[:place])
         self.misses[request.form] += 1
         # What encoding costs, not what waiting for it takes: blocks of one forward pass share its time.
         self._in_encoder += 1
@@ -264,7 +270,7 @@ class CacheShard:
         finally:
             together = max(together, self._in_encoder)
             self._in_encoder -= 1
-        return _Made(encoded, "encoded", (time.monotonic() - started) / together)
+        return _Made(encoded, "encoded", (time.monotonic() - started) / together, self._tiers)
 
     async def _encode_somewhere(self, request: BlockRequest) -> EncodedObject:
         for attempt in range(1, ENCODE_ATTEMPTS + 1):
@@ -288,11 +294,9 @@ class CacheShard:
                     encoding.documents.clear()
                     encoding.pins.clear()
                     told.append(key)
-        if self.disk is None:
-            return self.store.purge(document, told)
-        on_disk = self.disk.forget(document)
-        only_there = sum(key not in self.store for key in on_disk)
-        return only_there + self.store.purge(document, [*told, *on_disk])
+        in_files = {key for tier in self._tiers for key in tier.forget(document)}
+        only_there = sum(key not in self.store for key in in_files)
+        return only_there + self.store.purge(document, [*told, *in_files])
 
 
 def document_of(request: BlockRequest) -> DocumentId:

@@ -20,6 +20,8 @@ from blockrag.kv_cache.shard import CacheShard, ShardMetrics
 from blockrag.kv_cache.shard_messages import AcquiredBlock, EncodedObject, PurgeLog
 from blockrag.kv_cache.shards import Shard, owner, shard_names
 from blockrag.kv_cache.store import BlockStore
+from blockrag.kv_cache.volume import Volume
+from blockrag.kv_cache.volume_tier import VolumeTier
 from blockrag.limits import MIB
 from blockrag.settings import Settings
 from blockrag.telemetry import setup_telemetry, span
@@ -27,7 +29,7 @@ from blockrag.types import BlockRequest, CachedBlock
 from blockrag.v1 import common_pb2
 
 _READ_TIMEOUT_S = 10.0
-"""How long the disk's writer waits for an object."""
+"""How long a writer of files waits for an object."""
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ class KvCacheShard(CacheShard):
         store = BlockStore(
             cache.budget_mb * MIB // cache.shards, tenant_share=cache.tenant_share, ttl_s=float(cache.ttl_s)
         )
-        super().__init__(store, self._have_encoded, disk=_disk_tier(name, settings))
+        volume = VolumeTier(Volume(cache.volume), put=_put, read=_read) if cache.volume else None
+        super().__init__(store, self._have_encoded, disk=_disk_tier(name, settings), volume=volume)
         self._encoder: DeploymentHandle[Any] | None = None
         self._metrics = ShardMetrics(name)
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 from blockrag.types import BlockRequest, CachedBlock
 
 Tier = Literal["store", "disk", "encoded"]
-"""``store``: the block was held already. ``disk``: it was read from a file. ``encoded``: a forward pass ran for it. The
-last two by this request or one that it joined."""
+"""``store``: the block was held already. ``disk``: it was read from a file, on disk or volume. ``encoded``: a forward
+pass ran for it. The last two by this request or one that it joined."""
 
 
 class DocumentId(NamedTuple):
@@ -123,7 +123,7 @@ class FormUsage:
 
 @dataclass(frozen=True)
 class DiskUsage:
-    """What a shard has on disk, and what happened there since its start."""
+    """What a shard has on disk, and what happened there, and on the volume, since its start."""
 
     blocks: int = 0
     nbytes: int = 0
@@ -132,15 +132,16 @@ class DiskUsage:
     hits: int = 0
     """Blocks that were read."""
     slower: int = 0
-    """Blocks that were encoded because the disk had been slower than that."""
+    """Blocks that were encoded because reading had been slower than that."""
     written: int = 0
+    """Files: a block's on disk and its on the volume are two."""
     evictions: int = 0
     rejected: int = 0
     """Files that were damaged or of another bundle, and removed."""
     dropped: int = 0
-    """Blocks that were not written: the disk was full, failed, or was slower than the encoder."""
+    """Files that were not written: the disk was full, or it or the volume failed or was slower than the encoder."""
     pending: int = 0
-    """Blocks that wait to be written."""
+    """Files that wait to be written."""
     warnings: tuple[str, ...] = ()
     """What an operator should know."""
 

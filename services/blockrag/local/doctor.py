@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ Level = Literal["ok", "warning", "problem"]
 
 _OPEN_FILES = 4_096
 _FREE_DISK_MB = 1_024
+_VOLUME_TIMEOUT_S = 20.0
 _FIXED_MB = 4 * 220 + 300
 """What Ray, Serve's controller and proxies and the services without models take whatever is set (measured)."""
 _GATEWAY_MB, _COMPRESSOR_MB, _MODEL_SERVICE_MB = 300, 300, 650
@@ -53,6 +55,7 @@ def examine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> list[Fin
         _start(settings, shared_memory),
         _secrets(settings),
         _state_folder(settings),
+        _volume(settings),
         _bundle_and_budgets(settings),
         _kernels(settings),
     )
@@ -157,6 +160,44 @@ def _state_folder(settings: Settings) -> Iterator[Finding]:
     little = f"{free} MiB are free on the disk of {folder}; documents and traces need room"
     way_out = "free some or set cluster.state_dir to another disk"
     yield _judged("state", f"{folder}, {free} MiB free", free < _FREE_DISK_MB, little, way_out, "problem")
+
+
+def _volume(settings: Settings) -> Iterator[Finding]:
+    if not settings.kv_cache.volume:
+        return
+    from blockrag.kv_cache.volume import Volume  # not where the client alone is installed
+
+    failed: list[OSError] = []
+
+    def check() -> None:
+        try:
+            Volume(settings.kv_cache.volume).check()
+        except OSError as error:
+            failed.append(error)
+
+    checking = threading.Thread(target=check, daemon=True)  # a mount that hangs keeps its thread for ever
+    checking.start()
+    checking.join(_VOLUME_TIMEOUT_S)
+    name = "kv_cache.volume"
+    if checking.is_alive():
+        text = f"{name} did not answer within {_VOLUME_TIMEOUT_S:g} s"
+        yield Finding("volume", "problem", text, "look at the mount, the address and the network")
+    elif failed:
+        yield Finding("volume", "problem", f"{name}, {failed[0]}", _way_to_volume(failed[0].__cause__))
+    else:
+        yield Finding("volume", "ok", f"{name} can be written, read and removed from")
+
+
+def _way_to_volume(cause: BaseException | None) -> str:
+    match cause:
+        case ImportError():
+            return "install the package of the protocol, on every machine"
+        case ValueError():
+            return "begin it with a protocol of fsspec: file:///PATH, s3://BUCKET/PATH, gs://BUCKET/PATH"
+        case PermissionError():
+            return "let this user, or these credentials, write, read, list and delete below it"
+        case _:
+            return "check that the place exists, and the credentials and addresses in fsspec's own configuration"
 
 
 def _bundle_and_budgets(settings: Settings) -> Iterator[Finding]:

@@ -30,6 +30,11 @@ def test_a_disk_that_cannot_be_used_is_its_warning_alone(capsys: pytest.CaptureF
     assert "on disk" not in text
 
 
+def test_a_volume_without_a_disk_is_shown_with_what_happened_there(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(GetKvCacheStatusResponse(disk=DiskUsage(hits=2, written=3, dropped=1)), capsys)
+    assert "on the volume 2 hits, 0 evicted, 0 rejected, 1 dropped" in text
+
+
 def test_without_an_answer_of_the_cache_there_is_a_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert "object store cache 0 blocks" in shown(None, capsys)
 

@@ -18,11 +18,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from blockrag.errors import UnavailableError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.block_files import UNFINISHED, block_paths, folder_of
-from blockrag.kv_cache.disk import MOST_PENDING_BYTES, DiskTier
+from blockrag.kv_cache.disk import DiskTier
 from blockrag.kv_cache.disk_index import CANDIDATES
 from blockrag.kv_cache.shard import document_of
 from blockrag.kv_cache.shard_messages import DocumentId, EncodedObject
 from blockrag.kv_cache.shards import owner, shard_names
+from blockrag.kv_cache.write_behind import MOST_PENDING_BYTES
 from blockrag.types import BlockRequest, CachedBlock
 from tests.unit.kv_cache.disk_parts import (
     FILE_BYTES,

@@ -24,9 +24,11 @@ class Encoder:
     def __post_init__(self) -> None:
         self.go = asyncio.Event()
         self.go.set()
+        self.asked = asyncio.Event()
 
     async def __call__(self, request: BlockRequest) -> EncodedObject:
         self.encoded.append(request.key)
+        self.asked.set()
         await asyncio.sleep(0.05)
         await self.go.wait()
         return as_object(block_of(request))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from typer.testing import CliRunner
 
 from blockrag.cli.main import app
+from blockrag.local import doctor
 from blockrag.local.doctor import Finding, examine
 from blockrag.local.preflight import free_port
 from blockrag.settings import (
@@ -78,6 +82,56 @@ def test_an_open_door_without_keys(tmp_path: Path, small_bundle: Path) -> None:
         kv_cache=KvCacheSettings(budget_mb=64, secret="0123456789abcdef"),
     )
     assert [of(examine(closed), subject).level for subject in ("access", "secret")] == ["ok", "ok"]
+
+
+def volume(tmp_path: Path, bundle: Path, url: str) -> Finding:
+    cache = KvCacheSettings(budget_mb=64, volume=url)
+    return of(examine(settings(tmp_path, bundle, kv_cache=cache)), "volume")
+
+
+def test_a_volume_is_written_read_and_removed_from(tmp_path: Path, small_bundle: Path) -> None:
+    assert volume(tmp_path, small_bundle, f"file://{tmp_path}/volume").level == "ok"
+    assert list((tmp_path / "volume").iterdir()) == []
+    assert "volume" not in {finding.subject for finding in examine(settings(tmp_path, small_bundle))}
+
+
+@pytest.mark.parametrize(
+    ("url", "text", "way_out"),
+    [
+        ("s4://bucket/blocks", "ValueError: Protocol not known: s4", "protocol of fsspec"),
+        ("dvc://repository", "ImportError: Install dvc", "install the package"),
+        ("file:///dev/null/blocks", "[Errno 20] Not a directory", "check that the place exists"),
+    ],
+)
+def test_what_is_wrong_with_a_volume(tmp_path: Path, small_bundle: Path, url: str, text: str, way_out: str) -> None:
+    finding = volume(tmp_path, small_bundle, url)
+    assert finding.level == "problem"
+    assert finding.text.startswith(f"kv_cache.volume, a file cannot be written: {text}")
+    assert way_out in finding.way_out
+
+
+def refuse(*_: object, **__: object) -> NoReturn:
+    raise PermissionError("Access Denied")
+
+
+@pytest.mark.parametrize(("method", "step"), [("pipe_file", "written"), ("cat_file", "read"), ("rm_file", "removed")])
+def test_a_volume_without_a_permission(
+    tmp_path: Path, small_bundle: Path, method: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalFileSystem, method, refuse)
+    finding = volume(tmp_path, small_bundle, f"file://{tmp_path}/volume")
+    assert finding.text == f"kv_cache.volume, a file cannot be {step}: Access Denied"
+    assert "credentials" in finding.way_out
+    assert len(list((tmp_path / "volume").iterdir())) == (step == "removed")
+
+
+def test_a_volume_that_does_not_answer(tmp_path: Path, small_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(LocalFileSystem, "exists", lambda *_, **__: released.wait(30))
+    monkeypatch.setattr(doctor, "_VOLUME_TIMEOUT_S", 0.1)
+    finding = volume(tmp_path, small_bundle, f"file://{tmp_path}/volume")
+    released.set()
+    assert finding.text == "kv_cache.volume did not answer within 0.1 s"
 
 
 @pytest.mark.parametrize(("store", "status"), [(128, 0), (10**9, 1)])
