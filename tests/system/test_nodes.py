@@ -30,6 +30,8 @@ pytestmark = [
 _DECODERS = 2
 _CUT_S = 4.0
 _GONE_S = 20.0
+_LONG_CUT_S = 40.0
+_END_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,30 @@ def test_machines_that_vanish_are_done_without_and_a_new_one_takes_their_place(c
     assert [each for each in _bad(requests) if "documents are being received" not in each[1]] == []
     cluster.wait(_complete)
     assert _used(cluster) == {cluster.head.address, new.address}
+
+
+def test_a_machine_that_is_cut_off_for_longer_is_taken_for_gone_and_joins_anew(cluster: Machines) -> None:
+    _, second, only = cluster.workers
+    cluster.start(second)
+
+    def cut_off() -> None:
+        only.cut()
+        time.sleep(_LONG_CUT_S)
+        only.mend()
+
+    requests = asyncio.run(_under_load(cluster, cut_off, _GONE_S))
+    assert [each for each in _bad(requests) if "documents are being received" not in each[1]] == []
+    cluster.wait(_complete)
+    assert _used(cluster) == {cluster.head.address, second.address}
+    # It hears that it is taken for gone, and nothing of it is left that could answer.
+    assert only.ray is not None
+    only.ray.wait(_END_S)
+    until = time.monotonic() + _END_S
+    while only.processes():
+        assert time.monotonic() < until, only.processes()
+        time.sleep(0.5)
+    cluster.start(only)
+    assert cluster.replicas()["Gateway"]
 
 
 def _used(cluster: Machines) -> set[str]:
