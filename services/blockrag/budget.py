@@ -306,39 +306,49 @@ class InTime:
 
     decisions: list[PassageDecision]
     fetch_ms: float
-    """To have the blocks of those that it leaves."""
+    """To have the blocks of those that it leaves, and of what stands before them."""
 
 
 def passages_in_time(
-    passage_tokens: Sequence[int], least_slots: Sequence[int], tiers: Sequence[str], cost: PrefillCost, left_ms: float
+    passage_tokens: Sequence[int],
+    least_slots: Sequence[int],
+    tiers: Sequence[Sequence[str]],
+    cost: PrefillCost,
+    left_ms: float,
+    most_slots: int,
+    before: Mapping[str, int],
 ) -> InTime:
     """Takes passages, best first, whose blocks will be there in time and leave the time to read them.
 
-    ``least_slots`` that each takes in the prompt, ``tiers`` where each one's block is; ``left_ms`` for having and
-    reading them. One that is too late is dropped, and those further down may still enter.
+    ``least_slots`` that each takes in the prompt, of ``most_slots``; ``tiers`` where its block is, in each form that is
+    needed; ``before``: slots by tier of the blocks that stand before passages. ``left_ms`` for having all blocks and
+    reading the passages'. One that is too late, or too large, is dropped, and those further down may still enter.
     """
-    decisions, taken, fetched, fetch_ms = [], 0, Counter[str](), 0.0
-    for tokens, slots, tier in zip(passage_tokens, least_slots, tiers, strict=True):
-        further = fetched + Counter({tier: tokens})
-        takes = cost.fetch_ms(further)
-        whole_ms = takes + cost.slot_ms * (taken + slots)
-        if whole_ms <= left_ms:
-            taken, fetched, fetch_ms = taken + slots, further, takes
-            decisions.append(PassageDecision(in_prompt=True))
+    decisions, taken, fetched = [], 0, Counter(before)
+    for tokens, slots, places in zip(passage_tokens, least_slots, tiers, strict=True):
+        further = fetched.copy()
+        for tier in places:
+            further[tier] += tokens
+        whole_ms = cost.fetch_ms(further) + cost.slot_ms * (taken + slots)
+        reason = ""
+        if slots > most_slots - taken:
+            reason = f"over the token budget: needs {slots}, {most_slots - taken} of {most_slots} left"
+        elif whole_ms > left_ms:
+            what = "it is not encoded yet, and" if "encoded" in places else "with it"
+            reason = f"not in time: {what} {whole_ms:.0f} ms would be needed where {max(0.0, left_ms):.0f} are left"
         else:
-            where = "it is not encoded yet" if tier == "encoded" else "reading it"
-            reason = (
-                f"not in time: {where}, and {whole_ms:.0f} ms would be needed where {max(0.0, left_ms):.0f} are left"
-            )
-            decisions.append(PassageDecision(in_prompt=False, dropped_reason=reason))
-    return InTime(decisions, fetch_ms)
+            taken, fetched = taken + slots, further
+        decisions.append(PassageDecision(not reason, reason))
+    return InTime(decisions, cost.fetch_ms(fetched))
 
 
-def affordable_slots(cost: PrefillCost, max_ttft_ms: float, spent_ms: float, instruction_slots: int) -> int:
-    """Slots that passages may take so that the first token comes in time.
+def affordable_slots(
+    cost: PrefillCost, max_ttft_ms: float, spent_ms: float, instruction_slots: int, margin_ms: float = 0.0
+) -> int:
+    """Slots that passages may take so that the first token comes in time, and ``margin_ms`` sooner.
 
     ``spent_ms`` of the time is not the decoder's; the instruction block is composed too. Raises
-    ``InvalidRequestError`` when the question alone takes longer.
+    ``InvalidRequestError`` when the question alone takes longer, whatever the margin.
     """
     least = spent_ms + cost.base_ms + instruction_slots * cost.slot_ms
     if max_ttft_ms < least:
@@ -346,7 +356,7 @@ def affordable_slots(cost: PrefillCost, max_ttft_ms: float, spent_ms: float, ins
             "compression.max_ttft_ms",
             f"is {max_ttft_ms:g}; the question without any passage takes about {least:.0f} ms",
         )
-    return max(0, cost.slots(max_ttft_ms - spent_ms) - instruction_slots)
+    return max(0, cost.slots(max_ttft_ms - margin_ms - spent_ms) - instruction_slots)
 
 
 def _check(tokens: int, chunk_tokens: int) -> None:

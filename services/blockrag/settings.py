@@ -211,7 +211,8 @@ class KvCacheSettings(Section):
     volume: str = ""
     """URL of a place that machines share, and systems with the same bundle and secret, as fsspec has them
     (s3://bucket/blocks, file:///mnt/nfs/blocks); empty: none. Blocks of documents that neither memory nor disk holds
-    are looked for there before they are encoded, and written there. blockrag removes there what is purged or damaged
+    are looked for there before they are encoded, and written there. A directory must be there already, below the point
+    where it is mounted, so that it is missed when nothing is. blockrag removes there what is purged or damaged
     and evicts nothing: bounds in size and age are the volume's own, such as a bucket's lifecycle rules."""
     secret: Annotated[str, Field(min_length=16)] = PUBLIC_SECRET
     """Secret that tenants' salts are made from; must be set where gateway.tenants is."""

@@ -1,4 +1,5 @@
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -238,23 +239,29 @@ COST = PrefillCost(
 )
 
 
+_PLACES = ("l1", "store", "disk", "encoded")
+
+
 @given(
-    st.lists(st.tuples(st.integers(1, 200), st.sampled_from(["l1", "store", "disk", "encoded"])), max_size=20),
+    st.lists(st.tuples(st.integers(1, 200), st.lists(st.sampled_from(_PLACES), min_size=1, max_size=2)), max_size=20),
     st.floats(-100, 2000),
+    st.integers(0, 3000),
+    st.dictionaries(st.sampled_from(_PLACES), st.integers(1, 50)),
 )
-def test_what_is_read_in_time_is_there_and_read_in_time(passages: list[tuple[int, str]], left_ms: float) -> None:
-    sizes, tiers = [tokens for tokens, _ in passages], [tier for _, tier in passages]
-    found = passages_in_time(sizes, sizes, tiers, COST, left_ms)
-    kept = [passage for passage, decision in zip(passages, found.decisions, strict=True) if decision.in_prompt]
-    by_tier = {tier: sum(tokens for tokens, of in kept if of == tier) for tier in tiers}
-    assert found.fetch_ms == pytest.approx(COST.fetch_ms(by_tier))
-    whole_ms = found.fetch_ms + COST.slot_ms * sum(tokens for tokens, _ in kept)
-    assert whole_ms <= left_ms or not kept
-    for (tokens, tier), decision in zip(passages, found.decisions, strict=True):
+def test_what_is_read_in_time_is_there_and_read_in_time(
+    passages: list[tuple[int, list[str]]], left_ms: float, most: int, before: dict[str, int]
+) -> None:
+    sizes, tiers = [tokens for tokens, _ in passages], [places for _, places in passages]
+    found = passages_in_time(sizes, sizes, tiers, COST, left_ms, most, before)
+    fetched, taken = Counter(before), 0
+    for (tokens, places), decision in zip(passages, found.decisions, strict=True):
         assert decision.in_prompt == (not decision.dropped_reason)
-        if not decision.in_prompt:  # no passage is left out that would have been in time at the end
-            later = COST.fetch_ms({**by_tier, tier: by_tier[tier] + tokens})
-            assert later + COST.slot_ms * (tokens + sum(size for size, _ in kept)) > left_ms
+        further = fetched + Counter({place: tokens * places.count(place) for place in places})
+        needed_ms = COST.fetch_ms(further) + COST.slot_ms * (taken + tokens)
+        assert decision.in_prompt == (needed_ms <= left_ms and taken + tokens <= most)
+        if decision.in_prompt:
+            fetched, taken = further, taken + tokens
+    assert found.fetch_ms == pytest.approx(COST.fetch_ms(fetched))
 
 
 def test_blocks_of_several_places_come_at_the_same_time() -> None:

@@ -19,6 +19,7 @@ from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.limits import MIB
 from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings
+from blockrag.types import FULL, BlockForm
 from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 
 if TYPE_CHECKING:
@@ -51,19 +52,20 @@ def assemble(
     ``ability`` default to what the bundle has; others let somebody else choose chunks under the same budgets.
     """
     tokenizer = bundle.load_fast_tokenizer()
-    mixer, costs = None, DecoderCosts(decoder_status)
+    mixer, costs, keys = None, DecoderCosts(decoder_status), configured_keys(settings, bundle)
+    forms = [FULL]
     if embeddings is not None:
         from blockrag.compressor.mixing import Mixer
         from blockrag.compressor.rating import ChunkRater
 
         rater = rater or ChunkRater.load(bundle)
         rater.warm_up()
+        forms.append(BlockForm("compressed", bundle.chunk_tokens))
         mixer = Mixer(
             bundle.chunk_tokens,
             rater,
             embeddings,
-            configured_keys(settings, bundle),
-            costs,
+            keys,
             threads=settings.compressor.threads,
         )
     return Planner(
@@ -73,5 +75,5 @@ def assemble(
         PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens),
         mixer,
         costs,
-        None if places is None else Timely(costs, places, configured_keys(settings, bundle)),
+        None if places is None else Timely(places, keys, forms),
     )

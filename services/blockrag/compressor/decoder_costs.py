@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -36,7 +37,9 @@ class DecoderCosts:
     async def current(self) -> PrefillCost:
         """The cost; only the first call waits for the decoder. Raises ``UnavailableError`` when it has none to tell."""
         if self._asking is None and (self._cost is None or self._clock() - self._asked > FRESH_S):
-            self._asking = asyncio.get_running_loop().create_task(self._refresh())
+            # a context of its own: a request that is given up must not take the answer from the others
+            loop = asyncio.get_running_loop()
+            self._asking = loop.create_task(self._refresh(), context=contextvars.Context())
         if self._cost is None and self._asking is not None:
             # shielded: one who leaves must not take the answer from the others
             await asyncio.shield(self._asking)

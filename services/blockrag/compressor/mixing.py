@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blockrag.budget import Room, affordable_slots, chunk_lengths, expand, room_for
+from blockrag.budget import PrefillCost, Room, affordable_slots, chunk_lengths, expand, room_for
 from blockrag.compressor.compression_request import RETRIEVAL, CompressionRequest
-from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.compressor.plans import Candidates, Mixture, by_passage, mixture_by_size
 from blockrag.compressor.rating import ChunkRater
 from blockrag.errors import DataError, InvalidRequestError
@@ -141,7 +140,6 @@ class Mixer:
         rater: ChunkRater,
         embeddings: EmbeddingCache,
         keys: KeyMaker,
-        costs: DecoderCosts,
         *,
         threads: int = 1,
     ) -> None:
@@ -149,7 +147,6 @@ class Mixer:
         self._chunk_tokens = chunk_tokens
         self._rater = rater
         self._embeddings = embeddings
-        self._costs = costs
         self._times = PolicyTimes()
         self._form = BlockForm("chunks", chunk_tokens)
         self._key = lru_cache(maxsize=_REMEMBERED_KEYS)(partial(keys.block_key, form=self._form))
@@ -159,17 +156,21 @@ class Mixer:
         )
 
     async def mix(
-        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest, candidates: Candidates
+        self,
+        request: compressor_pb2.PlanRequest,
+        compression: CompressionRequest,
+        candidates: Candidates,
+        cost: PrefillCost | None = None,
     ) -> Mixture:
-        """Decide under the request's budget.
+        """Decide under the request's budget; ``cost`` of a prefill, where that is a time.
 
         The policy is asked, and embeddings are fetched, only when the budget leaves a choice. Raises
-        ``InvalidRequestError`` for a latency that the question alone takes, and what the cache and the decoder raise.
+        ``InvalidRequestError`` for a latency that the question alone takes, and what the cache raises.
         """
         sizes = [len(ids) for ids in candidates.blocks]
         policy = compression.policy
-        if compression.kind == "max_ttft_ms":
-            room, policy = await self._timed_room(request, compression, candidates, sizes)
+        if cost is not None:
+            room, policy = self._timed_room(request, compression, candidates, sizes, cost)
         else:
             room = room_for(sizes, self._chunk_tokens, compression.kind, compression.limit, candidates.most_slots)
         if not room.choice or policy == RETRIEVAL:
@@ -183,22 +184,23 @@ class Mixer:
         expanded = expand(logits, lengths, room.extra_slots)
         return Mixture(room.decisions, by_passage(expanded, sizes, kept, self._chunk_tokens), policy_ms)
 
-    async def _timed_room(
+    def _timed_room(
         self,
         request: compressor_pb2.PlanRequest,
         compression: CompressionRequest,
         candidates: Candidates,
         sizes: Sequence[int],
+        cost: PrefillCost,
     ) -> tuple[Room, str]:
         """The room that a latency leaves, and who is to choose.
 
         Asking the policy takes time that slots cannot have. Where that would cost a passage, or all choice, retrieval
         chooses instead, which takes none.
         """
-        cost = await self._costs.current()
 
         def room(spent_ms: float) -> Room:
-            timed = affordable_slots(cost, compression.limit, spent_ms, candidates.instruction_tokens)
+            before = candidates.instruction_tokens
+            timed = affordable_slots(cost, compression.limit, spent_ms, before, request.margin_ms)
             return room_for(
                 sizes, self._chunk_tokens, compression.kind, compression.limit, candidates.most_slots, timed
             )
@@ -238,7 +240,8 @@ class Mixer:
         question = self._question(candidates.final_ids) if self._rater.sees_question(policy) else None
         embeddings = await self._embeddings.get(keys, wanted)
         asked = await question if question is not None else None
-        rate = partial(self._rater.rate, policy, blocks, embeddings, candidates.final_ids, asked, kept)
+        ranks = [candidates.places[place] for place in kept]
+        rate = partial(self._rater.rate, policy, blocks, embeddings, candidates.final_ids, asked, ranks)
         return await asyncio.get_running_loop().run_in_executor(self._executor, rate)
 
     async def prepare(self, final_ids: Sequence[int]) -> None:

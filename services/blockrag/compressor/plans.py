@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.budget import (
+    InTime,
     PassageDecision,
+    PrefillCost,
     PromptBudget,
     Room,
     affordable_slots,
@@ -20,6 +22,7 @@ from blockrag.budget import (
     composed_slots,
     expand,
     expand_what_fits,
+    passages_in_time,
     relevant_passages,
     retrieval_logits,
     room_for,
@@ -49,6 +52,17 @@ class Candidates:
     final_ids: Sequence[int]
     most_slots: int
     """What the model and the request let passages take in any case."""
+    places: Sequence[int]
+    """Of each among those that were retrieved."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a plan for a time knows of its passages."""
+
+    cost: PrefillCost
+    places: Sequence[int]
+    """Of each among those that were retrieved; the others are late."""
 
 
 @dataclass(frozen=True)
@@ -107,36 +121,84 @@ class Planner:
         ``InvalidRequestError`` for a compression that cannot be.
         """
         compression = read_compression(request.compression, request.attention_mode, self.ability)
-        if compression is not None and compression.kind == "max_ttft_ms" and self.timely is not None:
-            return await self._plan_in_time(request, compression, self.timely)
+        timed = compression is not None and compression.kind == "max_ttft_ms"
+        if compression is not None and timed and self.costs is not None and self.timely is not None:
+            return await self._plan_in_time(request, compression, self.costs, self.timely)
         return await self.plan_read(request, compression)
 
     async def _plan_in_time(
-        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest, timely: Timely
+        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest, costs: DecoderCosts, timely: Timely
     ) -> compressor_pb2.PlanResponse:
-        """A plan of the passages whose blocks are there in time."""
+        """A plan of the passages whose blocks are there in time; others are brought into memory afterwards."""
+        cost = await costs.current()
+        final_ids, turns = self.tokenizer.final_ids(request.question), self._turns(request)
         blocks = [self._block(passage) for passage in request.passages]
-        if self.ability.policies is not None:
-            least = [chunk_count(len(ids), self.ability.chunk_tokens) for ids in blocks]
-        else:
-            least = [len(ids) if compression.policy == RETRIEVAL else 1 for ids in blocks]
-        before_tokens = len(self.tokenizer.instruction_ids) + sum(map(len, self._turns(request)))
-        chosen = await timely.choose(request, compression.limit, blocks, least, before_tokens)
+        sizes = list(map(len, blocks))
+        before = [self.tokenizer.instruction_ids, *turns]
+        before_tokens = sum(map(len, before))
+        located = await timely.locate(request.context.tenant, blocks, before)
+        chosen = passages_in_time(
+            sizes,
+            self._least_slots(sizes, compression.policy),
+            located.passages,
+            cost,
+            compression.limit - request.margin_ms - request.spent_ms - cost.base_ms - cost.slot_ms * before_tokens,
+            self._room(request, before_tokens, len(final_ids)),
+            located.before,
+        )
+        response = await self._plan_of(request, compression, blocks, chosen, cost)
+        read = [planned.in_prompt for planned in response.passages]
+        fetch_ms = cost.fetch_ms(located.slots(sizes, read))
+        if fetch_ms < chosen.fetch_ms:  # what is not read need not be waited for
+            decisions = [PassageDecision(planned.in_prompt, planned.dropped_reason) for planned in response.passages]
+            response = await self._plan_of(request, compression, blocks, InTime(decisions, fetch_ms), cost)
+        late = [
+            place
+            for place, planned in enumerate(response.passages)
+            if not planned.in_prompt and any(tier != "store" for tier in located.passages[place])
+        ]
+        timely.warm_later(request, blocks, late, compression.limit / 1000)
+        return response
+
+    async def _plan_of(
+        self,
+        request: compressor_pb2.PlanRequest,
+        compression: CompressionRequest,
+        blocks: Sequence[tuple[int, ...]],
+        chosen: InTime,
+        cost: PrefillCost,
+    ) -> compressor_pb2.PlanResponse:
+        """The plan of the passages that are ``chosen``, and why the others are left out."""
+        kept = [decision.in_prompt for decision in chosen.decisions]
         shorter = compressor_pb2.PlanRequest()
         shorter.CopyFrom(request)
         shorter.spent_ms += chosen.fetch_ms
         del shorter.passages[:]
-        kept = [decision.in_prompt for decision in chosen.decisions]
         shorter.passages.extend(itertools.compress(request.passages, kept))
-        response = await self.plan_read(shorter, compression)
+        places = tuple(itertools.compress(range(len(kept)), kept))
+        response = await self.plan_read(shorter, compression, Timed(cost, places))
         made = iter(list(response.passages))
         del response.passages[:]
         for passage, ids, decision in zip(request.passages, blocks, chosen.decisions, strict=True):
-            planned = next(made) if decision.in_prompt else self._left_out(passage, ids, decision)
-            response.passages.append(planned)
+            response.passages.append(next(made) if decision.in_prompt else self._left_out(passage, ids, decision))
         slots = response.prompt_tokens - len(response.final_token_ids)
-        response.expected_ms = await timely.expected_ms(shorter.spent_ms + response.policy_ms, slots)
+        response.expected_ms = shorter.spent_ms + response.policy_ms + cost.base_ms + cost.slot_ms * slots
         return response
+
+    def _least_slots(self, sizes: Sequence[int], policy: str) -> list[int]:
+        """What passages take at least, where they are read."""
+        if self.ability.policies is not None:
+            return [chunk_count(tokens, self.ability.chunk_tokens) for tokens in sizes]
+        return list(sizes) if policy == RETRIEVAL else [1] * len(sizes)
+
+    def _room(self, request: compressor_pb2.PlanRequest, before_tokens: int, final_tokens: int) -> int:
+        return PromptBudget(
+            max_positions=self.max_positions,
+            instruction_tokens=before_tokens,
+            final_tokens=final_tokens,
+            answer_tokens=request.max_tokens,
+            max_context_tokens=request.max_context_tokens,
+        ).passage_tokens()
 
     def _left_out(
         self, passage: common_pb2.Passage, ids: tuple[int, ...], decision: PassageDecision
@@ -148,11 +210,11 @@ class Planner:
         return planned
 
     async def plan_read(
-        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest | None
+        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest | None, timed: Timed | None = None
     ) -> compressor_pb2.PlanResponse:
         """The plan of a request; passages keep the request's order. Without compression it is made at once.
 
-        ``compression``: what the request's own message reads as.
+        ``compression``: what the request's own message reads as; ``timed``: for a time, what is known already.
 
         Raises ``InvalidRequestError`` for a passage without text, ``PromptTooLongError`` when the question alone does
         not fit, and what the services raise that compression needs.
@@ -160,14 +222,7 @@ class Planner:
         final_ids = self.tokenizer.final_ids(request.question)
         turns = self._turns(request)
         before_tokens = len(self.tokenizer.instruction_ids) + sum(map(len, turns))
-        budget = PromptBudget(
-            max_positions=self.max_positions,
-            instruction_tokens=before_tokens,
-            final_tokens=len(final_ids),
-            answer_tokens=request.max_tokens,
-            max_context_tokens=request.max_context_tokens,
-        )
-        left = budget.passage_tokens()
+        left = self._room(request, before_tokens, len(final_ids))
         none = request.attention_mode == common_pb2.ATTENTION_MODE_NONE
         passages = [] if none else list(request.passages)
         blocks = [self._block(passage) for passage in passages]
@@ -179,9 +234,11 @@ class Planner:
             decisions = relevant_passages(sizes, _relevance(request.question, passages), left)
         elif self.ability.policies is not None:
             document_ids = [passage.document_id for passage in request.passages]
-            candidates = Candidates(blocks, document_ids, before_tokens, final_ids, left)
+            places = range(len(blocks)) if timed is None else timed.places
+            candidates = Candidates(blocks, document_ids, before_tokens, final_ids, left, places)
             if self.mixer is not None:
-                mixture = await self.mixer.mix(request, compression, candidates)
+                cost = await self._cost(compression, timed)
+                mixture = await self.mixer.mix(request, compression, candidates, cost)
             else:
                 room = room_for(sizes, self.ability.chunk_tokens, compression.kind, compression.limit, left)
                 if compression.kind == "max_ttft_ms" or (room.choice and compression.policy != RETRIEVAL):
@@ -189,7 +246,10 @@ class Planner:
                 mixture = mixture_by_size(room, sizes, self.ability.chunk_tokens)
             decisions = mixture.decisions
         else:
-            compression = await self._in_tokens(compression, request.spent_ms, before_tokens)
+            cost = await self._cost(compression, timed)
+            if cost is not None:
+                slots = affordable_slots(cost, compression.limit, request.spent_ms, before_tokens, request.margin_ms)
+                compression = replace(compression, kind="max_context_tokens", limit=slots)
             if compression.policy == RETRIEVAL:
                 decisions = whole_passages(sizes, compression.kind, compression.limit, left)
             else:
@@ -222,17 +282,15 @@ class Planner:
                 response.prompt_tokens += composed_slots([len(ids)], expanded, self.ability.chunk_tokens)
         return response
 
-    async def _in_tokens(
-        self, compression: CompressionRequest, spent_ms: float, before_tokens: int
-    ) -> CompressionRequest:
-        """The same budget, a time by the tokens that the decoder reads in it out of its cache."""
+    async def _cost(self, compression: CompressionRequest, timed: Timed | None) -> PrefillCost | None:
+        """What a plan for a time counts with; None for one without."""
         if compression.kind != "max_ttft_ms":
-            return compression
+            return None
+        if timed is not None:
+            return timed.cost
         if self.costs is None:
             raise ValueError(f"{compression} is not decided by sizes")
-        cost = await self.costs.current()
-        slots = affordable_slots(cost, compression.limit, spent_ms, before_tokens)
-        return replace(compression, kind="max_context_tokens", limit=slots)
+        return await self.costs.current()
 
     def _by_sentences(
         self,

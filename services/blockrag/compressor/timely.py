@@ -1,27 +1,29 @@
-"""Which passages can be read in time, by where their blocks are and what having and reading them takes."""
+"""Where a question's blocks are, for plans that know what having them takes."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import itertools
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from blockrag.budget import InTime, passages_in_time
-from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.errors import BlockragError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.shard_messages import Tier, WarmOutcome
-from blockrag.types import BlockRequest
+from blockrag.types import BlockForm, BlockRequest
 from blockrag.v1.compressor_pb2 import PlanRequest
 
 _LONGEST_PAUSE_S = 2.0
-"""Until blocks that came too late are encoded. Far below what a deleted document's leftovers are left."""
+"""Until blocks that came too late are brought into memory. Far below what a deleted document's leftovers are left."""
 _LOCATE_S = 0.2
-_MOST_ENCODING = 8
-"""Questions whose blocks are encoded afterwards at a time; others' are encoded when they are asked for again."""
+_MOST_WARMING = 8
+"""Questions whose blocks are brought into memory afterwards at a time; others' wait until they are asked for again."""
 
 _logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ _logger = logging.getLogger(__name__)
 class BlockPlaces(Protocol):
     """The cache's shards, as far as plans need them."""
 
-    async def locate(self, keys: Sequence[str]) -> list[Tier]:
+    async def locate(self, keys: Sequence[str], within_s: float) -> list[Tier]:
         """Where each block would come from now."""
         ...
 
@@ -38,66 +40,76 @@ class BlockPlaces(Protocol):
         ...
 
 
-class Timely:
-    """Chooses among a request's passages. All calls from one event loop."""
+@dataclass(frozen=True)
+class Located:
+    """Where a question's blocks are."""
 
-    def __init__(self, costs: DecoderCosts, places: BlockPlaces, keys: KeyMaker) -> None:
-        self._costs = costs
+    passages: list[tuple[Tier, ...]]
+    """Of each passage, in each form."""
+    before: Counter[str]
+    """Slots by tier of the blocks that stand before them."""
+
+    def slots(self, sizes: Sequence[int], read: Sequence[bool]) -> Counter[str]:
+        """By tier, of those passages of ``sizes`` that are ``read``, and of what stands before them."""
+        found = Counter(self.before)
+        for size, tiers in itertools.compress(zip(sizes, self.passages, strict=True), read):
+            for tier in tiers:
+                found[tier] += size
+        return found
+
+
+class Timely:
+    """Looks for blocks, and has late ones brought into memory for the next question. All calls from one event loop."""
+
+    def __init__(self, places: BlockPlaces, keys: KeyMaker, forms: Sequence[BlockForm]) -> None:
+        """``forms``: in which passages may be read."""
         self._places = places
         self._keys = keys
-        self._encoding: set[asyncio.Task[None]] = set()
+        self._forms = tuple(forms)
+        self._warming: set[asyncio.Task[None]] = set()
 
-    async def choose(
-        self,
-        request: PlanRequest,
-        max_ttft_ms: float,
-        blocks: Sequence[Sequence[int]],
-        least_slots: Sequence[int],
-        before_tokens: int,
-    ) -> InTime:
-        """Which passages a time leaves, of these ``blocks``, that take ``least_slots`` each behind ``before_tokens``.
+    async def locate(self, tenant: str, passages: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) -> Located:
+        """Of blocks by their token ids; what no shard tells in time is taken for held."""
+        keys = [self._keys.block_key(tenant, ids) for ids in before]
+        keys += [self._keys.block_key(tenant, ids, form) for ids in passages for form in self._forms]
+        tiers = await self._places.locate(keys, _LOCATE_S)
+        earlier = Counter[str]()
+        for ids, tier in zip(before, tiers, strict=False):
+            earlier[tier] += len(ids)
+        found, forms = tiers[len(before) :], len(self._forms)
+        return Located([tuple(found[place : place + forms]) for place in range(0, len(found), forms)], earlier)
 
-        Blocks that would have to be encoded and are left for it are encoded afterwards, for the next question. Raises
-        ``UnavailableError`` while the decoder has told no cost.
+    def warm_later(
+        self, request: PlanRequest, passages: Sequence[Sequence[int]], places: Iterable[int], pause_s: float
+    ) -> None:
+        """Has these of the request's passages brought into memory, when the answer's own prefill should be over.
+
+        Passages without a document are not: nothing would ever purge them there.
         """
-        cost = await self._costs.current()
-        keys = [self._keys.block_key(request.context.tenant, ids) for ids in blocks]
-        tiers = await self._located(keys)
-        left_ms = max_ttft_ms - request.spent_ms - cost.base_ms - cost.slot_ms * before_tokens
-        chosen = passages_in_time(list(map(len, blocks)), least_slots, tiers, cost, left_ms)
-        late = [
+        blocks = [
             BlockRequest(
-                key=keys[place],
-                token_ids=np.array(blocks[place], dtype=np.int32),
+                key=self._keys.block_key(request.context.tenant, passages[place], form),
+                token_ids=np.array(passages[place], dtype=np.int32),
                 tenant=request.context.tenant,
-                collection=request.collection if passage.document_id else "",
-                document_id=passage.document_id,
+                collection=request.collection,
+                document_id=request.passages[place].document_id,
+                form=form,
             )
-            for place, passage in enumerate(request.passages)
-            if tiers[place] == "encoded" and not chosen.decisions[place].in_prompt
+            for place in places
+            if request.passages[place].document_id
+            for form in self._forms
         ]
-        if late and len(self._encoding) < _MOST_ENCODING:
-            encoding = asyncio.get_running_loop().create_task(self._encode_later(late, max_ttft_ms / 1000))
-            self._encoding.add(encoding)
-            encoding.add_done_callback(self._encoding.discard)
-        return chosen
+        if blocks and len(self._warming) < _MOST_WARMING:
+            # a context of its own: it goes on after the request, whose end is none of it
+            warming = asyncio.get_running_loop().create_task(
+                self._warm(blocks, min(pause_s, _LONGEST_PAUSE_S)), context=contextvars.Context()
+            )
+            self._warming.add(warming)
+            warming.add_done_callback(self._warming.discard)
 
-    async def expected_ms(self, spent_ms: float, slots: int) -> float:
-        """Time to first token of a prompt with so many cached slots, after ``spent_ms``."""
-        cost = await self._costs.current()
-        return spent_ms + cost.base_ms + cost.slot_ms * slots
-
-    async def _located(self, keys: Sequence[str]) -> Sequence[Tier]:
-        try:
-            async with asyncio.timeout(_LOCATE_S):
-                return await self._places.locate(keys)
-        except (BlockragError, TimeoutError) as error:
-            _logger.warning("where blocks are was not told, they are taken for cached: %s", error)
-            return ["store"] * len(keys)
-
-    async def _encode_later(self, blocks: Sequence[BlockRequest], pause_s: float) -> None:
-        await asyncio.sleep(min(pause_s, _LONGEST_PAUSE_S))  # the answer's own prefill goes first
+    async def _warm(self, blocks: Sequence[BlockRequest], pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
         try:
             await self._places.warm(blocks, False)
         except BlockragError as error:
-            _logger.warning("blocks that came too late were not encoded: %s", error)
+            _logger.warning("blocks that came too late were not brought into memory: %s", error)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blockrag.decoder.block_loading import BlockTier, LoadedBlocks
+from blockrag.decoder.block_loading import BlockTier
 
 if TYPE_CHECKING:
     from blockrag.modeling.model import SlotModel
@@ -22,8 +24,8 @@ _FINAL_TOKENS = 24
 _MEASURED_SLOTS = (64, 256, 1024)
 _REPEATS = 3
 _MEASURED_BLOCKS = (1, 4)
-_FETCHED: tuple[BlockTier, ...] = ("encoded", "disk", "store")
-"""The slowest first."""
+_SHELVES: tuple[BlockTier, ...] = ("disk", "store")
+_FRESH_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -43,29 +45,33 @@ class CostMeter:
     known of the others.
     """
 
-    def __init__(self) -> None:
-        self._samples: dict[int, deque[tuple[int, float]]] = {}
+    def __init__(self, fresh_s: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
+        """``fresh_s``: for how long a time counts."""
+        self._fresh_s = fresh_s
+        self._clock = clock
+        self._samples: dict[int, deque[tuple[int, float, float]]] = {}
 
     def record(self, slots: int, milliseconds: float) -> None:
         """Count what so many slots took."""
         kept = self._samples.setdefault(slots.bit_length(), deque(maxlen=_KEPT_PER_SIZE))
-        kept.append((slots, milliseconds))
+        kept.append((slots, milliseconds, self._clock()))
 
     def fit(self) -> CostFit:
         """The line, by Theil and Sen: slope and base are (weighted) medians, so that one that had to share the
         machine changes little. Never falling and never below 0."""
-        samples = np.array([sample for kept in self._samples.values() for sample in kept], dtype=np.float64)
-        if not len(samples):
+        oldest = self._clock() - self._fresh_s
+        latest = [sample for kept in self._samples.values() for sample in kept if sample[2] >= oldest]
+        if not latest:
             return CostFit(0.0, 0.0, 0)
-        slots, times = samples.T
-        first, second = np.triu_indices(len(samples), k=1)
+        slots, times, _ = np.array(latest, dtype=np.float64).T
+        first, second = np.triu_indices(len(latest), k=1)
         distance = slots[second] - slots[first]
         apart = distance != 0
         slope = 0.0
         if apart.any():
             slopes = (times[second] - times[first])[apart] / distance[apart]
             slope = max(0.0, _weighted_median(slopes, np.abs(distance[apart])))
-        return CostFit(max(0.0, float(np.median(times - slope * slots))), slope, len(samples))
+        return CostFit(max(0.0, float(np.median(times - slope * slots))), slope, len(latest))
 
 
 @dataclass(frozen=True)
@@ -74,16 +80,19 @@ class CostMeters:
 
     prefill: CostMeter = field(default_factory=CostMeter)
     """Composing and prefilling, by composed slots."""
-    fetches: dict[BlockTier, CostMeter] = field(default_factory=lambda: {tier: CostMeter() for tier in _FETCHED})
-    """Having blocks that are not in the L1, by their slots. Those of several places come at the same time."""
+    fetches: dict[BlockTier, CostMeter] = field(default_factory=lambda: {"encoded": CostMeter(), **_shelves()})
+    """Having blocks that are not in the L1, by their tokens. Those of several places come at the same time."""
 
-    def record_fetch(self, loaded: LoadedBlocks, milliseconds: float) -> None:
+    def record_fetch(self, tokens: Mapping[BlockTier, int], milliseconds: float) -> None:
         """Count what a prompt's blocks took, as a time of those from the slowest place."""
-        for tier in _FETCHED:
-            slots = loaded.slots(tier)
-            if slots:
-                self.fetches[tier].record(slots, milliseconds)
-                return
+        slowest = next((tier for tier in self.fetches if tokens.get(tier)), None)
+        if slowest is not None:
+            self.fetches[slowest].record(tokens[slowest], milliseconds)
+
+
+def _shelves() -> dict[BlockTier, CostMeter]:
+    # A disk that was slow once would not be read again by plans that have no time for it, nor measured.
+    return {tier: CostMeter(_FRESH_S) for tier in _SHELVES}
 
 
 def measure_costs(model: SlotModel, meters: CostMeters) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +74,10 @@ class DecodeService:
         started = time.monotonic()
         loaded = await self._load(request, prompt, deadline)
         fetch_seconds = time.monotonic() - started
-        self.meters.record_fetch(loaded, 1000 * fetch_seconds)
+        tokens = Counter[BlockTier]()
+        for wanted, tier in zip(prompt.requests, loaded.tiers, strict=False):
+            tokens[tier] += wanted.token_ids.size
+        self.meters.record_fetch(tokens, 1000 * fetch_seconds)
         stream = TokenStream()
         try:
             composed = compose(prompt.parts, loaded, self.chunk_tokens)

@@ -95,8 +95,6 @@ class _Way:
     deadline: Deadline
     plan: PlanResponse = field(default_factory=PlanResponse)
     """Empty until it is made."""
-    margin_ms: float = 0.0
-    """What a plan for a time leaves free."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class Answering:
                 by_compressor=question.needs_compressor,
             )
             if plan.expected_ms:
-                self.overhead.record_expected(timings.time_to_first_token_ms, plan.expected_ms - way.margin_ms)
+                self.overhead.record_expected(timings.time_to_first_token_ms, plan.expected_ms)
             finish.usage.context_tokens = sum(len(planned.token_ids) for planned in plan.passages if planned.in_prompt)
             self._describe(current, finish, timings)
             completion = Completion(
@@ -297,8 +295,7 @@ class Answering:
                 request.collection = question.collection
                 request.spent_ms = (started - way.timings.received) * 1000 + self.overhead.milliseconds
                 if question.compression.kind == "max_ttft_ms":
-                    way.margin_ms = self.overhead.margin_ms(question.compression.limit)
-                    request.spent_ms += way.margin_ms
+                    request.margin_ms = self.overhead.margin_ms(question.compression.limit)
             plan = await way.deadline.wait(self.planner.plan(request, question.compression))
         way.timings.stage_ms["plan"] = (time.perf_counter() - started) * 1000
         return plan

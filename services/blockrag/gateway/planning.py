@@ -37,7 +37,7 @@ _KEPT = 32
 _FRESH_S = 60.0
 _LEAST_EXPECTED = 8
 _IN_TIME = 0.95
-_TOLERATED = 0.1
+_TOLERATED = 1.1
 _ELSEWHERE = ("retrieve", "kv_fetch", "compose", "prefill")
 """Stages that a plan under a latency budget knows or predicts itself."""
 
@@ -138,15 +138,19 @@ class Overhead:
     def record_expected(self, time_to_first_token_ms: float, expected_ms: float) -> None:
         """Count one answer whose plan was made for a time."""
         if time_to_first_token_ms > 0:
-            self._late.append((self._clock(), time_to_first_token_ms - expected_ms))
+            self._late.append((self._clock(), time_to_first_token_ms / expected_ms))
 
     def margin_ms(self, max_ttft_ms: float) -> float:
-        """What a plan for a time leaves free: as much as had brought 19 of 20 of the latest such answers in time, where
-        a tenth later is in time too."""
+        """What a plan for a time leaves free of passages.
+
+        So much that 19 of 20 of the latest such answers would have come a tenth too late at most, of few of them all
+        but the latest one; never more than half.
+        """
         late = sorted(self._fresh(self._late))
         if len(late) < _LEAST_EXPECTED:
             return 0.0
-        return max(0.0, late[math.ceil(_IN_TIME * len(late)) - 1] - _TOLERATED * max_ttft_ms)
+        usual = late[min(math.ceil(_IN_TIME * len(late)), len(late) - 1) - 1]
+        return max_ttft_ms * (1 - 1 / min(max(usual / _TOLERATED, 1.0), 2.0))
 
     @property
     def milliseconds(self) -> float:

@@ -126,6 +126,9 @@ class DiskTier:
             else:
                 _logger.info("a block's file is of no use: %s", error)
             return None
+        except Exception:
+            _logger.exception("block %s could not be kept in memory as it was read; it is encoded", request.key)
+            return None
         self._warnings.over("reading")
         self._choice.reading.measured(seconds, entry.nbytes)
         self._counts["hits"] += 1

@@ -63,7 +63,7 @@ KV_CACHE_DISK_DROPPED = Counter(
 Encode = Callable[[BlockRequest], Awaitable[EncodedObject]]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Encoding:
     """What to do with a block once it is encoded; changes while it is."""
 
@@ -109,6 +109,8 @@ class CacheShard:
         self._encodings: dict[str, _Encoding] = {}
         self._in_encoder = 0
         self._warming = asyncio.Semaphore(warm_concurrency)
+        self._waiting: set[_Encoding] = set()
+        """Warmings that have not begun."""
         self._suspects = Suspects()
 
     async def acquire(self, blocks: Sequence[BlockRequest]) -> list[AcquiredBlock]:
@@ -142,11 +144,21 @@ class CacheShard:
         return sum(outcomes, WarmOutcome())
 
     async def _warm(self, request: BlockRequest, pin: bool) -> WarmOutcome:
-        async with self._warming:
+        waiting = _Encoding({document_of(request)})
+        self._waiting.add(waiting)
+        try:
+            await self._warming.acquire()
+        finally:
+            self._waiting.discard(waiting)
+        try:
+            if not waiting.documents:  # purged meanwhile
+                return WarmOutcome()
             if self._held(request, pin=pin) is not None:
                 return WarmOutcome(hits=1)
             joined = request.key in self._flights
             block, over_budget = await self._encoded(request, pin)
+        finally:
+            self._warming.release()
         if joined or block.tier == "disk":
             return WarmOutcome(hits=1, over_budget=over_budget)
         return WarmOutcome(encoded=frozenset([request.key]), encoded_bytes=block.nbytes, over_budget=over_budget)
@@ -284,6 +296,8 @@ class CacheShard:
         raise AssertionError("unreachable")
 
     def _purge(self, document: DocumentId) -> int:
+        for waiting in self._waiting:
+            waiting.documents = {each for each in waiting.documents if not _covers(document, each)}
         told = []
         for key, encoding in self._encodings.items():
             purged = {each for each in encoding.documents if _covers(document, each)}

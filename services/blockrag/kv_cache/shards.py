@@ -98,12 +98,16 @@ class ShardGroup:
             groups.setdefault(owner(key, self.names), []).append(place)
         return groups
 
-    async def locate(self, keys: Sequence[str]) -> list[Tier]:
-        """Where each block would come from now. Raises ``UnavailableError`` where a shard does not answer at once."""
-        tiers: list[Tier] = ["encoded"] * len(keys)
+    async def locate(self, keys: Sequence[str], within_s: float) -> list[Tier]:
+        """Where each block would come from now; what a shard holds that does not answer in time is taken for held."""
+        tiers: list[Tier] = ["store"] * len(keys)
 
         async def ask(index: int, places: list[int]) -> None:
-            found = await self.shards[index].locate([keys[place] for place in places])
+            try:
+                async with asyncio.timeout(within_s):
+                    found = await self.shards[index].locate([keys[place] for place in places])
+            except (BlockragError, TimeoutError):
+                return
             for place, tier in zip(places, found, strict=True):
                 tiers[place] = tier
 

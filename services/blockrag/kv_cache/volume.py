@@ -17,7 +17,7 @@ from blockrag.kv_cache.block_files import UNFINISHED
 _OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "memory"))
 """Protocols whose files appear when they are whole, and that know no folders to make."""
 _REMOVALS = 3
-"""Others may write into a folder while it is removed."""
+"""Others may write into a folder while it is removed, and remove one that is written into."""
 
 
 @contextlib.contextmanager
@@ -52,23 +52,27 @@ class Volume:
     def write(self, path: str, parts: Sequence[bytes | memoryview]) -> bool:
         """Writes a file; False: there is one already."""
         filesystem, target = self._filesystem, self._at(path)
-        filesystem.invalidate_cache()  # others write and remove as well
+        self._check_there()
         if filesystem.exists(target):
             return False
         content = b"".join(parts)
         if self._holds_objects:
             filesystem.pipe_file(target, content)
             return True
-        unfinished = f"{target}.{uuid.uuid4().hex}{UNFINISHED}"
-        filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-        try:
-            filesystem.pipe_file(unfinished, content)
-            filesystem.mv(unfinished, target)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                filesystem.rm_file(unfinished)
-            raise
-        return True
+        for attempt in range(_REMOVALS):
+            unfinished = f"{target}.{uuid.uuid4().hex}{UNFINISHED}"
+            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            try:
+                filesystem.pipe_file(unfinished, content)
+                filesystem.mv(unfinished, target)
+                return True
+            except BaseException as error:
+                with contextlib.suppress(Exception):
+                    filesystem.rm_file(unfinished)
+                # the folder went with the documents that another purged there
+                if not isinstance(error, FileNotFoundError) or attempt == _REMOVALS - 1:
+                    raise
+        raise AssertionError("unreachable")
 
     @_errors()
     def remove(self, path: str) -> None:
@@ -81,7 +85,7 @@ class Volume:
         """Removes all files below a folder; returns once the volume has said that none is there."""
         last: Exception | None = None
         for _ in range(_REMOVALS):
-            self._filesystem.invalidate_cache()
+            self._check_there()
             try:
                 self._filesystem.rm(self._at(folder), recursive=True)
             except FileNotFoundError:
@@ -89,6 +93,14 @@ class Volume:
             except Exception as error:
                 last = error
         raise last or OSError("others keep writing into the folder")
+
+    def _check_there(self) -> None:
+        """Raises ``OSError`` where folders are real and the root is none: a directory that is not mounted is not an
+        empty one."""
+        filesystem, root = self._place
+        filesystem.invalidate_cache()  # others write and remove as well
+        if not self._holds_objects and not filesystem.isdir(root):
+            raise OSError(f"{root}: no such directory; make it, or mount what holds it")
 
     def check(self) -> None:
         """Writes, reads and removes a file. Raises ``OSError`` that says which of them failed."""

@@ -91,6 +91,9 @@ class VolumeTier:
         except OSError as error:
             self._pause(f"blocks on the volume cannot be read: {error}")
             return None
+        except Exception:
+            _logger.exception("block %s could not be kept in memory as it was read; it is encoded", request.key)
+            return None
         self._warnings.over("reading")
         if looked.found is None:
             # where finding nothing takes longer than reading did, reading takes as long at least

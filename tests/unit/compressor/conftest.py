@@ -35,5 +35,5 @@ def source(bundle: Bundle) -> Encoding:
 def planner(bundle: Bundle, source: Encoding) -> Planner:
     source.fetched.clear()
     keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint)
-    mixer = Mixer(CHUNK, ChunkRater.load(bundle), EmbeddingCache(source, 2**20), keys, DecoderCosts(decoder_status))
-    return make_planner(bundle, mixer)
+    mixer = Mixer(CHUNK, ChunkRater.load(bundle), EmbeddingCache(source, 2**20), keys)
+    return make_planner(bundle, mixer, DecoderCosts(decoder_status))

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from blockrag.budget import composed_slots
 from blockrag.compressor.compression_request import CompressionAbility, read_compression, sizes_decide
-from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.compressor.mixing import EmbeddingCache, Mixer
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.rating import ChunkRater
@@ -40,7 +39,6 @@ from tests.unit.compressor.planning import (
     CHUNK,
     TEXTS,
     Encoding,
-    decoder_status,
     forms,
     make_planner,
     request,
@@ -263,7 +261,7 @@ async def test_a_prepared_question_is_embedded_once(bundle: Bundle, source: Enco
 
     rater.embed_question = counted  # type: ignore[method-assign]
     keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint)
-    mixer = Mixer(CHUNK, rater, EmbeddingCache(source, 2**20), keys, DecoderCosts(decoder_status))
+    mixer = Mixer(CHUNK, rater, EmbeddingCache(source, 2**20), keys)
     planner = make_planner(bundle, mixer)
     question = request().question
     unprepared = await planner.plan(request(Compression(rate=2)))
@@ -287,7 +285,7 @@ async def test_policies_rate_in_a_thread_of_their_own(bundle: Bundle, source: En
 
     rater.rate = watched  # type: ignore[method-assign]
     keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint)
-    mixer = Mixer(CHUNK, rater, EmbeddingCache(source, 2**20), keys, DecoderCosts(decoder_status))
+    mixer = Mixer(CHUNK, rater, EmbeddingCache(source, 2**20), keys)
     await make_planner(bundle, mixer).plan(request(Compression(rate=2, policy=policy)))
     assert len(threads) == 1
     assert threads[0] is not threading.current_thread()

@@ -4,9 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.decoder.block_loading import LoadedBlocks
 from blockrag.decoder.costs import CostMeter, CostMeters, measure_costs
-from blockrag.decoder.l1 import L1Cache
 from blockrag.modeling.model import SlotModel
 from tests.models import make_tiny_model
 
@@ -76,19 +74,27 @@ def test_a_model_of_few_positions_is_measured_as_far_as_they_go() -> None:
 
 
 def test_a_fetch_is_what_the_slowest_place_took() -> None:
-    model = SlotModel.from_pretrained_model(make_tiny_model())
-    l1 = L1Cache(2**20, 60.0)
-    entries = tuple(
-        l1.insert(model.to_resident(block)) for block in model.encode([[1] * tokens for tokens in (3, 4, 5, 6)], "abcd")
-    )
     meters = CostMeters()
-    meters.record_fetch(LoadedBlocks(entries, ("l1", "encoded", "store", "encoded")), 50.0)
-    meters.record_fetch(LoadedBlocks(entries, ("store", "l1", "store", "disk")), 4.0)
-    meters.record_fetch(LoadedBlocks(entries, ("l1",) * 4), 0.1)
-    assert [(tier, meter.fit().samples) for tier, meter in meters.fetches.items()] == [
-        ("encoded", 1),
-        ("disk", 1),
-        ("store", 0),
-    ]
-    meters.record_fetch(LoadedBlocks(entries, ("encoded", "l1", "l1", "l1")), 20.0)
-    assert meters.fetches["encoded"].fit().slot_ms == pytest.approx(30 / 7)
+    meters.record_fetch({"l1": 3, "encoded": 10, "store": 5}, 50.0)
+    meters.record_fetch({"store": 8, "disk": 6}, 4.0)
+    meters.record_fetch({"l1": 18}, 0.1)
+    meters.record_fetch({}, 0.0)
+    assert {tier: meter.fit().samples for tier, meter in meters.fetches.items()} == {
+        "encoded": 1,
+        "disk": 1,
+        "store": 0,
+    }
+    meters.record_fetch({"encoded": 3, "l1": 15}, 15.0)
+    assert meters.fetches["encoded"].fit().slot_ms == pytest.approx(5.0)
+
+
+def test_a_time_counts_as_long_as_it_is_fresh() -> None:
+    now = 100.0
+    meter = CostMeter(60.0, lambda: now)
+    meter.record(10, 2500.0)
+    now += 59
+    assert meter.fit().base_ms == 2500.0
+    now += 2
+    assert meter.fit().samples == 0
+    meter.record(10, 20.0)
+    assert meter.fit().base_ms == 20.0

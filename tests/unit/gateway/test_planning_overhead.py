@@ -1,3 +1,5 @@
+import pytest
+
 from blockrag.gateway.planning import Overhead
 
 
@@ -47,16 +49,27 @@ def test_plans_for_a_time_leave_free_what_made_the_latest_late() -> None:
     now = 100.0
     overhead = Overhead(lambda: now)
     for _ in range(7):
-        overhead.record_expected(150.0, 100.0)
+        overhead.record_expected(165.0, 100.0)
     assert overhead.margin_ms(100.0) == 0.0  # too few to say
-    overhead.record_expected(100.0, 100.0)
-    assert overhead.margin_ms(100.0) == 40.0  # a tenth late is in time
-    assert overhead.margin_ms(1000.0) == 0.0
-    for _ in range(30):
-        overhead.record_expected(95.0, 100.0)
-    assert overhead.margin_ms(100.0) == 0.0  # one of 32 may be late
+    overhead.record_expected(165.0, 100.0)
+    assert overhead.margin_ms(300.0) == pytest.approx(100.0)  # 1.5 times what is planned is 1.65 times what is late
+    for _ in range(31):
+        overhead.record_expected(109.0, 100.0)
+    assert overhead.margin_ms(300.0) == 0.0  # a tenth late is in time, and one of 32 may be later
     overhead.record_expected(0.0, 100.0)  # without a first token
     now += 61
     for _ in range(7):
-        overhead.record_expected(150.0, 100.0)
-    assert overhead.margin_ms(100.0) == 0.0
+        overhead.record_expected(165.0, 100.0)
+    assert overhead.margin_ms(300.0) == 0.0
+
+
+@pytest.mark.parametrize("answers", [8, 15, 19, 20, 32])
+def test_a_single_late_answer_makes_no_margin_and_none_is_above_half(answers: int) -> None:
+    overhead = Overhead()
+    for _ in range(answers - 1):
+        overhead.record_expected(100.0, 100.0)
+    overhead.record_expected(5000.0, 100.0)
+    assert overhead.margin_ms(300.0) == 0.0
+    for _ in range(32):
+        overhead.record_expected(5000.0, 100.0)
+    assert overhead.margin_ms(300.0) == 150.0

@@ -141,14 +141,21 @@ async def test_the_group_warms_pins_and_counts_over_all_shards() -> None:
 async def test_the_group_says_where_blocks_are_and_touches_none() -> None:
     cache = Cache()
     await cache.group.warm(BLOCKS[::2], False)
-    assert await cache.group.locate(KEYS) == ["store", "encoded"] * 20
-    assert await cache.group.locate([]) == []
+    assert await cache.group.locate(KEYS, 1.0) == ["store", "encoded"] * 20
+    assert await cache.group.locate([], 1.0) == []
     stats = await cache.group.stats()
     assert sum(each.hits for each in stats) == 0
     assert sum(each.misses for each in stats) == 20
-    cache.shards[1].unavailable = 1
-    with pytest.raises(UnavailableError):
-        await cache.group.locate(KEYS)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_what_a_shard_holds_that_does_not_say_so_in_time_is_taken_for_held(silent: bool) -> None:
+    cache = Cache()
+    cache.shards[1].unavailable, cache.shards[1].silent = int(not silent), silent
+    places = cache.group.places(KEYS)[1]
+    found = await cache.group.locate(KEYS, 0.05)
+    assert [place for place, tier in enumerate(found) if tier == "store"] == places
+    assert set(found) == {"store", "encoded"}
 
 
 async def test_stats_leave_out_a_shard_that_does_not_answer() -> None:

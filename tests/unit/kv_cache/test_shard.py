@@ -298,3 +298,19 @@ async def test_forms_of_a_block_are_counted_and_purged_together() -> None:
         "full": 0,
     }
     assert set((await shard.purged_since((await shard.purged_since(0)).cursor - 3)).keys) == {"full", "small", "tiny"}
+
+
+async def test_what_was_purged_while_it_waited_to_be_warmed_is_not_encoded() -> None:
+    encoder = Encoder()
+    encoder.go.clear()
+    shard = CacheShard(BlockStore(10 * SIZE), encoder, warm_concurrency=1)
+    first = asyncio.create_task(shard.warm([request("a")], False))
+    await settle()
+    waiting = asyncio.create_task(shard.warm([request("b"), request("c", "other")], False))
+    await settle()
+    await shard.purge([DocumentId("t", "c", "d")])
+    encoder.go.set()
+    assert await waiting == WarmOutcome(encoded=frozenset("c"), encoded_bytes=SIZE)
+    await first
+    assert encoder.encoded == ["a", "c"]
+    assert "b" not in shard.store and "c" in shard.store

@@ -40,8 +40,32 @@ def test_a_folder_is_removed_with_all_below_it_and_nothing_else(url: str) -> Non
 
 
 def test_a_path_without_a_protocol_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "volume").mkdir()
     Volume(f"{tmp_path}/volume/").write("t/one", [b"a"])
     assert (tmp_path / "volume" / "t" / "one").read_bytes() == b"a"
+
+
+def test_a_directory_that_is_not_mounted_is_not_an_empty_one(tmp_path: Path) -> None:
+    volume = Volume(f"file://{tmp_path}/mount/blocks")
+    for call in (lambda: volume.write("t/one", [b"a"]), lambda: volume.remove_folder("t")):
+        with pytest.raises(OSError, match="no such directory; make it, or mount"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_removes_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write: Any = LocalFileSystem.pipe_file
+    removed = []
+
+    def after_a_purge(self: LocalFileSystem, path: str, value: bytes) -> None:
+        if not removed:
+            removed.append(path)
+            self.rm(f"{tmp_path}/t", recursive=True)
+        write(self, path, value)
+
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", after_a_purge)
+    assert Volume(f"file://{tmp_path}").write("t/d/one", [b"a"])
+    assert [path.name for path in (tmp_path / "t" / "d").iterdir()] == ["one"]
 
 
 def test_a_file_of_a_folder_appears_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ from blockrag.keys import KeyMaker
 from blockrag.kv_cache import volume_tier
 from blockrag.kv_cache.block_files import folder_of, packed
 from blockrag.kv_cache.shard import document_of
-from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId
+from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId, EncodedObject
 from blockrag.kv_cache.volume import Volume
 from blockrag.kv_cache.volume_tier import VolumeTier
-from blockrag.types import FULL, BlockForm, BlockRequest
-from tests.unit.kv_cache.disk_parts import as_object, assert_same_block, block_of, wanted
+from blockrag.types import FULL, BlockForm, BlockRequest, CachedBlock
+from tests.unit.kv_cache.disk_parts import as_object, assert_same_block, block_of, read, wanted
 from tests.unit.kv_cache.volume_parts import HangingVolume, open_volume_tier, store, stored
 
 FORMS = (FULL, BlockForm("compressed", 2), BlockForm("chunks", 2))
@@ -237,3 +237,15 @@ async def test_a_write_that_hangs_is_a_warning_and_purges_say_so(hanging: Hangin
     await tier.settled()
     usage = tier.usage()
     assert (usage.pending, usage.written, usage.warnings) == (0, 1, ())
+
+
+async def test_a_block_for_which_there_is_no_room_in_memory_is_encoded(url: str) -> None:
+    request = wanted(1)
+    await keep(open_volume_tier(url), request)
+
+    def full(_: CachedBlock) -> EncodedObject:
+        raise RuntimeError("the object store is full")  # as Ray says it, with an error of its own
+
+    tier = VolumeTier(Volume(url), put=full, read=read)
+    assert await tier.load(request, document_of(request)) is None
+    assert stored(url)

@@ -90,6 +90,7 @@ def volume(tmp_path: Path, bundle: Path, url: str) -> Finding:
 
 
 def test_a_volume_is_written_read_and_removed_from(tmp_path: Path, small_bundle: Path) -> None:
+    (tmp_path / "volume").mkdir()
     assert volume(tmp_path, small_bundle, f"file://{tmp_path}/volume").level == "ok"
     assert list((tmp_path / "volume").iterdir()) == []
     assert "volume" not in {finding.subject for finding in examine(settings(tmp_path, small_bundle))}
@@ -100,7 +101,7 @@ def test_a_volume_is_written_read_and_removed_from(tmp_path: Path, small_bundle:
     [
         ("s4://bucket/blocks", "ValueError: Protocol not known: s4", "protocol of fsspec"),
         ("dvc://repository", "ImportError: Install dvc", "install the package"),
-        ("file:///dev/null/blocks", "[Errno 20] Not a directory", "check that the place exists"),
+        ("file:///dev/null/blocks", "/dev/null/blocks: no such directory", "check that the place exists"),
     ],
 )
 def test_what_is_wrong_with_a_volume(tmp_path: Path, small_bundle: Path, url: str, text: str, way_out: str) -> None:
@@ -118,6 +119,7 @@ def refuse(*_: object, **__: object) -> NoReturn:
 def test_a_volume_without_a_permission(
     tmp_path: Path, small_bundle: Path, method: str, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "volume").mkdir()
     monkeypatch.setattr(LocalFileSystem, method, refuse)
     finding = volume(tmp_path, small_bundle, f"file://{tmp_path}/volume")
     assert finding.text == f"kv_cache.volume, a file cannot be {step}: Access Denied"

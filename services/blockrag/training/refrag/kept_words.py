@@ -43,7 +43,7 @@ def words_of(token_ids: Sequence[int], tokenizer: DecodingTokenizer) -> Iterator
     """
     ids = list(token_ids)
     ends = [len(tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]
-    starts = {end: place for place, end in reversed(list(enumerate(ends)))}
+    starts = {end: place for place, end in enumerate(ends)}
     text = tokenizer.decode(ids)
     for match in _WORD.finditer(text):
         kind = _kind(match[0], text[: match.start()])

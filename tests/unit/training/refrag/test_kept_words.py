@@ -28,6 +28,10 @@ def test_names_numbers_and_long_words_are_found() -> None:
     ]
 
 
+def test_a_letter_of_several_tokens_ends_no_word() -> None:
+    assert told("It lies near Malmö or Tromsø") == [("name", "Malmö"), ("name", "Tromsø")]
+
+
 def test_the_first_word_of_a_sentence_or_line_is_no_name() -> None:
     assert told("Rome fell.\nTroy too. (Carthage) as well: Athens") == []
 
