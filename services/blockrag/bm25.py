@@ -102,11 +102,16 @@ class Bm25Scorer:
 
     def scores(self, question: str) -> NDArray[np.float64]:
         """Of each text; 0 where it shares no word with the question."""
+        scores: NDArray[np.float64] = self.by_word(question).sum(axis=1)
+        return scores
+
+    def by_word(self, question: str) -> NDArray[np.float64]:
+        """What each of the question's words adds to each text's score, [texts, words]."""
         query = self._model.embed_query(question)
-        scores = np.zeros(self._count)
-        for term, weight in zip(query.indices, query.values, strict=True):
+        scores = np.zeros((len(query.indices), self._count))
+        for word, (term, weight) in enumerate(zip(query.indices, query.values, strict=True)):
             found = self._postings.get(term, [])
             idf = math.log1p((self._count - len(found) + 0.5) / (len(found) + 0.5))
             for number, value in found:
-                scores[number] += idf * weight * value
-        return scores
+                scores[word, number] = idf * weight * value
+        return scores.T

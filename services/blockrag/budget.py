@@ -29,6 +29,9 @@ BudgetKind = Literal["rate", "max_context_tokens", "max_ttft_ms", "auto"]
 RELEVANT = 0.7
 """Share of the best passage's relevance from which on another one is read, where the request says "auto". Measured:
 docs/experiments.md, "How many passages a question needs"."""
+UNSAID = 0.4
+"""The same, of what a passage shares with the question that none of those read shares: of a question for two things,
+the second. Measured: docs/experiments.md, "Questions that need two passages"."""
 _WHOLE = " (by the policy retrieval passages are read whole or not at all)"
 
 
@@ -212,20 +215,30 @@ def whole_passages(
 
 
 def relevant_passages(
-    passage_tokens: Sequence[int], relevance: Sequence[float], budget_tokens: int
+    passage_tokens: Sequence[int], relevance: NDArray[np.float64], budget_tokens: int
 ) -> list[PassageDecision]:
-    """Takes what the question seems to need: the first passage, and those that are nearly as relevant as any.
+    """Takes what the question seems to need: the first passage, those that are nearly as relevant as any, and those
+    that say much of what these do not.
 
-    ``relevance`` of each passage, at least 0; where it is 0 for all of them it says nothing, and none is left out for
-    it. Of what is wanted, what fits is taken, best first.
+    ``relevance`` [passages, words of the question], at least 0; where it is 0 for all passages it says nothing, and
+    none is left out for it. Of what is wanted, what fits is taken, best first.
     """
-    least = RELEVANT * max(relevance, default=0.0)
-    wanted = [place for place, value in enumerate(relevance) if place == 0 or value >= least]
+    totals = relevance.sum(axis=1)
+    best = totals.max(initial=0.0)
+    least = RELEVANT * best
+    taken = totals >= least
+    taken[:1] = True
+    while best:
+        unsaid = np.where(relevance[taken].any(axis=0), 0.0, relevance).sum(axis=1)
+        if unsaid.max() < UNSAID * best:
+            break
+        taken[unsaid.argmax()] = True
+    wanted = np.flatnonzero(taken).tolist()
     fits = dict(zip(wanted, expand_what_fits([passage_tokens[place] for place in wanted], budget_tokens), strict=True))
     return [
         fits.get(place)
         or PassageDecision(False, f"shares {value:.2f} with the question; from {least:.2f} on passages are read")
-        for place, value in enumerate(relevance)
+        for place, value in enumerate(totals)
     ]
 
 

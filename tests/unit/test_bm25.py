@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blockrag.bm25 import Bm25
+from blockrag.bm25 import Bm25, Bm25Scorer
 from blockrag.languages import LANGUAGES
 
 CASES = Path(__file__).resolve().parents[1] / "data" / "cases"
@@ -73,3 +73,12 @@ def test_a_repeated_word_weighs_more_but_less_than_twice() -> None:
     once, twice = (Bm25().embed_passage("", text).values for text in ("salt harbour ship", "salt salt harbour ship"))
 
     assert max(once) < max(twice) < 2 * max(once)
+
+
+def test_scores_are_the_sums_of_what_words_add() -> None:
+    scorer = Bm25Scorer([("Oslo", "A harbour of ships."), ("Doha", "A harbour."), ("Bergen", "Rain.")])
+    by_word = scorer.by_word("Ships in which harbour?")
+    assert (by_word > 0).tolist() == [[True, True], [False, True], [False, False]]
+    assert by_word[0, 0] > by_word[0, 1] > 0, "fewer texts have the word"
+    assert scorer.scores("Ships in which harbour?").tolist() == by_word.sum(axis=1).tolist()
+    assert scorer.by_word("of the").shape == (3, 0) and scorer.scores("of the").tolist() == [0, 0, 0]

@@ -352,9 +352,8 @@ def _describe(planned: compressor_pb2.PassagePlan, passage: common_pb2.Passage, 
             chunk.form = common_pb2.CHUNK_FORM_DROPPED
 
 
-def _relevance(question: str, passages: Sequence[common_pb2.Passage]) -> Sequence[float]:
-    """How many of the question's words each passage shares, by BM25 with the passages' own IDF."""
+def _relevance(question: str, passages: Sequence[common_pb2.Passage]) -> NDArray[np.float64]:
+    """What each passage shares of the question's words, [passages, words], by BM25 with the passages' own IDF."""
     from blockrag.bm25 import Bm25Scorer  # the gateway imports this module too, and ranks nothing
 
-    scores: list[float] = Bm25Scorer([(passage.title, passage.text) for passage in passages]).scores(question).tolist()
-    return scores
+    return Bm25Scorer([(passage.title, passage.text) for passage in passages]).by_word(question)

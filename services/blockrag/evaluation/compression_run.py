@@ -90,7 +90,7 @@ def run_compression(
     data = kind = ""
     weights = "none"
     if options.data is not None:
-        drawn = draw_data(options, bundle, options.passages, 0, status)
+        drawn = draw_data(options, bundle, options.passages, 0, status, pairs=options.pairs)
         data, digests, kind = drawn.name, dict(drawn.sha256), drawn.distractors
         asked = drawn.draw.questions
         status("answering")
@@ -167,20 +167,22 @@ class Asking:
     ) -> dict[Cell, Answers]:
         """Greedy answers of every cell, in the order of ``questions``."""
 
-        def answer(numbers: Sequence[int]) -> Iterator[tuple[Cell, int, tuple[str, int, int]]]:
+        def answer(numbers: Sequence[int]) -> Iterator[tuple[Cell, int, tuple[str, PlannedPrompt]]]:
             asked = [(cell, number) for number in numbers for cell in cells]
             planned = [one for number in numbers for one in self.plan(number, questions[number], cells)]
             # all cells together: the decoder is never short of work
             answers = self.reader.answer(planned)
             for (cell, number), one, text in zip(asked, planned, answers, strict=True):
-                yield cell, number, (text, one.slots, one.tokens)
+                yield cell, number, (text, one)
 
         found = ask_all(questions, cells, answer, progress)
         return {
             cell: Answers(
-                [text for text, _, _ in own],
-                np.array([slots for _, slots, _ in own], dtype=np.int64),
-                np.array([tokens for _, _, tokens in own], dtype=np.int64),
+                [text for text, _ in own],
+                np.array([one.slots for _, one in own], dtype=np.int64),
+                np.array([one.tokens for _, one in own], dtype=np.int64),
+                np.array([len(one.read) for _, one in own], dtype=np.int64),
+                np.array([one.read >= set(asked.golds) for asked, (_, one) in zip(questions, own, strict=True)]),
             )
             for cell, own in found.items()
         }
@@ -193,10 +195,13 @@ class Asking:
             blocks = [tuple(passage.token_ids) for passage in whole.plan.passages]
             missing = [block for block in dict.fromkeys(blocks) if block not in self._losses]
             self._losses.update(zip(missing, self.policies.chunk_losses(missing), strict=True))
-            gold, k = pieces.index(question.gold), self.reader.bundle.chunk_tokens
-            spans = answer_spans(blocks[gold], question.source.answers, k, self._tokenizer)
+            k = self.reader.bundle.chunk_tokens
+            gold = {
+                place: answer_spans(blocks[place], part.answers, k, self._tokenizer)
+                for place, part in zip(map(pieces.index, question.golds), question.source.parts, strict=True)
+            }
             losses = np.concatenate([self._losses[block] for block in blocks])
-            self.selectors.asked = Asked(number, losses, gold, spans)
+            self.selectors.asked = Asked(number, losses, gold)
         return [
             self.reader.plan(
                 Prompt(

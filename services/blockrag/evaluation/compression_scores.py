@@ -57,6 +57,10 @@ class Answers:
     """Slots of the passages in the prompt."""
     tokens: NDArray[np.int64]
     """Tokens of the passages."""
+    read: NDArray[np.int64]
+    """How many passages are in the prompt, if only in part."""
+    gold_read: NDArray[np.bool_]
+    """Whether all gold ones are among them."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,10 @@ class CompressionScore(AnswerScore):
     """Of the passages in the prompt, mean."""
     effective_rate: float
     """Tokens of all passages over their slots."""
+    read: float
+    """Passages in the prompt, if only in part, mean."""
+    gold_read: float
+    """Share of the prompts with all gold passages among them."""
     numeric: Interval | None
     """Exact match of the questions whose answer has a digit; None where there are none."""
     other: Interval | None
@@ -156,6 +164,8 @@ def score_questions(
             reencoded=cell.reencoded,
             slots=float(answers[cell].slots.mean()),
             effective_rate=float(answers[cell].tokens.sum() / answers[cell].slots.sum()),
+            read=float(answers[cell].read.mean()),
+            gold_read=float(answers[cell].gold_read.mean()),
             numeric=_mean_of(columns["exact_match"][numeric], seed),
             other=_mean_of(columns["exact_match"][~numeric], seed),
             **means(columns, seed),
@@ -277,12 +287,15 @@ class CompressionReport(AnswersReport):
                 f"{one.selector}, re-encoded" if one.reencoded else one.selector,
                 f"{one.slots:.0f}",
                 f"{one.effective_rate:.2f}",
+                f"{one.read:.1f}",
+                f"{100 * one.gold_read:.0f}",
                 *one.percents(),
                 *(percent(value) if value else "–" for value in (one.numeric, one.other)),
             ]
             for one in self.results.scores
         ]
-        header = ["rate", "expanded by", "slots", "effective", "exact match", "F1", "contained", "numbers", "others"]
+        sizes = ["slots", "effective", "read", "right ones read"]
+        header = ["rate", "expanded by", *sizes, "exact match", "F1", "contained", "numbers", "others"]
         title = (
             f"{self.data}: {self.results.questions} questions with {self.passages} passages ({self.distractors}), "
             f"{self.results.numeric} with a number for an answer; percent"

@@ -7,7 +7,7 @@ anything; of chunks with equal logits the earlier goes first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,20 +40,20 @@ def similar_to_question(embeddings: Tensor, question: Tensor) -> Scores:
 
 
 def holding_answer(
-    passages: Sequence[Sequence[int]], chunk_tokens: int, gold: int, spans: Sequence[tuple[int, int]]
+    passages: Sequence[Sequence[int]], chunk_tokens: int, gold: Mapping[int, Sequence[tuple[int, int]]]
 ) -> Scores:
-    """What an oracle chooses: the chunks of passage ``gold`` that hold an answer, then those nearest to them.
+    """What an oracle chooses: the chunks of the passages ``gold`` that hold an answer, then those nearest to them.
 
-    ``spans`` are the answers' first tokens and ends in the gold passage's block; without any, its beginning is nearest.
+    ``gold`` has the answers' first tokens and ends in each gold passage's block; without any, its beginning is nearest.
     Other passages come last.
     """
     scores = []
     for number, passage in enumerate(passages):
         bounds = chunk_bounds(len(passage), chunk_tokens)
-        if number != gold:
+        if number not in gold:
             scores.append(np.full(len(bounds), -float(2 * len(bounds) + 1000), dtype=np.float32))
             continue
-        held = [any(start < last and end > first for first, last in spans) for start, end in bounds]
+        held = [any(start < last and end > first for first, last in gold[number]) for start, end in bounds]
         places = np.flatnonzero(held) if any(held) else np.zeros(1, dtype=np.int64)
         scores.append(-np.abs(np.arange(len(bounds))[:, None] - places).min(axis=1).astype(np.float32))
     return np.concatenate(scores) if scores else np.zeros(0, dtype=np.float32)
@@ -73,10 +73,8 @@ class Asked:
     """Of the prompt in the run: it seeds the random choice."""
     chunk_losses: NDArray[np.float32]
     """Nats per token of each chunk under the decoder, [chunks]."""
-    gold: int | None = None
-    """Index of the passage that answers, for the oracle."""
-    spans: Sequence[tuple[int, int]] = ()
-    """First tokens and ends of the answer in its block."""
+    gold: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    """For the oracle: indices of the passages that answer, with first tokens and ends of the answer in each block."""
 
 
 class Selectors(ChunkRater):
@@ -129,8 +127,8 @@ class Selectors(ChunkRater):
             return -np.repeat(np.asarray(ranks, dtype=np.float32), counts)
         if policy == SIMILARITY and question_embeddings is not None:
             return similar_to_question(torch.cat(list(embeddings)), question_embeddings)
-        if policy == ORACLE and asked.gold is not None:
-            return holding_answer(passages, self._compressor.chunk_tokens, asked.gold, asked.spans)
+        if policy == ORACLE and asked.gold:
+            return holding_answer(passages, self._compressor.chunk_tokens, asked.gold)
         raise ValueError(f"selector {policy!r}: none of {', '.join(self.names)}")
 
 

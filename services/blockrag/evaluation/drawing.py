@@ -109,18 +109,28 @@ class DrawnQuestion:
     source: SourceQuestion
     gold: Piece
     holds_answer: bool
-    """Whether the gold piece holds an answer word for word; else it is the nearest piece of the gold passages."""
+    """Whether every gold piece holds an answer word for word; else it is the nearest piece of the gold passages."""
     distractors: tuple[Piece, ...]
     """At least one fewer than the most passages asked for."""
     absent: tuple[Piece, ...]
     """What is shown without gold: no piece of a gold passage is among them. Empty where that is not asked."""
     place: float
     """Where the gold piece stands, in [0, 1)."""
+    further: tuple[Piece, ...] = ()
+    """Gold pieces of the question's parts after the first."""
+
+    @property
+    def golds(self) -> tuple[Piece, ...]:
+        """A gold piece for each of the question's parts."""
+        return (self.gold, *self.further)
 
     def passages(self, count: int, place: int | None = None) -> tuple[Piece, ...]:
-        """``count`` passages with the gold one at index ``place``; None: at the drawn place."""
+        """``count`` passages with the gold one at index ``place``; None: at the drawn place.
+
+        Further gold ones come before all distractors.
+        """
         index = int(self.place * count) if place is None else place
-        others = self.distractors[: count - 1]
+        others = (*self.further, *self.distractors)[: count - 1]
         return (*others[:index], self.gold, *others[index:])
 
 
@@ -205,10 +215,7 @@ class _Source:
 
 
 def _draw(question: SourceQuestion, source: _Source, beside: int, without: int, random: Random) -> DrawnQuestion:
-    own = [piece for number in question.gold for piece in source.pieces(number)]
-    if not own:
-        raise SetupError(f"{source.data.name}: question {question.id}: the gold passage has no text")
-    gold, holds_answer = gold_piece(own, question)
+    golds, held = zip(*(_gold(part, source) for part in question.parts), strict=True)
     place = random.random()
     texts = {source.data.passages[number].text for number in question.gold}
     same_kind = set(question.same_kind) if source.kind == "same" else set()
@@ -224,13 +231,20 @@ def _draw(question: SourceQuestion, source: _Source, beside: int, without: int, 
         # A redirect gives an article a second url: its intro is the gold passage again.
         is_own = source.data.passages[number].text in texts
         believed = number in same_kind and not is_own
-        if piece == gold or (not believed and contains(piece.text, question.answers)):
+        if piece in golds or (not believed and any(contains(piece.text, part.answers) for part in question.parts)):
             continue
         if len(distractors) < beside and (not is_own or number in question.gold):
             distractors[piece] = None
         if len(absent) < without and not is_own:
             absent[piece] = None
-    return DrawnQuestion(question, gold, holds_answer, tuple(distractors), tuple(absent), place)
+    return DrawnQuestion(question, golds[0], all(held), tuple(distractors), tuple(absent), place, golds[1:])
+
+
+def _gold(question: SourceQuestion, source: _Source) -> tuple[Piece, bool]:
+    own = [piece for number in question.gold for piece in source.pieces(number)]
+    if not own:
+        raise SetupError(f"{source.data.name}: question {question.id}: the gold passage has no text")
+    return gold_piece(own, question)
 
 
 def _in_random_order(count: int, random: Random) -> Iterator[int]:

@@ -24,6 +24,7 @@ from blockrag.errors import SetupError
 from blockrag.evaluation.drawing import Draw, DrawnQuestion, PieceMaker, draw_questions
 from blockrag.evaluation.experiment_options import Distractors, ExperimentOptions
 from blockrag.evaluation.question_data import load_questions
+from blockrag.evaluation.question_pairs import in_pairs
 from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_difference, contains, exact_match, f1
 from blockrag.modeling.bundle import Bundle
 
@@ -164,6 +165,7 @@ def answer_lines(questions: Sequence[DrawnQuestion], columns: Mapping[str, Mappi
             "question": question.source.text,
             "answers": question.source.answers,
             "gold": asdict(question.gold),
+            **({"further_gold": [asdict(piece) for piece in question.further]} if question.further else {}),
             **{name: {label: found[number] for label, found in own.items()} for name, own in columns.items()},
         }
         for number, question in enumerate(questions)
@@ -241,14 +243,20 @@ class AnswerScore:
         return [percent(value, sign=sign) for value in (self.exact_match, self.f1, self.contained)]
 
 
-def draw_data(options: ExperimentOptions, bundle: Bundle, most: int, absent: int, status: Status) -> DrawnData:
+def draw_data(
+    options: ExperimentOptions, bundle: Bundle, most: int, absent: int, status: Status, *, pairs: bool = False
+) -> DrawnData:
     """The questions of a run with up to ``most`` passages each, ``absent`` of them without the gold one.
+
+    ``pairs``: two questions asked as one.
 
     Raises ``SetupError`` for bad data.
     """
     assert options.data is not None
     status("reading the questions")
     data = load_questions(options.data, options.seed)
+    if pairs:
+        data = in_pairs(data, options.seed)
     kind = options.distractors
     if kind == "auto":
         kind = "same" if any(one.same_kind for one in data.questions) else "bm25"
@@ -305,12 +313,12 @@ def ask_all(
 
 
 def answer_values(questions: Sequence[DrawnQuestion], outputs: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """The metrics of answers, each [questions]."""
-    pairs = [(output, question.source.answers) for output, question in zip(outputs, questions, strict=True)]
+    """The metrics of answers, each [questions]; of a question of several parts, the share that is contained."""
+    found = [(output, question.source) for output, question in zip(outputs, questions, strict=True)]
     columns = {
-        "exact_match": [float(exact_match(*pair)) for pair in pairs],
-        "f1": [f1(*pair) for pair in pairs],
-        "contained": [float(contains(*pair)) for pair in pairs],
+        "exact_match": [float(exact_match(output, source.answers)) for output, source in found],
+        "f1": [f1(output, source.answers) for output, source in found],
+        "contained": [np.mean([contains(output, part.answers) for part in source.parts]) for output, source in found],
     }
     return {metric: np.array(column) for metric, column in columns.items()}
 

@@ -78,6 +78,8 @@ class CompressionOptions(ExperimentOptions):
 
     text: Path | None = None
     """Long texts (JSONL, may be gzipped) whose paragraphs are predicted."""
+    pairs: bool = False
+    """Ask two pattern questions of one relation and one table as one, whose answers stand in two passages."""
     questions: int = 300
     """How many questions to draw."""
     paragraphs: int = 200
@@ -97,3 +99,5 @@ class CompressionOptions(ExperimentOptions):
         super().__post_init__()
         self._check("paragraphs", 1)
         self._check("context", 1, MOST_PASSAGES)
+        if self.pairs:
+            self._check("passages", 2)

@@ -52,6 +52,13 @@ class SourceQuestion:
     """Numbers of passages of the same kind: of the same table, or the row's own others."""
     group: str = ""
     """Relation or source; scores are broken down by it."""
+    asks: tuple[SourceQuestion, ...] = ()
+    """The questions that it asks as one; empty where it is one."""
+
+    @property
+    def parts(self) -> tuple[SourceQuestion, ...]:
+        """Single questions, each with answers and gold passages of its own."""
+        return self.asks or (self,)
 
 
 @dataclass(frozen=True)

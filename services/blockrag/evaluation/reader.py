@@ -89,6 +89,12 @@ class PlannedPrompt:
         """Tokens of the passages."""
         return sum(len(passage.token_ids) for passage in self.plan.passages)
 
+    @property
+    def read(self) -> set[Piece]:
+        """The passages that are in the prompt, if only in part."""
+        both = zip(self.prompt.passages, self.plan.passages, strict=True)
+        return {piece for piece, passage in both if passage.in_prompt}
+
 
 class Reader:
     """Plans and answers with one bundle; to be closed. Not thread-safe, and not for use inside an event loop."""

@@ -99,6 +99,8 @@ async def test_a_question_reads_what_it_seems_to_need(plain: Bundle, bundle: Bun
     assert await read("Where do trolls live?") == ["Norway"]
     assert await read("What is the capital of Fiji?") == ["Norway", "Fiji"]  # the first is read in any case
     assert await read("Why?") == ["Norway", "Fiji"]  # no word says which
+    # Norway shares more of it; Fiji alone has the sugar
+    assert await read("Where do trolls live in the north of Norway, and where does sugar grow?") == ["Norway", "Fiji"]
 
 
 async def test_sentences_are_taken_out_of_cached_blocks_if_asked(plain: Bundle) -> None:

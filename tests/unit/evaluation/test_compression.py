@@ -139,6 +139,21 @@ def test_sentences_and_whole_passages_where_nothing_encodes_chunks(tmp_path: Pat
     assert (report["compression"], report["policies"]) == ("", [])
 
 
+def test_pairs(bundle: Bundle, tmp_path: Path) -> None:
+    data, plain = write_patterns(tmp_path / "data"), load_bundle(make_tiny_bundle(tmp_path / "plain"))
+    asked = ["--data", data, "--pairs", "--passages", 4, "--rates", "1,2"]
+    report = _run(plain, *asked, "--selectors", "retrieval,auto", "--out", tmp_path / "out")
+    assert (report["data"], report["results"]["questions"]) == ("wiki_pattern_qa, pairs", 4)
+    whole, half, _ = report["results"]["scores"]
+    assert (whole["read"], whole["gold_read"]) == (4.0, 1.0)
+    assert half["read"] < 4 and half["gold_read"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    line = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
+    assert line["gold"]["title"] != line["further_gold"][0]["title"]
+    mixed = _run(bundle, *asked, "--selectors", "oracle")
+    assert {score["gold_read"] for score in mixed["results"]["scores"]} == {1.0}
+    assert "--passages 1: must be at least 2" in _refused("--data", data, "--pairs", "--passages", 1)
+
+
 def test_what_is_not_compressed_is_block_mode_and_one_form_is_the_same_encoded_anew(bundle: Bundle) -> None:
     with Reader(bundle, Settings(), max_answer_tokens=6) as reader:
 
@@ -187,15 +202,16 @@ def test_scores_are_those_of_the_answers() -> None:
     questions = [_question(0, "12"), _question(1, "north"), _question(2, "east")]
     tokens, one = np.array([90, 90, 120]), np.array([1, 1, 1])
     answers = {
-        Cell(UNCOMPRESSED, 1.0): Answers(["12", "north", "west"], tokens, tokens),
-        Cell("query", 3.0): Answers(["13", "north", "east"], 30 * one, tokens),
-        Cell("random", 3.0): Answers(["13", "south", "west"], 30 * one, tokens),
+        Cell(UNCOMPRESSED, 1.0): Answers(["12", "north", "west"], tokens, tokens, 3 * one, one > 0),
+        Cell("query", 3.0): Answers(["13", "north", "east"], 30 * one, tokens, one, np.array([True, False, True])),
+        Cell("random", 3.0): Answers(["13", "south", "west"], 30 * one, tokens, one, one > 1),
     }
     scores, differences = score_questions(questions, answers, seed=0)
     assert [round(score.exact_match.mean, 3) for score in scores] == [0.667, 0.667, 0.0]
     assert [score.numeric.mean for score in scores if score.numeric] == [1.0, 0.0, 0.0]
     assert scores[1].other is not None and scores[1].other.mean == 1.0
     assert (scores[1].slots, scores[1].effective_rate) == (30.0, pytest.approx(300 / 90))
+    assert [(score.read, round(score.gold_read, 2)) for score in scores] == [(3.0, 1.0), (1.0, 0.67), (1.0, 0.0)]
     found = {(one.first, one.second): one.exact_match.mean for one in differences}
     assert found == {
         ("query", UNCOMPRESSED): 0.0,
@@ -240,7 +256,10 @@ def test_chunks_like_the_question_come_first() -> None:
 
 def test_an_oracle_opens_the_answer_first() -> None:
     passages = [[1] * 6, [1] * 12]
-    scores = holding_answer(passages, 3, gold=1, spans=[(5, 7)])
+    scores = holding_answer(passages, 3, {1: [(5, 7)]})
     # the answer's tokens 5 and 6 stand in two chunks of the second passage
     assert np.argsort(-scores, kind="stable").tolist() == [3, 4, 2, 5, 0, 1]
-    assert np.argmax(holding_answer(passages, 3, gold=0, spans=[])) == 0
+    assert np.argmax(holding_answer(passages, 3, {0: []})) == 0
+    # the first chunk of the first passage beside the answer's of the second
+    both = holding_answer(passages, 3, {0: [(0, 1)], 1: [(5, 7)]})
+    assert np.argsort(-both, kind="stable").tolist() == [0, 3, 4, 1, 2, 5]
