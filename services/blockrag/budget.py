@@ -106,7 +106,7 @@ class FetchCost:
 
     tier: str
     base_ms: float
-    slot_ms: float
+    token_ms: float
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class PrefillCost:
     fetches: tuple[FetchCost, ...] = ()
     """Of what is not in the decoder's own memory."""
 
-    def fetch_ms(self, slots: Mapping[str, int]) -> float:
-        """To have blocks, of which there are so many slots at each place; they come at the same time."""
-        times = (each.base_ms + each.slot_ms * slots[each.tier] for each in self.fetches if slots.get(each.tier))
+    def fetch_ms(self, tokens: Mapping[str, int]) -> float:
+        """To have blocks, of which so many tokens are at each place; they come at the same time."""
+        times = (each.base_ms + each.token_ms * tokens[each.tier] for each in self.fetches if tokens.get(each.tier))
         return max(times, default=0.0)
 
     def slots(self, milliseconds: float) -> int:
@@ -334,7 +334,7 @@ def passages_in_time(
     """Takes passages, best first, whose blocks will be there in time and leave the time to read them.
 
     ``least_slots`` that each takes in the prompt, of ``most_slots``; ``tiers`` where its block is, in each form that is
-    needed; ``before``: slots by tier of the blocks that stand before passages. ``left_ms`` for having all blocks and
+    needed; ``before``: tokens by tier of the blocks that stand before passages. ``left_ms`` for having all blocks and
     reading the passages'. One that is too late, or too large, is dropped, and those further down may still enter.
     """
     decisions, taken, fetched = [], 0, Counter(before)

@@ -193,6 +193,8 @@ class DecoderClient(RemoteService):
     name = "decoder"
     status = Rpc(decoder_pb2.GetDecoderStatusRequest, decoder_pb2.GetDecoderStatusResponse, name="GetDecoderStatus")
 
+    estimate_prefill = Rpc(decoder_pb2.EstimatePrefillRequest, decoder_pb2.EstimatePrefillResponse, twice=True)
+
     def decode(self, request: decoder_pb2.DecodeRequest) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
         """Streams an answer; closing the stream cancels the work."""
         return self.stream("Decode", request, "finish")

@@ -124,6 +124,9 @@ CASES: dict[str, Callable[[Names], Sequence[Message]]] = {
             context=_context(), blocks=[_block(n)], final_token_ids=n.tokens[:3], attention_mode=1, sampling=_SAMPLING
         )
     ],
+    "DecoderService/EstimatePrefill": lambda n: [
+        decoder_pb2.EstimatePrefillRequest(context=_context(), blocks=[_block(n)])
+    ],
     "DecoderService/GetDecoderStatus": lambda n: [decoder_pb2.GetDecoderStatusRequest()],
     "EncoderService/EncodeBlocks": lambda n: [
         encoder_pb2.EncodeBlocksRequest(context=_context(), blocks=[encoder_pb2.TokenBlock(token_ids=n.tokens)])

@@ -6,13 +6,11 @@ in half the time and the memory without.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from blockrag.compressor.compression_request import CompressionAbility
-from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.compressor.plans import Planner
-from blockrag.compressor.timely import BlockPlaces, Timely
+from blockrag.compressor.timely import Estimate, Timely, Warms
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
 from blockrag.configured import configured_keys
 from blockrag.decoder.detokenizer import detokenizer_factory
@@ -20,7 +18,6 @@ from blockrag.limits import MIB
 from blockrag.modeling.bundle import Bundle
 from blockrag.settings import Settings
 from blockrag.types import FULL, BlockForm
-from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 
 if TYPE_CHECKING:
     from blockrag.compressor.mixing import EmbeddingCache
@@ -39,20 +36,19 @@ def assemble(
     bundle: Bundle,
     settings: Settings,
     embeddings: EmbeddingCache | None,
-    decoder_status: Callable[[], Awaitable[GetDecoderStatusResponse]],
     *,
-    places: BlockPlaces | None = None,
+    timing: tuple[Estimate, Warms] | None = None,
     rater: ChunkRater | None = None,
     ability: CompressionAbility | None = None,
 ) -> Planner:
     """A planner of ``bundle``; it belongs to one event loop.
 
-    ``embeddings``: where it has chunk embeddings from, None for a bundle that cannot compress; ``decoder_status`` is
-    asked for what prefills cost; ``places`` tell where blocks are, without them all are taken for cached. ``rater`` and
-    ``ability`` default to what the bundle has; others let somebody else choose chunks under the same budgets.
+    ``embeddings``: where it has chunk embeddings from, None for a bundle that cannot compress; ``timing``: who
+    tells what prompts take, and has late blocks brought into memory; without them no plan is made for a time. ``rater``
+    and ``ability`` default to what the bundle has; others let somebody else choose chunks under the same budgets.
     """
     tokenizer = bundle.load_fast_tokenizer()
-    mixer, costs, keys = None, DecoderCosts(decoder_status), configured_keys(settings, bundle)
+    mixer, keys = None, configured_keys(settings, bundle)
     forms = [FULL]
     if embeddings is not None:
         from blockrag.compressor.mixing import Mixer
@@ -74,6 +70,5 @@ def assemble(
         ability or CompressionAbility.of(bundle),
         PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens),
         mixer,
-        costs,
-        None if places is None else Timely(places, keys, forms),
+        None if timing is None else Timely(*timing, keys, forms),
     )

@@ -34,8 +34,8 @@ class Compressor:
             cache = connect(settings)
             embeddings = embedding_cache(cache, settings)
             self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, embeddings))
-        decoder_status = DecoderClient(serve.get_app_handle).status
-        self._planner = assemble(bundle, settings, embeddings, decoder_status, places=connect_shards(settings))
+        timing = DecoderClient(serve.get_app_handle).estimate_prefill, connect_shards(settings)
+        self._planner = assemble(bundle, settings, embeddings, timing=timing)
 
     @rpc
     async def Plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:

@@ -36,9 +36,11 @@ from blockrag.errors import InvalidRequestError
 from blockrag.v1 import common_pb2, compressor_pb2
 
 if TYPE_CHECKING:
-    from blockrag.compressor.decoder_costs import DecoderCosts
     from blockrag.compressor.mixing import Mixer
     from blockrag.compressor.timely import Timely
+
+
+_AT_HAND = frozenset(("l1", "store"))
 
 
 @dataclass(frozen=True)
@@ -111,51 +113,48 @@ class Planner:
     drafts: PassageDrafts
     mixer: Mixer | None = None
     """None where the bundle cannot compress."""
-    costs: DecoderCosts | None = None
-    """Of prefills. This and the mixer are None where plans are made that ``sizes_decide`` only."""
     timely: Timely | None = None
-    """None: a time counts all blocks as cached."""
+    """This and the mixer are None where plans are made that ``sizes_decide`` only."""
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
         """The plan of a request whose compression was not read yet; raises what ``plan_read`` raises, and
         ``InvalidRequestError`` for a compression that cannot be.
         """
         compression = read_compression(request.compression, request.attention_mode, self.ability)
-        timed = compression is not None and compression.kind == "max_ttft_ms"
-        if compression is not None and timed and self.costs is not None and self.timely is not None:
-            return await self._plan_in_time(request, compression, self.costs, self.timely)
+        if compression is not None and compression.kind == "max_ttft_ms" and self.timely is not None:
+            return await self._plan_in_time(request, compression, self.timely)
         return await self.plan_read(request, compression)
 
     async def _plan_in_time(
-        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest, costs: DecoderCosts, timely: Timely
+        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest, timely: Timely
     ) -> compressor_pb2.PlanResponse:
         """A plan of the passages whose blocks are there in time; others are brought into memory afterwards."""
-        cost = await costs.current()
         final_ids, turns = self.tokenizer.final_ids(request.question), self._turns(request)
         blocks = [self._block(passage) for passage in request.passages]
         sizes = list(map(len, blocks))
         before = [self.tokenizer.instruction_ids, *turns]
         before_tokens = sum(map(len, before))
-        located = await timely.locate(request.context.tenant, blocks, before)
+        estimated = await timely.estimate(request.context, blocks, before)
+        cost = estimated.cost
         chosen = passages_in_time(
             sizes,
             self._least_slots(sizes, compression.policy),
-            located.passages,
+            estimated.passages,
             cost,
             compression.limit - request.margin_ms - request.spent_ms - cost.base_ms - cost.slot_ms * before_tokens,
             self._room(request, before_tokens, len(final_ids)),
-            located.before,
+            estimated.before,
         )
         response = await self._plan_of(request, compression, blocks, chosen, cost)
         read = [planned.in_prompt for planned in response.passages]
-        fetch_ms = cost.fetch_ms(located.slots(sizes, read))
+        fetch_ms = estimated.fetch_ms(sizes, read)
         if fetch_ms < chosen.fetch_ms:  # what is not read need not be waited for
             decisions = [PassageDecision(planned.in_prompt, planned.dropped_reason) for planned in response.passages]
             response = await self._plan_of(request, compression, blocks, InTime(decisions, fetch_ms), cost)
         late = [
             place
             for place, planned in enumerate(response.passages)
-            if not planned.in_prompt and any(tier != "store" for tier in located.passages[place])
+            if not planned.in_prompt and not _AT_HAND.issuperset(estimated.passages[place])
         ]
         timely.warm_later(request, blocks, late, compression.limit / 1000)
         return response
@@ -219,6 +218,8 @@ class Planner:
         Raises ``InvalidRequestError`` for a passage without text, ``PromptTooLongError`` when the question alone does
         not fit, and what the services raise that compression needs.
         """
+        if compression is not None and compression.kind == "max_ttft_ms" and timed is None:
+            raise ValueError(f"{compression} is not decided by sizes")
         final_ids = self.tokenizer.final_ids(request.question)
         turns = self._turns(request)
         before_tokens = len(self.tokenizer.instruction_ids) + sum(map(len, turns))
@@ -237,18 +238,18 @@ class Planner:
             places = range(len(blocks)) if timed is None else timed.places
             candidates = Candidates(blocks, document_ids, before_tokens, final_ids, left, places)
             if self.mixer is not None:
-                cost = await self._cost(compression, timed)
-                mixture = await self.mixer.mix(request, compression, candidates, cost)
+                mixture = await self.mixer.mix(request, compression, candidates, None if timed is None else timed.cost)
             else:
                 room = room_for(sizes, self.ability.chunk_tokens, compression.kind, compression.limit, left)
-                if compression.kind == "max_ttft_ms" or (room.choice and compression.policy != RETRIEVAL):
+                if room.choice and compression.policy != RETRIEVAL:
                     raise ValueError(f"{compression} is not decided by sizes")
                 mixture = mixture_by_size(room, sizes, self.ability.chunk_tokens)
             decisions = mixture.decisions
         else:
-            cost = await self._cost(compression, timed)
-            if cost is not None:
-                slots = affordable_slots(cost, compression.limit, request.spent_ms, before_tokens, request.margin_ms)
+            if timed is not None:
+                slots = affordable_slots(
+                    timed.cost, compression.limit, request.spent_ms, before_tokens, request.margin_ms
+                )
                 compression = replace(compression, kind="max_context_tokens", limit=slots)
             if compression.policy == RETRIEVAL:
                 decisions = whole_passages(sizes, compression.kind, compression.limit, left)
@@ -281,16 +282,6 @@ class Planner:
                     planned.chunks[index].form = common_pb2.CHUNK_FORM_EXPANDED
                 response.prompt_tokens += composed_slots([len(ids)], expanded, self.ability.chunk_tokens)
         return response
-
-    async def _cost(self, compression: CompressionRequest, timed: Timed | None) -> PrefillCost | None:
-        """What a plan for a time counts with; None for one without."""
-        if compression.kind != "max_ttft_ms":
-            return None
-        if timed is not None:
-            return timed.cost
-        if self.costs is None:
-            raise ValueError(f"{compression} is not decided by sizes")
-        return await self.costs.current()
 
     def _by_sentences(
         self,

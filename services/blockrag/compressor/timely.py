@@ -1,4 +1,4 @@
-"""Where a question's blocks are, for plans that know what having them takes."""
+"""What a question's prompt takes until its first token, for plans that have a time for it."""
 
 from __future__ import annotations
 
@@ -7,33 +7,36 @@ import contextvars
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from blockrag.errors import BlockragError
+from blockrag.alike import alike
+from blockrag.budget import FetchCost, PrefillCost
+from blockrag.errors import BlockragError, UnavailableError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.shard_messages import Tier, WarmOutcome
-from blockrag.types import BlockForm, BlockRequest
+from blockrag.kv_cache.shard_messages import WarmOutcome
+from blockrag.types import FULL, BlockForm, BlockRequest
+from blockrag.v1.common_pb2 import CHUNK_FORM_COMPRESSED, PromptBlock, RequestContext
 from blockrag.v1.compressor_pb2 import PlanRequest
+from blockrag.v1.decoder_pb2 import EstimatePrefillRequest, EstimatePrefillResponse
 
 _LONGEST_PAUSE_S = 2.0
 """Until blocks that came too late are brought into memory. Far below what a deleted document's leftovers are left."""
-_LOCATE_S = 0.2
 _MOST_WARMING = 8
 """Questions whose blocks are brought into memory afterwards at a time; others' wait until they are asked for again."""
 
 _logger = logging.getLogger(__name__)
 
 
-class BlockPlaces(Protocol):
-    """The cache's shards, as far as plans need them."""
+Estimate = Callable[[EstimatePrefillRequest], Awaitable[EstimatePrefillResponse]]
+"""Asks a decoder where blocks are, and what it takes to have and to read them."""
 
-    async def locate(self, keys: Sequence[str], within_s: float) -> list[Tier]:
-        """Where each block would come from now."""
-        ...
+
+class Warms(Protocol):
+    """The cache's shards, as far as plans need them."""
 
     async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
         """Has blocks held ahead of time."""
@@ -41,43 +44,52 @@ class BlockPlaces(Protocol):
 
 
 @dataclass(frozen=True)
-class Located:
-    """Where a question's blocks are."""
+class Estimated:
+    """What a question's prompt takes."""
 
-    passages: list[tuple[Tier, ...]]
-    """Of each passage, in each form."""
+    cost: PrefillCost
+    passages: list[tuple[str, ...]]
+    """Where each one's block is, in each form."""
     before: Counter[str]
-    """Slots by tier of the blocks that stand before them."""
+    """Tokens by tier of the blocks that stand before them."""
 
-    def slots(self, sizes: Sequence[int], read: Sequence[bool]) -> Counter[str]:
-        """By tier, of those passages of ``sizes`` that are ``read``, and of what stands before them."""
-        found = Counter(self.before)
+    def fetch_ms(self, sizes: Sequence[int], read: Sequence[bool]) -> float:
+        """To have those passages of ``sizes`` that are ``read``, and what stands before them."""
+        tokens = Counter(self.before)
         for size, tiers in itertools.compress(zip(sizes, self.passages, strict=True), read):
             for tier in tiers:
-                found[tier] += size
-        return found
+                tokens[tier] += size
+        return self.cost.fetch_ms(tokens)
 
 
 class Timely:
-    """Looks for blocks, and has late ones brought into memory for the next question. All calls from one event loop."""
+    """Asks where blocks are, and has late ones brought into memory for the next question. Of one event loop."""
 
-    def __init__(self, places: BlockPlaces, keys: KeyMaker, forms: Sequence[BlockForm]) -> None:
+    def __init__(self, estimate: Estimate, shards: Warms, keys: KeyMaker, forms: Sequence[BlockForm]) -> None:
         """``forms``: in which passages may be read."""
-        self._places = places
+        self._estimate = estimate
+        self._shards = shards
         self._keys = keys
         self._forms = tuple(forms)
         self._warming: set[asyncio.Task[None]] = set()
 
-    async def locate(self, tenant: str, passages: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) -> Located:
-        """Of blocks by their token ids; what no shard tells in time is taken for held."""
-        keys = [self._keys.block_key(tenant, ids) for ids in before]
-        keys += [self._keys.block_key(tenant, ids, form) for ids in passages for form in self._forms]
-        tiers = await self._places.locate(keys, _LOCATE_S)
+    async def estimate(
+        self, context: RequestContext, passages: Sequence[Sequence[int]], before: Sequence[Sequence[int]]
+    ) -> Estimated:
+        """Of blocks by their token ids. Raises ``UnavailableError`` while no prefill was measured, and what the
+        decoder raises."""
+        request = EstimatePrefillRequest(context=context, blocks=[PromptBlock(token_ids=ids) for ids in before])
+        request.blocks.extend(_in_form(ids, form) for ids in passages for form in self._forms)
+        told = await self._estimate(request)
+        if not told.measured_prefills:
+            raise UnavailableError("decoder: it has measured no prefill yet; ask again, or without max_ttft_ms")
+        tiers, forms = list(told.tiers), len(self._forms)
         earlier = Counter[str]()
         for ids, tier in zip(before, tiers, strict=False):
             earlier[tier] += len(ids)
-        found, forms = tiers[len(before) :], len(self._forms)
-        return Located([tuple(found[place : place + forms]) for place in range(0, len(found), forms)], earlier)
+        found = [tuple(tiers[place : place + forms]) for place in range(len(before), len(tiers), forms)]
+        fetches = tuple(alike(FetchCost, each) for each in told.fetches)
+        return Estimated(PrefillCost(told.base_ms, told.slot_ms, fetches), found, earlier)
 
     def warm_later(
         self, request: PlanRequest, passages: Sequence[Sequence[int]], places: Iterable[int], pause_s: float
@@ -110,6 +122,14 @@ class Timely:
     async def _warm(self, blocks: Sequence[BlockRequest], pause_s: float) -> None:
         await asyncio.sleep(pause_s)
         try:
-            await self._places.warm(blocks, False)
+            await self._shards.warm(blocks, False)
         except BlockragError as error:
             _logger.warning("blocks that came too late were not brought into memory: %s", error)
+
+
+def _in_form(ids: Sequence[int], form: BlockForm) -> PromptBlock:
+    block = PromptBlock(token_ids=ids)
+    if form != FULL:
+        block.chunk_tokens = form.chunk_tokens
+        block.forms.extend([CHUNK_FORM_COMPRESSED] * form.size(len(ids)))
+    return block

@@ -45,6 +45,9 @@ class EncodingBlockSource:
         blocks = await loop.run_in_executor(self._executor, self._encoder.encode, requests)
         return [FetchedBlock(block, "encoded") for block in blocks]
 
+    async def locate(self, keys: Sequence[str]) -> list[Tier]:
+        return ["encoded"] * len(keys)
+
 
 @dataclass(frozen=True)
 class LoadedBlocks:
@@ -101,6 +104,12 @@ class BlockLoader:
                     block, tiers[place] = fetched[request.key]
                     entries[place] = self._l1.insert(block, listed=request.key in may_stay)
         return LoadedBlocks(tuple(entry for entry in entries if entry is not None), tuple(tiers))
+
+    async def locate(self, keys: Sequence[str]) -> list[BlockTier]:
+        """Where each block would come from now; nothing is touched."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self._l1]
+        elsewhere = dict(zip(missing, await self._source.locate(missing), strict=True)) if missing else {}
+        return [elsewhere.get(key, "l1") for key in keys]
 
     def release(self, loaded: LoadedBlocks) -> None:
         """Unpin a prompt's blocks; from any thread."""

@@ -26,6 +26,8 @@ _REPEATS = 3
 _MEASURED_BLOCKS = (1, 4)
 _SHELVES: tuple[BlockTier, ...] = ("disk", "store")
 _FRESH_S = 60.0
+_TOGETHER_S = 60.0
+_LATEST = 8
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,28 @@ class CostMeter:
         kept.append((slots, milliseconds, self._clock()))
 
     def fit(self) -> CostFit:
-        """The line, by Theil and Sen: slope and base are (weighted) medians, so that one that had to share the
-        machine changes little. Never falling and never below 0."""
+        """The line, by Theil and Sen: slope and base are (weighted) medians, so that one that had to share the machine
+        changes little. Never falling and never below 0.
+
+        The slope is that between times of the same minute, where there are such, and the base of the latest times: so
+        what a busy machine took says nothing of a quiet one.
+        """
         oldest = self._clock() - self._fresh_s
-        latest = [sample for kept in self._samples.values() for sample in kept if sample[2] >= oldest]
-        if not latest:
+        kept = [sample for each in self._samples.values() for sample in each if sample[2] >= oldest]
+        if not kept:
             return CostFit(0.0, 0.0, 0)
-        slots, times, _ = np.array(latest, dtype=np.float64).T
-        first, second = np.triu_indices(len(latest), k=1)
+        slots, times, when = np.array(kept, dtype=np.float64).T
+        first, second = np.triu_indices(len(kept), k=1)
         distance = slots[second] - slots[first]
         apart = distance != 0
+        together = apart & (np.abs(when[second] - when[first]) <= _TOGETHER_S)
+        chosen = together if together.any() else apart
         slope = 0.0
-        if apart.any():
-            slopes = (times[second] - times[first])[apart] / distance[apart]
-            slope = max(0.0, _weighted_median(slopes, np.abs(distance[apart])))
-        return CostFit(max(0.0, float(np.median(times - slope * slots))), slope, len(latest))
+        if chosen.any():
+            slopes = (times[second] - times[first])[chosen] / distance[chosen]
+            slope = max(0.0, _weighted_median(slopes, np.abs(distance[chosen])))
+        rest = (times - slope * slots)[np.argsort(when, kind="stable")[-_LATEST:]]
+        return CostFit(max(0.0, float(np.median(rest))), slope, len(kept))
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ class Decoder:
             await messages.aclose()
 
     @rpc
+    async def EstimatePrefill(self, request: decoder_pb2.EstimatePrefillRequest) -> decoder_pb2.EstimatePrefillResponse:
+        """Says what a first token would take."""
+        return await self._runtime.service.estimate(request)
+
+    @rpc
     async def GetDecoderStatus(
         self, request: decoder_pb2.GetDecoderStatusRequest, *, caller: Caller
     ) -> decoder_pb2.GetDecoderStatusResponse:
@@ -109,6 +114,11 @@ class DecoderDoor:
         async with aclosing(self._decoders.decode(request)) as messages:
             async for message in messages:
                 yield message
+
+    @rpc
+    async def EstimatePrefill(self, request: decoder_pb2.EstimatePrefillRequest) -> decoder_pb2.EstimatePrefillResponse:
+        """By the decoder that would be asked for these blocks, as far as is known here."""
+        return await self._decoders.estimate_prefill(request)
 
     @rpc
     async def GetDecoderStatus(

@@ -73,6 +73,12 @@ class L1Cache:
                 found.append(entry)
         return found
 
+    def __contains__(self, key: str) -> bool:
+        """Whether a key is held; touches nothing."""
+        with self._lock:
+            self._expire(self._clock())
+            return key in self._entries
+
     def insert(self, block: ResidentBlock, *, listed: bool = True) -> L1Entry:
         """The entry of a block, pinned: the one there is, or a new one.
 

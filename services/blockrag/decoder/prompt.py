@@ -110,6 +110,21 @@ def read_prompt(request: decoder_pb2.DecodeRequest, keys: KeyMaker, vocab_size: 
     return Prompt(MODE_NAMES[mode], parts, tuple(final.tolist()), slots, sampling)
 
 
+def read_blocks(
+    request: decoder_pb2.EstimatePrefillRequest, keys: KeyMaker, vocab_size: int, chunk_tokens: int = 0
+) -> list[BlockRequest]:
+    """One block for each of the request's; as ``read_prompt``. Raises ``InvalidRequestError``."""
+    wanted: list[BlockRequest] = []
+    for place, block in enumerate(request.blocks):
+        field = f"blocks[{place}]"
+        ids = _token_ids(f"{field}.token_ids", block.token_ids, vocab_size)
+        requests = _part(field, block, ids, request.context.tenant, keys, chunk_tokens).requests
+        if len(requests) != 1:
+            raise InvalidRequestError(f"{field}.forms", "must be of one form: it is said of each where it is")
+        wanted += requests
+    return wanted
+
+
 def _part(
     field: str,
     block: common_pb2.PromptBlock,

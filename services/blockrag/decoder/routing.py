@@ -26,7 +26,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from blockrag.kv_cache.shards import owner
 from blockrag.lru import Lru
-from blockrag.v1.decoder_pb2 import DecodeRequest
+from blockrag.v1.decoder_pb2 import DecodeRequest, EstimatePrefillRequest
 
 READ_MS = 0.002
 """To place a token's K and V out of the node's own object store: 23 KB, 10 GB a second."""
@@ -126,14 +126,14 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # Serve has no types
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
         """A request is on its way."""
         replica = self.curr_replicas.get(replica_id)
-        if replica is not None:
+        if replica is not None and isinstance(pending_request.args[0], DecodeRequest):
             self._affinity.sent(replica_id, _blocks(pending_request), replica.node_id)
 
 
 def _blocks(pending: PendingRequest | None) -> list[Block]:
-    """Blocks of the question that is asked; none of what asks for a status."""
+    """Blocks of the question that is asked or planned; none of what asks for a status."""
     request = pending.args[0] if pending is not None and pending.args else None
-    if not isinstance(request, DecodeRequest):
+    if not isinstance(request, DecodeRequest | EstimatePrefillRequest):
         return []
     tenant = crc32(request.context.tenant.encode())
     # of whole numbers alone, whose hash is the same in every process

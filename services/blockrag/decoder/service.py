@@ -23,7 +23,7 @@ from blockrag.decoder.costs import MOST_PREFILL_TOKENS, CostFit, CostMeters
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
-from blockrag.decoder.prompt import ComposedPrompt, Prompt, compose, read_prompt
+from blockrag.decoder.prompt import ComposedPrompt, Prompt, compose, read_blocks, read_prompt
 from blockrag.decoder.scheduler import EngineLimits
 from blockrag.decoder.sequence import Event, Finish, GenerationRequest, TokenStream
 from blockrag.errors import DeadlineError, OverloadedError
@@ -113,6 +113,19 @@ class DecodeService:
         finally:
             self.engine.cancel(sequence)
 
+    async def estimate(self, request: decoder_pb2.EstimatePrefillRequest) -> decoder_pb2.EstimatePrefillResponse:
+        """What a first token would take behind these blocks. Raises ``InvalidRequestError``."""
+        wanted = read_blocks(request, self.keys, self.vocab_size, self.chunk_tokens)
+        tiers = await self.loader.locate([block.key for block in wanted])
+        fit = self.meters.prefill.fit()
+        return decoder_pb2.EstimatePrefillResponse(
+            base_ms=fit.base_ms,
+            slot_ms=fit.slot_ms,
+            measured_prefills=fit.samples,
+            tiers=tiers,
+            fetches=[_fetch_cost(tier, meter.fit()) for tier, meter in self.meters.fetches.items()],
+        )
+
     def status(self) -> decoder_pb2.GetDecoderStatusResponse:
         """What this replica holds and does."""
         engine, l1, fit = self.engine.stats(), self.l1.stats(), self.meters.prefill.fit()
@@ -127,7 +140,6 @@ class DecodeService:
             prefill_base_ms=fit.base_ms,
             prefill_slot_ms=fit.slot_ms,
             measured_prefills=fit.samples,
-            fetches=[_fetch_cost(tier, meter.fit()) for tier, meter in self.meters.fetches.items()],
             **{f"l1_{name}": getattr(l1, name) for name in ("blocks", "bytes", "budget_bytes", "hits", "misses")},
         )
 
@@ -205,7 +217,7 @@ def _finished(
 
 
 def _fetch_cost(tier: BlockTier, fit: CostFit) -> decoder_pb2.FetchCost:
-    return decoder_pb2.FetchCost(tier=tier, base_ms=fit.base_ms, slot_ms=fit.slot_ms)
+    return decoder_pb2.FetchCost(tier=tier, base_ms=fit.base_ms, token_ms=fit.slot_ms)
 
 
 def _slots(found: Mapping[BlockTier, int]) -> common_pb2.BlockSlots:

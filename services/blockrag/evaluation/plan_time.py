@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from blockrag.compressor.assembly import assemble, embedding_cache
 from blockrag.compressor.compression_request import RETRIEVAL
 from blockrag.decoder.block_loading import EncodingBlockSource
-from blockrag.evaluation.reader import no_decoder
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.results import GivenPassage
@@ -61,7 +60,7 @@ async def measure_plans(
     if bundle.refrag is not None:
         source = EncodingBlockSource(SlotModel.load(bundle), ChunkCompressor.load(bundle))
         embeddings = embedding_cache(source, settings)
-    planner = assemble(bundle, settings, embeddings, no_decoder)
+    planner = assemble(bundle, settings, embeddings)
     policies = [OFF, *((RETRIEVAL, *sorted(bundle.refrag.policies)) if bundle.refrag is not None else ())]
     times: dict[str, list[tuple[float, float]]] = {policy: [] for policy in policies}
     chunks = 0

@@ -25,7 +25,7 @@ from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.prompt import PromptPart, compose, read_prompt
 from blockrag.decoder.sequence import GenerationRequest, TokenStream
-from blockrag.errors import PromptTooLongError, UnavailableError
+from blockrag.errors import PromptTooLongError
 from blockrag.evaluation.drawing import Piece
 from blockrag.evaluation.experiment_options import Mode
 from blockrag.evaluation.scoring import normalize
@@ -47,7 +47,7 @@ from blockrag.v1.common_pb2 import (
     Sampling,
 )
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
-from blockrag.v1.decoder_pb2 import DecodeRequest, GetDecoderStatusResponse
+from blockrag.v1.decoder_pb2 import DecodeRequest
 
 _SERVED: dict[Mode, AttentionMode] = {
     "full": ATTENTION_MODE_FULL,
@@ -117,7 +117,7 @@ class Reader:
         source = EncodingBlockSource(self.model, self._compressor)
         self._runtime = decoding.assemble(bundle, self.model, source, settings)
         embeddings = compressing.embedding_cache(source, settings) if self._compressor is not None else None
-        self.planner = compressing.assemble(bundle, settings, embeddings, no_decoder, rater=rater, ability=ability)
+        self.planner = compressing.assemble(bundle, settings, embeddings, rater=rater, ability=ability)
         self._keys = configured_keys(settings, bundle)
         self._max_answer_tokens = max_answer_tokens
         self._in_place: Engine | None = None
@@ -230,11 +230,6 @@ class Reader:
             self._in_place = runtime.engine
             self._start(self._in_place)
         return self._in_place
-
-
-async def no_decoder() -> GetDecoderStatusResponse:
-    """Stands for a decoder where no plan is under a time budget."""
-    raise UnavailableError("there is no decoder to ask: plan by a rate or by tokens")
 
 
 class _InPlace:

@@ -17,12 +17,14 @@ import numpy as np
 
 from blockrag.aio import gather_or_cancel
 from blockrag.errors import DataError, UnavailableError
-from blockrag.kv_cache.shard_messages import AcquiredBlock, FetchedBlock, PurgeLog
+from blockrag.kv_cache.shard_messages import AcquiredBlock, FetchedBlock, PurgeLog, Tier
 from blockrag.kv_cache.shards import ShardGroup, patiently
 from blockrag.types import BlockRequest, CachedBlock
 
 LOST_RETRIES = 2
 """How often an object that cannot be read is asked for again."""
+
+LOCATE_S = 0.2
 
 PURGE_PERIOD_S = 1.0
 """How often purges are asked for."""
@@ -66,6 +68,10 @@ class BlockFetcher:
                 return [blocks[request.key] for request in requests]
             await self._report_lost(lost)
         raise UnavailableError(f"block {lost[0].key}: its object was lost {1 + LOST_RETRIES} times in a row")
+
+    async def locate(self, keys: Sequence[str]) -> list[Tier]:
+        """Where each block would come from now; what is not told at once is taken for held."""
+        return await self._shards.locate(keys, LOCATE_S)
 
     async def poll_purges(self) -> PurgeLog:
         """Keys purged since the last call, over all shards; the first call gives ``reset``.

@@ -63,6 +63,10 @@ class BlockSource(Protocol):
         """The blocks, in the order asked. Raises ``BlockragError`` kinds."""
         ...
 
+    async def locate(self, keys: Sequence[str]) -> list[Tier]:
+        """Where each block would come from now, as far as is told at once."""
+        ...
+
 
 @dataclass(frozen=True)
 class PurgeLog:

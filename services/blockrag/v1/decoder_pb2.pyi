@@ -50,7 +50,7 @@ class GetDecoderStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetDecoderStatusResponse(_message.Message):
-    __slots__ = ("bundle_fingerprint", "running", "waiting", "used_slots", "total_slots", "l1_blocks", "l1_bytes", "l1_budget_bytes", "l1_hits", "l1_misses", "generated_tokens", "device", "bundle_name", "max_positions", "prefill_base_ms", "prefill_slot_ms", "measured_prefills", "compute_dtype", "weights", "kv_dtype", "slot_bytes", "fetches")
+    __slots__ = ("bundle_fingerprint", "running", "waiting", "used_slots", "total_slots", "l1_blocks", "l1_bytes", "l1_budget_bytes", "l1_hits", "l1_misses", "generated_tokens", "device", "bundle_name", "max_positions", "prefill_base_ms", "prefill_slot_ms", "measured_prefills", "compute_dtype", "weights", "kv_dtype", "slot_bytes")
     BUNDLE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -72,7 +72,6 @@ class GetDecoderStatusResponse(_message.Message):
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
-    FETCHES_FIELD_NUMBER: _ClassVar[int]
     bundle_fingerprint: str
     running: int
     waiting: int
@@ -94,15 +93,36 @@ class GetDecoderStatusResponse(_message.Message):
     weights: str
     kv_dtype: str
     slot_bytes: int
-    fetches: _containers.RepeatedCompositeFieldContainer[FetchCost]
-    def __init__(self, bundle_fingerprint: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., used_slots: _Optional[int] = ..., total_slots: _Optional[int] = ..., l1_blocks: _Optional[int] = ..., l1_bytes: _Optional[int] = ..., l1_budget_bytes: _Optional[int] = ..., l1_hits: _Optional[int] = ..., l1_misses: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., device: _Optional[str] = ..., bundle_name: _Optional[str] = ..., max_positions: _Optional[int] = ..., prefill_base_ms: _Optional[float] = ..., prefill_slot_ms: _Optional[float] = ..., measured_prefills: _Optional[int] = ..., compute_dtype: _Optional[str] = ..., weights: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., fetches: _Optional[_Iterable[_Union[FetchCost, _Mapping]]] = ...) -> None: ...
+    def __init__(self, bundle_fingerprint: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., used_slots: _Optional[int] = ..., total_slots: _Optional[int] = ..., l1_blocks: _Optional[int] = ..., l1_bytes: _Optional[int] = ..., l1_budget_bytes: _Optional[int] = ..., l1_hits: _Optional[int] = ..., l1_misses: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., device: _Optional[str] = ..., bundle_name: _Optional[str] = ..., max_positions: _Optional[int] = ..., prefill_base_ms: _Optional[float] = ..., prefill_slot_ms: _Optional[float] = ..., measured_prefills: _Optional[int] = ..., compute_dtype: _Optional[str] = ..., weights: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
 
-class FetchCost(_message.Message):
-    __slots__ = ("tier", "base_ms", "slot_ms")
-    TIER_FIELD_NUMBER: _ClassVar[int]
+class EstimatePrefillRequest(_message.Message):
+    __slots__ = ("context", "blocks")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    context: _common_pb2.RequestContext
+    blocks: _containers.RepeatedCompositeFieldContainer[_common_pb2.PromptBlock]
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[_common_pb2.PromptBlock, _Mapping]]] = ...) -> None: ...
+
+class EstimatePrefillResponse(_message.Message):
+    __slots__ = ("base_ms", "slot_ms", "measured_prefills", "tiers", "fetches")
     BASE_MS_FIELD_NUMBER: _ClassVar[int]
     SLOT_MS_FIELD_NUMBER: _ClassVar[int]
-    tier: str
+    MEASURED_PREFILLS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    FETCHES_FIELD_NUMBER: _ClassVar[int]
     base_ms: float
     slot_ms: float
-    def __init__(self, tier: _Optional[str] = ..., base_ms: _Optional[float] = ..., slot_ms: _Optional[float] = ...) -> None: ...
+    measured_prefills: int
+    tiers: _containers.RepeatedScalarFieldContainer[str]
+    fetches: _containers.RepeatedCompositeFieldContainer[FetchCost]
+    def __init__(self, base_ms: _Optional[float] = ..., slot_ms: _Optional[float] = ..., measured_prefills: _Optional[int] = ..., tiers: _Optional[_Iterable[str]] = ..., fetches: _Optional[_Iterable[_Union[FetchCost, _Mapping]]] = ...) -> None: ...
+
+class FetchCost(_message.Message):
+    __slots__ = ("tier", "base_ms", "token_ms")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    BASE_MS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    base_ms: float
+    token_ms: float
+    def __init__(self, tier: _Optional[str] = ..., base_ms: _Optional[float] = ..., token_ms: _Optional[float] = ...) -> None: ...

@@ -40,6 +40,11 @@ class DecoderServiceStub:
                 request_serializer=blockrag_dot_v1_dot_decoder__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=blockrag_dot_v1_dot_decoder__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.EstimatePrefill = channel.unary_unary(
+                '/blockrag.v1.DecoderService/EstimatePrefill',
+                request_serializer=blockrag_dot_v1_dot_decoder__pb2.EstimatePrefillRequest.SerializeToString,
+                response_deserializer=blockrag_dot_v1_dot_decoder__pb2.EstimatePrefillResponse.FromString,
+                _registered_method=True)
         self.GetDecoderStatus = channel.unary_unary(
                 '/blockrag.v1.DecoderService/GetDecoderStatus',
                 request_serializer=blockrag_dot_v1_dot_decoder__pb2.GetDecoderStatusRequest.SerializeToString,
@@ -53,6 +58,13 @@ class DecoderServiceServicer:
 
     def Decode(self, request, context):
         """Decode streams text; the last message holds the finish.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimatePrefill(self, request, context):
+        """EstimatePrefill says what a first token would take, for plans that have a time for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +84,11 @@ def add_DecoderServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=blockrag_dot_v1_dot_decoder__pb2.DecodeRequest.FromString,
                     response_serializer=blockrag_dot_v1_dot_decoder__pb2.DecodeResponse.SerializeToString,
+            ),
+            'EstimatePrefill': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimatePrefill,
+                    request_deserializer=blockrag_dot_v1_dot_decoder__pb2.EstimatePrefillRequest.FromString,
+                    response_serializer=blockrag_dot_v1_dot_decoder__pb2.EstimatePrefillResponse.SerializeToString,
             ),
             'GetDecoderStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDecoderStatus,
@@ -107,6 +124,33 @@ class DecoderService:
             '/blockrag.v1.DecoderService/Decode',
             blockrag_dot_v1_dot_decoder__pb2.DecodeRequest.SerializeToString,
             blockrag_dot_v1_dot_decoder__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimatePrefill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blockrag.v1.DecoderService/EstimatePrefill',
+            blockrag_dot_v1_dot_decoder__pb2.EstimatePrefillRequest.SerializeToString,
+            blockrag_dot_v1_dot_decoder__pb2.EstimatePrefillResponse.FromString,
             options,
             channel_credentials,
             insecure,

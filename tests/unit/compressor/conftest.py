@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.compressor.mixing import EmbeddingCache, Mixer
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.rating import ChunkRater
@@ -12,7 +11,7 @@ from blockrag.keys import KeyMaker
 from blockrag.modeling.bundle import Bundle, load_bundle
 from tests.models import make_tiny_bundle
 from tests.refrag_bundles import make_refrag_bundle
-from tests.unit.compressor.planning import CHUNK, Encoding, decoder_status, make_planner
+from tests.unit.compressor.planning import CHUNK, Decoder, Encoding, make_planner
 
 
 @pytest.fixture(scope="module")
@@ -36,4 +35,4 @@ def planner(bundle: Bundle, source: Encoding) -> Planner:
     source.fetched.clear()
     keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint)
     mixer = Mixer(CHUNK, ChunkRater.load(bundle), EmbeddingCache(source, 2**20), keys)
-    return make_planner(bundle, mixer, DecoderCosts(decoder_status))
+    return make_planner(bundle, mixer, Decoder())

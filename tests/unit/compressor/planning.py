@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from blockrag.compressor.compression_request import CompressionAbility
-from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.compressor.mixing import Mixer
 from blockrag.compressor.plans import Planner
+from blockrag.compressor.timely import Timely
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.encoder.forms import FormEncoder
-from blockrag.kv_cache.shard_messages import FetchedBlock
+from blockrag.keys import KeyMaker
+from blockrag.kv_cache.shard_messages import FetchedBlock, Tier, WarmOutcome
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
-from blockrag.types import BlockRequest
+from blockrag.types import FULL, BlockForm, BlockRequest
 from blockrag.v1.common_pb2 import (
     ATTENTION_MODE_BLOCK,
     Compression,
@@ -23,7 +25,7 @@ from blockrag.v1.common_pb2 import (
     RequestContext,
 )
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
-from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
+from blockrag.v1.decoder_pb2 import EstimatePrefillRequest, EstimatePrefillResponse
 
 CHUNK = 4
 TEXTS = [
@@ -45,12 +47,52 @@ class Encoding:
         self.fetched += requests
         return [FetchedBlock(block, "encoded") for block in self._encoder.encode(requests)]
 
+    async def locate(self, keys: Sequence[str]) -> list[Tier]:
+        return ["encoded"] * len(keys)
 
-async def decoder_status() -> GetDecoderStatusResponse:
-    return GetDecoderStatusResponse(prefill_base_ms=10.0, prefill_slot_ms=0.5, measured_prefills=9)
+
+class Decoder:
+    """Says what prompts take, and that the blocks of passages are where it is told, by their place; else in its L1."""
+
+    def __init__(self, **said: Any) -> None:
+        self.said = EstimatePrefillResponse(base_ms=10.0, slot_ms=0.5, measured_prefills=9)
+        self.said.MergeFrom(EstimatePrefillResponse(**said))
+        self.passages: dict[int, str] = {}
+        self.before: list[str] = ["l1"]
+        """Of the instruction block and of turns."""
+        self.forms = 1
+        self.asked: list[EstimatePrefillRequest] = []
+        self.warmed: list[BlockRequest] = []
+        self.error: Exception | None = None
+        """Of warming."""
+
+    async def estimate(self, request: EstimatePrefillRequest) -> EstimatePrefillResponse:
+        self.asked.append(request)
+        answer = EstimatePrefillResponse()
+        answer.CopyFrom(self.said)
+        passages = (len(request.blocks) - len(self.before)) // self.forms
+        assert len(request.blocks) == len(self.before) + passages * self.forms
+        answer.tiers.extend(self.before)
+        answer.tiers.extend(self.passages.get(place, "l1") for place in range(passages) for _ in range(self.forms))
+        return answer
+
+    async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
+        if self.error is not None:
+            raise self.error
+        assert not pin
+        self.warmed += blocks
+        return WarmOutcome()
 
 
-def make_planner(bundle: Bundle, mixer: Mixer | None, costs: DecoderCosts | None = None) -> Planner:
+def make_timely(bundle: Bundle, decoder: Decoder) -> Timely:
+    if bundle.refrag is None:
+        return Timely(decoder.estimate, decoder, KeyMaker(bundle.fingerprint, b"secret"), [FULL])
+    decoder.forms = 2
+    keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint)
+    return Timely(decoder.estimate, decoder, keys, [FULL, BlockForm("compressed", CHUNK)])
+
+
+def make_planner(bundle: Bundle, mixer: Mixer | None, decoder: Decoder | None = None) -> Planner:
     tokenizer = bundle.load_tokenizer()
     drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens)
     return Planner(
@@ -59,7 +101,7 @@ def make_planner(bundle: Bundle, mixer: Mixer | None, costs: DecoderCosts | None
         CompressionAbility.of(bundle),
         drafts,
         mixer,
-        costs,
+        None if decoder is None else make_timely(bundle, decoder),
     )
 
 

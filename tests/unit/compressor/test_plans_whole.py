@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from blockrag.compressor.compression_request import read_compression, sizes_decide
-from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.errors import InvalidRequestError
 from blockrag.gateway.planning import decode_request
 from blockrag.modeling.bundle import Bundle
@@ -19,7 +18,7 @@ from blockrag.v1.common_pb2 import (
 )
 from blockrag.v1.compressor_pb2 import PlanRequest
 from tests.unit.compressor.planning import (
-    decoder_status,
+    Decoder,
     make_planner,
     request,
     slots,
@@ -53,12 +52,15 @@ async def test_without_a_chunk_encoder_the_best_passages_stay_whole(plain: Bundl
 
 @pytest.mark.parametrize("policy", ["retrieval", "sentences"])
 async def test_a_time_becomes_whole_passages_where_there_is_no_chunk_encoder(plain: Bundle, policy: str) -> None:
-    planner = make_planner(plain, None, DecoderCosts(decoder_status))
+    planner = make_planner(plain, None, Decoder())
     for milliseconds in (16, 30, 60, 90, 500):
         # 10 ms for the question, half a millisecond for each slot, 5 ms elsewhere; the instruction block has one
         left = int((milliseconds - 5 - 10) / 0.5) - 1
         timed = await planner.plan(request(Compression(max_ttft_ms=milliseconds, policy=policy), spent_ms=5.0))
         same = await planner.plan(request(Compression(max_context_tokens=max(1, left), policy=policy)))
+        timed.expected_ms = 0.0
+        for passage in (*timed.passages, *same.passages):
+            passage.dropped_reason = ""  # of time, or of tokens
         assert timed == same
         assert slots(timed) <= left
     with pytest.raises(InvalidRequestError, match="the question without any passage takes about 16 ms"):

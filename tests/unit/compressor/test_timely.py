@@ -4,76 +4,45 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pytest
 
-from blockrag.budget import FetchCost as Fetch
-from blockrag.budget import PrefillCost
 from blockrag.compressor import timely
-from blockrag.compressor.decoder_costs import DecoderCosts
 from blockrag.compressor.plans import Planner
-from blockrag.compressor.timely import Timely
 from blockrag.errors import InvalidRequestError, UnavailableError
-from blockrag.keys import KeyMaker
-from blockrag.kv_cache.shard_messages import Tier, WarmOutcome
+from blockrag.kv_cache.shard_messages import WarmOutcome
 from blockrag.modeling.bundle import Bundle
-from blockrag.types import FULL, BlockForm, BlockRequest
+from blockrag.types import BlockRequest
 from blockrag.v1.common_pb2 import CHUNK_FORM_DROPPED, Compression, Turn
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
-from blockrag.v1.decoder_pb2 import FetchCost, GetDecoderStatusResponse
-from tests.unit.compressor.planning import CHUNK, TEXTS, decoder_status, make_planner, request, slots
+from blockrag.v1.decoder_pb2 import FetchCost
+from tests.unit.compressor.planning import CHUNK, TEXTS, Decoder, make_planner, request, slots
 from tests.unit.kv_cache.parts import settle
 
 PLENTY = 10_000.0
-ENCODING = (Fetch("encoded", 800.0, 10.0),)
 
 
-async def status() -> GetDecoderStatusResponse:
-    """10 ms and half a millisecond a slot; from the store 2 ms, from disk 20, a thousand for encoding."""
-    fetches = [
-        FetchCost(tier="store", base_ms=2.0),
-        FetchCost(tier="disk", base_ms=20.0),
-        FetchCost(tier="encoded", base_ms=800.0, slot_ms=10.0),
-    ]
-    answer = GetDecoderStatusResponse(fetches=fetches)
-    answer.MergeFrom(await decoder_status())
-    return answer
+FETCHES = [
+    FetchCost(tier="store", base_ms=2.0),
+    FetchCost(tier="disk", base_ms=20.0),
+    FetchCost(tier="encoded", base_ms=800.0, token_ms=10.0),
+]
 
 
-@dataclass
-class Places:
-    """The cache: every block is in the store but those of the passages that are ``elsewhere``, by their place."""
+class Places(Decoder):
+    """10 ms and half a millisecond a slot; from the store 2 ms, from disk 20, a thousand for encoding.
 
-    elsewhere: dict[int, Tier] = field(default_factory=dict)
-    before: list[Tier] = field(default_factory=lambda: ["store"])
-    """Of the instruction block and of turns."""
-    forms: int = 1
-    error: Exception | None = None
-    warmed: list[BlockRequest] = field(default_factory=list)
+    Every block is in the store but those of the passages that are ``elsewhere``.
+    """
 
-    async def locate(self, keys: Sequence[str], within_s: float) -> list[Tier]:
-        passages = (len(keys) - len(self.before)) // self.forms
-        assert len(keys) == len(self.before) + passages * self.forms
-        found = [self.elsewhere.get(place, "store") for place in range(passages) for _ in range(self.forms)]
-        return [*self.before, *found]
-
-    async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
-        if self.error is not None:
-            raise self.error
-        assert not pin
-        self.warmed += blocks
-        return WarmOutcome()
+    def __init__(self, elsewhere: dict[int, str] | None = None, before: Sequence[str] = ("store",)) -> None:
+        super().__init__(fetches=FETCHES)
+        self.passages = dict.fromkeys(range(len(TEXTS)), "store") | (elsewhere or {})
+        self.before = list(before)
 
 
 def planner_over(bundle: Bundle, places: Places, like: Planner | None = None) -> Planner:
-    planner = make_planner(bundle, like.mixer if like else None, DecoderCosts(status))
-    compressing = bundle.refrag is not None
-    keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint if compressing else "")
-    forms = [FULL, BlockForm("compressed", CHUNK)] if compressing else [FULL]
-    places.forms = len(forms)
-    planner.timely = Timely(places, keys, forms)
-    return planner
+    return make_planner(bundle, like.mixer if like else None, places)
 
 
 def timed(milliseconds: float, spent_ms: float = 5.0, policy: str = "retrieval", **fields: object) -> PlanRequest:
@@ -156,12 +125,12 @@ async def test_no_plan_is_expected_later_than_it_may_be_and_a_margin_is_left_fre
 
 async def test_turns_that_are_not_encoded_take_their_time_too(plain: Bundle) -> None:
     turns = [Turn(question="where is it", answer="in the land")]
-    warm = await planner_over(plain, Places(before=["store", "store"])).plan(timed(PLENTY, turns=turns))
-    cold = await planner_over(plain, Places(before=["store", "encoded"])).plan(timed(PLENTY, turns=turns))
+    warm = await planner_over(plain, Places(before=("store", "store"))).plan(timed(PLENTY, turns=turns))
+    cold = await planner_over(plain, Places(before=("store", "encoded"))).plan(timed(PLENTY, turns=turns))
     [turn] = cold.turns
     assert cold.expected_ms - warm.expected_ms == pytest.approx(800.0 + 10.0 * len(turn.token_ids) - 2.0)
     with pytest.raises(InvalidRequestError, match="without any passage takes about"):
-        await planner_over(plain, Places(before=["store", "encoded"])).plan(timed(400, turns=turns))
+        await planner_over(plain, Places(before=("store", "encoded"))).plan(timed(400, turns=turns))
 
 
 async def test_a_bound_on_tokens_does_not_wait_for_what_it_leaves_out(plain: Bundle) -> None:
@@ -208,21 +177,38 @@ async def test_policies_hear_of_the_retrieved_places(
     assert heard == [[1, 2, 3]]
 
 
-async def test_a_plan_counts_with_one_cost(plain: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    planner = planner_over(plain, Places({0: "encoded"}))
-    answers = iter([PrefillCost(10.0, 0.5, ENCODING), PrefillCost(1e6, 0.5, ENCODING)])
+async def test_a_plan_asks_once(plain: Bundle) -> None:
+    places = Places({0: "encoded"})
+    plan = await planner_over(plain, places).plan(timed(60, policy="sentences"))
+    [asked] = places.asked
+    assert (asked.context.tenant, asked.context.traceparent) == ("t", "trace")
+    assert [list(block.token_ids) for block in asked.blocks] == [
+        list(plan.instruction_token_ids),
+        *(list(passage.token_ids) for passage in plan.passages),
+    ]
 
-    async def current(self: DecoderCosts) -> PrefillCost:
-        return next(answers)
 
-    monkeypatch.setattr(DecoderCosts, "current", current)
-    assert all(read(await planner.plan(timed(PLENTY))))
+async def test_forms_that_may_be_read_are_asked_for(planner: Planner, bundle: Bundle) -> None:
+    places = Places()
+    plan = await planner_over(bundle, places, planner).plan(timed(60))
+    [asked] = places.asked
+    assert [bool(block.forms) for block in asked.blocks[1:]] == [False, True] * len(plan.passages)
+    assert [len(block.forms) for block in asked.blocks[2::2]] == [len(passage.chunks) for passage in plan.passages]
+    assert {block.chunk_tokens for block in asked.blocks[2::2]} == {CHUNK}
+
+
+async def test_without_a_measured_prefill_the_plan_is_refused(plain: Bundle) -> None:
+    places = Places()
+    places.said.measured_prefills = 0
+    with pytest.raises(UnavailableError, match="without max_ttft_ms"):
+        await planner_over(plain, places).plan(timed(400))
 
 
 async def test_blocks_that_cannot_be_brought_into_memory_are_left(
     plain: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    places = Places({0: "encoded"}, error=UnavailableError("shard: gone"))
+    places = Places({0: "encoded"})
+    places.error = UnavailableError("shard: gone")
     await planner_over(plain, places).plan(timed(400))
     await settle()
     assert "blocks that came too late were not brought into memory: shard: gone" in caplog.text

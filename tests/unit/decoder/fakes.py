@@ -136,6 +136,9 @@ class FakeSource:
             raise self.error
         return [FetchedBlock(block_kv(request.key, len(request.token_ids)), self._tier) for request in requests]
 
+    async def locate(self, keys: Sequence[str]) -> list[Tier]:
+        return [self._tier] * len(keys)
+
 
 def block_kv(key: str, num_slots: int) -> BlockKV:
     """A block of zeros with one layer and one head."""

@@ -36,6 +36,16 @@ async def test_blocks_come_in_order_and_are_counted_by_tier() -> None:
     assert l1.stats().pinned_blocks == 0
 
 
+async def test_where_blocks_are_is_told_without_touching_them() -> None:
+    source = FakeSource("disk")
+    loader, l1 = _loader(source)
+    loader.release(await loader.load([block_request("a")]))
+    before = l1.stats()
+    assert await loader.locate(["a", "b", "a", "c"]) == ["l1", "disk", "l1", "disk"]
+    assert await loader.locate(["a"]) == ["l1"]
+    assert l1.stats() == before and source.calls == [["a"]]
+
+
 async def test_blocks_in_memory_do_not_give_up_the_loop() -> None:
     loader, _ = _loader(FakeSource())
     loader.release(await loader.load([block_request("a")]))

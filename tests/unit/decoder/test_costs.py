@@ -98,3 +98,18 @@ def test_a_time_counts_as_long_as_it_is_fresh() -> None:
     assert meter.fit().samples == 0
     meter.record(10, 20.0)
     assert meter.fit().base_ms == 20.0
+
+
+def test_what_a_busy_machine_took_says_nothing_of_a_quiet_one() -> None:
+    now = 0.0
+    meter = CostMeter(clock=lambda: now)
+    for slots in (64, 256, 1024) * 3:  # at the start, beside other work
+        meter.record(slots, 70 + 0.05 * slots)
+    now += 600
+    for slots in (4000, 5000, 6000, 5500, 4500, 5800, 4100, 5200):
+        meter.record(slots, 26 + 0.01 * slots)
+    assert meter.fit().base_ms == pytest.approx(26, abs=15)
+    for slots in (500, 700) * 4:
+        meter.record(slots, 26 + 0.01 * slots)
+    assert meter.fit().slot_ms == pytest.approx(0.01, rel=0.5)
+    assert meter.fit().base_ms == pytest.approx(26, abs=3)

@@ -107,6 +107,27 @@ async def test_forms_that_do_not_fit_are_named(decoder: Runtime) -> None:
         await ask(decoder, request(((), (C, E), (C,)), chunk_tokens=8))
 
 
+async def test_it_is_estimated_where_blocks_are_and_what_a_first_token_takes(decoder: Runtime) -> None:
+    wanted = request(((), (C, C), (C, E)))
+    blocks = [*wanted.blocks[:2], common_pb2.PromptBlock(token_ids=wanted.blocks[2].token_ids)]
+    asked = decoder_pb2.EstimatePrefillRequest(context=wanted.context, blocks=blocks)
+    before = await decoder.service.estimate(asked)
+    assert (list(before.tiers), before.measured_prefills) == (["encoded"] * 3, 0)
+    await ask(decoder, wanted)
+    after = await decoder.service.estimate(asked)
+    assert (list(after.tiers), after.measured_prefills) == (["l1"] * 3, 1)
+    assert {each.tier: each.base_ms + each.token_ms > 0 for each in after.fetches} == {
+        "encoded": True,
+        "disk": False,
+        "store": False,
+    }
+    both = decoder_pb2.EstimatePrefillRequest(context=wanted.context, blocks=wanted.blocks[2:])
+    with pytest.raises(InvalidRequestError, match=r"blocks\[0\]\.forms: must be of one form"):
+        await decoder.service.estimate(both)
+    with pytest.raises(InvalidRequestError, match=r"blocks\[0\]\.token_ids"):
+        await decoder.service.estimate(decoder_pb2.EstimatePrefillRequest(blocks=[common_pb2.PromptBlock()]))
+
+
 async def test_the_status_tells_what_a_slot_costs(decoder: Runtime) -> None:
     assert decoder.service.status().measured_prefills == 0
     await ask(decoder, request())

@@ -22,7 +22,7 @@ from blockrag.evaluation.compression_scores import COMPRESSED, UNCOMPRESSED, Cel
 from blockrag.evaluation.compression_selectors import ORACLE, RULES, Selectors
 from blockrag.evaluation.drawing import DrawnQuestion, Piece
 from blockrag.evaluation.question_data import SourceQuestion
-from blockrag.evaluation.reader import PlannedPrompt, Reader, no_decoder
+from blockrag.evaluation.reader import PlannedPrompt, Reader
 from blockrag.gateway import validation
 from blockrag.gateway.answering import Answering, Deadline, Timings
 from blockrag.gateway.planning import NearPlanner
@@ -120,7 +120,7 @@ async def test_the_plan_that_is_scored_is_the_plan_that_is_served_and_so_is_the_
     model = SlotModel.load(bundle)
     source = EncodingBlockSource(model, ChunkCompressor.load(bundle))
     embeddings = compressing.embedding_cache(source, SETTINGS)
-    compressor = Compressor(compressing.assemble(bundle, SETTINGS, embeddings, no_decoder))
+    compressor = Compressor(compressing.assemble(bundle, SETTINGS, embeddings))
     decoder = decoding.assemble(bundle, model, source, SETTINGS)
     tokenizer = bundle.load_tokenizer()
     passages = PassageTokenizer(tokenizer, bundle.template)
