@@ -108,7 +108,7 @@ async def test_forms_that_do_not_fit_are_named(decoder: Runtime) -> None:
 
 
 async def test_it_is_estimated_where_blocks_are_and_what_a_first_token_takes(decoder: Runtime) -> None:
-    wanted = request(((), (C, C), (C, E)))
+    wanted = request(((), (C, C, C), (C, E)))
     blocks = [*wanted.blocks[:2], common_pb2.PromptBlock(token_ids=wanted.blocks[2].token_ids)]
     asked = decoder_pb2.EstimatePrefillRequest(context=wanted.context, blocks=blocks)
     before = await decoder.service.estimate(asked)
