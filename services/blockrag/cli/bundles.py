@@ -67,11 +67,7 @@ def verify(
                 if kv_dtype in ("all", kv)
             ]
         passed = all(report.passed for report in reports)
-        if as_json:
-            console.print_json({"passed": passed, "reports": reports})
-        else:
-            for report in reports:
-                console.out.print(_verify_table(report))
+        console.answer(as_json, {"passed": passed, "reports": reports}, *map(_verify_table, reports))
         if not passed:
             raise typer.Exit(1)
 
@@ -127,10 +123,8 @@ def create(
     with console.errors_to_exit():
         texts = read_template(template) if template is not None else None
         bundle = create_bundle(model, out, texts, name=name or out.name, max_context_tokens=max_context_tokens)
-        if as_json:
-            console.print_json({"path": bundle.path, "fingerprint": bundle.fingerprint})
-        else:
-            console.out.print(f"bundle {bundle.name} ({bundle.fingerprint[:12]}) at {bundle.path}")
+        line = f"bundle {bundle.name} ({bundle.fingerprint[:12]}) at {bundle.path}"
+        console.answer(as_json, {"path": bundle.path, "fingerprint": bundle.fingerprint}, line)
 
 
 @app.command(epilog="Example: blockrag bundle show --json")
@@ -163,14 +157,11 @@ def show(path: BundleArgument = None, as_json: JsonOption = False) -> None:
                 "policy_basis": bundle.policy_basis,
                 **bundle.refrag.to_dict(),
             }
-        if as_json:
-            console.print_json(facts)
-            return
         table = Table.grid(padding=(0, 2))
         for key, value in facts.items():
             shown = json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, dict) else str(value or "none")
             table.add_row(key, shown)
-        console.out.print(table)
+        console.answer(as_json, facts, table)
 
 
 @contextmanager
