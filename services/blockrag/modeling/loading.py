@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -18,6 +20,7 @@ DTYPES = {name: getattr(torch, name) for name in bundle.DTYPES}
 """torch's types by the names that bundles and settings have for them."""
 KV_DTYPES = {name: getattr(torch, name) for name in bundle.KV_DTYPES}
 """The same of cached K and V."""
+_NAMED = 8
 
 
 @contextmanager
@@ -43,14 +46,23 @@ def no_load_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def check_missing(where: Path, missing: Iterable[object]) -> None:
-    """Raises BundleError when weights are missing: transformers fills them with random numbers."""
-    absent = sorted(str(name) for name in missing)
-    if absent:
-        raise BundleError(f"{where}: weights are missing: {', '.join(absent[:8])}")
+def check_none(where: Path, names: Iterable[object], problem: str = "weights are missing") -> None:
+    """Raises BundleError naming weights, such as those that transformers would fill with random numbers."""
+    found = sorted(str(name) for name in names)
+    if found:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise BundleError(f"{where}: {problem}: {', '.join(found[:_NAMED])}{more}")
 
 
-def check_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def read_tensors(path: Path, problem: str = "") -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises BundleError naming it."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: {problem}{error}") from error
+
+
+def check_finite(where: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raises BundleError naming the first tensor with NaN or infinity."""
     for name, tensor in tensors:
         if not bool(torch.isfinite(tensor).all()):

@@ -34,7 +34,7 @@ from blockrag.errors import BundleError, InvalidRequestError
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.checkpoint import load_first_layers
 from blockrag.modeling.files import read_json
-from blockrag.modeling.loading import check_finite, check_missing, no_load_report, no_progress_bar
+from blockrag.modeling.loading import check_finite, check_none, no_load_report, no_progress_bar
 from blockrag.modeling.refrag.parts import encoder_positions
 from blockrag.modeling.refrag.record import ALIGNMENTS, POOLINGS, Alignment, Pooling
 
@@ -281,7 +281,7 @@ def _load_encoder(where: Path) -> PreTrainedModel:
         raise BundleError(f"{where}: the chunk encoder does not load: {error}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise BundleError(f"{where}: {type(model).__name__} is no encoder")
-    check_missing(where, info["missing_keys"])
+    check_none(where, info["missing_keys"])
     check_finite(where, model.named_parameters())
     loaded: PreTrainedModel = model
     return loaded
