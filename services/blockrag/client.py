@@ -55,7 +55,7 @@ from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2_grpc, system_pb2, s
 DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_PATIENCE_S = 15.0
 """Longer than a decoder takes to be replaced."""
-_STUBS = {
+_STUBS: dict[str, Any] = {
     "RagService": rag_pb2_grpc.RagServiceStub,
     "CorpusService": corpus_pb2_grpc.CorpusServiceStub,
     "SystemService": system_pb2_grpc.SystemServiceStub,

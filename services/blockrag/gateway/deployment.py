@@ -80,7 +80,6 @@ class Gateway:
         )
         self._corpus = Corpus(
             retriever,
-            kv_cache,
             functools.partial(parsers.prepare, splitter=splitter),
             settings.ingest.batch_passages,
             Leftovers(retriever, kv_cache, limits.max_timeout_ms / 1000),
