@@ -11,8 +11,8 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from google.protobuf.struct_pb2 import Value
 
@@ -20,6 +20,8 @@ from blockrag.identity import check_normalised
 from blockrag.metadata import check_filter, scalars
 from blockrag.retriever.vector_index import Document, Passage
 from blockrag.v1.common_pb2 import ConditionOperator, MetadataCondition
+
+T = TypeVar("T", Document, Passage)
 
 _READABLE_CHARS = 96
 
@@ -131,13 +133,7 @@ def passage_payload(passage: Passage, staged_at: float) -> dict[str, Any]:
     return {
         STATE: STAGED,
         SINCE: staged_at,
-        PASSAGE_ID: passage.passage_id,
-        DOCUMENT_ID: passage.document_id,
-        VERSION: passage.version,
-        ORDINAL: passage.ordinal,
-        TITLE: passage.title,
-        "text": passage.text,
-        "metadata": passage.metadata,
+        **vars(passage),
         DIGEST: text_digest(passage.text),
         TERMS: metadata_terms(passage.metadata),
         NUMBERS: metadata_numbers(passage.metadata),
@@ -151,15 +147,7 @@ def text_digest(text: str) -> str:
 
 def passage_of(payload: Mapping[str, Any]) -> Passage:
     """The passage that a point holds."""
-    return Passage(
-        passage_id=payload[PASSAGE_ID],
-        document_id=payload[DOCUMENT_ID],
-        version=payload[VERSION],
-        ordinal=int(payload[ORDINAL]),
-        title=payload[TITLE],
-        text=payload["text"],
-        metadata=dict(payload.get("metadata") or {}),
-    )
+    return _read(Passage, payload)
 
 
 def new_commit() -> str:
@@ -184,26 +172,15 @@ def one_for_each_place(points: Iterable[tuple[str, Mapping[str, Any]]], places: 
 
 def document_payload(document: Document) -> dict[str, Any]:
     """The payload of a catalogue entry."""
-    return {
-        STATE: DOCUMENT,
-        DOCUMENT_ID: document.document_id,
-        VERSION: document.version,
-        TITLE: document.title,
-        "passages": document.passages,
-        "metadata": document.metadata,
-        "source": document.source,
-        COMMIT: document.commit,
-    }
+    return {STATE: DOCUMENT, **vars(document)}
 
 
 def document_of(payload: Mapping[str, Any]) -> Document:
     """The document that a catalogue entry describes."""
-    return Document(
-        document_id=payload[DOCUMENT_ID],
-        version=payload[VERSION],
-        title=payload[TITLE],
-        passages=int(payload["passages"]),
-        metadata=dict(payload.get("metadata") or {}),
-        source=payload["source"],
-        commit=payload[COMMIT],
-    )
+    return _read(Document, payload)
+
+
+def _read(kind: type[T], payload: Mapping[str, Any]) -> T:
+    """A ``Passage`` or ``Document``, whose fields the payload has by their names."""
+    known = {field.name: payload[field.name] for field in fields(kind) if field.name != "metadata"}
+    return kind(**known, metadata=dict(payload.get("metadata") or {}))
