@@ -22,7 +22,7 @@ from blockrag.training.adaptation.samples import Row, SampleSource, data_files
 from blockrag.training.refrag.chunk_masks import answer_places, passage_ranking
 from blockrag.training.refrag.stage_config import PolicyTrainingConfig
 from blockrag.training.refrag.stage_samples import row_source, split_instruction
-from blockrag.training.refrag.texts import PassageSource, Text, as_target, read_held_out, text_start
+from blockrag.training.refrag.texts import PassageSource, Text, read_held_out
 
 Kind = Literal["answers", "text"]
 
@@ -125,9 +125,7 @@ class PolicySamples:
     def text(self, random: Random) -> PolicyContext:
         """Passages of one text, and the next one as the target."""
         assert self.texts is not None
-        drawn = self.texts.draw(random.randint(2, self.max_passages + 1), random, least=2)
-        branch = as_target(drawn[-1], text_start(drawn[0], drawn[1:]))
-        passages = tuple(map(tuple, drawn[:-1]))
+        passages, branch = self.texts.draw_target(random.randint(1, self.max_passages), random)
         ranks = policy_ranks(False, range(len(passages)))
         return PolicyContext(self.instruction, passages, (branch,), (ranks,), "text")
 

@@ -14,11 +14,17 @@ from random import Random
 from typing import Any
 
 from blockrag.errors import SetupError
-from blockrag.jsonl import read_objects
 from blockrag.modeling.running_text import field_ids
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.batch import Branch
-from blockrag.training.adaptation.samples import DecodingTokenizer, Row, data_files, hold_out_rows, read_rows, sentences
+from blockrag.training.adaptation.samples import (
+    DecodingTokenizer,
+    Row,
+    hold_out_rows,
+    read_parsed,
+    read_rows,
+    sentences,
+)
 
 _HELD_OUT_SHARE = 50
 """One text in this many is held out."""
@@ -42,11 +48,7 @@ class Text:
 
 def read_texts(paths: Sequence[Path]) -> list[Text]:
     """All texts, in order. Raises SetupError naming file and line of the first bad one, or when there is none."""
-    files = data_files(paths)
-    texts = [_parse(place, values) for file in files for place, values in read_objects(file)]
-    if not texts:
-        raise SetupError(f"{', '.join(map(str, files))}: no texts")
-    return texts
+    return read_parsed(paths, _parse, "texts")
 
 
 def hold_out(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
@@ -104,6 +106,11 @@ class PassageSource:
             if len(passages) >= least:
                 return passages
         raise SetupError(f"{_TRIES} texts one after another have fewer than {least} passages")
+
+    def draw_target(self, count: int, random: Random) -> tuple[tuple[tuple[int, ...], ...], Branch]:
+        """Passages as of ``draw``, at least one and ``count`` at most, and the one after them as the target."""
+        drawn = self.draw(count + 1, random, least=2)
+        return tuple(map(tuple, drawn[:-1])), as_target(drawn[-1], text_start(drawn[0], drawn[1:]))
 
     def _cut(self, text: Text, count: int, random: Random) -> list[list[int]]:
         template, tokenizer = self.template, self.tokenizer
