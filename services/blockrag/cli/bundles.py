@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import pickle
-import secrets
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +15,7 @@ from rich.text import Text
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
+from blockrag.distributed_training.own_ray import connected_ray
 
 if TYPE_CHECKING:
     from blockrag.modeling.verify import VerifyReport
@@ -170,22 +167,7 @@ def _object_store(wanted: bool) -> Iterator[Callable[[BlockKV], BlockKV]]:
     if not wanted:
         yield lambda block: pickle.loads(pickle.dumps(block))
         return
-    # Ray reads its authentication mode when it is imported; a token of our own leaves none in the user's home.
-    with tempfile.NamedTemporaryFile("w", prefix="blockrag-token-") as token:
-        token.write(secrets.token_hex(32))
-        token.flush()
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token.name)
+    with connected_ray():
         import ray
 
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=128 * 2**20,
-        )
-        try:
-            yield lambda block: ray.get(ray.put(block))
-        finally:
-            ray.shutdown()
+        yield lambda block: ray.get(ray.put(block))
