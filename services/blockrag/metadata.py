@@ -80,15 +80,15 @@ def struct_of(metadata: Mapping[str, Any], field: str = "metadata") -> Struct:
 
 
 def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with its texts normalised. Raises ``ValueError`` saying which key cannot be kept, and why."""
+    """The metadata with its texts normalised. Raises ``InvalidRequestError`` saying which key cannot be kept."""
+    check_metadata(metadata)
     try:
-        check_metadata(metadata)
         normalised: dict[str, Any] = normalise_values(dict(metadata))
-        size = struct_of(normalised).ByteSize()
-    except InvalidRequestError as error:
-        raise ValueError(error.problem) from None
+    except ValueError as error:
+        raise InvalidRequestError("metadata", str(error)) from None
+    size = struct_of(normalised).ByteSize()
     if size > MAX_METADATA_BYTES:
-        raise ValueError(f"has {size} bytes; at most {MAX_METADATA_BYTES} are allowed")
+        raise InvalidRequestError("metadata", f"has {size} bytes; at most {MAX_METADATA_BYTES} are allowed")
     return normalised
 
 

@@ -64,10 +64,9 @@ def examine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> list[Fin
 
 def _versions() -> Iterator[Finding]:
     version = platform.python_version()
-    if platform.python_version_tuple()[:2] == ("3", "11"):
-        yield Finding("python", "ok", version)
-    else:
-        yield Finding("python", "warning", f"{version}, where 3.11 is tested", "make the environment with Python 3.11")
+    other = platform.python_version_tuple()[:2] != ("3", "11")
+    text = f"{version}, where 3.11 is tested"
+    yield _judged("python", version, other, text, "make the environment with Python 3.11")
     missing = [name for name in ("ray", "torch", "transformers", "qdrant_edge") if not importlib.util.find_spec(name)]
     if missing:
         yield Finding("packages", "problem", f"missing: {', '.join(missing)}", "pip install 'blockrag[serve]'")
@@ -86,13 +85,9 @@ def _versions() -> Iterator[Finding]:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement.name} {installed}, where {requirement.specifier} is needed")
-    if wrong:
-        yield Finding(
-            "packages", "problem", "; ".join(wrong), "pip install --constraint constraints.txt 'blockrag[serve]'"
-        )
-    else:
-        versions = (f"{name} {importlib.metadata.version(name)}" for name in ("ray", "torch", "transformers"))
-        yield Finding("packages", "ok", ", ".join(versions))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("ray", "torch", "transformers"))
+    way_out = "pip install --constraint constraints.txt 'blockrag[serve]'"
+    yield _judged("packages", versions, bool(wrong), "; ".join(wrong), way_out, "problem")
     if not hasattr(os, "pidfd_open") or not Path("/proc/self/stat").exists():
         yield Finding("system", "problem", "no Linux with pidfd and /proc", "run on Linux 5.3 or later")
 
