@@ -15,7 +15,7 @@ from blockrag.http.door import Visit
 from blockrag.http.error_objects import error_detail
 from blockrag.http.events import STREAMED, data, fields_of, server_sent
 from blockrag.http.shared_fields import Body
-from blockrag.http.vector_stores import DEFAULT_COLLECTION, split_id
+from blockrag.http.vector_stores import DEFAULT_COLLECTION, within
 from blockrag.v1 import corpus_pb2, system_pb2
 
 router = APIRouter()
@@ -32,13 +32,8 @@ class WarmBody(Body):
 
     def to_message(self) -> corpus_pb2.WarmRequest:
         """The gateway's request. Raises ``NotFoundError`` for a file of another collection."""
-        message = corpus_pb2.WarmRequest(collection=self.collection)
-        for id in self.file_ids:
-            collection, document_id = split_id(id)
-            if collection != self.collection:
-                raise NotFoundError(f"there is no file {id!r} in {self.collection!r}")
-            message.document_ids.append(document_id)
-        return message
+        document_ids = [within(self.collection, id)[1] for id in self.file_ids]
+        return corpus_pb2.WarmRequest(collection=self.collection, document_ids=document_ids)
 
 
 async def _warming_events(
