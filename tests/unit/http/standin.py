@@ -111,7 +111,7 @@ class StandIn:
             validation.check_page_size(request.page_size),
             request.page_token,
             request_context(call, call.caller.tenant),
-            validation.check_listed_ids(request.document_ids),
+            validation.check_document_ids(request.document_ids, validation.MAX_PAGE),
         )
 
     async def list_collections(self, request: None, call: OnBehalf) -> corpus_pb2.ListCollectionsResponse:
