@@ -215,7 +215,7 @@ class Corpus:
         context: RequestContext,
     ) -> int:
         count = 0
-        while texts := await asyncio.to_thread(_take, document.passages, self.batch_passages):
+        while texts := await asyncio.to_thread(list, itertools.islice(document.passages, self.batch_passages)):
             passages = [
                 Passage(
                     document_id=document.document_id,
@@ -243,10 +243,6 @@ def _version_from(version: str, source: str, document_id: str) -> str:
 
 def _count(texts: Iterator[str]) -> int:
     return sum(1 for _ in texts)
-
-
-def _take(texts: Iterator[str], most: int) -> list[str]:
-    return list(itertools.islice(texts, most))
 
 
 MAX_PIECE_BYTES = 2**20

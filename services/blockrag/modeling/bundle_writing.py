@@ -91,7 +91,7 @@ def create_bundle(
             "chunk_tokens": chunk_tokens,
             "passage_tokens": passage_tokens,
             "max_context_tokens": max_context_tokens or facts.max_positions,
-            "files": digests(staging, "decoder", *_on_top_files(on_top)),
+            "files": digests(staging, "decoder", ADAPTER_DIR, TOKEN_ROWS_FILE),
             "quality": {},
             "training": dict(training or {}),
         }
@@ -123,11 +123,6 @@ def _write_on_top(
     return keys
 
 
-def _on_top_files(keys: Mapping[str, Any]) -> list[str]:
-    names = {"adapter": ADAPTER_DIR, "token_rows": TOKEN_ROWS_FILE}
-    return [name for key, name in names.items() if key in keys]
-
-
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A directory that becomes ``target`` when the body succeeds. Raises BundleError when ``target`` exists."""
@@ -139,7 +134,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def digests(root: Path, *names: str) -> dict[str, str]:
-    """SHA-256 of the files ``names``, and of the files in the directories among them, by path within ``root``."""
+    """SHA-256 of the files ``names`` that are there, and of those in directories among them, by path in ``root``."""
     found = (path for name in names for path in ((root / name).iterdir() if (root / name).is_dir() else [root / name]))
     return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(found) if path.is_file()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -150,20 +150,14 @@ class PassageSource:
 
 def text_start(passage: Sequence[int], others: Sequence[Sequence[int]]) -> int:
     """Where a passage's own text begins: after what all passages of its text open with. At least 1."""
-    return max(1, min((_common(passage, other) for other in others), default=1))
+    common = takewhile(lambda tokens: len(set(tokens)) == 1, zip(passage, *others, strict=False))
+    return max(1, len(list(common))) if others else 1
 
 
 def as_target(passage: Sequence[int], start: int) -> Branch:
     """A passage that is to be predicted from its token ``start`` on, of which at least the last is left."""
     start = min(start, len(passage) - 1)
     return Branch(passage[:start], passage[start:])
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    for place, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return place
-    return min(len(first), len(second))
 
 
 def _digest(text: Text) -> int:
