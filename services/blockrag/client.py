@@ -295,7 +295,7 @@ class BlockragClient:
             try:
                 with translated():
                     response = await get_trace(request, metadata=self._metadata, timeout=self._timeout_s)
-                spans = [messages.trace_span(span) for span in response.spans]
+                spans = [alike(TraceSpan, span, attributes=dict(span.attributes)) for span in response.spans]
             except NotFoundError:
                 if time.monotonic() >= until:
                     raise

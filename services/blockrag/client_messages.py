@@ -27,7 +27,6 @@ from blockrag.results import (
     Retrieved,
     ServiceHealth,
     TextChunk,
-    TraceSpan,
     Usage,
 )
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2, system_pb2
@@ -210,11 +209,6 @@ def description(message: system_pb2.DescribeResponse) -> Description:
         tenants=tuple(map(_fields, message.tenants)),
         **{name: _fields(getattr(message, name)) for name in services},
     )
-
-
-def trace_span(message: system_pb2.TraceSpan) -> TraceSpan:
-    """A span that a service wrote."""
-    return alike(TraceSpan, message, attributes=dict(message.attributes))
 
 
 def _completion(message: rag_pb2.GenerateResponse) -> Completion:

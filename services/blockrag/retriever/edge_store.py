@@ -225,9 +225,7 @@ class EdgeStore:
     def _mark(self, number: int, document: Document) -> None:
         """Marks one staged point for each place of a version as shown by the document's commit."""
         staged = qdrant.Filter(must=[*of_version(document), equals(fields.STATE, fields.STAGED)])
-        points = fields.one_for_each_place(self._scroll(number, staged, [fields.ORDINAL]), document.passages)
-        if len(points) < document.passages:
-            raise InvalidRequestError("passages", too_few_staged(len(points), document))
+        points = fields.one_for_each_place(self._scroll(number, staged, [fields.ORDINAL]), document)
         marks = {fields.STATE: fields.VISIBLE, fields.COMMIT: document.commit, fields.SINCE: time.time()}
         self._update(number, qdrant.UpdateOperation.set_payload(list(points), marks), 0)
 

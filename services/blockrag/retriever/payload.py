@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 from google.protobuf.struct_pb2 import Value
 
+from blockrag.errors import InvalidRequestError
 from blockrag.identity import check_normalised
 from blockrag.metadata import check_filter, scalars
-from blockrag.retriever.vector_index import Document, Passage
+from blockrag.retriever.vector_index import Document, Passage, too_few_staged
 from blockrag.v1.common_pb2 import ConditionOperator, MetadataCondition
 
 T = TypeVar("T", Document, Passage)
@@ -160,13 +161,18 @@ def new_point() -> str:
     return str(uuid.uuid4())
 
 
-def one_for_each_place(points: Iterable[tuple[str, Mapping[str, Any]]], places: int) -> list[str]:
-    """Of staged points, ids with their payloads, one for each ordinal below ``places``: the same for every caller."""
+def one_for_each_place(points: Iterable[tuple[str, Mapping[str, Any]]], document: Document) -> list[str]:
+    """Of staged points, ids with their payloads, one for each passage's ordinal: the same for every caller.
+
+    Raises ``InvalidRequestError`` when too few are staged.
+    """
     chosen: dict[int, str] = {}
     for point_id, payload in points:
         ordinal = int(payload[ORDINAL])
-        if ordinal < places:
+        if ordinal < document.passages:
             chosen[ordinal] = min(point_id, chosen.get(ordinal, point_id))
+    if len(chosen) < document.passages:
+        raise InvalidRequestError("passages", too_few_staged(len(chosen), document))
     return [chosen[ordinal] for ordinal in sorted(chosen)]
 
 

@@ -22,6 +22,7 @@ from blockrag.grpc_status import rpc
 from blockrag.identity import CollectionId, check_normalised
 from blockrag.languages import LANGUAGES
 from blockrag.limits import MIB
+from blockrag.metadata import struct_of
 from blockrag.retriever import passage_messages as messages
 from blockrag.retriever.edge import EdgeIndex
 from blockrag.retriever.embedding import Embedder, embedded, find_embedding
@@ -143,7 +144,8 @@ class RetrieverService:
             raise InvalidRequestError("top_k", "must be at least 1")
         async with self._turns.turn(collection.tenant):
             found = await self._search(request, collection, conditions)
-        return retriever_pb2.SearchResponse(passages=[messages.found_message(passage) for passage in found])
+        passages = [messages.passage_message(one.passage, one.score, one.also_in) for one in found]
+        return retriever_pb2.SearchResponse(passages=passages)
 
     async def _search(
         self, request: retriever_pb2.SearchRequest, collection: CollectionId, conditions: tuple[Condition, ...]
@@ -227,7 +229,7 @@ class RetrieverService:
             documents = await self._index.documents(collection, request.after_document_id, limit)
         counts = await self._index.counts(collection)
         return retriever_pb2.ScanDocumentsResponse(
-            documents=[messages.document_message(document) for document in documents],
+            documents=[alike(retriever_pb2.StoredDocument, one, metadata=struct_of(one.metadata)) for one in documents],
             total_documents=counts.documents,
         )
 

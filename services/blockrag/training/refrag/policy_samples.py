@@ -88,10 +88,6 @@ class PolicySamples:
     def __post_init__(self) -> None:
         self._text_share = 0.0 if self.texts is None else self.text_share if self.rows is not None else 1.0
 
-    @property
-    def has_questions(self) -> bool:
-        return self.rows is not None
-
     def questions(self, step: int, contexts: int) -> list[PolicyContext]:
         """Contexts with questions alone, for a step of imitation; a context may have none and is then left out."""
         random = Random(f"{self.seed}/imitation/{step}")
