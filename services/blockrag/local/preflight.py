@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import random
+import shutil
 import socket
 from pathlib import Path
 
@@ -138,8 +139,7 @@ def check_memory(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> Non
             f"cluster.object_store_mb is {store_mb}, less than {STORE_HEADROOM} times kv_cache.budget_mb "
             f"({budget_mb}): blocks would be spilled to disk; raise the one or lower the other"
         )
-    stats = os.statvfs(shared_memory)
-    free_mb = stats.f_bavail * stats.f_frsize // 2**20
+    free_mb = shutil.disk_usage(shared_memory).free // 2**20
     if free_mb < store_mb:
         raise EnvironmentSetupError(
             f"{shared_memory} has {free_mb} MiB free and cluster.object_store_mb asks for {store_mb}: enlarge it "
@@ -150,8 +150,7 @@ def check_memory(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> Non
 def _check_disk(settings: Settings) -> None:
     path = settings.disk_path
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    stats = os.statvfs(existing)
-    disk_mb = stats.f_blocks * stats.f_frsize // 2**20
+    disk_mb = shutil.disk_usage(existing).total // 2**20
     if settings.kv_cache.disk_mb > disk_mb:
         raise EnvironmentSetupError(
             f"kv_cache.disk_mb is {settings.kv_cache.disk_mb}, and the disk of {existing} has {disk_mb} MiB in all: "

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from blockrag.errors import BundleError
 from blockrag.modeling import bundle
+from blockrag.modeling.running_text import load_tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in bundle.DTYPES}
 """torch's types by the names that bundles and settings have for them."""
@@ -80,10 +81,4 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     A class chosen by the model's type may add tokens of its own.
     """
-    if not (folder / "tokenizer.json").is_file():
-        raise BundleError(f"{folder}: lacks a fast tokenizer (tokenizer.json)")
-    try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise BundleError(f"{folder}: the tokenizer does not load: {error}") from error
-    return tokenizer
+    return load_tokenizer(folder, lambda: PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
