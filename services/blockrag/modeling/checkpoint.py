@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from blockrag.errors import BundleError
 from blockrag.modeling.adapter import merge_adapter, put_token_rows, read_adapter, read_token_rows
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.files import check_safetensors, read_json
-from blockrag.modeling.loading import DTYPES, check_finite, check_none, no_load_report, no_progress_bar
+from blockrag.modeling.loading import DTYPES, LOAD_ERRORS, check_finite, check_none, load_weights
 from blockrag.modeling.pear import fold
 from blockrag.modeling.support import ModelFacts, inspect_model
 
@@ -28,7 +27,6 @@ _INDEX = "model.safetensors.index.json"
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "quant_log.csv", "hf_quant_config.json")
 _ADAPTER = "adapter_config.json"
 _NAMED = 8
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
 
 
 def check_checkpoint(folder: Path, *, weights: bool = True) -> None:
@@ -49,7 +47,7 @@ def inspect_checkpoint(folder: Path) -> ModelFacts:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise BundleError(f"{folder}: no causal language model in the Hugging Face format: {error}") from error
     return inspect_model(model)
 
@@ -61,7 +59,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     check_checkpoint(folder, weights=False)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise BundleError(f"{folder}: no causal language model in the Hugging Face format: {error}") from error
     return config
 
@@ -73,19 +71,8 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, config: PreTrainedConfig |
     """
     config = config or read_config(folder)
     check_checkpoint(folder)
-    try:
-        with no_progress_bar(), no_load_report():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by their names
-            )
-    except _LOAD_ERRORS as error:
-        raise BundleError(f"{folder}: the weights do not load: {error}") from error
+    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}  # refused below, by their names
+    model, info = load_weights(AutoModelForCausalLM, folder, "the weights do", **options)
     other = [f"{name} ({list(there)} for {list(wanted)})" for name, there, wanted in info["mismatched_keys"]]
     check_none(folder, other, "weights have another shape than the configuration says")
     check_none(folder, info["missing_keys"])
@@ -95,8 +82,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, config: PreTrainedConfig |
         f"{type(model).__name__}, as its configuration describes it, has no place for weights that the checkpoint "
         "holds, so it would compute something else",
     )
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from blockrag.errors import BundleError
@@ -21,6 +22,8 @@ DTYPES = {name: getattr(torch, name) for name in bundle.DTYPES}
 """torch's types by the names that bundles and settings have for them."""
 KV_DTYPES = {name: getattr(torch, name) for name in bundle.KV_DTYPES}
 """The same of cached K and V."""
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
+"""What transformers raises for files that it cannot load."""
 _NAMED = 8
 
 
@@ -36,15 +39,22 @@ def no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@contextmanager
-def no_load_report() -> Iterator[None]:
-    """transformers lists no weights inside that are missing or left over; who loads must look at what is missing."""
+def load_weights(kind: Any, folder: Path, what: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model by one of transformers' Auto classes, and which weights are missing or left over: who loads must look.
+
+    Raises BundleError saying that ``what`` not load.
+    """
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # transformers would list them
+    options |= {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        yield
+        with no_progress_bar():
+            model, info = kind.from_pretrained(folder, **options)
+    except LOAD_ERRORS as error:
+        raise BundleError(f"{folder}: {what} not load: {error}") from error
     finally:
         logging.set_verbosity(before)
+    return model, info
 
 
 def check_none(where: Path, names: Iterable[object], problem: str = "weights are missing") -> None:
