@@ -10,10 +10,11 @@ from fastapi import APIRouter
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
+from blockrag.alike import fields_of
 from blockrag.errors import NotFoundError
 from blockrag.http.door import Visit
 from blockrag.http.error_objects import error_detail
-from blockrag.http.events import STREAMED, data, fields_of, server_sent
+from blockrag.http.events import STREAMED, data, server_sent
 from blockrag.http.shared_fields import Body
 from blockrag.http.vector_stores import DEFAULT_COLLECTION, within
 from blockrag.v1 import corpus_pb2, system_pb2
