@@ -78,7 +78,7 @@ def answer(as_json: bool, value: Any, *shown: Any) -> None:
 
 
 @contextmanager
-def errors_to_exit(exit_code: int = 1) -> Iterator[None]:
+def errors_to_exit() -> Iterator[None]:
     """Prints an error of ours as one line and exits with 1; everything else keeps its traceback."""
     try:
         yield
@@ -86,7 +86,7 @@ def errors_to_exit(exit_code: int = 1) -> Iterator[None]:
         kind = type(error).__name__.removesuffix("Error")
         line = Text.assemble(("error:", "bold red"), f" {kind}: {printable(str(error))}")
         err.print(line, highlight=False, soft_wrap=True)
-        raise typer.Exit(exit_code) from error
+        raise typer.Exit(1) from error
 
 
 def printable(text: str) -> str:

@@ -44,7 +44,7 @@ class Finding:
     """What to do; empty where nothing is to be done."""
 
 
-def examine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> list[Finding]:
+def examine(settings: Settings) -> list[Finding]:
     """Everything that is looked at, in the order in which a start needs it. Starts nothing."""
     installed = list(_versions())
     if any(finding.level == "problem" for finding in installed):
@@ -52,7 +52,7 @@ def examine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> list[Fin
     looks = (
         installed,
         _limits(settings),
-        _start(settings, shared_memory),
+        _start(settings),
         _secrets(settings),
         _state_folder(settings),
         _volume(settings),
@@ -108,14 +108,14 @@ def _judged(subject: str, well: str, bad: bool, text: str, way_out: str, level: 
     return Finding(subject, level, text, way_out) if bad else Finding(subject, "ok", well)
 
 
-def _start(settings: Settings, shared_memory: Path) -> Iterator[Finding]:
+def _start(settings: Settings) -> Iterator[Finding]:
     """What ``blockrag up`` would refuse."""
     cluster = settings.cluster
     if _is_running(settings):
         yield Finding("start", "ok", "it runs: ports and shared memory are its own")
     else:
-        store = f"object store of {cluster.object_store_mb} MiB in {shared_memory}"
-        yield _looked("shared memory", store, lambda: check_memory(settings, shared_memory))
+        store = f"object store of {cluster.object_store_mb} MiB in {SHARED_MEMORY}"
+        yield _looked("shared memory", store, lambda: check_memory(settings))
         for name in ("grpc_port", "http_port"):
             check = functools.partial(check_port, cluster.host, getattr(cluster, name), f"cluster.{name}")
             yield _looked(f"cluster.{name}", f"{getattr(cluster, name)} is free", check)

@@ -24,7 +24,7 @@ _ATTEMPTS = 200
 _FREE_PORTS = (10_000, 20_000)
 
 
-def check_machine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> None:
+def check_machine(settings: Settings) -> None:
     """Raises ``EnvironmentSetupError``, naming the setting to change, when the system cannot run here.
 
     Raises ModuleNotFoundError where the client alone is installed.
@@ -32,7 +32,7 @@ def check_machine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> No
     _check_installed()
     _check_not_running(settings)
     check_exposure(settings)
-    check_memory(settings, shared_memory)
+    check_memory(settings)
     _check_disk(settings)
     cluster = settings.cluster
     check_port(cluster.host, cluster.grpc_port, "cluster.grpc_port")
@@ -131,7 +131,7 @@ def check_exposure(settings: Settings) -> None:
         )
 
 
-def check_memory(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> None:
+def check_memory(settings: Settings) -> None:
     """Raises ``EnvironmentSetupError`` when the object store is too small for the cache or too large to be had."""
     store_mb, budget_mb = settings.cluster.object_store_mb, settings.kv_cache.budget_mb
     if store_mb < budget_mb * STORE_HEADROOM:
@@ -139,10 +139,10 @@ def check_memory(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> Non
             f"cluster.object_store_mb is {store_mb}, less than {STORE_HEADROOM} times kv_cache.budget_mb "
             f"({budget_mb}): blocks would be spilled to disk; raise the one or lower the other"
         )
-    free_mb = shutil.disk_usage(shared_memory).free // 2**20
+    free_mb = shutil.disk_usage(SHARED_MEMORY).free // 2**20
     if free_mb < store_mb:
         raise EnvironmentSetupError(
-            f"{shared_memory} has {free_mb} MiB free and cluster.object_store_mb asks for {store_mb}: enlarge it "
+            f"{SHARED_MEMORY} has {free_mb} MiB free and cluster.object_store_mb asks for {store_mb}: enlarge it "
             f"(docker run --shm-size {store_mb + 256}m) or lower cluster.object_store_mb and kv_cache.budget_mb"
         )
 
