@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
 
+from google.protobuf.message import Message
+
 T = TypeVar("T")
 
 
@@ -19,6 +21,17 @@ def alike(kind: Callable[..., T], source: Any, **others: Any) -> T:
     """
     shared = _shared(kind, source.__class__)
     return kind(**{name: getattr(source, name) for name in shared if name not in others}, **others)
+
+
+def fields_of(message: Message) -> dict[str, Any]:
+    """Fields of a message by name, those that are zero too, and of the messages within it."""
+    return {field.name: _plain(getattr(message, field.name), field.is_repeated) for field in message.DESCRIPTOR.fields}
+
+
+def _plain(value: Any, repeated: bool) -> Any:
+    if repeated:
+        return [_plain(item, False) for item in value]
+    return fields_of(value) if isinstance(value, Message) else value
 
 
 @cache

@@ -90,9 +90,9 @@ def _vector(vector: qdrant.SparseVector) -> SparseVector:
 class Bm25Scorer:
     """Scores of given texts, as the engines make them; the IDF is computed over these texts."""
 
-    def __init__(self, texts: Sequence[tuple[str, str]], model: Bm25 | None = None) -> None:
+    def __init__(self, texts: Sequence[tuple[str, str]]) -> None:
         """``texts``: titles and texts."""
-        self._model = model or Bm25()
+        self._model = Bm25()
         self._count = len(texts)
         self._postings: dict[int, list[tuple[int, float]]] = {}
         for number, (title, text) in enumerate(texts):

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -54,6 +55,11 @@ from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2_grpc, system_pb2, s
 DEFAULT_TIMEOUT_S = 120.0
 DEFAULT_PATIENCE_S = 15.0
 """Longer than a decoder takes to be replaced."""
+_STUBS: dict[str, Any] = {
+    "RagService": rag_pb2_grpc.RagServiceStub,
+    "CorpusService": corpus_pb2_grpc.CorpusServiceStub,
+    "SystemService": system_pb2_grpc.SystemServiceStub,
+}
 _TLS_SCHEME = "grpcs://"
 _GRACE_S = 1.0  # the server's own deadline error should arrive before gRPC's
 _KEPT_SPANS = 1024
@@ -111,7 +117,7 @@ class BlockragClient:
 
         When the question had to be sent again and other passages were found meanwhile, there is a second Retrieved.
         """
-        patience = self._patience(messages.checked_timeout(options.get("timeout_s", self._timeout_s)))
+        patience = Patience(self._patience_s, messages.checked_timeout(options.get("timeout_s", self._timeout_s)))
         retrieved: Retrieved | None = None
         answering = False
         while True:
@@ -136,25 +142,20 @@ class BlockragClient:
     ) -> AsyncGenerator[Retrieved | TextChunk | Completion, None]:
         request = messages.generate_request(question, timeout_s, dict(options))
         completion: Completion | None = None
-        with self._call("RagService/Generate") as metadata:
-            stub = self._stub(rag_pb2_grpc.RagServiceStub)
-            call = stub.Generate(request, metadata=metadata, timeout=timeout_s + _GRACE_S)
-            try:
-                async for message in call:
-                    event = messages.event(message)
-                    if isinstance(event, Completion):
-                        completion = event
-                    else:
-                        yield event
-            finally:
-                call.cancel()
+        async with aclosing(self._stream("RagService/Generate", request, timeout_s + _GRACE_S)) as answered:
+            async for message in answered:
+                event = messages.event(message)
+                if isinstance(event, Completion):
+                    completion = event
+                else:
+                    yield event
         # Last, and outside the call's span: whoever takes it leaves, and the span would say that it was cancelled.
         if completion is not None:
             yield completion
 
     async def ask(self, question: str, **options: Unpack[GenerateOptions]) -> Answer:
         """The whole answer at once."""
-        patience = self._patience(messages.checked_timeout(options.get("timeout_s", self._timeout_s)))
+        patience = Patience(self._patience_s, messages.checked_timeout(options.get("timeout_s", self._timeout_s)))
         started = time.perf_counter()
         while True:
             try:
@@ -180,7 +181,7 @@ class BlockragClient:
     ) -> tuple[Passage, ...]:
         """Passages, best first, without an answer."""
         request = messages.retrieve_request(query, collection, top_k, filter)
-        response = await self._send("RagService/Retrieve", self._stub(rag_pb2_grpc.RagServiceStub), request)
+        response = await self._send("RagService/Retrieve", request)
         return tuple(messages.passage(found) for found in response.passages)
 
     async def ingest_file(
@@ -215,15 +216,14 @@ class BlockragClient:
         """
         request = messages.made(corpus_pb2.DeleteDocumentRequest, collection=collection, document_id=document_id)
         gone = corpus_pb2.DeleteDocumentResponse()
-        response = await self._send("CorpusService/DeleteDocument", self._corpus(), request, gone)
+        response = await self._send("CorpusService/DeleteDocument", request, gone)
         return alike(DeletedDocument, response)
 
     async def delete_source(self, source: str, *, collection: str = "") -> DeletedSource:
         """Removes all documents that came from a source; ``NotFoundError`` when there is none."""
         request = messages.made(corpus_pb2.DeleteSourceRequest, collection=collection, source=source)
-        with self._call("CorpusService/DeleteSource") as metadata:
-            # As long as it takes: there may be many.
-            response = await self._corpus().DeleteSource(request, metadata=metadata)
+        with self._call("CorpusService/DeleteSource") as call:
+            response = await call(request)  # as long as it takes: there may be many
         return DeletedSource(tuple(response.document_ids), response.passages, response.purged_blocks)
 
     async def delete_collection(self, collection: str) -> DeletedCollection:
@@ -233,14 +233,14 @@ class BlockragClient:
         """
         request = messages.made(corpus_pb2.DeleteCollectionRequest, collection=collection)
         gone = corpus_pb2.DeleteCollectionResponse()
-        response = await self._send("CorpusService/DeleteCollection", self._corpus(), request, gone)
+        response = await self._send("CorpusService/DeleteCollection", request, gone)
         return alike(DeletedCollection, response)
 
     async def list_documents(self, *, collection: str = "", page_size: int = 100) -> AsyncIterator[Document]:
         """All documents of a collection, by id, fetched page by page."""
         request = messages.made(corpus_pb2.ListDocumentsRequest, collection=collection, page_size=page_size)
         while True:
-            page = await self._send("CorpusService/ListDocuments", self._corpus(), request)
+            page = await self._send("CorpusService/ListDocuments", request)
             for summary in page.documents:
                 yield messages.document(summary)
             if not page.next_page_token:
@@ -250,7 +250,7 @@ class BlockragClient:
     async def list_collections(self) -> tuple[Collection, ...]:
         """The tenant's collections, by name."""
         request = corpus_pb2.ListCollectionsRequest()
-        response = await self._send("CorpusService/ListCollections", self._corpus(), request)
+        response = await self._send("CorpusService/ListCollections", request)
         return tuple(alike(Collection, item) for item in response.collections)
 
     async def warm(
@@ -261,30 +261,21 @@ class BlockragClient:
         It begins again, with what is warm already, when it was interrupted.
         """
         request = messages.made(corpus_pb2.WarmRequest, collection=collection, document_ids=document_ids, pin=pin)
-        patience = self._patience(math.inf)
+        patience = Patience(self._patience_s, math.inf)
         while True:
             try:
-                async with aclosing(self._warm_once(request)) as steps:
+                async with aclosing(self._stream("CorpusService/Warm", request)) as steps:
                     async for step in steps:
-                        yield step
+                        yield alike(WarmProgress, step)
                 return
             except (UnavailableError, OverloadedError) as error:
                 await patience.pause(error)
 
-    async def _warm_once(self, request: corpus_pb2.WarmRequest) -> AsyncGenerator[WarmProgress, None]:
-        with self._call("CorpusService/Warm") as metadata:
-            call = self._corpus().Warm(request, metadata=metadata)
-            try:
-                async for step in call:
-                    yield alike(WarmProgress, step)
-            finally:
-                call.cancel()
-
     async def describe(self, *, timeout_s: float | None = None) -> Description:
         """The bundle, the limits and every service's state."""
-        stub = self._stub(system_pb2_grpc.SystemServiceStub)
+        describe = self._method("SystemService/Describe")
         with translated():
-            response = await stub.Describe(
+            response = await describe(
                 system_pb2.DescribeRequest(), metadata=self._metadata, timeout=timeout_s or self._timeout_s
             )
         return messages.description(response)
@@ -295,7 +286,7 @@ class BlockragClient:
         Services write their spans a moment after the answer: waits until no more come, for at most ``wait_s``.
         ``NotFoundError`` when there is none.
         """
-        stub = self._stub(system_pb2_grpc.SystemServiceStub)
+        get_trace = self._method("SystemService/GetTrace")
         request = messages.made(system_pb2.GetTraceRequest, trace_id=trace_id)
         spans: list[TraceSpan] = []
         until = time.monotonic() + wait_s
@@ -303,8 +294,8 @@ class BlockragClient:
             seen = len(spans)
             try:
                 with translated():
-                    response = await stub.GetTrace(request, metadata=self._metadata, timeout=self._timeout_s)
-                spans = [messages.trace_span(span) for span in response.spans]
+                    response = await get_trace(request, metadata=self._metadata, timeout=self._timeout_s)
+                spans = [alike(TraceSpan, span, attributes=dict(span.attributes)) for span in response.spans]
             except NotFoundError:
                 if time.monotonic() >= until:
                     raise
@@ -344,11 +335,11 @@ class BlockragClient:
                 broken.append(error)
                 raise
 
-        patience = self._patience(math.inf)
+        patience = Patience(self._patience_s, math.inf)
         while True:
             try:
-                with self._call("CorpusService/IngestDocument") as metadata:
-                    response = await self._corpus().IngestDocument(requests(), metadata=metadata)
+                with self._call("CorpusService/IngestDocument") as call:
+                    response = await call(requests())
                 return tuple(messages.ingested(document) for document in response.documents)
             except (UnavailableError, OverloadedError) as error:
                 await patience.pause(error)
@@ -358,15 +349,14 @@ class BlockragClient:
                     raise broken[0] from None
                 raise
 
-    async def _send(self, method: str, stub: Any, request: Any, gone: Any = None) -> Any:
+    async def _send(self, method: str, request: Any, gone: Any = None) -> Any:
         """The answer to a call that may happen twice. ``gone``: to one that finds nothing, after an attempt whose
         answer was lost."""
-        patience = self._patience(self._timeout_s)
+        patience = Patience(self._patience_s, self._timeout_s)
         while True:
             try:
-                with self._call(method) as metadata:
-                    call = getattr(stub, method.partition("/")[2])
-                    return await call(request, metadata=metadata, timeout=patience.left_s)
+                with self._call(method) as call:
+                    return await call(request, timeout=patience.left_s)
             except UnavailableError as error:
                 await patience.pause(error)
             except NotFoundError:
@@ -374,22 +364,26 @@ class BlockragClient:
                     raise
                 return gone
 
-    def _patience(self, timeout_s: float) -> Patience:
-        return Patience(self._patience_s, timeout_s)
-
     def _connected(self) -> grpc.aio.Channel:
         # Made here and not in __init__: a channel belongs to the event loop it is made in.
         if self._channel is None:
             self._channel = open_channel(self.target, self._credentials)
         return self._channel
 
-    def _corpus(self) -> Any:
-        return self._stub(corpus_pb2_grpc.CorpusServiceStub)
-
-    def _stub(self, kind: Any) -> Any:
-        return kind(self._connected())
+    def _method(self, name: str) -> Any:
+        service, _, method = name.partition("/")
+        return getattr(_STUBS[service](self._connected()), method)
 
     @contextmanager
-    def _call(self, method: str) -> Iterator[tuple[tuple[str, str], ...]]:
+    def _call(self, method: str) -> Iterator[Any]:
         with start_call(method, self._spans) as traceparent, translated():
-            yield (*self._metadata, ("traceparent", traceparent))
+            yield partial(self._method(method), metadata=(*self._metadata, ("traceparent", traceparent)))
+
+    async def _stream(self, method: str, request: Any, timeout_s: float | None = None) -> AsyncGenerator[Any, None]:
+        with self._call(method) as start:
+            call = start(request, timeout=timeout_s)
+            try:
+                async for message in call:
+                    yield message
+            finally:
+                call.cancel()

@@ -17,7 +17,7 @@ import grpc
 from blockrag.errors import OverloadedError, UnavailableError
 from blockrag.results import TraceSpan
 from blockrag.status import error_of
-from blockrag.traceparent import new_traceparent, span_id_of, trace_id_of
+from blockrag.traceparent import format_traceparent, new_traceparent, span_id_of, trace_id_of
 
 _MESSAGE_BYTES = 64 * 2**20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
@@ -96,7 +96,8 @@ def start_call(method: str, kept: deque[CallSpan]) -> Iterator[str]:
     """
     name = f"client {method}"
     inner = _caller_span(name)
-    traceparent = _traceparent_of(inner) or new_traceparent()
+    context = inner.get_span_context() if inner is not None else None
+    traceparent = format_traceparent(context) if context is not None and context.is_valid else new_traceparent()
     started = time.time_ns()
     error = ""
     try:
@@ -129,10 +130,3 @@ def _caller_span(name: str) -> Any:
     # Looked up, not imported: who uses OpenTelemetry has imported it.
     trace = sys.modules.get("opentelemetry.trace")
     return trace.get_tracer("blockrag.client").start_span(name, kind=trace.SpanKind.CLIENT) if trace else None
-
-
-def _traceparent_of(span: Any) -> str:
-    context = span.get_span_context() if span is not None else None
-    if context is None or not context.is_valid:
-        return ""
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, TypeVar
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
 
-from blockrag.alike import alike
+from blockrag.alike import alike, fields_of
 from blockrag.errors import InvalidRequestError
 from blockrag.metadata import check_number, metadata_of, struct_of
 from blockrag.results import (
@@ -27,7 +27,6 @@ from blockrag.results import (
     Retrieved,
     ServiceHealth,
     TextChunk,
-    TraceSpan,
     Usage,
 )
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2, system_pb2
@@ -207,14 +206,9 @@ def description(message: system_pb2.DescribeResponse) -> Description:
         Description,
         message,
         services=tuple(alike(ServiceHealth, item) for item in message.services),
-        tenants=tuple(map(_fields, message.tenants)),
-        **{name: _fields(getattr(message, name)) for name in services},
+        tenants=tuple(map(fields_of, message.tenants)),
+        **{name: fields_of(getattr(message, name)) for name in services},
     )
-
-
-def trace_span(message: system_pb2.TraceSpan) -> TraceSpan:
-    """A span that a service wrote."""
-    return alike(TraceSpan, message, attributes=dict(message.attributes))
 
 
 def _completion(message: rag_pb2.GenerateResponse) -> Completion:
@@ -277,16 +271,6 @@ def _holders(messages: Iterable[common_pb2.PassageHolder]) -> tuple[PassageHolde
 def _name(enum: Any, value: int, prefix: str) -> str:
     name: str = enum.Name(value)
     return name.removeprefix(prefix).lower()
-
-
-def _fields(message: Message) -> dict[str, Any]:
-    return {field.name: _plain(getattr(message, field.name), field.is_repeated) for field in message.DESCRIPTOR.fields}
-
-
-def _plain(value: Any, repeated: bool) -> Any:
-    if repeated:
-        return [_plain(item, False) for item in value]
-    return _fields(value) if isinstance(value, Message) else value
 
 
 async def byte_pieces(content: bytes) -> AsyncIterator[bytes]:

@@ -15,7 +15,7 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Container, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -148,12 +148,10 @@ def _rpc_stream(method: Callable[..., Any]) -> Callable[..., Any]:
     async def stream(self: Any, request: Any, grpc_context: Any = None) -> Any:
         async with translated(grpc_context):
             with _audited(self, method, grpc_context) as audit:
-                events = method(self, request, **_admitted(self, request, grpc_context, wanted, audit))
-                try:
+                own = _admitted(self, request, grpc_context, wanted, audit)
+                async with aclosing(method(self, request, **own)) as events:
                     async for event in events:
                         yield event
-                finally:
-                    await events.aclose()
 
     return _dressed(stream, method)
 

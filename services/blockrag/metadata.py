@@ -32,11 +32,11 @@ _KEY_CHARS = 80
 _KINDS = ("string_value", "number_value", "bool_value")
 
 
-def check_metadata(metadata: Mapping[str, Any], field: str = "metadata") -> None:
-    """Refuses what no struct can hold as it is. Raises ``InvalidRequestError(field, …)`` naming the key."""
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Refuses what no struct can hold as it is. Raises ``InvalidRequestError`` naming the key."""
     for key, value in metadata.items():
-        _check_name(key, field)
-        _check(key, value, field, 1)
+        _check_name(key)
+        _check(key, value, 1)
 
 
 def check_number(value: float, field: str, what: str) -> None:
@@ -64,31 +64,31 @@ def check_key(field: str, key: str) -> None:
     check_line(field, key, MAX_KEY_CHARS)
 
 
-def metadata_of(struct: Struct, field: str = "metadata") -> dict[str, Any]:
+def metadata_of(struct: Struct) -> dict[str, Any]:
     """A struct as JSON values; whole numbers become int. Raises as ``check_metadata``."""
     metadata = {key: _python(value) for key, value in struct.fields.items()}
-    check_metadata(metadata, field)
+    check_metadata(metadata)
     return metadata
 
 
-def struct_of(metadata: Mapping[str, Any], field: str = "metadata") -> Struct:
+def struct_of(metadata: Mapping[str, Any]) -> Struct:
     """JSON values as a struct. Raises as ``check_metadata``."""
-    check_metadata(metadata, field)
+    check_metadata(metadata)
     struct = Struct()
     struct.update(dict(metadata))
     return struct
 
 
 def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with its texts normalised. Raises ``ValueError`` saying which key cannot be kept, and why."""
+    """The metadata with its texts normalised. Raises ``InvalidRequestError`` saying which key cannot be kept."""
+    check_metadata(metadata)
     try:
-        check_metadata(metadata)
         normalised: dict[str, Any] = normalise_values(dict(metadata))
-        size = struct_of(normalised).ByteSize()
-    except InvalidRequestError as error:
-        raise ValueError(error.problem) from None
+    except ValueError as error:
+        raise InvalidRequestError("metadata", str(error)) from None
+    size = struct_of(normalised).ByteSize()
     if size > MAX_METADATA_BYTES:
-        raise ValueError(f"has {size} bytes; at most {MAX_METADATA_BYTES} are allowed")
+        raise InvalidRequestError("metadata", f"has {size} bytes; at most {MAX_METADATA_BYTES} are allowed")
     return normalised
 
 
@@ -113,32 +113,32 @@ def scalars(metadata: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
                 yield prefix + key, float(element)
 
 
-def _check_name(name: Any, field: str) -> None:
+def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not name.strip():
-        raise InvalidRequestError(field, "a key must be a text that is not empty")
+        raise InvalidRequestError("metadata", "a key must be a text that is not empty")
     if len(name) > MAX_KEY_CHARS or not name.isprintable():
         problem = f"key {name[:_KEY_CHARS]!r}: must be one line of at most {MAX_KEY_CHARS} printable characters"
-        raise InvalidRequestError(field, problem)
+        raise InvalidRequestError("metadata", problem)
 
 
-def _check(key: str, value: Any, field: str, depth: int) -> None:
+def _check(key: str, value: Any, depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise InvalidRequestError(field, f"{key[:_KEY_CHARS]!r} is nested deeper than {MAX_DEPTH} levels")
+        raise InvalidRequestError("metadata", f"{key[:_KEY_CHARS]!r} is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, Mapping):
         for inner, item in value.items():
-            _check_name(inner, field)
-            _check(f"{key}.{inner}", item, field, depth + 1)
+            _check_name(inner)
+            _check(f"{key}.{inner}", item, depth + 1)
     elif isinstance(value, list | tuple):
         for item in value:
-            _check(key, item, field, depth + 1)
+            _check(key, item, depth + 1)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        check_number(value, field, repr(key[:_KEY_CHARS]))
+        check_number(value, "metadata", repr(key[:_KEY_CHARS]))
     elif isinstance(value, str):
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise InvalidRequestError(field, f"{key[:_KEY_CHARS]!r} holds half of a surrogate pair")
+            raise InvalidRequestError("metadata", f"{key[:_KEY_CHARS]!r} holds half of a surrogate pair")
     elif value is not None and not isinstance(value, bool):
         kind = type(value).__name__
-        raise InvalidRequestError(field, f"{key[:_KEY_CHARS]!r} is a {kind}; send text, numbers, lists or objects")
+        raise InvalidRequestError("metadata", f"{key[:_KEY_CHARS]!r} is a {kind}; send text, numbers, lists or objects")
 
 
 def _python(value: Value) -> Any:

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from blockrag.errors import SettingsError
 from blockrag.languages import DEFAULT_LANGUAGE, Language
 from blockrag.modeling.cache import CACHE_VARIABLE
-from blockrag.tenants import Section, TenantSettings
+from blockrag.tenants import Section, TenantSettings, problems_of, read_yaml
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
 API_KEY_VARIABLE = "BLOCKRAG_KEY"
@@ -331,15 +331,18 @@ def load_settings(path: str | Path | None = None, environment: Mapping[str, str]
     """
     values: dict[str, Any] = {}
     if path:
-        values = _read_yaml(Path(path))
+        where = f"settings file {path}"
+        loaded = read_yaml(Path(path), where)
+        if not isinstance(loaded, dict | None):
+            raise SettingsError(f"{where}: must hold a mapping")
+        values = loaded or {}
     for name, text in (os.environ if environment is None else environment).items():
         if name.startswith(ENVIRONMENT_PREFIX) and name not in (API_KEY_VARIABLE, CACHE_VARIABLE):
             _override(values, name, text)
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}".removeprefix(": ") for item in error.errors()]
-        raise SettingsError("; ".join(problems)) from error
+        raise SettingsError(problems_of(error)) from error
 
 
 def load_application_settings(args: Mapping[str, Any]) -> Settings:
@@ -352,18 +355,6 @@ def load_application_settings(args: Mapping[str, Any]) -> Settings:
     if unknown:
         raise SettingsError(f"application arguments: unknown {', '.join(unknown)}; there is settings_file")
     return load_settings(args.get("settings_file") or None)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"settings file {path}: {error}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise SettingsError(f"settings file {path}: must hold a mapping")
-    return loaded
 
 
 def _override(values: dict[str, Any], name: str, text: str) -> None:

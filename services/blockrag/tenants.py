@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
@@ -110,12 +110,22 @@ _TENANT_LIST = TypeAdapter(tuple[TenantSettings, ...])
 
 def read_tenants(path: Path) -> tuple[TenantSettings, ...]:
     """The tenants of a ``gateway.tenants_file``. Raises ``SettingsError`` naming the file and the problem."""
+    where = f"gateway.tenants_file {path}"
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"gateway.tenants_file {path}: {error}") from error
-    try:
-        return _TENANT_LIST.validate_python(loaded)
+        return _TENANT_LIST.validate_python(read_yaml(path, where))
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
-        raise SettingsError(f"gateway.tenants_file {path}: {'; '.join(problems)}") from error
+        raise SettingsError(f"{where}: {problems_of(error)}") from error
+
+
+def read_yaml(path: Path, where: str) -> Any:
+    """What a YAML file holds. Raises ``SettingsError`` that begins with ``where``."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{where}: {error}") from error
+
+
+def problems_of(error: ValidationError) -> str:
+    """What is wrong with settings, by their names; no values, which may be keys."""
+    problems = error.errors(include_input=False)
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}".removeprefix(": ") for item in problems)

@@ -6,9 +6,6 @@ What these commands have in common: this process or workers of Ray Train, progre
 from __future__ import annotations
 
 import importlib.util
-import os
-import secrets
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -22,6 +19,7 @@ from rich.progress import BarColumn, Progress, TimeElapsedColumn
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
 from blockrag.cli.options import command_of
+from blockrag.distributed_training.own_ray import connected_ray
 from blockrag.errors import SetupError
 from blockrag.training.adaptation.block_config import BlockAdaptConfig
 from blockrag.training.configuring import RunConfig
@@ -61,7 +59,9 @@ def run_training(
             bundle = train(config, on_progress=show)
         else:
             prepare(config, workers)
-            with training_workers(ray_address, workers, on_gpus=config.device.startswith("cuda")):
+            _check_ray_train()
+            gpus = workers if config.device.startswith("cuda") else 0
+            with connected_ray(ray_address, cpus=workers + 1, gpus=gpus):  # one for Ray Train's controller
                 from blockrag.distributed_training.launching import launch
 
                 work = partial(train, config)
@@ -111,26 +111,11 @@ def _describe(metrics: StepMetrics) -> str:
     return "  ".join(parts)
 
 
-@contextmanager
-def training_workers(ray_address: str, workers: int, *, on_gpus: bool) -> Iterator[None]:
-    """Connect this process to the Ray at ``ray_address``; empty: one of this command's own, stopped at the end.
-
-    Import what imports Ray inside. Raises SetupError when Ray Train's packages are absent.
-    """
+def _check_ray_train() -> None:
     missing = [package for package in ("pyarrow", "pandas") if importlib.util.find_spec(package) is None]
     if missing:
         absent = ", ".join(missing)
         raise SetupError(f"several workers need Ray Train: install the package ray[train] ({absent} absent)")
-    with tempfile.NamedTemporaryFile("w", prefix="blockrag-token-") as token:
-        if not ray_address:
-            # Ray reads its authentication mode when it is imported; a token of our own leaves none in the user's home
-            token.write(secrets.token_hex(32))
-            token.flush()
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token.name)
-        from blockrag.distributed_training.launching import connected_ray
-
-        with connected_ray(ray_address, workers, on_gpus=on_gpus):
-            yield
 
 
 app = typer.Typer(no_args_is_help=True, help="Adapt checkpoints and bundles.")

@@ -62,7 +62,8 @@ def pear(
         raise SetupError(f"{out}: exists already")
     source = load_bundle(bundle, compute_dtype=dtype)
     config = replace(config, sizes=_parse_sizes(sizes))
-    beside = _beside(out or source.path)
+    made_at = out or source.path
+    beside = made_at.parent / f"{made_at.name}-pear"
     run_dir = (out or beside).with_name(f"{(out or beside).name}.run")
     run = None if detect_only else RunFolder(run_dir, Workers(device))
     with shown(as_json, lines=False) as show:
@@ -136,10 +137,6 @@ def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     if any(samples < 1 for samples, _ in pairs):
         raise SetupError(f"sizes {text!r}: at least one prompt each")
     return pairs
-
-
-def _beside(path: Path) -> Path:
-    return path.parent / f"{path.name}-pear"
 
 
 _SHOWN_HEADS = 12

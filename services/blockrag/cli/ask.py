@@ -226,22 +226,17 @@ def retrieve(
 ) -> None:
     """Search without answering."""
 
-    async def run() -> None:
-        async with connection.client() as client:
-            conditions = parse_filters(filters or [])
-            passages = await client.retrieve(query, collection=collection, top_k=top_k, filter=conditions)
-        if as_json:
-            console.print_json(list(passages))
-            return
-        table = Table("score", "document", "passage", show_lines=True)
-        for passage in passages:
-            names = [passage.document_id, *(holder.document_id for holder in passage.also_in)]
-            table.add_row(f"{passage.score:.4f}", "\n".join(names), passage.text)
-        console.out.print(table)
-        if not passages and conditions:
-            console.err.print("no document fits the filter: a number equals no text, and keys are as in the metadata")
-
-    asyncio.run(run())
+    conditions = parse_filters(filters or [])
+    passages = connection.run(
+        lambda client: client.retrieve(query, collection=collection, top_k=top_k, filter=conditions)
+    )
+    table = Table("score", "document", "passage", show_lines=True)
+    for passage in passages:
+        names = [passage.document_id, *(holder.document_id for holder in passage.also_in)]
+        table.add_row(f"{passage.score:.4f}", "\n".join(names), passage.text)
+    console.answer(as_json, passages, table)
+    if not as_json and not passages and conditions:
+        console.err.print("no document fits the filter: a number equals no text, and keys are as in the metadata")
 
 
 _FORM = re.compile(r"(?P<key>[^=!<>]+?)\s*(?P<sign>!=|>=|<=|=)\s*(?P<values>.*)", re.DOTALL)

@@ -97,10 +97,7 @@ def peers(
         if out is not None:
             title = f"{place['cores']} × {place['cpu']}, {loaded.decoder.threads} threads"
             write_results(out, {"peers.json": as_bytes(result), "peers.png": plot_peers(rows, title)})
-        if as_json:
-            console.print_json(result)
-        else:
-            console.out.print(_peer_table(rows))
+        console.answer(as_json, result, _peer_table(rows))
 
 
 def _peer_table(rows: list[PeerRow]) -> Table:
@@ -187,16 +184,15 @@ def ttft(
         if out is not None:
             picture = plot_rows(rows, f"{place['cores']} × {place['cpu']}, {place['commit']}")
             write_results(out, {"ttft.json": as_bytes(result), "ttft.png": picture})
-        if as_json:
-            console.print_json(result)
-        else:
-            console.out.print(_table(rows, sizes, "Time to first token, ms: median (× no retrieval)", _timed))
-            console.out.print(_table(rows, sizes, "Slots of the passages (MB of K and V moved)", _moved))
-            for note in notes:
-                console.out.print(note)
-            if overhead:
-                text = ", ".join(f"{state} {value:.1f}" for state, value in overhead.items())
-                console.out.print(f"first token over gRPC minus model time, median ms: {text}")
+        shown = [
+            _table(rows, sizes, "Time to first token, ms: median (× no retrieval)", _timed),
+            _table(rows, sizes, "Slots of the passages (MB of K and V moved)", _moved),
+            *notes,
+        ]
+        if overhead:
+            text = ", ".join(f"{state} {value:.1f}" for state, value in overhead.items())
+            shown.append(f"first token over gRPC minus model time, median ms: {text}")
+        console.answer(as_json, result, *shown)
 
 
 @app.command(epilog="Example: blockrag bench plan --passages 20 --rate 4")
@@ -218,14 +214,11 @@ def plan(
         given = first_passages(bundle, passages)
         with counted("plans") as tell:
             times = asyncio.run(measure_plans(bundle, loaded, given, rate=rate, repeats=repeats, on_progress=tell))
-        if as_json:
-            console.print_json({"rows": times, "rate": rate, "environment": environment()})
-            return
         title = f"Plan of {passages} passages ({times[0].chunks} chunks) at rate {rate:g}, ms"
         table = Table("policy", "median", "p90", "of it the policy", title=title)
         for row in times:
             table.add_row(row.policy, f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.policy_ms:.2f}")
-        console.out.print(table)
+        console.answer(as_json, {"rows": times, "rate": rate, "environment": environment()}, table)
 
 
 def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int, chunk_tokens: int) -> list[ReportRow]:

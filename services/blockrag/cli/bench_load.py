@@ -97,10 +97,7 @@ def load(
     if out is not None:
         result = {"scenario": asdict(scenario), "rows": [asdict(row) for row in rows]}
         write_results(out.parent, {out.name: as_bytes(result)})
-    if as_json:
-        console.print_json(rows)
-    else:
-        console.out.print(_load_table(rows, target_ms))
+    console.answer(as_json, rows, _load_table(rows, target_ms))
 
 
 def simulate(
@@ -120,10 +117,7 @@ def simulate(
     times = _times(bench)
     found: list[tuple[Scenario, Outcome | None]]
     found = beside_others(config, times, target_ms / 1000) if size else [(config, run(config, times))]
-    if as_json:
-        console.print_json([{"scenario": each, "outcome": outcome} for each, outcome in found])
-    else:
-        console.out.print(_outcome_table(found))
+    console.answer(as_json, [{"scenario": each, "outcome": outcome} for each, outcome in found], _outcome_table(found))
 
 
 def _on(config: Scenario, settings: Settings) -> Scenario:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import pickle
-import secrets
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +15,7 @@ from rich.text import Text
 
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption
+from blockrag.distributed_training.own_ray import connected_ray
 
 if TYPE_CHECKING:
     from blockrag.modeling.verify import VerifyReport
@@ -67,11 +64,7 @@ def verify(
                 if kv_dtype in ("all", kv)
             ]
         passed = all(report.passed for report in reports)
-        if as_json:
-            console.print_json({"passed": passed, "reports": reports})
-        else:
-            for report in reports:
-                console.out.print(_verify_table(report))
+        console.answer(as_json, {"passed": passed, "reports": reports}, *map(_verify_table, reports))
         if not passed:
             raise typer.Exit(1)
 
@@ -127,10 +120,8 @@ def create(
     with console.errors_to_exit():
         texts = read_template(template) if template is not None else None
         bundle = create_bundle(model, out, texts, name=name or out.name, max_context_tokens=max_context_tokens)
-        if as_json:
-            console.print_json({"path": bundle.path, "fingerprint": bundle.fingerprint})
-        else:
-            console.out.print(f"bundle {bundle.name} ({bundle.fingerprint[:12]}) at {bundle.path}")
+        line = f"bundle {bundle.name} ({bundle.fingerprint[:12]}) at {bundle.path}"
+        console.answer(as_json, {"path": bundle.path, "fingerprint": bundle.fingerprint}, line)
 
 
 @app.command(epilog="Example: blockrag bundle show --json")
@@ -163,14 +154,11 @@ def show(path: BundleArgument = None, as_json: JsonOption = False) -> None:
                 "policy_basis": bundle.policy_basis,
                 **bundle.refrag.to_dict(),
             }
-        if as_json:
-            console.print_json(facts)
-            return
         table = Table.grid(padding=(0, 2))
         for key, value in facts.items():
             shown = json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, dict) else str(value or "none")
             table.add_row(key, shown)
-        console.out.print(table)
+        console.answer(as_json, facts, table)
 
 
 @contextmanager
@@ -179,22 +167,7 @@ def _object_store(wanted: bool) -> Iterator[Callable[[BlockKV], BlockKV]]:
     if not wanted:
         yield lambda block: pickle.loads(pickle.dumps(block))
         return
-    # Ray reads its authentication mode when it is imported; a token of our own leaves none in the user's home.
-    with tempfile.NamedTemporaryFile("w", prefix="blockrag-token-") as token:
-        token.write(secrets.token_hex(32))
-        token.flush()
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token.name)
+    with connected_ray():
         import ray
 
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=128 * 2**20,
-        )
-        try:
-            yield lambda block: ray.get(ray.put(block))
-        finally:
-            ray.shutdown()
+        yield lambda block: ray.get(ray.put(block))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, ConsoleDimensions
@@ -17,9 +18,10 @@ from rich.text import Text
 from blockrag.client import BlockragClient
 from blockrag.errors import BlockragError
 from blockrag.local import LocalSystem
-from blockrag.results import Description
 from blockrag.settings import API_KEY_VARIABLE, Settings, load_settings
 from blockrag.tenants import HASHED_KEY
+
+T = TypeVar("T")
 
 _FILE_WIDTH = 160
 """Columns of what goes into a file or a pipe: at a terminal's 80 the wider tables lose their numbers."""
@@ -66,8 +68,17 @@ def print_json_line(value: Any) -> None:
     typer.echo(json.dumps(_plain(value), ensure_ascii=False))
 
 
+def answer(as_json: bool, value: Any, *shown: Any) -> None:
+    """What a command found: ``value`` for ``--json``, else what is ``shown`` to people, one below the other."""
+    if as_json:
+        print_json(value)
+        return
+    for each in shown:
+        out.print(each)
+
+
 @contextmanager
-def errors_to_exit(exit_code: int = 1) -> Iterator[None]:
+def errors_to_exit() -> Iterator[None]:
     """Prints an error of ours as one line and exits with 1; everything else keeps its traceback."""
     try:
         yield
@@ -75,7 +86,7 @@ def errors_to_exit(exit_code: int = 1) -> Iterator[None]:
         kind = type(error).__name__.removesuffix("Error")
         line = Text.assemble(("error:", "bold red"), f" {kind}: {printable(str(error))}")
         err.print(line, highlight=False, soft_wrap=True)
-        raise typer.Exit(exit_code) from error
+        raise typer.Exit(1) from error
 
 
 def printable(text: str) -> str:
@@ -144,7 +155,11 @@ class Connection:
         keys = [key for tenant in tenants[:1] for key in tenant.keys if not key.startswith(HASHED_KEY)]
         return BlockragClient(system.target, api_key=self.api_key or next(iter(keys), None))
 
-    async def describe(self) -> Description:
-        """What the system says of itself."""
-        async with self.client() as client:
-            return await client.describe()
+    def run(self, work: Callable[[BlockragClient], Awaitable[T]]) -> T:
+        """What ``work`` finds with a client, which is closed after it."""
+
+        async def found() -> T:
+            async with self.client() as client:
+                return await work(client)
+
+        return asyncio.run(found())

@@ -93,12 +93,9 @@ def demo(
             own = (document, tuple(question or ("What is it about?",))) if document is not None else None
             show = _Show(top_k, quiet=as_json)
             warmed, rows = asyncio.run(_run(system.target, show, drawn[:_SHOWN], own, drawn[_SHOWN:]))
-        if as_json:
-            asked = {"rows": rows, "shown": show.asked, "warmed": warmed, "top_k": top_k}
-            console.print_json({**asked, "environment": environment()})
-        else:
-            console.out.print(_table(rows))
-            console.out.print(Text(f"the whole demo took {time.perf_counter() - started:.0f} s", "dim"))
+        asked = {"rows": rows, "shown": show.asked, "warmed": warmed, "top_k": top_k, "environment": environment()}
+        took = Text(f"the whole demo took {time.perf_counter() - started:.0f} s", "dim")
+        console.answer(as_json, asked, _table(rows), took)
 
 
 @dataclass(frozen=True)

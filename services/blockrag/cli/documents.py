@@ -20,7 +20,7 @@ from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
 from blockrag.errors import BlockragError, InvalidRequestError
 from blockrag.languages import LANGUAGES
-from blockrag.results import IngestedDocument, IngestOptions, WarmProgress
+from blockrag.results import Document, IngestedDocument, IngestOptions, WarmProgress
 from blockrag.syncing import Sync
 
 SUFFIXES = (".txt", ".md", ".markdown", ".html", ".htm", ".pdf", ".jsonl")
@@ -181,30 +181,22 @@ def list_documents(
 ) -> None:
     """List a collection's documents, or the collections when none is named."""
 
-    async def collections() -> None:
-        async with connection.client() as client:
-            found = await client.list_collections()
-        if as_json:
-            console.print_json(list(found))
-            return
+    async def documents(client: BlockragClient) -> list[Document]:
+        return [item async for item in client.list_documents(collection=collection)]
+
+    if not collection:
+        collections = connection.run(lambda client: client.list_collections())
         table = Table("collection", "documents", "passages", "language")
-        for item in found:
-            table.add_row(item.name, str(item.documents), str(item.passages), item.language)
-        console.out.print(table)
-
-    async def documents() -> None:
-        async with connection.client() as client:
-            found = [item async for item in client.list_documents(collection=collection)]
-        if as_json:
-            console.print_json(found)
-            return
-        table = Table("document", "title", "passages", "version", "source")
-        for item in found:
-            source = "" if item.source == item.document_id else item.source
-            table.add_row(item.document_id, item.title, str(item.passages), item.version[:12], source)
-        console.out.print(table)
-
-    asyncio.run(documents() if collection else collections())
+        for each in collections:
+            table.add_row(each.name, str(each.documents), str(each.passages), each.language)
+        console.answer(as_json, collections, table)
+        return
+    found = connection.run(documents)
+    table = Table("document", "title", "passages", "version", "source")
+    for item in found:
+        source = "" if item.source == item.document_id else item.source
+        table.add_row(item.document_id, item.title, str(item.passages), item.version[:12], source)
+    console.answer(as_json, found, table)
 
 
 @command_of(Connection, last=True)
@@ -219,30 +211,28 @@ def delete(
 ) -> None:
     """Remove documents, or a collection, with their passages and cached attention state."""
 
-    async def run() -> list[dict[str, object]]:
-        async with connection.client() as client:
-            if everything:
-                gone = await client.delete_collection(collection)
-                return [{"collection": collection, **vars(gone)}]
-            if source:
-                gone_with = await client.delete_source(source, collection=collection)
-                return [{"source": source, **vars(gone_with)}]
-            return [
-                {"document_id": name, **vars(await client.delete_document(name, collection=collection))}
-                for name in document_ids or []
-            ]
+    async def run(client: BlockragClient) -> list[dict[str, object]]:
+        if everything:
+            gone = await client.delete_collection(collection)
+            return [{"collection": collection, **vars(gone)}]
+        if source:
+            gone_with = await client.delete_source(source, collection=collection)
+            return [{"source": source, **vars(gone_with)}]
+        return [
+            {"document_id": name, **vars(await client.delete_document(name, collection=collection))}
+            for name in document_ids or []
+        ]
 
     if [everything, bool(document_ids), bool(source)].count(True) != 1:
         raise InvalidRequestError("document_ids", "give documents, or --source, or --all")
     if everything and not yes:
         typer.confirm(f"Remove collection '{collection}' with everything in it?", abort=True)
-    removed = asyncio.run(run())
-    if as_json:
-        console.print_json(removed)
-        return
+    removed = connection.run(run)
+    lines = []
     for item in removed:
         name = item.get("document_id") or item.get("source") or f"collection '{collection}'"
-        console.out.print(f"removed {name}: {item['passages']} passages, {item['purged_blocks']} cached blocks")
+        lines.append(f"removed {name}: {item['passages']} passages, {item['purged_blocks']} cached blocks")
+    console.answer(as_json, removed, *lines)
 
 
 @command_of(Connection, last=True)
@@ -254,18 +244,12 @@ def warm(
     as_json: JsonOption = False,
 ) -> None:
     """Encode passages ahead of time, so that the first question finds them in the cache."""
-    last = asyncio.run(_warm(connection.client(), collection, document_ids or [], pin))
-    if as_json:
-        console.print_json(last)
-        return
-    console.out.print(describe_warming(last))
-    if last.done < last.total:
+    last = connection.run(
+        lambda client: show_warming(client.warm(collection=collection, document_ids=document_ids or [], pin=pin))
+    )
+    console.answer(as_json, last, describe_warming(last))
+    if not as_json and last.done < last.total:
         console.err.print(Text("the cache's byte budget holds no more: raise kv_cache.budget_mb", "yellow"))
-
-
-async def _warm(client: BlockragClient, collection: str, document_ids: list[str], pin: bool) -> WarmProgress:
-    async with client:
-        return await show_warming(client.warm(collection=collection, document_ids=document_ids, pin=pin))
 
 
 def describe_warming(last: WarmProgress) -> str:

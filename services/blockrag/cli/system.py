@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from dataclasses import asdict
+from collections.abc import Iterator
 
 import typer
 from rich.table import Table
@@ -35,21 +34,13 @@ def up(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
         loaded = console.settings_from(settings)
         with console.status("starting") as show:
             system = LocalSystem.start(loaded, on_progress=show)
-        if as_json:
-            console.print_json(
-                {
-                    "target": system.target,
-                    "http_url": system.http_url,
-                    "ray_address": system.ray_address,
-                    "metrics_url": system.metrics_url,
-                }
-            )
-        else:
-            page = system.http_url.removesuffix("v1")
-            console.out.print(
-                f"ready at {system.target} (gRPC) and {system.http_url} (OpenAI's API); stop it with 'blockrag down'"
-            )
-            console.out.print(f"in a browser: {page}")
+        names = ("target", "http_url", "ray_address", "metrics_url")
+        console.answer(
+            as_json,
+            {name: getattr(system, name) for name in names},
+            f"ready at {system.target} (gRPC) and {system.http_url} (OpenAI's API); stop it with 'blockrag down'",
+            f"in a browser: {system.http_url.removesuffix('v1')}",
+        )
 
 
 def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
@@ -63,20 +54,14 @@ def down(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
             with console.status("stopping"):
                 system.stop()
             stopped = True
-        if as_json:
-            console.print_json({"stopped": stopped})
-        else:
-            console.out.print("stopped" if stopped else "nothing was running")
+        console.answer(as_json, {"stopped": stopped}, "stopped" if stopped else "nothing was running")
 
 
 @command_of(Connection, last=True)
 def status(connection: Connection, as_json: JsonOption = False) -> None:
     """Show the services, the bundle, the index and the caches; exits with 1 when a service is down."""
-    description = asyncio.run(connection.describe())
-    if as_json:
-        console.print_json(description)
-    else:
-        _print_status(description)
+    description = connection.run(lambda client: client.describe())
+    console.answer(as_json, description, *_status_tables(description))
     if not description.healthy:
         raise typer.Exit(1)
 
@@ -84,35 +69,30 @@ def status(connection: Connection, as_json: JsonOption = False) -> None:
 def key(as_json: JsonOption = False) -> None:
     """Make a tenant's key: the key is the tenant's, its hash goes into the settings (api_keys)."""
     made = secrets.token_urlsafe(32)
-    if as_json:
-        console.print_json({"key": made, "hash": hashed_key(made)})
-    else:
-        console.out.print(f"key (once, for the tenant): {made}\nhash (for gateway.tenants): {hashed_key(made)}")
+    text = f"key (once, for the tenant): {made}\nhash (for gateway.tenants): {hashed_key(made)}"
+    console.answer(as_json, {"key": made, "hash": hashed_key(made)}, text)
 
 
 def doctor(settings: SettingsOption = None, as_json: JsonOption = False) -> None:
     """Say what is wrong with this machine or configuration, and the way out; exits with 1 when nothing could start."""
     with console.errors_to_exit():
         findings = examine(console.settings_from(settings))
-        if as_json:
-            console.print_json({"findings": [asdict(finding) for finding in findings]})
-        else:
-            styles = {"ok": "green", "warning": "yellow", "problem": "red"}
-            table = Table("looked at", "state", "found", "way out")
-            for finding in findings:
-                state = Text(finding.level, style=styles[finding.level])
-                table.add_row(finding.subject, state, finding.text, finding.way_out)
-            console.out.print(table)
+        styles = {"ok": "green", "warning": "yellow", "problem": "red"}
+        table = Table("looked at", "state", "found", "way out")
+        for finding in findings:
+            state = Text(finding.level, style=styles[finding.level])
+            table.add_row(finding.subject, state, finding.text, finding.way_out)
+        console.answer(as_json, {"findings": findings}, table)
         if any(finding.level == "problem" for finding in findings):
             raise typer.Exit(1)
 
 
-def _print_status(description: Description) -> None:
+def _status_tables(description: Description) -> Iterator[Table]:
     table = Table("service", "state", "ms", "detail")
     for service in description.services:
         state = Text("healthy", "green") if service.healthy else Text("down", "red")
         table.add_row(service.name, state, f"{service.milliseconds:.1f}", service.detail)
-    console.out.print(table)
+    yield table
     cache, decoder, index = description.kv_cache, description.decoder, description.retriever
     facts = Table.grid(padding=(0, 2))
     facts.add_row("bundle", f"{description.bundle_name} {description.bundle_fingerprint[:12]}")
@@ -148,13 +128,13 @@ def _print_status(description: Description) -> None:
         f"{decoder['l1_hits']} hits, {decoder['l1_misses']} misses",
     )
     facts.add_row("sequences", f"{decoder['running']} running, {decoder['waiting']} waiting")
-    console.out.print(facts)
+    yield facts
     rows = [(tenant["tenant"], quota) for tenant in description.tenants for quota in tenant["quotas"]]
     if any(int(quota["limit"]) for _, quota in rows):
         quotas = Table("tenant", "of its limit", "used", "limit")
         for name, quota in rows:
             quotas.add_row(name, quota["name"], str(quota["used"]), str(quota["limit"]) if int(quota["limit"]) else "-")
-        console.out.print(quotas)
+        yield quotas
 
 
 def _mib(count: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import urllib.request
 from collections.abc import Mapping
@@ -127,7 +126,7 @@ def top(
         count = 0
         while not readings or count < readings:
             time.sleep(interval)
-            description = asyncio.run(connection.describe())
+            description = connection.run(lambda client: client.describe())
             now, moment = Scrape.of(url), time.monotonic()
             values = summary(now.since(before), moment - when, description)
             before, when, count = now, moment, count + 1

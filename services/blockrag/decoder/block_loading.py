@@ -139,11 +139,9 @@ class BlockLoader:
         new = [replace(requests[key], traceparent=traceparent) for key in keys]
         fetched = await self._source.fetch(new)
         blocks = [_checked(request, item.block) for request, item in zip(new, fetched, strict=True)]
-        residents = await asyncio.get_running_loop().run_in_executor(self._executor, self._convert, blocks)
+        loop = asyncio.get_running_loop()
+        residents = await loop.run_in_executor(self._executor, lambda: list(map(self._to_resident, blocks)))
         return {block.key: (block, item.tier) for block, item in zip(residents, fetched, strict=True)}
-
-    def _convert(self, blocks: list[BlockKV]) -> list[ResidentBlock]:
-        return [self._to_resident(block) for block in blocks]
 
 
 def _checked(request: BlockRequest, block: CachedBlock) -> BlockKV:

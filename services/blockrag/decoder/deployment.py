@@ -61,12 +61,9 @@ class Decoder:
     @rpc
     async def Decode(self, request: decoder_pb2.DecodeRequest) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
         """Streams the answer to a planned prompt; closing the stream stops the work."""
-        messages = self._runtime.service.decode(request)
-        try:
+        async with aclosing(self._runtime.service.decode(request)) as messages:
             async for message in messages:
                 yield message
-        finally:
-            await messages.aclose()
 
     @rpc
     async def EstimatePrefill(self, request: decoder_pb2.EstimatePrefillRequest) -> decoder_pb2.EstimatePrefillResponse:

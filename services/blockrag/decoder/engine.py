@@ -73,14 +73,12 @@ class Engine:
         new_detokenizer: Callable[[], Detokenizer],
         *,
         threads: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``threads``: most CPU threads of a forward pass; None leaves torch's own choice."""
         self._model = model
         self._threads = threads
         self._limits = limits
         self._new_detokenizer = new_detokenizer
-        self._clock = clock
         self._scheduler = Scheduler(limits)
         self._changed = threading.Condition()  # guards the scheduler; notified when there may be work
         self._stopping = False
@@ -118,7 +116,7 @@ class Engine:
     def step_seconds(self) -> float:
         """How long the step under way has taken so far; 0 when there is none."""
         started = self._step_started
-        return 0.0 if started is None else self._clock() - started
+        return 0.0 if started is None else time.monotonic() - started
 
     def give_up(self, problem: str) -> None:
         """Declares the thread lost, from another one: every sequence gets ``UnavailableError``, and ``failure`` is set.
@@ -165,7 +163,7 @@ class Engine:
         if not request.token_ids:
             raise InvalidRequestError("final_token_ids", "must hold at least one token")
         self.check(request.prompt_slots, request.sampling.max_tokens, request.tenant)
-        sequence = Sequence(request, self._new_detokenizer(), sink, self._clock())
+        sequence = Sequence(request, self._new_detokenizer(), sink, time.monotonic())
         with self._changed:
             self._check_open()
             self._scheduler.submit(sequence, self._retry_after_ms())
@@ -212,7 +210,7 @@ class Engine:
         try:
             while self._wait_for_work():
                 answering = self._answering
-                self._step_started = self._clock()
+                self._step_started = time.monotonic()
                 self.step()
                 self._step_started = None
                 if self._answering > answering:
@@ -231,7 +229,7 @@ class Engine:
 
     def _drop_dead(self) -> None:
         """End sequences that were cancelled or whose deadline passed."""
-        now = self._clock()
+        now = time.monotonic()
         with self._changed:
             sequences = self._scheduler.sequences()
         for sequence in sequences:
@@ -245,7 +243,7 @@ class Engine:
         with self._changed:
             admitted = [sequence for sequence in self._scheduler.running if sequence.state is None]
         for sequence in admitted:
-            sequence.compose_started(self._clock())
+            sequence.compose_started(time.monotonic())
             request = sequence.request
             capacity = len(request.token_ids) + request.sampling.max_tokens
             try:
@@ -253,7 +251,7 @@ class Engine:
             except Exception as error:
                 self._fail(sequence, error)
             else:
-                sequence.composed(state, self._clock())
+                sequence.composed(state, time.monotonic())
 
     def _forward(self, work: SequenceOf[Work]) -> tuple[list[Sequence], torch.Tensor]:
         """Compute a step; returns the sequences whose next token can be drawn and their logits."""
@@ -286,7 +284,7 @@ class Engine:
         return complete, torch.cat(rows) if rows else torch.empty(0)
 
     def _accept(self, sequences: SequenceOf[Sequence], tokens: SequenceOf[int | BlockragError]) -> None:
-        now = self._clock()
+        now = time.monotonic()
         for sequence, token in zip(sequences, tokens, strict=True):
             if not isinstance(token, int):
                 self._fail(sequence, token)

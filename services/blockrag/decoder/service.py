@@ -12,14 +12,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import partial
 
 from blockrag.alike import alike
 from blockrag.configured import configured_keys
 from blockrag.decoder.block_loading import BlockLoader, BlockTier, LoadedBlocks
-from blockrag.decoder.costs import MOST_PREFILL_TOKENS, CostFit, CostMeters
+from blockrag.decoder.costs import MOST_PREFILL_TOKENS, CostMeters
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
 from blockrag.decoder.l1 import L1Cache
@@ -123,7 +123,11 @@ class DecodeService:
             slot_ms=fit.slot_ms,
             measured_prefills=fit.samples,
             tiers=tiers,
-            fetches=[_fetch_cost(tier, meter.fit()) for tier, meter in self.meters.fetches.items()],
+            fetches=[
+                decoder_pb2.FetchCost(tier=tier, base_ms=fetch.base_ms, token_ms=fetch.slot_ms)
+                for tier, meter in self.meters.fetches.items()
+                for fetch in (meter.fit(),)
+            ],
         )
 
     def status(self) -> decoder_pb2.GetDecoderStatusResponse:
@@ -211,17 +215,9 @@ def _finished(
                 compressed_chunks=sum(part.expanded.count(False) for part in prompt.parts),
             ),
             stages=[common_pb2.StageTime(stage=stage, milliseconds=1000 * seconds) for stage, seconds in times.items()],
-            blocks=[_slots(part) for part in composed.found],
+            blocks=[common_pb2.BlockSlots(**part) for part in composed.found],  # type: ignore[arg-type]
         ),
     )
-
-
-def _fetch_cost(tier: BlockTier, fit: CostFit) -> decoder_pb2.FetchCost:
-    return decoder_pb2.FetchCost(tier=tier, base_ms=fit.base_ms, token_ms=fit.slot_ms)
-
-
-def _slots(found: Mapping[BlockTier, int]) -> common_pb2.BlockSlots:
-    return common_pb2.BlockSlots(l1=found["l1"], store=found["store"], disk=found["disk"], encoded=found["encoded"])
 
 
 def _observe_pace(event: Event, last: float, mode: str) -> float:

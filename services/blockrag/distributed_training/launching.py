@@ -6,7 +6,6 @@ storage that all of them mount.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
@@ -23,28 +21,6 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from blockrag.errors import BlockragError, EnvironmentSetupError
 from blockrag.training.run import MetricsFollower, OnProgress
 from blockrag.training.workers import ShardedWorkers
-
-
-@contextmanager
-def connected_ray(address: str, workers: int, *, on_gpus: bool) -> Iterator[None]:
-    """Connect this process to the Ray at ``address``; empty: start one with room for ``workers``, and stop it after."""
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=workers + 1,  # one for Ray Train's controller
-            num_gpus=workers if on_gpus else 0,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=128 * 2**20,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
 
 _RESTARTS = 3
 _WORK = "work"

@@ -106,11 +106,11 @@ async def evaluate_almanac(
     return AlmanacScores(len(questions), RECALL_AT, seed, resamples, tuple(scores), tuple(failures))
 
 
-def recalled(question: Question, passages: Sequence[Passage], at: int = RECALL_AT) -> bool:
-    """Whether one of the first `at` passages is of the question's article and holds an answer."""
+def recalled(question: Question, passages: Sequence[Passage]) -> bool:
+    """Whether one of the first `RECALL_AT` passages is of the question's article and holds an answer."""
     return any(
         passage.document_id == question.article and contains(passage.text, question.answers)
-        for passage in passages[:at]
+        for passage in passages[:RECALL_AT]
     )
 
 

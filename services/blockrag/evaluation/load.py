@@ -106,8 +106,12 @@ async def _ask_all(
 
     async def ask(asked: Asked) -> _Heard:
         await asyncio.sleep(max(0.0, start + asked.at - time.perf_counter()))
+        given = tuple(passages[place] for place in asked.passages)
+        options = GenerateOptions(attention_mode=mode, max_tokens=scenario.answer_tokens, passages=given)
+        waited = time.perf_counter() - start - asked.at
         try:
-            return await _ask(client, scenario, [passages[place] for place in asked.passages], mode, start + asked.at)
+            answer = await client.ask(QUESTION, **options)
+            return _Heard(waited + first_token_ms(answer) / 1000, answer.completion.usage)
         except BlockragError as error:
             return _Heard(0.0, None, refused=isinstance(error, OverloadedError))
         finally:
@@ -117,25 +121,12 @@ async def _ask_all(
     return list(await asyncio.gather(*(ask(asked) for asked in Workload(scenario).questions(count))))
 
 
-async def _ask(
-    client: BlockragClient, scenario: Scenario, passages: list[GivenPassage], mode: LoadMode, due: float
-) -> _Heard:
-    options = GenerateOptions(attention_mode=mode, max_tokens=scenario.answer_tokens, passages=tuple(passages))
-    sent = time.perf_counter()
-    answer = await client.ask(QUESTION, **options)
-    return _Heard(sent - due + first_token_ms(answer) / 1000, answer.completion.usage)
-
-
 def _row(
     scenario: Scenario, mode: LoadMode, heard: Sequence[_Heard], times: StageTimes, target_s: float, took_s: float
 ) -> LoadRow:
     usages = [each.usage for each in heard if each.usage is not None]
     firsts = [each.ttft_s for each in heard if each.usage is not None]
-    counted = {
-        "l1": sum(usage.l1_tokens for usage in usages),
-        "store": sum(usage.store_tokens for usage in usages),
-        "disk": sum(usage.disk_tokens for usage in usages),
-    }
+    counted = {tier: sum(getattr(usage, f"{tier}_tokens") for usage in usages) for tier in ("l1", "store", "disk")}
     context = sum(usage.context_tokens for usage in usages) or 1
     tokens = statistics.fmean(usage.completion_tokens for usage in usages) if usages else 0.0
     encoded = sum(usage.encoded_tokens for usage in usages) if mode == "block" else context

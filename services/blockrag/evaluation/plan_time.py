@@ -19,6 +19,7 @@ from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.results import GivenPassage
 from blockrag.settings import Settings
+from blockrag.simulation.scenario import percentile
 from blockrag.v1.common_pb2 import ATTENTION_MODE_BLOCK, Compression, Passage, RequestContext
 from blockrag.v1.compressor_pb2 import PlanRequest
 
@@ -93,13 +94,13 @@ def _request(passages: Sequence[GivenPassage], policy: str, rate: float, questio
 
 
 def _summary(policy: str, passages: int, chunks: int, taken: Sequence[tuple[float, float]]) -> PlanTime:
-    whole = sorted(took_ms for took_ms, _ in taken)
+    whole = [took_ms for took_ms, _ in taken]
     return PlanTime(
         policy=policy,
         passages=passages,
         chunks=chunks,
         median_ms=round(statistics.median(whole), 3),
-        p90_ms=round(whole[min(len(whole) - 1, int(0.9 * len(whole)))], 3),
+        p90_ms=round(percentile(whole, 0.9), 3),
         policy_ms=round(statistics.median(policy_ms for _, policy_ms in taken), 3),
         repeats=len(whole),
     )

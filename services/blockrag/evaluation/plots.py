@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockrag.errors import SetupError
@@ -43,7 +43,6 @@ def plot_places(report: QaReport) -> bytes:
         axes.fill_between(places, low, high, alpha=0.15)
     axes.set(xlabel="place of the gold passage", ylabel="exact match, %", ylim=(0, 100))
     axes.set_xticks(sorted({score.place + 1 for score in placed if score.place is not None}))
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     axes.set_title(f"{report.data}: {report.questions} questions, {report.passages} passages", fontsize=10)
     return _png(figure)
@@ -66,10 +65,8 @@ def plot_compression(report: CompressionReport) -> bytes:
         _draw(axes, points)
         axes.set(xlabel="slots of the passages in the prompt", ylabel=label, xscale="log")
         axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle(f"{report.bundle} {report.version}, chunks of {report.chunk_tokens} tokens", fontsize=10)
-    return _png(figure)
+    return _png(figure, f"{report.bundle} {report.version}, chunks of {report.chunk_tokens} tokens")
 
 
 def plot_rows(rows: Sequence[ReportRow], title: str) -> bytes:
@@ -83,15 +80,10 @@ def plot_rows(rows: Sequence[ReportRow], title: str) -> bytes:
             )
             if line:
                 axes.plot([row.context_tokens for row in line], [row.median_ms for row in line], "o-", label=label)
-        axes.set(xscale="log", yscale="log", xlabel="passage tokens", ylabel="time to first token, ms")
+        _over_sizes(axes, [row.context_tokens for row in rows], "time to first token, ms")
         axes.set_title("model alone" if path == "model" else "over gRPC")
-        axes.set_xticks(sorted({row.context_tokens for row in rows}))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    return _png(figure)
+    return _png(figure, title)
 
 
 def plot_peers(rows: Sequence[PeerRow], title: str) -> bytes:
@@ -106,15 +98,17 @@ def plot_peers(rows: Sequence[PeerRow], title: str) -> bytes:
             sizes, taken = [row.context_tokens for row in line], [getattr(row, field) for row in line]
             kind, styled = peer.partition(",")[0], _PEER_STATES[state]
             axes.plot(sizes, taken, styled, color=colours[peer], label=f"{kind}: {STATES[state]}", markersize=5)
-        axes.set(xscale="log", yscale="log", xlabel="passage tokens", ylabel=label)
-        sizes = sorted({row.context_tokens for row in single})
-        axes.set_xticks(sizes, [f"{size}" for size in sizes])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+        _over_sizes(axes, [row.context_tokens for row in single], label)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
-    figure.suptitle(title, fontsize=10)
-    return _png(figure)
+    return _png(figure, title)
+
+
+def _over_sizes(axes: Any, sizes: Iterable[int], label: str) -> None:
+    axes.set(xscale="log", yscale="log", xlabel="passage tokens", ylabel=label)
+    ticks = sorted(set(sizes))
+    axes.set_xticks(ticks, [f"{size}" for size in ticks])
+    axes.minorticks_off()
 
 
 def _draw(axes: Any, points: list[tuple[str, float, tuple[float, float, float]]]) -> None:
@@ -135,7 +129,11 @@ def _bounds(value: Any, scale: float) -> tuple[float, float, float]:
     return scale * value.mean, scale * value.low, scale * value.high
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, title: str = "") -> bytes:
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    if title:
+        figure.suptitle(title, fontsize=10)
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=130)
     return target.getvalue()

@@ -25,8 +25,8 @@ from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_differenc
 from blockrag.identity import CollectionId, passage_id
 from blockrag.modeling.bundle import load_bundle
 from blockrag.retriever.edge import EdgeIndex
-from blockrag.retriever.embedding import Embedder, find_embedding
-from blockrag.retriever.vector_index import Document, EmbeddedPassage, Passage, SearchQuery
+from blockrag.retriever.embedding import Embedder, embedded, find_embedding
+from blockrag.retriever.vector_index import Document, Passage, SearchQuery
 from blockrag.settings import RetrieverSettings
 
 Search = Literal["dense", "bm25", "fused"]
@@ -192,23 +192,11 @@ async def _fill(
     for start in range(0, len(pieces), _STAGED_AT_ONCE):
         progress("embedding passages", start, len(pieces))
         part = pieces[start : start + _STAGED_AT_ONCE]
-        vectors = embedder.embed_passages([f"{piece.title}\n{piece.text}" for piece in part])
-        embedded = [
-            EmbeddedPassage(
-                Passage(
-                    passage_id=passage_id(_COLLECTION, _DOCUMENT, "1", number),
-                    document_id=_DOCUMENT,
-                    version="1",
-                    ordinal=number,
-                    title=piece.title,
-                    text=piece.text,
-                ),
-                vector,
-                bm25.embed_passage(piece.title, piece.text),
-            )
-            for number, (piece, vector) in enumerate(zip(part, vectors, strict=True), start)
+        passages = [
+            Passage(passage_id(_COLLECTION, _DOCUMENT, "1", number), _DOCUMENT, "1", number, piece.title, piece.text)
+            for number, piece in enumerate(part, start)
         ]
-        await index.stage(_COLLECTION, embedded)
+        await index.stage(_COLLECTION, embedded(embedder, bm25, passages))
     await index.commit(_COLLECTION, Document(_DOCUMENT, "1", _DOCUMENT, len(pieces)))
 
 

@@ -101,17 +101,15 @@ def bootstrap(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> I
     return _interval(float(sample.mean()), means)
 
 
-def bootstrap_difference(first: ArrayLike, second: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def bootstrap_difference(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Interval:
     """Mean of ``first - second``, both [questions] over the same questions, with the interval of paired draws."""
     one, other = _column(first), _column(second)
     if one.shape != other.shape:
         raise ValueError(f"{len(one)} and {len(other)} values: paired values are of the same questions")
-    return bootstrap(one - other, seed, resamples)
+    return bootstrap(one - other, seed)
 
 
-def bootstrap_ratio(
-    numerators: ArrayLike, denominators: ArrayLike, seed: int = 0, resamples: int = RESAMPLES
-) -> Interval | None:
+def bootstrap_ratio(numerators: ArrayLike, denominators: ArrayLike, seed: int = 0) -> Interval | None:
     """``sum(numerators) / sum(denominators)``, both [questions]; None where the denominators' sum is 0.
 
     Resamples whose denominator is 0 are left out of the quantiles: the ratio is undefined there.
@@ -121,7 +119,7 @@ def bootstrap_ratio(
         raise ValueError(f"{len(above)} numerators and {len(below)} denominators")
     if below.sum() == 0:
         return None
-    sums = _resampled_means(np.stack([above, below], axis=1), seed, resamples)
+    sums = _resampled_means(np.stack([above, below], axis=1), seed, RESAMPLES)
     defined = sums[sums[:, 1] != 0]
     return _interval(float(above.sum() / below.sum()), defined[:, 0] / defined[:, 1])
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from blockrag.client import BlockragClient
 from blockrag.corpus.sample import load_articles
@@ -160,13 +160,14 @@ async def measure_grpc_ttft(
     for repeat in range(-warmup, repeats):
         for context_tokens, passages in workload.contexts.items():
             for state in states:
-                answer, first_ms = await _ask(client, workload, passages, state, chunk_tokens)
+                answer = await _ask(client, workload, passages, state, chunk_tokens)
                 if state == "none":
                     alone = answer.completion.usage.prompt_tokens
                 if repeat >= 0:
                     answered = answer.completion
                     slots = answered.usage.prompt_tokens - alone
-                    samples.append(GrpcSample(state, context_tokens, slots, first_ms, dict(answered.stages_ms)))
+                    stages = dict(answered.stages_ms)
+                    samples.append(GrpcSample(state, context_tokens, slots, first_token_ms(answer), stages))
             done += 1
             on_progress(done, total)
     return samples
@@ -178,39 +179,32 @@ async def _ask(
     passages: tuple[GivenPassage, ...],
     state: str,
     chunk_tokens: int | None,
-) -> tuple[Answer, float]:
+) -> Answer:
+    def ask(
+        given: tuple[GivenPassage, ...], mode: Literal["block", "full", "none"] = "block", rate: float | None = None
+    ) -> Coroutine[Any, Any, Answer]:
+        options = GenerateOptions(attention_mode=mode, max_tokens=2, passages=given)
+        if rate is not None:
+            options["compression"] = Compression(rate=rate)
+        return client.ask(workload.question, **options)
+
     if state == "none":
-        return await _timed(client, workload.question, (), "none")
+        return await ask((), "none")
     if state == "full":
-        return await _timed(client, workload.question, passages, "full")
+        return await ask(passages, "full")
     if state == "block_cold":
         # A beginning that was never used makes blocks that nobody has encoded, of nearly as many tokens.
         stamp = f"{time.time_ns() % 10**9}"
         fresh = tuple(GivenPassage(stamp + passage.text[len(stamp) :], passage.title) for passage in passages)
-        return await _timed(client, workload.question, fresh, "block")
+        return await ask(fresh)
     if state == "block_store":
         # Asked once so that the store has them, then displaced from the decoder's own memory.
-        await _timed(client, workload.question, passages, "block")
-        await _timed(client, workload.question, workload.displacing, "block")
-        return await _timed(client, workload.question, passages, "block")
+        await ask(passages)
+        await ask(workload.displacing)
+        return await ask(passages)
     rate = chunk_tokens if state == "compressed_l1" else RATES.get(state)
-    compression = Compression(rate=rate) if rate is not None else None
-    await _timed(client, workload.question, passages, "block", compression)
-    return await _timed(client, workload.question, passages, "block", compression)
-
-
-async def _timed(
-    client: BlockragClient,
-    question: str,
-    passages: tuple[GivenPassage, ...],
-    mode: Literal["block", "full", "none"],
-    compression: Compression | None = None,
-) -> tuple[Answer, float]:
-    options = GenerateOptions(attention_mode=mode, max_tokens=2, passages=passages)
-    if compression is not None:
-        options["compression"] = compression
-    answer = await client.ask(question, **options)
-    return answer, first_token_ms(answer)
+    await ask(passages, rate=rate)
+    return await ask(passages, rate=rate)
 
 
 def first_token_ms(answer: Answer) -> float:

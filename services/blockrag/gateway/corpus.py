@@ -22,11 +22,11 @@ from blockrag.alike import alike
 from blockrag.errors import BlockragError, DeadlineError, InvalidRequestError, NotFoundError, UnavailableError
 from blockrag.gateway.leftovers import Leftovers
 from blockrag.grpc_status import MalformedRequest
-from blockrag.handles import KvCacheClient, RetrieverClient
+from blockrag.handles import RetrieverClient
 from blockrag.identity import page_token_after, read_page_token
 from blockrag.ingest.pipeline import PreparedDocument, SourceDocument
 from blockrag.metadata import metadata_of, struct_of
-from blockrag.v1 import corpus_pb2, kv_cache_pb2, retriever_pb2
+from blockrag.v1 import corpus_pb2, retriever_pb2
 from blockrag.v1.common_pb2 import Passage, RequestContext
 from blockrag.v1.corpus_pb2 import DocumentHeader, IngestDocumentRequest, IngestedDocument
 
@@ -59,7 +59,6 @@ class Corpus:
     """Keeps a tenant's documents by means of the services it is given."""
 
     index: RetrieverClient
-    cache: KvCacheClient
     prepare: Prepare
     batch_passages: int
     leftovers: Leftovers
@@ -88,11 +87,11 @@ class Corpus:
         self, collection: str, document_id: str, context: RequestContext
     ) -> corpus_pb2.DeleteDocumentResponse:
         """Removes a document and its KV; ``NotFoundError`` when there is none."""
-        purged = await self._purge(collection, document_id, context)
+        purged = await self.leftovers.purge(collection, document_id, context)
         removed = await self.index.remove_document(
             retriever_pb2.RemoveDocumentRequest(context=context, collection=collection, document_id=document_id)
         )
-        purged += await self._purge(collection, document_id, context)
+        purged += await self.leftovers.purge(collection, document_id, context)
         self.leftovers.deleted(collection, document_id, context)
         return corpus_pb2.DeleteDocumentResponse(passages=removed.passages, purged_blocks=purged)
 
@@ -117,11 +116,11 @@ class Corpus:
 
     async def delete_collection(self, collection: str, context: RequestContext) -> corpus_pb2.DeleteCollectionResponse:
         """Removes a collection and its KV; ``NotFoundError`` when there is none."""
-        purged = await self._purge(collection, "", context)
+        purged = await self.leftovers.purge(collection, "", context)
         removed = await self.index.remove_collection(
             retriever_pb2.RemoveCollectionRequest(context=context, collection=collection)
         )
-        purged += await self._purge(collection, "", context)
+        purged += await self.leftovers.purge(collection, "", context)
         self.leftovers.deleted(collection, "", context)
         return alike(corpus_pb2.DeleteCollectionResponse, removed, purged_blocks=purged)
 
@@ -163,7 +162,7 @@ class Corpus:
     ) -> IngestedDocument:
         collection, source = header.collection, header.source or header.document_id
         version = _version_from(document.version, source, document.document_id)
-        stored = await self._stored(collection, document.document_id, context)
+        stored = await self.leftovers.find(collection, document.document_id, context)
 
         def told(outcome: corpus_pb2.IngestOutcome, passages: int) -> IngestedDocument:
             return IngestedDocument(
@@ -184,7 +183,7 @@ class Corpus:
         if stored is not None:
             # Before as well as after: when the cache cannot be reached, nothing has changed yet and a second try
             # finds it so; what a question encodes again between the two is purged by the other.
-            await self._purge(collection, document.document_id, context)
+            await self.leftovers.purge(collection, document.document_id, context)
         commit = retriever_pb2.CommitDocumentRequest(
             context=context,
             collection=collection,
@@ -204,7 +203,7 @@ class Corpus:
             ) from error
         replaced = bool(committed.replaced_version)
         if replaced:
-            await self._purge(collection, document.document_id, context)
+            await self.leftovers.purge(collection, document.document_id, context)
         return told(corpus_pb2.INGEST_OUTCOME_REPLACED if replaced else corpus_pb2.INGEST_OUTCOME_CREATED, count)
 
     async def _stage(
@@ -216,7 +215,7 @@ class Corpus:
         context: RequestContext,
     ) -> int:
         count = 0
-        while texts := await asyncio.to_thread(_take, document.passages, self.batch_passages):
+        while texts := await asyncio.to_thread(list, itertools.islice(document.passages, self.batch_passages)):
             passages = [
                 Passage(
                     document_id=document.document_id,
@@ -236,25 +235,6 @@ class Corpus:
             count += len(passages)
         return count
 
-    async def _stored(
-        self, collection: str, document_id: str, context: RequestContext
-    ) -> retriever_pb2.StoredDocument | None:
-        request = retriever_pb2.ScanDocumentsRequest(
-            context=context, collection=collection, document_ids=[document_id], limit=1
-        )
-        try:
-            found = await self.index.scan_documents(request)
-        except NotFoundError:  # the first document of a collection makes it
-            return None
-        return found.documents[0] if found.documents else None
-
-    async def _purge(self, collection: str, document_id: str, context: RequestContext) -> int:
-        document = kv_cache_pb2.DocumentRef(collection=collection, document_id=document_id)
-        purged = await self.cache.purge_documents(
-            kv_cache_pb2.PurgeDocumentsRequest(context=context, documents=[document])
-        )
-        return purged.blocks
-
 
 def _version_from(version: str, source: str, document_id: str) -> str:
     """The version, told from the same content of another source. A file that is its own source says nothing more."""
@@ -263,10 +243,6 @@ def _version_from(version: str, source: str, document_id: str) -> str:
 
 def _count(texts: Iterator[str]) -> int:
     return sum(1 for _ in texts)
-
-
-def _take(texts: Iterator[str], most: int) -> list[str]:
-    return list(itertools.islice(texts, most))
 
 
 MAX_PIECE_BYTES = 2**20

@@ -80,7 +80,6 @@ class Gateway:
         )
         self._corpus = Corpus(
             retriever,
-            kv_cache,
             functools.partial(parsers.prepare, splitter=splitter),
             settings.ingest.batch_passages,
             Leftovers(retriever, kv_cache, limits.max_timeout_ms / 1000),
@@ -194,7 +193,7 @@ class Gateway:
         with observed("CorpusService", "ListDocuments", request_context(grpc_context, caller.tenant)) as current:
             collection = validation.check_collection(request.collection)
             page_size = validation.check_page_size(request.page_size)
-            document_ids = validation.check_listed_ids(request.document_ids)
+            document_ids = validation.check_document_ids(request.document_ids, validation.MAX_PAGE)
             return await self._corpus.list_documents(
                 collection, page_size, request.page_token, current.child_context(), document_ids
             )

@@ -13,12 +13,12 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from blockrag.errors import NotFoundError
+from blockrag.errors import NotFoundError, UnavailableError
 from blockrag.handles import KvCacheClient, RetrieverClient
 from blockrag.telemetry import request_fields
 from blockrag.v1.common_pb2 import RequestContext
 from blockrag.v1.kv_cache_pb2 import DocumentRef, PurgeDocumentsRequest
-from blockrag.v1.retriever_pb2 import ScanDocumentsRequest
+from blockrag.v1.retriever_pb2 import ScanDocumentsRequest, StoredDocument
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Leftovers:
     def __init__(self, index: RetrieverClient, cache: KvCacheClient, after_s: float) -> None:
         """``after_s``: longest time that a question may take."""
         self._index = index
-        self._cache = cache
+        self.cache = cache
         self._after_s = after_s
         self._deleted: deque[_Deleted] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -49,6 +49,21 @@ class Leftovers:
         own = RequestContext(request_id=context.request_id, tenant=context.tenant)
         self._deleted.append(_Deleted(time.monotonic() + self._after_s, collection, document_id, own))
         self._wait()
+
+    async def purge(self, collection: str, document_id: str, context: RequestContext) -> int:
+        """Removes a document's blocks, with an empty id a collection's; returns how many."""
+        document = DocumentRef(collection=collection, document_id=document_id)
+        return (await self.cache.purge_documents(PurgeDocumentsRequest(context=context, documents=[document]))).blocks
+
+    async def find(self, collection: str, document_id: str, context: RequestContext) -> StoredDocument | None:
+        """The document, with an empty id any of the collection's; None where there is none."""
+        wanted = [document_id] if document_id else []
+        request = ScanDocumentsRequest(context=context, collection=collection, document_ids=wanted, limit=1)
+        try:
+            found = await self._index.scan_documents(request)
+        except NotFoundError:  # the first document of a collection makes it
+            return None
+        return found.documents[0] if found.documents else None
 
     def _wait(self) -> None:
         if self._deleted and self._timer is None and self._purging is None:
@@ -65,26 +80,14 @@ class Leftovers:
             while self._deleted and self._deleted[0].due <= time.monotonic():
                 one = self._deleted.popleft()
                 try:
-                    await self._purge(one)
+                    # where it is there again its blocks are read, and its next change purges them all
+                    if await self.find(one.collection, one.document_id, one.context) is None:
+                        await self.purge(one.collection, one.document_id, one.context)
                 except Exception as error:
                     fields = request_fields(one.context)
+                    if isinstance(error, UnavailableError):  # a service, a disk or a volume is away
+                        self.deleted(one.collection, one.document_id, one.context)
                     _logger.warning("a deleted document was not purged once more: %s", error, extra=fields)
         finally:
             self._purging = None
             self._wait()
-
-    async def _purge(self, one: _Deleted) -> None:
-        if await self._is_there_again(one):
-            return  # its blocks are read, and the next change of the document purges them all
-        document = DocumentRef(collection=one.collection, document_id=one.document_id)
-        await self._cache.purge_documents(PurgeDocumentsRequest(context=one.context, documents=[document]))
-
-    async def _is_there_again(self, one: _Deleted) -> bool:
-        wanted = [one.document_id] if one.document_id else []
-        request = ScanDocumentsRequest(
-            context=one.context, collection=one.collection, document_ids=wanted, limit=max(1, len(wanted))
-        )
-        try:
-            return bool((await self._index.scan_documents(request)).documents)
-        except NotFoundError:
-            return False

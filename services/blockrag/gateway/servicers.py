@@ -150,9 +150,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     ``serving`` gives the names of the applications that can take requests; it may block.
     """
 
-    def __init__(self, serving: Callable[[], frozenset[str]], fresh_s: float = FRESH_S) -> None:
+    def __init__(self, serving: Callable[[], frozenset[str]]) -> None:
         self._serving = serving
-        self._fresh_s = fresh_s
         self._known: frozenset[str] = frozenset()
         self._known_until = 0.0
         self._asking: asyncio.Lock | None = None
@@ -184,7 +183,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         async with self._asking:
             if time.monotonic() >= self._known_until:
                 self._known = await asyncio.to_thread(self._serving)
-                self._known_until = time.monotonic() + self._fresh_s
+                self._known_until = time.monotonic() + FRESH_S
         serving = application in self._known
         return health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
 

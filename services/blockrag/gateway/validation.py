@@ -37,7 +37,7 @@ MAX_TURNS = 128
 MAX_CONVERSATION_CHARS = 262_144
 """Longest text of instructions and earlier turns together."""
 MAX_SOURCE_CHARS = 1024
-MAX_PAGE = 500
+DEFAULT_PAGE, MAX_PAGE = 100, 500
 MAX_WARM_DOCUMENTS = 10_000
 
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
@@ -200,25 +200,18 @@ def read_filter(conditions: Sequence[MetadataCondition]) -> tuple[MetadataCondit
     return tuple(map(_normalised, conditions))
 
 
-def check_page_size(page_size: int, default: int = 100) -> int:
+def check_page_size(page_size: int) -> int:
     """Entries of a page."""
     if page_size > MAX_PAGE:
         raise InvalidRequestError("page_size", f"is {page_size}; at most {MAX_PAGE} are allowed")
-    return page_size or default
+    return page_size or DEFAULT_PAGE
 
 
-def check_document_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
+def check_document_ids(document_ids: Sequence[str], most: int = MAX_WARM_DOCUMENTS) -> tuple[str, ...]:
     """Ids without repetition, normalised, in order."""
-    if len(document_ids) > MAX_WARM_DOCUMENTS:
-        raise InvalidRequestError("document_ids", f"at most {MAX_WARM_DOCUMENTS} are allowed")
+    if len(document_ids) > most:
+        raise InvalidRequestError("document_ids", f"at most {most} are allowed")
     return tuple(dict.fromkeys(map(read_document_id, document_ids)))
-
-
-def check_listed_ids(document_ids: Sequence[str]) -> tuple[str, ...]:
-    """Ids of documents that are asked for, as many as a page may have."""
-    if len(document_ids) > MAX_PAGE:
-        raise InvalidRequestError("document_ids", f"at most {MAX_PAGE} are allowed")
-    return check_document_ids(document_ids)
 
 
 def check_trace_id(trace_id: str) -> str:

@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
-from google.protobuf.message import Message
 from starlette.responses import StreamingResponse
 
+from blockrag.alike import fields_of
 from blockrag.errors import UnavailableError
 from blockrag.v1 import rag_pb2
 from blockrag.v1.common_pb2 import ChunkForm, Passage
@@ -98,11 +98,6 @@ def usage_details(completion: rag_pb2.Completion, *, explain: bool = False) -> d
         "seed": completion.seed,
         "trace_id": completion.trace_id,
     }
-
-
-def fields_of(message: Message) -> dict[str, Any]:
-    """Fields of a message of plain values, those that are zero too."""
-    return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
 
 
 def _citation(citation: rag_pb2.Citation, explain: bool) -> dict[str, Any]:

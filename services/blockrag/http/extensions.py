@@ -10,12 +10,13 @@ from fastapi import APIRouter
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
+from blockrag.alike import fields_of
 from blockrag.errors import NotFoundError
 from blockrag.http.door import Visit
 from blockrag.http.error_objects import error_detail
-from blockrag.http.events import STREAMED, data, fields_of, server_sent
+from blockrag.http.events import STREAMED, data, server_sent
 from blockrag.http.shared_fields import Body
-from blockrag.http.vector_stores import DEFAULT_COLLECTION, split_id
+from blockrag.http.vector_stores import DEFAULT_COLLECTION, within
 from blockrag.v1 import corpus_pb2, system_pb2
 
 router = APIRouter()
@@ -32,51 +33,22 @@ class WarmBody(Body):
 
     def to_message(self) -> corpus_pb2.WarmRequest:
         """The gateway's request. Raises ``NotFoundError`` for a file of another collection."""
-        message = corpus_pb2.WarmRequest(collection=self.collection)
-        for id in self.file_ids:
-            collection, document_id = split_id(id)
-            if collection != self.collection:
-                raise NotFoundError(f"there is no file {id!r} in {self.collection!r}")
-            message.document_ids.append(document_id)
-        return message
+        document_ids = [within(self.collection, id)[1] for id in self.file_ids]
+        return corpus_pb2.WarmRequest(collection=self.collection, document_ids=document_ids)
 
 
-class Warming:
-    """A warming under way: its first step is known, so whatever refuses it has a status of its own."""
-
-    def __init__(self, steps: AsyncGenerator[corpus_pb2.WarmResponse, None], first: corpus_pb2.WarmResponse) -> None:
-        self._steps = steps
-        self._first = first
-
-    @classmethod
-    async def begin(cls, steps: AsyncGenerator[corpus_pb2.WarmResponse, None]) -> Warming:
-        """Waits for the first step. Raises what the gateway raises."""
-        return cls(steps, await anext(steps, corpus_pb2.WarmResponse()))
-
-    async def steps(self) -> AsyncGenerator[dict[str, Any], None]:
-        """How far it is, each time; closing it stops the work."""
-        async with aclosing(self._steps):
-            yield _warming(self._first)
-            async for step in self._steps:
-                yield _warming(step)
-
-    async def finished(self) -> dict[str, Any]:
-        """Its last step."""
-        last = self._first
-        async with aclosing(self._steps) as steps:
+async def _warming_events(
+    first: corpus_pb2.WarmResponse, steps: AsyncGenerator[corpus_pb2.WarmResponse, None]
+) -> AsyncIterator[str]:
+    """Server-sent events of a warming up to ``[DONE]``; closing it stops the work."""
+    async with aclosing(steps):
+        try:
+            yield data(_warming(first))
             async for step in steps:
-                last = step
-        return _warming(last)
-
-    async def events(self) -> AsyncIterator[str]:
-        """Server-sent events up to ``[DONE]``."""
-        async with aclosing(self.steps()) as steps:
-            try:
-                async for step in steps:
-                    yield data(step)
-                yield "data: [DONE]\n\n"
-            except Exception as error:
-                yield data({"error": error_detail(error)[1].model_dump()})
+                yield data(_warming(step))
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            yield data({"error": error_detail(error)[1].model_dump()})
 
 
 def _warming(step: corpus_pb2.WarmResponse) -> dict[str, Any]:
@@ -137,7 +109,11 @@ async def get_trace(trace_id: str, visit: Visit) -> dict[str, Any]:
 @router.post("/blockrag/warm", responses=STREAMED)
 async def warm(body: WarmBody, visit: Visit) -> Response:
     """Encodes a collection's passages ahead of time, or those of some of its files."""
-    warming = await Warming.begin(visit.gateway.warm(body.to_message(), visit.call))
+    steps = visit.gateway.warm(body.to_message(), visit.call)
+    last = await anext(steps, corpus_pb2.WarmResponse())  # before any event: what refuses it has a status of its own
     if body.stream:
-        return server_sent(warming.events())
-    return JSONResponse(await warming.finished())
+        return server_sent(_warming_events(last, steps))
+    async with aclosing(steps):
+        async for step in steps:
+            last = step
+    return JSONResponse(_warming(last))

@@ -251,7 +251,7 @@ async def create_store_file(collection: str, request: Request, visit: Visit) -> 
 @router.get("/vector_stores/{collection}/files")
 async def list_store_files(collection: str, visit: Visit, page: Paging) -> dict[str, Any]:
     """Documents of the collection."""
-    after = _within(collection, page.after)[1] if page.after else ""
+    after = within(collection, page.after)[1] if page.after else ""
     found, more = await _documents(visit, collection, page.limit, after)
     return list_object([stored_file_object(collection, document) for document in found], more)
 
@@ -265,13 +265,13 @@ async def get_store_file(collection: str, file_id: str, visit: Visit) -> dict[st
 @router.delete("/vector_stores/{collection}/files/{file_id:path}")
 async def delete_store_file(collection: str, file_id: str, visit: Visit) -> dict[str, Any]:
     """Removes a document: it belongs to no other collection."""
-    await delete(visit, *_within(collection, file_id))
+    await delete(visit, *within(collection, file_id))
     return {"id": file_id, "object": "vector_store.file.deleted", "deleted": True}
 
 
 async def find(visit: Visit, id: str, collection: str = "") -> corpus_pb2.DocumentSummary:
     """The document of a file's id; ``NotFoundError`` where there is none (in ``collection``)."""
-    of, document_id = _within(collection, id) if collection else split_id(id)
+    of, document_id = within(collection, id) if collection else split_id(id)
     request = corpus_pb2.ListDocumentsRequest(collection=of, document_ids=[document_id], page_size=1)
     found = await visit.gateway.list_documents(request, visit.call)
     if not found.documents:
@@ -322,7 +322,8 @@ def _details(document: corpus_pb2.DocumentSummary | corpus_pb2.IngestedDocument)
     return {**told, "outcome": corpus_pb2.IngestOutcome.Name(document.outcome).removeprefix("INGEST_OUTCOME_").lower()}
 
 
-def _within(collection: str, id: str) -> tuple[str, str]:
+def within(collection: str, id: str) -> tuple[str, str]:
+    """Collection and document of a file's id; ``NotFoundError`` for another collection's."""
     of, document_id = split_id(id)
     if of != collection:
         raise NotFoundError(f"there is no file {id!r} in {collection!r}")

@@ -114,8 +114,8 @@ def _checked(number: int, value: dict[str, Any], defaults: Mapping[str, Any]) ->
         _refuse(number, f'"id": {error.problem}')
     try:
         metadata = checked_metadata({**defaults, **metadata})
-    except ValueError as error:
-        _refuse(number, f'"metadata": {error}')
+    except InvalidRequestError as error:
+        _refuse(number, f'"metadata": {error.problem}')
     return JsonDocument(document_id, clean_line(title), clean_text(text), metadata)
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from blockrag.characters import clean_text, is_blank
-from blockrag.errors import InvalidRequestError
 from blockrag.ingest.html import read_html
 from blockrag.ingest.json_documents import copy_jsonl
 from blockrag.ingest.markdown import read_markdown
-from blockrag.ingest.media import READ_BYTES, MediaType, decode, no_text
+from blockrag.ingest.media import MediaType, decode, no_text
 from blockrag.ingest.pdf import read_pdf
 from blockrag.ingest.plain import unwrap_lines
 from blockrag.ingest.splitting import choose_title
@@ -44,7 +43,8 @@ def parse(source: BinaryIO, target: BinaryIO, media_type: MediaType, metadata: M
     titles: list[str] = []
     fields: dict[str, Any] = {}
     why = ""
-    digest = _sha256(source)
+    source.seek(0)
+    digest = hashlib.file_digest(source, "sha256").hexdigest()  # type: ignore[arg-type]
     if media_type is MediaType.JSONL:
         copy_jsonl(source, target, metadata)
         return ParsedFile("", digest)
@@ -65,14 +65,7 @@ def parse(source: BinaryIO, target: BinaryIO, media_type: MediaType, metadata: M
         pieces = iter([text])
     if not _write(pieces, target):
         raise no_text(why)
-    return ParsedFile(choose_title(titles), digest, _merged(fields, metadata))
-
-
-def _merged(fields: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return checked_metadata({**fields, **metadata})
-    except ValueError as error:
-        raise InvalidRequestError("metadata", str(error)) from None
+    return ParsedFile(choose_title(titles), digest, checked_metadata({**fields, **metadata}))
 
 
 def _write(pieces: Iterator[str], target: BinaryIO) -> bool:
@@ -81,11 +74,3 @@ def _write(pieces: Iterator[str], target: BinaryIO) -> bool:
         has_text = has_text or not is_blank(piece)
         target.write(piece.encode())
     return has_text
-
-
-def _sha256(source: BinaryIO) -> str:
-    source.seek(0)
-    digest = hashlib.sha256()
-    while data := source.read(READ_BYTES):
-        digest.update(data)
-    return digest.hexdigest()

@@ -59,10 +59,7 @@ def check_source(source: SourceDocument) -> CheckedSource:
     """Raises ``InvalidRequestError`` naming ``document_id``, ``media_type`` or ``metadata``."""
     source = replace(source, document_id=normalise(source.document_id), title=clean_line(source.title))
     check_document_id(source.document_id)
-    try:
-        source = replace(source, metadata=checked_metadata(source.metadata))
-    except ValueError as error:
-        raise InvalidRequestError("metadata", str(error)) from None
+    source = replace(source, metadata=checked_metadata(source.metadata))
     return CheckedSource(source, media_type_of(source.media_type, source.document_id))
 
 

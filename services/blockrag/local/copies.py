@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockrag.local import launch
+from blockrag.local.haproxy import write_script
 
 _REQUEST_S = 10.0
 """How long the origin waits for a request that has begun; whoever sends it is on this machine."""
@@ -128,11 +129,7 @@ def launched_by(launcher: Path) -> Iterator[None]:
 
 def write_launcher(folder: Path, address: Path) -> Path:
     """The executable that stands for Python: ``launch.py`` with the origin's ``address``."""
-    launcher = folder / "python"
-    command = f'"{sys.executable}" -I -S "{launch.__file__}" "{address}" "{sys.executable}"'
-    launcher.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
-    launcher.chmod(0o755)
-    return launcher
+    return write_script(folder / "python", launch.__file__, address, sys.executable)
 
 
 def _copy_when_asked(listener: socket.socket, end: int) -> Job:

@@ -44,7 +44,7 @@ class Finding:
     """What to do; empty where nothing is to be done."""
 
 
-def examine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> list[Finding]:
+def examine(settings: Settings) -> list[Finding]:
     """Everything that is looked at, in the order in which a start needs it. Starts nothing."""
     installed = list(_versions())
     if any(finding.level == "problem" for finding in installed):
@@ -52,7 +52,7 @@ def examine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> list[Fin
     looks = (
         installed,
         _limits(settings),
-        _start(settings, shared_memory),
+        _start(settings),
         _secrets(settings),
         _state_folder(settings),
         _volume(settings),
@@ -64,10 +64,9 @@ def examine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> list[Fin
 
 def _versions() -> Iterator[Finding]:
     version = platform.python_version()
-    if platform.python_version_tuple()[:2] == ("3", "11"):
-        yield Finding("python", "ok", version)
-    else:
-        yield Finding("python", "warning", f"{version}, where 3.11 is tested", "make the environment with Python 3.11")
+    other = platform.python_version_tuple()[:2] != ("3", "11")
+    text = f"{version}, where 3.11 is tested"
+    yield _judged("python", version, other, text, "make the environment with Python 3.11")
     missing = [name for name in ("ray", "torch", "transformers", "qdrant_edge") if not importlib.util.find_spec(name)]
     if missing:
         yield Finding("packages", "problem", f"missing: {', '.join(missing)}", "pip install 'blockrag[serve]'")
@@ -86,13 +85,9 @@ def _versions() -> Iterator[Finding]:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement.name} {installed}, where {requirement.specifier} is needed")
-    if wrong:
-        yield Finding(
-            "packages", "problem", "; ".join(wrong), "pip install --constraint constraints.txt 'blockrag[serve]'"
-        )
-    else:
-        versions = (f"{name} {importlib.metadata.version(name)}" for name in ("ray", "torch", "transformers"))
-        yield Finding("packages", "ok", ", ".join(versions))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("ray", "torch", "transformers"))
+    way_out = "pip install --constraint constraints.txt 'blockrag[serve]'"
+    yield _judged("packages", versions, bool(wrong), "; ".join(wrong), way_out, "problem")
     if not hasattr(os, "pidfd_open") or not Path("/proc/self/stat").exists():
         yield Finding("system", "problem", "no Linux with pidfd and /proc", "run on Linux 5.3 or later")
 
@@ -113,14 +108,14 @@ def _judged(subject: str, well: str, bad: bool, text: str, way_out: str, level: 
     return Finding(subject, level, text, way_out) if bad else Finding(subject, "ok", well)
 
 
-def _start(settings: Settings, shared_memory: Path) -> Iterator[Finding]:
+def _start(settings: Settings) -> Iterator[Finding]:
     """What ``blockrag up`` would refuse."""
     cluster = settings.cluster
     if _is_running(settings):
         yield Finding("start", "ok", "it runs: ports and shared memory are its own")
     else:
-        store = f"object store of {cluster.object_store_mb} MiB in {shared_memory}"
-        yield _looked("shared memory", store, lambda: check_memory(settings, shared_memory))
+        store = f"object store of {cluster.object_store_mb} MiB in {SHARED_MEMORY}"
+        yield _looked("shared memory", store, lambda: check_memory(settings))
         for name in ("grpc_port", "http_port"):
             check = functools.partial(check_port, cluster.host, getattr(cluster, name), f"cluster.{name}")
             yield _looked(f"cluster.{name}", f"{getattr(cluster, name)} is free", check)

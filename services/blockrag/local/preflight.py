@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import random
+import shutil
 import socket
 from pathlib import Path
 
@@ -23,7 +24,7 @@ _ATTEMPTS = 200
 _FREE_PORTS = (10_000, 20_000)
 
 
-def check_machine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> None:
+def check_machine(settings: Settings) -> None:
     """Raises ``EnvironmentSetupError``, naming the setting to change, when the system cannot run here.
 
     Raises ModuleNotFoundError where the client alone is installed.
@@ -31,7 +32,7 @@ def check_machine(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> No
     _check_installed()
     _check_not_running(settings)
     check_exposure(settings)
-    check_memory(settings, shared_memory)
+    check_memory(settings)
     _check_disk(settings)
     cluster = settings.cluster
     check_port(cluster.host, cluster.grpc_port, "cluster.grpc_port")
@@ -130,7 +131,7 @@ def check_exposure(settings: Settings) -> None:
         )
 
 
-def check_memory(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> None:
+def check_memory(settings: Settings) -> None:
     """Raises ``EnvironmentSetupError`` when the object store is too small for the cache or too large to be had."""
     store_mb, budget_mb = settings.cluster.object_store_mb, settings.kv_cache.budget_mb
     if store_mb < budget_mb * STORE_HEADROOM:
@@ -138,11 +139,10 @@ def check_memory(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> Non
             f"cluster.object_store_mb is {store_mb}, less than {STORE_HEADROOM} times kv_cache.budget_mb "
             f"({budget_mb}): blocks would be spilled to disk; raise the one or lower the other"
         )
-    stats = os.statvfs(shared_memory)
-    free_mb = stats.f_bavail * stats.f_frsize // 2**20
+    free_mb = shutil.disk_usage(SHARED_MEMORY).free // 2**20
     if free_mb < store_mb:
         raise EnvironmentSetupError(
-            f"{shared_memory} has {free_mb} MiB free and cluster.object_store_mb asks for {store_mb}: enlarge it "
+            f"{SHARED_MEMORY} has {free_mb} MiB free and cluster.object_store_mb asks for {store_mb}: enlarge it "
             f"(docker run --shm-size {store_mb + 256}m) or lower cluster.object_store_mb and kv_cache.budget_mb"
         )
 
@@ -150,8 +150,7 @@ def check_memory(settings: Settings, shared_memory: Path = SHARED_MEMORY) -> Non
 def _check_disk(settings: Settings) -> None:
     path = settings.disk_path
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    stats = os.statvfs(existing)
-    disk_mb = stats.f_blocks * stats.f_frsize // 2**20
+    disk_mb = shutil.disk_usage(existing).total // 2**20
     if settings.kv_cache.disk_mb > disk_mb:
         raise EnvironmentSetupError(
             f"kv_cache.disk_mb is {settings.kv_cache.disk_mb}, and the disk of {existing} has {disk_mb} MiB in all: "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from blockrag.errors import DataError
+from blockrag.modeling.files import replace_file
 
 Phase = Literal["starting", "ready", "failed", "stopped"]
 
@@ -49,9 +50,7 @@ def state_file(state_path: Path) -> Path:
 def write_state(state_path: Path, state: SystemState) -> None:
     """Writes the process file so that a reader never sees half of it."""
     state_path.mkdir(parents=True, exist_ok=True)
-    temporary = state_file(state_path).with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
-    temporary.replace(state_file(state_path))
+    replace_file(state_file(state_path), json.dumps(asdict(state), indent=2))
 
 
 def read_state(state_path: Path) -> SystemState | None:

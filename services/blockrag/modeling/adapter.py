@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,7 +27,7 @@ from blockrag.modeling.adapter_record import (
     check_token_rows_place,
     read_adapter_config,
 )
-from blockrag.modeling.loading import check_finite
+from blockrag.modeling.loading import check_finite, read_tensors
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -73,7 +72,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     config, base_name = read_adapter_config(folder)
     path = folder / ADAPTER_WEIGHTS
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _read_tensors(path).items():
+    for key, tensor in read_tensors(path).items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise BundleError(f"{path}: {key} is no tensor of a LoRA adapter")
@@ -136,19 +135,13 @@ def join_adapters(first: Adapter | None, second: Adapter) -> Adapter:
     return Adapter(AdapterConfig(rank, scale * rank, tuple(sorted(targets))), tensors, first.base_name, first.path)
 
 
-def write_adapter(
-    folder: str | Path,
-    tensors: Mapping[str, tuple[Tensor, Tensor]],
-    config: AdapterConfig,
-    base_name: str,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
+def write_adapter(folder: Path, adapter: Adapter, base_name: str) -> None:
     """Write an adapter in PEFT's format into ``folder``, which is made. ``base_name`` is ``Base.identity``.
 
     Raises BundleError as ``read_adapter`` would.
     """
-    folder = Path(folder)
-    _check_pairs(folder, tensors, config)
+    config = adapter.config
+    _check_pairs(folder, adapter.tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         "peft_type": "LORA",
@@ -163,8 +156,8 @@ def write_adapter(
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     named = {
-        f"base_model.model.{module}.lora_{letter}.weight": tensor.detach().to("cpu", dtype).contiguous()
-        for module, pair in tensors.items()
+        f"base_model.model.{module}.lora_{letter}.weight": tensor.detach().to("cpu", adapter.dtype).contiguous()
+        for module, pair in adapter.tensors.items()
         for letter, tensor in zip("AB", pair, strict=True)
     }
     save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -181,7 +174,7 @@ def read_token_rows(root: Path, place: Mapping[str, Any]) -> TokenRows:
     """Rows of the bundle ``root``, whose manifest says {"first": id, "count": n}. Raises BundleError."""
     path = root / TOKEN_ROWS_FILE
     first, count = check_token_rows_place(root, place)
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     embedding = tensors.get("embedding")
     if embedding is None or not set(tensors) <= {"embedding", "head"}:
         raise BundleError(f"{path}: must hold embedding, and head where that is not tied")
@@ -230,11 +223,3 @@ def _check_pairs(path: Path, tensors: Mapping[str, tuple[Tensor, Tensor]], confi
             f"{path}: adapts {', '.join(sorted(adapted))}, where the configuration says "
             f"{', '.join(config.target_modules)}"
         )
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path}: {error}") from error

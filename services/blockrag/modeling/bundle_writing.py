@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from blockrag.modeling.base import Base, is_base, open_base
 from blockrag.modeling.bundle import FORMAT, Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template
 from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint
-from blockrag.modeling.files import read_json, replace_file
+from blockrag.modeling.files import read_json, replace_file, staged
 from blockrag.modeling.loading import read_tokenizer
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.pear_record import PearRecord
@@ -46,11 +45,9 @@ def create_bundle(
     adapter: Adapter | None = None,
     token_rows: TokenRows | None = None,
     name: str = "",
-    version: str = "1",
     chunk_tokens: int = 16,
     passage_tokens: int = 128,
     max_context_tokens: int | None = None,
-    quality: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     model_card: str = "",
 ) -> Bundle:
@@ -79,7 +76,7 @@ def create_bundle(
         check_checkpoint(source)
     if max_context_tokens is not None and max_context_tokens > facts.max_positions:
         raise BundleError(f"{source}: {max_context_tokens} context tokens, where the model has {facts.max_positions}")
-    with staged(target) as staging:
+    with new_folder(target) as staging:
         _copy_checkpoint(source, staging / "decoder", weights=base is None)
         if model_card:
             (staging / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
@@ -88,14 +85,14 @@ def create_bundle(
         manifest = {
             "format": FORMAT,
             "name": name or label,
-            "version": version,
+            "version": "1",
             **on_top,
             "template": template.to_dict(),
             "chunk_tokens": chunk_tokens,
             "passage_tokens": passage_tokens,
             "max_context_tokens": max_context_tokens or facts.max_positions,
-            "files": digests(staging, "decoder", *_on_top_files(on_top)),
-            "quality": dict(quality or {}),
+            "files": digests(staging, "decoder", ADAPTER_DIR, TOKEN_ROWS_FILE),
+            "quality": {},
             "training": dict(training or {}),
         }
         write_manifest(staging, manifest)
@@ -118,7 +115,7 @@ def _write_on_top(
     if base is not None:
         keys["base"] = base.to_dict()
         if adapter is not None:
-            write_adapter(staging / ADAPTER_DIR, adapter.tensors, adapter.config, base.identity, adapter.dtype)
+            write_adapter(staging / ADAPTER_DIR, adapter, base.identity)
             keys["adapter"] = adapter.config.to_dict()
         if token_rows is not None:
             write_token_rows(staging, token_rows)
@@ -126,33 +123,18 @@ def _write_on_top(
     return keys
 
 
-def _on_top_files(keys: Mapping[str, Any]) -> list[str]:
-    names = {"adapter": ADAPTER_DIR, "token_rows": TOKEN_ROWS_FILE}
-    return [name for key, name in names.items() if key in keys]
-
-
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A directory beside ``target`` that becomes it when the body succeeds and vanishes when it fails.
-
-    Raises BundleError when ``target`` exists.
-    """
+def new_folder(target: Path) -> Iterator[Path]:
+    """A directory that becomes ``target`` when the body succeeds. Raises BundleError when ``target`` exists."""
     if target.exists():
         raise BundleError(f"{target}: exists already")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with staged(target) as staging:
         yield staging
-        # whoever serves it may not be the one who made it, and temporary files are their maker's alone
-        for path in (staging, *staging.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def digests(root: Path, *names: str) -> dict[str, str]:
-    """SHA-256 of the files ``names``, and of the files in the directories among them, by path within ``root``."""
+    """SHA-256 of the files ``names`` that are there, and of those in directories among them, by path in ``root``."""
     found = (path for name in names for path in ((root / name).iterdir() if (root / name).is_dir() else [root / name]))
     return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(found) if path.is_file()}
 
@@ -166,7 +148,7 @@ def copy_files(bundle: Bundle, target: Path, names: Iterable[str]) -> None:
 
 def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
     """Write ``manifest.json``."""
-    (root / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    replace_file(root / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def with_section(card: str, heading: str, body: Iterable[str]) -> str:
@@ -190,19 +172,19 @@ def write_pear(bundle: Bundle, record: PearRecord, out: str | Path | None) -> Bu
             f"{bundle.path}: its chunk compression was trained with the decoder's present weights: apply PEAR first, "
             "then blockrag adapt refrag"
         )
-    manifest = json.loads((bundle.path / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(bundle.path / "manifest.json")
     manifest.update(pear=record.to_dict(), quality={})
     card = bundle.path / "MODEL_CARD.md"
     described = _describe_pear(card.read_text(encoding="utf-8") if card.exists() else "", record)
     options: dict[str, Any] = {"compute_dtype": bundle.compute_dtype, "kv_dtype": bundle.kv_dtype}
     if out is None:
-        replace_file(bundle.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        write_manifest(bundle.path, manifest)
         replace_file(card, described)
         return load_bundle(bundle.path, verify_files=False, **options)
     target = Path(out).expanduser()
     if bundle.base is not None:
         manifest["base"] = bundle.base.moved(bundle.path, target).to_dict()
-    with staged(target) as staging:
+    with new_folder(target) as staging:
         copy_files(bundle, staging, bundle.files)
         write_manifest(staging, manifest)
         (staging / card.name).write_text(described, encoding="utf-8")

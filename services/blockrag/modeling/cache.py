@@ -20,14 +20,13 @@ import json
 import os
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blockrag.modeling.files import file_sha256
+from blockrag.modeling.files import file_sha256, staged
 
 CACHE_VARIABLE = "BLOCKRAG_CACHE"
 """Environment variable that names the directory. No setting: training and the engine know no settings."""
@@ -86,17 +85,11 @@ def changed_file(folder: Path, sha256: Callable[[Path], str] = file_sha256) -> P
 def _make(folder: Path, make: Callable[[Path], None], source: str) -> None:
     for leftover in (folder, *folder.parent.glob(f".{folder.name}-*")):  # of killed processes: the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with staged(folder) as staging:
         make(staging)
         written = sorted(staging.iterdir())
         facts = {item.name: {"size": item.stat().st_size, "sha256": file_sha256(item)} for item in written}
         (staging / _RECORD).write_text(json.dumps({"source": source, "files": facts}, indent=2), encoding="utf-8")
-        for item in (staging, *staging.iterdir()):
-            item.chmod(0o755 if item.is_dir() else 0o644)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _record(folder: Path) -> dict[str, dict[str, Any]]:

@@ -9,21 +9,17 @@ that concerns is refused here by what the files say, before any weight is read.
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from blockrag.errors import BundleError
 from blockrag.modeling.adapter import merge_adapter, put_token_rows, read_adapter, read_token_rows
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.files import check_safetensors, read_json
-from blockrag.modeling.loading import DTYPES, check_finite, no_load_report, no_progress_bar
+from blockrag.modeling.loading import DTYPES, LOAD_ERRORS, check_finite, check_none, load_weights
 from blockrag.modeling.pear import fold
 from blockrag.modeling.support import ModelFacts, inspect_model
 
@@ -31,7 +27,6 @@ _INDEX = "model.safetensors.index.json"
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "quant_log.csv", "hf_quant_config.json")
 _ADAPTER = "adapter_config.json"
 _NAMED = 8
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
 
 
 def check_checkpoint(folder: Path, *, weights: bool = True) -> None:
@@ -52,7 +47,7 @@ def inspect_checkpoint(folder: Path) -> ModelFacts:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise BundleError(f"{folder}: no causal language model in the Hugging Face format: {error}") from error
     return inspect_model(model)
 
@@ -64,7 +59,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     check_checkpoint(folder, weights=False)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise BundleError(f"{folder}: no causal language model in the Hugging Face format: {error}") from error
     return config
 
@@ -76,31 +71,18 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, config: PreTrainedConfig |
     """
     config = config or read_config(folder)
     check_checkpoint(folder)
-    try:
-        with no_progress_bar(), no_load_report():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by their names
-            )
-    except _LOAD_ERRORS as error:
-        raise BundleError(f"{folder}: the weights do not load: {error}") from error
+    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}  # refused below, by their names
+    model, info = load_weights(AutoModelForCausalLM, folder, "the weights do", **options)
     other = [f"{name} ({list(there)} for {list(wanted)})" for name, there, wanted in info["mismatched_keys"]]
-    _refuse(folder, "weights have another shape than the configuration says", other)
-    # what is missing would be random numbers
-    _refuse(folder, "weights are missing", info["missing_keys"])
-    _refuse(
+    check_none(folder, other, "weights have another shape than the configuration says")
+    check_none(folder, info["missing_keys"])
+    check_none(
         folder,
+        info["unexpected_keys"],
         f"{type(model).__name__}, as its configuration describes it, has no place for weights that the checkpoint "
         "holds, so it would compute something else",
-        info["unexpected_keys"],
     )
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -141,27 +123,13 @@ def _check_weights(folder: Path) -> None:
             raise BundleError(f"{folder}: lacks weights in safetensors (*.safetensors)")
         raise BundleError(f"{folder}: has {', '.join(found[:_NAMED])}, but neither model.safetensors nor {_INDEX}")
     for name in shards:
-        check_safetensors(folder / name)
-        narrow = [tensor for tensor, kind in _types(folder / name) if kind.startswith(("F8", "F6", "F4", "I", "U"))]
+        types = {tensor: str(entry.get("dtype")) for tensor, entry in check_safetensors(folder / name).items()}
+        narrow = [tensor for tensor in sorted(types) if types[tensor].startswith(("F8", "F6", "F4", "I", "U"))]
         if narrow:
             raise BundleError(
                 f"{folder / name}: weights that are no floating-point numbers of 16 bits or more (quantised?): "
                 f"{', '.join(narrow[:_NAMED])}"
             )
-
-
-def _types(path: Path) -> list[tuple[str, str]]:
-    with path.open("rb") as source:
-        (length,) = struct.unpack("<Q", source.read(8))
-        header = json.loads(source.read(length))
-    return sorted((name, str(entry.get("dtype"))) for name, entry in header.items() if name != "__metadata__")
-
-
-def _refuse(folder: Path, problem: str, names: Iterable[object]) -> None:
-    found = sorted(str(name) for name in names)
-    if found:
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise BundleError(f"{folder}: {problem}: {', '.join(found[:_NAMED])}{more}")
 
 
 def load_stock_model(
@@ -183,10 +151,7 @@ def load_stock_model(
         raise ValueError(f"compute_dtype {compute_dtype!r}: must be one of {', '.join(DTYPES)}")
     if not with_adapter and bundle.pear is not None:
         raise BundleError(f"{bundle.path}: its coefficients of heads (PEAR) do not fit the base without the adapter")
-    if bundle.base is None:
-        model = load_checkpoint(bundle.weights_dir(), dtype)
-    else:
-        model = _load_on_base(bundle, dtype, with_adapter)
+    model = _load(bundle, dtype, with_adapter)
     check_finite(bundle.decoder_dir, model.named_parameters())
     if bundle.pear is not None:
         fold(model, bundle.pear.heads)
@@ -199,11 +164,7 @@ def load_first_layers(bundle: Bundle, layers: int) -> PreTrainedModel:
     Of a bundle with a base they are the base's, without adapter and coefficients: they stay as they are while an
     adapter is trained. Raises BundleError for damaged weights.
     """
-    if bundle.base is None:
-        model = load_checkpoint(bundle.weights_dir(), torch.float32)
-    else:
-        model = _load_on_base(bundle, torch.float32, False)
-    trunk: PreTrainedModel = model.model
+    trunk: PreTrainedModel = _load(bundle, torch.float32, with_adapter=False).model
     trunk.layers = trunk.layers[:layers]
     trunk.config.num_hidden_layers = layers
     trunk.norm = torch.nn.Identity()
@@ -211,9 +172,11 @@ def load_first_layers(bundle: Bundle, layers: int) -> PreTrainedModel:
     return trunk.train(False).requires_grad_(False)
 
 
-def _load_on_base(bundle: Bundle, dtype: torch.dtype, with_adapter: bool) -> PreTrainedModel:
-    """The configuration is the bundle's, but for the vocabulary, which grows from the base's."""
+def _load(bundle: Bundle, dtype: torch.dtype, with_adapter: bool) -> PreTrainedModel:
+    """On a base the configuration is the bundle's, but for the vocabulary, which grows from the base's."""
     folder = bundle.weights_dir()
+    if bundle.base is None:
+        return load_checkpoint(folder, dtype)
     stored = read_json(folder / "config.json")
     config = read_config(bundle.decoder_dir)
     config.vocab_size = int(stored["vocab_size"])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +19,20 @@ DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "reader"
 """The reader that ships with blockrag."""
 PACKAGE_PREFIX = "package:"
 """What names a base inside an installed package begins with, where a path may stand too."""
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A directory beside ``target`` that becomes it when the body succeeds and vanishes when it fails."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield staging
+        # whoever reads it may not be the one who made it, and temporary files are their maker's alone
+        for path in (staging, *staging.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -91,18 +108,23 @@ def is_sha256(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
-def check_safetensors(path: Path) -> None:
-    """The header says how long the file must be; see the safetensors format. Raises BundleError."""
+def check_safetensors(path: Path) -> dict[str, Mapping[str, Any]]:
+    """The header says how long the file must be; see the safetensors format. Raises BundleError.
+
+    Returns what it says of each tensor.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as source:
             (length,) = struct.unpack("<Q", source.read(8))
             if length > size:
                 raise BundleError(f"{path}: truncated: {size} bytes, header of {length}")
-            header = json.loads(source.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            header: dict[str, Mapping[str, Any]] = json.loads(source.read(length))
+        header.pop("__metadata__", None)
+        ends = [entry["data_offsets"][1] for entry in header.values()]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise BundleError(f"{path}: no safetensors header: {error}") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise BundleError(f"{path}: truncated: {size} bytes where its header promises {expected}")
+    return header

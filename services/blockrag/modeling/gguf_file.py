@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from blockrag.errors import BundleError
+from blockrag.modeling.loading import check_finite
 
 ARCHITECTURES: Mapping[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 """By ``general.architecture``; llama.cpp writes Mistral models as "llama"."""
@@ -270,8 +271,7 @@ def _parameters(
 def _weights(file: GgufFile) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in file.tensors.items():
         values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
-        if not bool(torch.isfinite(values).all()):
-            raise BundleError(f"{file.path}: NaN or infinity in {tensor.name}")
+        check_finite(file.path, [(tensor.name, values)])
         if file.permuted and (".q_proj." in name or ".k_proj." in name):
             # llama.cpp turns neighbours, transformers turns halves: pairs become halves, head by head
             heads = file.config.num_attention_heads if ".q_proj." in name else file.config.num_key_value_heads

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from blockrag.errors import BundleError
 from blockrag.modeling import bundle
+from blockrag.modeling.running_text import load_tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in bundle.DTYPES}
 """torch's types by the names that bundles and settings have for them."""
 KV_DTYPES = {name: getattr(torch, name) for name in bundle.KV_DTYPES}
 """The same of cached K and V."""
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
+"""What transformers raises for files that it cannot load."""
+_NAMED = 8
 
 
 @contextmanager
@@ -32,25 +39,41 @@ def no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@contextmanager
-def no_load_report() -> Iterator[None]:
-    """transformers lists no weights inside that are missing or left over; who loads must look at what is missing."""
+def load_weights(kind: Any, folder: Path, what: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model by one of transformers' Auto classes, and which weights are missing or left over: who loads must look.
+
+    Raises BundleError saying that ``what`` not load.
+    """
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # transformers would list them
+    options |= {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        yield
+        with no_progress_bar():
+            model, info = kind.from_pretrained(folder, **options)
+    except LOAD_ERRORS as error:
+        raise BundleError(f"{folder}: {what} not load: {error}") from error
     finally:
         logging.set_verbosity(before)
+    return model, info
 
 
-def check_missing(where: Path, missing: Iterable[object]) -> None:
-    """Raises BundleError when weights are missing: transformers fills them with random numbers."""
-    absent = sorted(str(name) for name in missing)
-    if absent:
-        raise BundleError(f"{where}: weights are missing: {', '.join(absent[:8])}")
+def check_none(where: Path, names: Iterable[object], problem: str = "weights are missing") -> None:
+    """Raises BundleError naming weights, such as those that transformers would fill with random numbers."""
+    found = sorted(str(name) for name in names)
+    if found:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise BundleError(f"{where}: {problem}: {', '.join(found[:_NAMED])}{more}")
 
 
-def check_finite(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def read_tensors(path: Path, problem: str = "") -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises BundleError naming it."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: {problem}{error}") from error
+
+
+def check_finite(where: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raises BundleError naming the first tensor with NaN or infinity."""
     for name, tensor in tensors:
         if not bool(torch.isfinite(tensor).all()):
@@ -68,10 +91,4 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     A class chosen by the model's type may add tokens of its own.
     """
-    if not (folder / "tokenizer.json").is_file():
-        raise BundleError(f"{folder}: lacks a fast tokenizer (tokenizer.json)")
-    try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise BundleError(f"{folder}: the tokenizer does not load: {error}") from error
-    return tokenizer
+    return load_tokenizer(folder, lambda: PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Tokenizer
 
 from blockrag.errors import BundleError
+
+T = TypeVar("T")
 
 
 class BundleTokenizer(Protocol):
@@ -144,6 +146,16 @@ def _without_prefix(step: Any, members: str) -> Any:
     return step
 
 
+def load_tokenizer(folder: Path, load: Callable[[], T]) -> T:
+    """What ``load`` makes of ``tokenizer.json`` in ``folder``. Raises BundleError."""
+    if not (folder / "tokenizer.json").is_file():
+        raise BundleError(f"{folder}: lacks a fast tokenizer (tokenizer.json)")
+    try:
+        return load()
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise BundleError(f"{folder}: the tokenizer does not load: {error}") from error
+
+
 class FastTokenizer:
     """The part of a transformers fast tokenizer that serving uses, by the same ``tokenizer.json``.
 
@@ -158,12 +170,7 @@ class FastTokenizer:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read ``tokenizer.json`` in ``folder``. Raises BundleError."""
-        if not (folder / "tokenizer.json").is_file():
-            raise BundleError(f"{folder}: lacks a fast tokenizer (tokenizer.json)")
-        try:
-            return cls(Tokenizer.from_file(str(folder / "tokenizer.json")))
-        except Exception as error:  # the library raises bare Exception
-            raise BundleError(f"{folder}: the tokenizer does not load: {error}") from error
+        return load_tokenizer(folder, lambda: cls(Tokenizer.from_file(str(folder / "tokenizer.json"))))
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """Token ids of ``text``, under "input_ids"; an added token's text is that token."""

@@ -16,7 +16,7 @@ And two computations compared layer by layer, naming the first layer where they 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,9 @@ class Limits:
     """Largest KL divergence, mean over positions, in nats."""
 
 
+FinalPass = tuple[Tensor, Sequence[Tensor]]
+"""Logits [vocab] of a pass' last token, and hidden states after each layer, [tokens, width] each."""
+
 EXACT = Limits(relative=0.0, layers=0.0, agreement=1.0, divergence=0.0)
 """To the bit."""
 
@@ -86,18 +89,29 @@ class Difference:
         if not maximum <= tolerance and (self._first is None or depth < self._first[0]):
             self._first = (depth, where, maximum, tolerance)
 
-    def compare_layers(
-        self, got: Sequence[Tensor], expected: Sequence[Tensor], last: int, span: slice | None = None, suffix: str = ""
-    ) -> None:
+    def compare_layers(self, got: Sequence[Tensor], expected: Sequence[Tensor], span: slice, suffix: str = "") -> None:
         """Compare hidden states [tokens, width] after each layer of ``got`` with rows ``span`` of ``expected``.
 
-        ``last`` is the number of the model's last layer, of which only the last token is computed.
+        Of the last of ``expected`` only the last token is compared: ``got`` computes no other.
         """
         for number, states in enumerate(got):
-            wanted = expected[number] if span is None else expected[number][span]
-            if number == last:
+            wanted = expected[number][span]
+            if number == len(expected) - 1:
                 states, wanted = states[-1:], wanted[-1:]
             self.compare(f"layer {number}{suffix}", number, states, wanted)
+
+    def compare_encoded(
+        self, got: Sequence[Tensor], expected: Sequence[Tensor], start: int = 0, what: str = "encode"
+    ) -> None:
+        """Compare hidden states of a block with those of a pass in which it begins at ``start``."""
+        # the last layer's output of a block is never read, so it is not computed
+        self.compare_layers(got[:-1], expected, slice(start, start + len(got[0])), f" ({what})")
+
+    def compare_final(self, got: FinalPass, expected: FinalPass) -> None:
+        """Compare a final block with the end of ``expected``."""
+        (logits, states), (wanted, layers) = got, expected
+        self.compare_layers(states, layers, slice(-len(states[0]), None))
+        self.compare("logits", len(layers), logits, wanted)
 
     def compare_predictions(self, got: Tensor, expected: Tensor) -> None:
         """Compare logits [positions, vocab] by what a reader notices: the likeliest tokens, and the probabilities."""
@@ -130,12 +144,10 @@ def traced(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
         hidden = output[0] if isinstance(output, tuple) else output
         trace.append(hidden[0].clone())
 
-    handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(keep))
         yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def block_mask(block_lengths: Sequence[int], final_length: int) -> Tensor:
@@ -223,11 +235,10 @@ def pass_final(model: PreTrainedModel, slots: Sequence[ChosenSlot], final: Seque
             cache.update(_turned(keys, cosine, sine)[None], values[None], layer)
     positions = torch.arange(len(slots), len(slots) + len(final), device=model.device)
     seen = torch.arange(len(slots) + len(final), device=model.device)[None] <= positions[:, None]
-    mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
     output = model(
         input_ids=torch.tensor([list(final)], device=model.device),
         position_ids=positions[None],
-        attention_mask=mask.masked_fill_(~seen, torch.finfo(model.dtype).min)[None, None],
+        attention_mask=additive_mask(seen, model.dtype)[None, None],
         past_key_values=cache,
         use_cache=True,
     )

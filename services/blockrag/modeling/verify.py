@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.refrag.compression import ChunkCompressor
-from blockrag.modeling.refrag.mixture_gate import MixtureGate
+from blockrag.modeling.refrag.mixture_gate import MixtureGate, final_pass
 from blockrag.modeling.slots import SequenceState
 from blockrag.modeling.stock_passes import Check, Difference, Limits, block_mask, stock_mask, traced
 from blockrag.types import BlockKV
@@ -148,7 +148,7 @@ class _Gate:
         for end in cuts:
             with self.model.traced() as trace:
                 logits.append((end - 1, self.model.forward([(state, tokens[start:end])])[0]))
-            difference.compare_layers(trace, layers, len(layers) - 1, slice(start, end))
+            difference.compare_layers(trace, layers, slice(start, end))
             start = end
         for position, got in logits:
             difference.compare("logits", len(layers), got, expected[position])
@@ -178,20 +178,11 @@ class _Gate:
         for number, block in enumerate(placed):
             with self.model.traced() as trace:
                 encoded += self.model.encode([block], [f"verify-{number}"])
-            start = sum(len(earlier) for earlier in placed[:number])
-            # the last layer's output of a block is never read, so it is not computed
-            span = slice(start, start + len(block))
-            difference.compare_layers(trace[:-1], layers, len(layers) - 1, span, " (encode)")
+            difference.compare_encoded(trace, layers, sum(len(earlier) for earlier in placed[:number]))
         if through_store is not None:
             encoded = [through_store(block) for block in encoded]
         resident = [self.model.to_resident(block) for block in encoded]
-        state = self.model.new_sequence(resident, len(final), first_position=first)
-        start = state.num_slots
-        with self.model.traced() as trace:
-            logits = self.model.forward([(state, final)])[0]
-        difference.compare_layers(trace, layers, len(layers) - 1, slice(start, start + len(final)))
-        difference.compare("logits", len(layers), logits, expected[-1])
-        state.release()
+        difference.compare_final(final_pass(self.model, resident, final, first), (expected[-1], layers))
         again = self.model.new_sequence(resident, len(final), first_position=first)
         difference.compare_predictions(self._all_logits(again, final), expected[-len(final) :])
         return difference.check(name)

@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -41,26 +42,23 @@ class DiskRoom:
 
     def for_documents(self) -> None:
         """Raises ``OverloadedError`` where no more may be added."""
-        free = self._free_mib()
+        free = self._free_mib(DOCUMENTS_MIB)
         if free < DOCUMENTS_MIB:
-            self._tell(free, DOCUMENTS_MIB)
             raise OverloadedError(
                 f"the index's disk has {free} MiB free and takes documents from {DOCUMENTS_MIB}", _RETRY_MS
             )
 
     def for_changes(self) -> None:
         """Raises ``UnavailableError`` where nothing may be written at all."""
-        free = self._free_mib()
+        free = self._free_mib(CHANGES_MIB)
         if free < CHANGES_MIB:
-            self._tell(free, CHANGES_MIB)
             raise UnavailableError(f"the index's disk has {free} MiB free; it is opened and changed from {CHANGES_MIB}")
 
-    def _free_mib(self) -> int:
-        status = os.statvfs(self._path)
-        return status.f_bavail * status.f_frsize // MIB
-
-    def _tell(self, free: int, needed: int) -> None:
-        _logger.warning("the disk of %s has %d MiB free, %d are needed: make room", self._path, free, needed)
+    def _free_mib(self, needed: int) -> int:
+        free = shutil.disk_usage(self._path).free // MIB
+        if free < needed:
+            _logger.warning("the disk of %s has %d MiB free, %d are needed: make room", self._path, free, needed)
+        return free
 
 
 def locked(path: Path, wait_s: float) -> IO[str]:

@@ -22,7 +22,7 @@ from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.retriever import payload as fields
 from blockrag.retriever.catalogue import Catalogue, DiskRoom, locked
 from blockrag.retriever.edge_filters import equals, of_commit, of_version, since, sparse, visible
-from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of, fuse_texts, holders_of
+from blockrag.retriever.fusion import FOUND_FIELDS, HELD_FIELDS, Candidate, candidate_of, fuse_texts, holders_of
 from blockrag.retriever.vector_index import (
     COMMITS_WITHIN_S,
     MOST_CANDIDATES,
@@ -225,9 +225,7 @@ class EdgeStore:
     def _mark(self, number: int, document: Document) -> None:
         """Marks one staged point for each place of a version as shown by the document's commit."""
         staged = qdrant.Filter(must=[*of_version(document), equals(fields.STATE, fields.STAGED)])
-        points = fields.one_for_each_place(self._scroll(number, staged, [fields.ORDINAL]), document.passages)
-        if len(points) < document.passages:
-            raise InvalidRequestError("passages", too_few_staged(len(points), document))
+        points = fields.one_for_each_place(self._scroll(number, staged, [fields.ORDINAL]), document)
         marks = {fields.STATE: fields.VISIBLE, fields.COMMIT: document.commit, fields.SINCE: time.time()}
         self._update(number, qdrant.UpdateOperation.set_payload(list(points), marks), 0)
 
@@ -278,13 +276,11 @@ class EdgeStore:
     def _holders(self, number: int, query: SearchQuery, best: Sequence[Candidate]) -> dict[str, tuple[Holder, ...]]:
         digests = qdrant.MatchAny([one.digest for one in best])
         held = visible(query.conditions, qdrant.FieldCondition(fields.DIGEST, match=digests))
-        wanted = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.TITLE, fields.COMMIT, fields.DIGEST]
-        payloads = [payload for _, payload in self._scroll(number, held, wanted, MOST_HOLDERS)]
+        payloads = [payload for _, payload in self._scroll(number, held, HELD_FIELDS, MOST_HOLDERS)]
         if len(payloads) <= len(best):
             return {}
         documents = self._catalogue.find(number, [payload[fields.DOCUMENT_ID] for payload in payloads])
-        commits = {document.commit for document in documents}
-        return holders_of([payload for payload in payloads if payload[fields.COMMIT] in commits], best)
+        return holders_of(payloads, documents, best)
 
     def _scroll(
         self, number: int, condition: qdrant.Filter, wanted: bool | list[str], most: int | None = None

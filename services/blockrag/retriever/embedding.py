@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blockrag.bm25 import Bm25
 from blockrag.errors import SettingsError
 from blockrag.lru import Lru
 from blockrag.modeling.cache import remembered_sha256
-from blockrag.retriever.vector_index import EmbeddingInfo
+from blockrag.retriever.vector_index import EmbeddedPassage, EmbeddingInfo, Passage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -150,6 +151,15 @@ class Embedder:
                 pooled = torch.nn.functional.normalize(pooled, dim=-1)
             vectors: NDArray[np.float32] = pooled.numpy()
         return vectors
+
+
+def embedded(embedder: Embedder, bm25: Bm25, passages: Sequence[Passage]) -> list[EmbeddedPassage]:
+    """Passages with their vectors. Blocking."""
+    dense = embedder.embed_passages([f"{passage.title}\n{passage.text}" for passage in passages])
+    return [
+        EmbeddedPassage(passage, vector, bm25.embed_passage(passage.title, passage.text))
+        for passage, vector in zip(passages, dense, strict=True)
+    ]
 
 
 def _table_rows(model: nn.Module) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockrag.retriever import payload as fields
-from blockrag.retriever.vector_index import Holder
+from blockrag.retriever.vector_index import Document, Holder
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Candidate:
 
 FOUND_FIELDS = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.COMMIT, fields.DIGEST]
 """What a search reads of a point's payload."""
+HELD_FIELDS = [*FOUND_FIELDS, fields.TITLE]
+"""What is read of the passages that may hold a found text too."""
 
 
 def candidate_of(point: str, payload: Mapping[str, Any], score: float) -> Candidate:
@@ -51,14 +53,18 @@ def fuse_texts(searches: Sequence[Sequence[Candidate]], rrf_k: int) -> list[tupl
     return [(standing[item], score) for item, score in reciprocal_rank_fusion(rankings, rrf_k)]
 
 
-def holders_of(held: Iterable[Mapping[str, Any]], best: Sequence[Candidate]) -> dict[str, tuple[Holder, ...]]:
+def holders_of(
+    held: Iterable[Mapping[str, Any]], documents: Iterable[Document], best: Sequence[Candidate]
+) -> dict[str, tuple[Holder, ...]]:
     """Of each text, by its digest, the documents that hold it besides the one that stands for it, by id.
 
-    ``held``: payloads of the passages that have one of these texts.
+    ``held``: ``HELD_FIELDS`` of the passages that have one of these texts; ``documents``: theirs, as they are shown.
     """
     standing = {one.digest: one.document_id for one in best}
+    commits = {document.commit for document in documents}
+    shown = (payload for payload in held if payload[fields.COMMIT] in commits)
     found: dict[str, dict[str, Holder]] = {}
-    for payload in sorted(held, key=lambda payload: (payload[fields.DOCUMENT_ID], payload[fields.PASSAGE_ID])):
+    for payload in sorted(shown, key=lambda payload: (payload[fields.DOCUMENT_ID], payload[fields.PASSAGE_ID])):
         digest, document_id = payload[fields.DIGEST], payload[fields.DOCUMENT_ID]
         if document_id != standing[digest]:
             holder = Holder(payload[fields.PASSAGE_ID], document_id, payload[fields.TITLE])

@@ -14,7 +14,7 @@ from blockrag.identity import (
     passage_id,
 )
 from blockrag.metadata import metadata_of, struct_of
-from blockrag.retriever.vector_index import Document, FoundPassage, Holder, Passage
+from blockrag.retriever.vector_index import Document, Holder, Passage
 from blockrag.v1 import common_pb2, retriever_pb2
 
 MAX_STAGED_PASSAGES = 256
@@ -91,13 +91,3 @@ def passage_message(passage: Passage, score: float = 0.0, also_in: Sequence[Hold
         score=score,
         also_in=[alike(common_pb2.PassageHolder, holder) for holder in also_in],
     )
-
-
-def found_message(found: FoundPassage) -> common_pb2.Passage:
-    """A search result as a message."""
-    return passage_message(found.passage, found.score, found.also_in)
-
-
-def document_message(document: Document) -> retriever_pb2.StoredDocument:
-    """A stored document as a message."""
-    return alike(retriever_pb2.StoredDocument, document, metadata=struct_of(document.metadata))

@@ -11,15 +11,18 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from google.protobuf.struct_pb2 import Value
 
+from blockrag.errors import InvalidRequestError
 from blockrag.identity import check_normalised
 from blockrag.metadata import check_filter, scalars
-from blockrag.retriever.vector_index import Document, Passage
+from blockrag.retriever.vector_index import Document, Passage, too_few_staged
 from blockrag.v1.common_pb2 import ConditionOperator, MetadataCondition
+
+T = TypeVar("T", Document, Passage)
 
 _READABLE_CHARS = 96
 
@@ -131,13 +134,7 @@ def passage_payload(passage: Passage, staged_at: float) -> dict[str, Any]:
     return {
         STATE: STAGED,
         SINCE: staged_at,
-        PASSAGE_ID: passage.passage_id,
-        DOCUMENT_ID: passage.document_id,
-        VERSION: passage.version,
-        ORDINAL: passage.ordinal,
-        TITLE: passage.title,
-        "text": passage.text,
-        "metadata": passage.metadata,
+        **vars(passage),
         DIGEST: text_digest(passage.text),
         TERMS: metadata_terms(passage.metadata),
         NUMBERS: metadata_numbers(passage.metadata),
@@ -151,15 +148,7 @@ def text_digest(text: str) -> str:
 
 def passage_of(payload: Mapping[str, Any]) -> Passage:
     """The passage that a point holds."""
-    return Passage(
-        passage_id=payload[PASSAGE_ID],
-        document_id=payload[DOCUMENT_ID],
-        version=payload[VERSION],
-        ordinal=int(payload[ORDINAL]),
-        title=payload[TITLE],
-        text=payload["text"],
-        metadata=dict(payload.get("metadata") or {}),
-    )
+    return _read(Passage, payload)
 
 
 def new_commit() -> str:
@@ -172,38 +161,32 @@ def new_point() -> str:
     return str(uuid.uuid4())
 
 
-def one_for_each_place(points: Iterable[tuple[str, Mapping[str, Any]]], places: int) -> list[str]:
-    """Of staged points, ids with their payloads, one for each ordinal below ``places``: the same for every caller."""
+def one_for_each_place(points: Iterable[tuple[str, Mapping[str, Any]]], document: Document) -> list[str]:
+    """Of staged points, ids with their payloads, one for each passage's ordinal: the same for every caller.
+
+    Raises ``InvalidRequestError`` when too few are staged.
+    """
     chosen: dict[int, str] = {}
     for point_id, payload in points:
         ordinal = int(payload[ORDINAL])
-        if ordinal < places:
+        if ordinal < document.passages:
             chosen[ordinal] = min(point_id, chosen.get(ordinal, point_id))
+    if len(chosen) < document.passages:
+        raise InvalidRequestError("passages", too_few_staged(len(chosen), document))
     return [chosen[ordinal] for ordinal in sorted(chosen)]
 
 
 def document_payload(document: Document) -> dict[str, Any]:
     """The payload of a catalogue entry."""
-    return {
-        STATE: DOCUMENT,
-        DOCUMENT_ID: document.document_id,
-        VERSION: document.version,
-        TITLE: document.title,
-        "passages": document.passages,
-        "metadata": document.metadata,
-        "source": document.source,
-        COMMIT: document.commit,
-    }
+    return {STATE: DOCUMENT, **vars(document)}
 
 
 def document_of(payload: Mapping[str, Any]) -> Document:
     """The document that a catalogue entry describes."""
-    return Document(
-        document_id=payload[DOCUMENT_ID],
-        version=payload[VERSION],
-        title=payload[TITLE],
-        passages=int(payload["passages"]),
-        metadata=dict(payload.get("metadata") or {}),
-        source=payload["source"],
-        commit=payload[COMMIT],
-    )
+    return _read(Document, payload)
+
+
+def _read(kind: type[T], payload: Mapping[str, Any]) -> T:
+    """A ``Passage`` or ``Document``, whose fields the payload has by their names."""
+    known = {field.name: payload[field.name] for field in fields(kind) if field.name != "metadata"}
+    return kind(**known, metadata=dict(payload.get("metadata") or {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,22 +15,21 @@ from weakref import WeakValueDictionary
 
 from blockrag.access import Caller, show_own
 from blockrag.alike import alike
-from blockrag.bm25 import Bm25, bm25_of
+from blockrag.bm25 import bm25_of
 from blockrag.errors import InvalidRequestError, NotFoundError, OverloadedError, SettingsError, UnavailableError
 from blockrag.fairness import Turns
 from blockrag.grpc_status import rpc
 from blockrag.identity import CollectionId, check_normalised
 from blockrag.languages import LANGUAGES
 from blockrag.limits import MIB
+from blockrag.metadata import struct_of
 from blockrag.retriever import passage_messages as messages
 from blockrag.retriever.edge import EdgeIndex
-from blockrag.retriever.embedding import Embedder, find_embedding
+from blockrag.retriever.embedding import Embedder, embedded, find_embedding
 from blockrag.retriever.payload import Condition, parse_conditions
 from blockrag.retriever.vector_index import (
-    EmbeddedPassage,
     EmbeddingInfo,
     FoundPassage,
-    Passage,
     SearchQuery,
     VectorIndex,
     other_language,
@@ -145,7 +144,8 @@ class RetrieverService:
             raise InvalidRequestError("top_k", "must be at least 1")
         async with self._turns.turn(collection.tenant):
             found = await self._search(request, collection, conditions)
-        return retriever_pb2.SearchResponse(passages=[messages.found_message(passage) for passage in found])
+        passages = [messages.passage_message(one.passage, one.score, one.also_in) for one in found]
+        return retriever_pb2.SearchResponse(passages=passages)
 
     async def _search(
         self, request: retriever_pb2.SearchRequest, collection: CollectionId, conditions: tuple[Condition, ...]
@@ -176,11 +176,12 @@ class RetrieverService:
         await self._quotas.check(collection, passages[0].document_id)
         language = await self._language(collection, request.language)
         with span("embed_passages", request.context, passages=len(passages)):
-            embedded = await _in(self._passage_thread, self._embed, passages, bm25_of(language))
+            bm25 = bm25_of(language)
+            points = await _in(self._passage_thread, embedded, self._embedder, bm25, passages)
         with span("stage", request.context, collection=collection.name):
             async with self._quotas.storing(collection, passages[0].document_id):
-                await self._index.stage(collection, embedded, language)
-        return retriever_pb2.AddPassagesResponse(added=len(embedded))
+                await self._index.stage(collection, points, language)
+        return retriever_pb2.AddPassagesResponse(added=len(points))
 
     @rpc
     async def CommitDocument(
@@ -228,7 +229,7 @@ class RetrieverService:
             documents = await self._index.documents(collection, request.after_document_id, limit)
         counts = await self._index.counts(collection)
         return retriever_pb2.ScanDocumentsResponse(
-            documents=[messages.document_message(document) for document in documents],
+            documents=[alike(retriever_pb2.StoredDocument, one, metadata=struct_of(one.metadata)) for one in documents],
             total_documents=counts.documents,
         )
 
@@ -320,13 +321,6 @@ class RetrieverService:
         if wanted and wanted != stored:
             raise InvalidRequestError("language", other_language(collection, stored, wanted))
         return stored
-
-    def _embed(self, passages: Sequence[Passage], bm25: Bm25) -> list[EmbeddedPassage]:
-        dense = self._embedder.embed_passages([f"{passage.title}\n{passage.text}" for passage in passages])
-        return [
-            EmbeddedPassage(passage, vector, bm25.embed_passage(passage.title, passage.text))
-            for passage, vector in zip(passages, dense, strict=True)
-        ]
 
 
 async def _in(pool: ThreadPoolExecutor, function: Callable[P, T], *arguments: Any) -> T:

@@ -23,7 +23,7 @@ from blockrag.identity import CollectionId
 from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.lru import Lru
 from blockrag.retriever import payload as fields
-from blockrag.retriever.fusion import Candidate, fuse_texts, holders_of
+from blockrag.retriever.fusion import HELD_FIELDS, Candidate, fuse_texts, holders_of
 from blockrag.retriever.server_points import (
     MODEL_POINT,
     Payload,
@@ -316,13 +316,11 @@ class ServerIndex(VectorIndex):
         if not best:
             return {}
         held = models.Filter(must=[visible(query.conditions), any_of(fields.DIGEST, [one.digest for one in best])])
-        wanted = [fields.PASSAGE_ID, fields.DOCUMENT_ID, fields.TITLE, fields.COMMIT, fields.DIGEST]
-        payloads = [payload for _, payload in await points.scroll(held, wanted, MOST_HOLDERS)]
+        payloads = [payload for _, payload in await points.scroll(held, HELD_FIELDS, MOST_HOLDERS)]
         if len(payloads) <= len(best):
             return {}
         entries = await points.entries(payload[fields.DOCUMENT_ID] for payload in payloads)
-        shown = {entry.commit for entry in entries}
-        return holders_of([payload for payload in payloads if payload[fields.COMMIT] in shown], best)
+        return holders_of(payloads, entries, best)
 
     def _points(self, collection: CollectionId) -> Points:
         return Points(self._client, collection_name(collection))

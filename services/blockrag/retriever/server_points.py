@@ -21,7 +21,7 @@ from blockrag.identity import CollectionId
 from blockrag.retriever import payload as fields
 from blockrag.retriever.fusion import FOUND_FIELDS, Candidate, candidate_of
 from blockrag.retriever.payload import AnyTerm, Condition
-from blockrag.retriever.vector_index import Document, EmbeddedPassage, SearchQuery, too_few_staged
+from blockrag.retriever.vector_index import Document, EmbeddedPassage, SearchQuery
 
 _PREFIX = "blockrag."
 _NAMESPACE = uuid.UUID("b3c1d6de-52c7-5d0e-8f7f-9a1f6a3a2f11")
@@ -104,9 +104,7 @@ class Points:
         ``InvalidRequestError`` when too few are staged.
         """
         staged = models.Filter(must=[*_of_version(document), equals(fields.STATE, fields.STAGED)])
-        points = fields.one_for_each_place(await self.scroll(staged, [fields.ORDINAL]), document.passages)
-        if len(points) < document.passages:
-            raise InvalidRequestError("passages", too_few_staged(len(points), document))
+        points = fields.one_for_each_place(await self.scroll(staged, [fields.ORDINAL]), document)
         shown = {fields.STATE: fields.VISIBLE, fields.COMMIT: commit, fields.SINCE: time.time()}
         # Every caller goes through them in the same order: whoever misses one of the first misses all.
         for start in range(0, len(points), _SCROLL_LIMIT):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from blockrag.errors import InvalidRequestError
 from blockrag.limits import MIB
@@ -55,7 +55,11 @@ class StageTimes:
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
             by_state = {
-                state: {int(row["context_tokens"]): row["median_ms"] / 1000 for row in rows if _is(row, "model", state)}
+                state: {
+                    int(row["context_tokens"]): row["median_ms"] / 1000
+                    for row in rows
+                    if (row["path"], row["state"]) == ("model", state)
+                }
                 for state in ("none", "block_l1", "block_cold", "full")
             }
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -153,10 +157,6 @@ class Scenario:
 
 _COUNTS = ("machines", "passages", "passage_tokens", "top_k", "variety", "answer_tokens", "slot_bytes")
 _LEAST: Mapping[str, int] = dict.fromkeys((*_COUNTS, "max_sequences", "questions"), 1)
-
-
-def _is(row: Mapping[str, Any], path: str, state: str) -> bool:
-    return bool(row["path"] == path and row["state"] == state)
 
 
 def prefill_seconds(times: StageTimes, new: int, held: int) -> float:

@@ -25,20 +25,20 @@ class _Metric:
         self.tags = tuple(tags)
         self._inner: Any = None
 
-    def _live(self) -> Any:
-        """Ray's metric; None outside Ray."""
+    def _record(self, how: str, value: float, tags: dict[str, str]) -> None:
+        """Has Ray's metric do it; nothing outside Ray."""
         if self._inner is None:
             if "ray" not in sys.modules:
-                return None
+                return
             import ray
 
             if not ray.is_initialized():
-                return None
+                return
             from ray.util import metrics
 
             made = getattr(metrics, type(self).__name__)
             self._inner = made(self.name, self.description, *self._more, self.tags)
-        return self._inner
+        getattr(self._inner, how)(value, tags=tags)
 
 
 class Counter(_Metric):
@@ -46,9 +46,8 @@ class Counter(_Metric):
 
     def inc(self, value: float = 1.0, **tags: str) -> None:
         """Adds ``value``; nothing at 0."""
-        live = self._live()
-        if live is not None and value > 0:
-            live.inc(value, tags=tags)
+        if value > 0:
+            self._record("inc", value, tags)
 
 
 class Gauge(_Metric):
@@ -56,9 +55,7 @@ class Gauge(_Metric):
 
     def set(self, value: float, **tags: str) -> None:
         """Replaces the value."""
-        live = self._live()
-        if live is not None:
-            live.set(value, tags=tags)
+        self._record("set", value, tags)
 
 
 class Histogram(_Metric):
@@ -72,9 +69,7 @@ class Histogram(_Metric):
 
     def observe(self, value: float, **tags: str) -> None:
         """Counts one value, in seconds where the buckets are."""
-        live = self._live()
-        if live is not None:
-            live.observe(value, tags=tags)
+        self._record("observe", value, tags)
 
 
 TIME_TO_FIRST_TOKEN_SECONDS = Histogram(

@@ -25,12 +25,13 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from blockrag.results import TraceSpan
 from blockrag.settings import Settings
 from blockrag.telemetry.logs import setup_logs
-from blockrag.traceparent import TRACEPARENT
+from blockrag.traceparent import format_traceparent
 from blockrag.v1.common_pb2 import RequestContext
 
 TENANT = "blockrag.tenant"
@@ -164,6 +165,7 @@ _OWN_PREFIX = "blockrag."
 FLUSH_MS = 150
 """Finished spans wait this long at most: a process that is killed loses no more."""
 
+_W3C = TraceContextTextMapPropagator()
 _provider: TracerProvider | None = None
 _tracer: trace.Tracer = trace.NoOpTracer()
 
@@ -245,10 +247,8 @@ def span(
     An exception marks the span as failed with its type and message, and passes on. Safe around ``yield`` in async
     generators.
     """
-    parent = trace.set_span_in_context(
-        NonRecordingSpan(parse_traceparent(context.traceparent if context is not None else "")),
-        Context(),
-    )
+    named = context.traceparent.strip().lower() if context is not None else ""
+    parent = _W3C.extract({"traceparent": named}, Context())
     inner = _tracer.start_span(name, context=parent, kind=kind, record_exception=False, set_status_on_exception=False)
     if inner.is_recording():
         if context is not None and context.request_id:
@@ -267,19 +267,6 @@ def span(
         raise
     finally:
         inner.end()
-
-
-def parse_traceparent(text: str) -> SpanContext:
-    """The span that a W3C traceparent names; an invalid context when the text is none."""
-    match = TRACEPARENT.match(text.strip().lower()) if text else None
-    if match is None or match[1] == "ff":
-        return trace.INVALID_SPAN_CONTEXT
-    return SpanContext(int(match[2], 16), int(match[3], 16), is_remote=True, trace_flags=TraceFlags(int(match[4], 16)))
-
-
-def format_traceparent(context: SpanContext) -> str:
-    """W3C form of a span's context."""
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
 
 
 def _named(attributes: dict[str, Any]) -> dict[str, Any]:

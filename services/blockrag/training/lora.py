@@ -8,7 +8,7 @@ A and B are the same as those of the two small products.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,16 +73,15 @@ def add_lora(
     rank: int,
     *,
     seed: int = 0,
-    targets: Sequence[str] = TARGET_MODULES,
     start: Adapter | None = None,
 ) -> None:
-    """Freeze ``model`` and give every linear layer named in ``targets`` an adapter, scaled by 1.
+    """Freeze ``model`` and give every linear layer named in ``TARGET_MODULES`` an adapter, scaled by 1.
 
     ``start`` is an adapter to go on from; its targets and its scale hold then. Raises SetupError where there is no
     layer to adapt or ``start`` has another rank or other layers.
     """
     model.requires_grad_(False)
-    targets = start.config.target_modules if start is not None else targets
+    targets = start.config.target_modules if start is not None else TARGET_MODULES
     found = [
         (f"{where}.{name}" if where else name, parent, name, layer)
         for where, parent in model.named_modules()

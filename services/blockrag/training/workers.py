@@ -6,7 +6,8 @@ parameter, of its gradient and of the optimiser's state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,3 +87,13 @@ def take_step(parameters: Sequence[nn.Parameter], rates: Sequence[tuple[optim.Op
 def whole(values: Tensor) -> Tensor:
     """``values`` as an ordinary tensor, put together from the workers' parts."""
     return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout of ``model`` to 0."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from blockrag.cli.system import _print_status
+from blockrag.cli import console
+from blockrag.cli.system import _status_tables
 from blockrag.client_messages import description
 from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 from blockrag.v1.kv_cache_pb2 import DiskUsage, GetKvCacheStatusResponse
@@ -11,8 +12,12 @@ from blockrag.v1.system_pb2 import DescribeResponse, Quota, TenantQuotas
 MIB = 2**20
 
 
+def print_status(response: DescribeResponse) -> None:
+    console.answer(False, None, *_status_tables(description(response)))
+
+
 def shown(cache: GetKvCacheStatusResponse | None, capsys: pytest.CaptureFixture[str]) -> str:
-    _print_status(description(DescribeResponse(kv_cache=cache)))
+    print_status(DescribeResponse(kv_cache=cache))
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -43,7 +48,7 @@ def test_what_steps_and_blocks_are_kept_in(capsys: pytest.CaptureFixture[str]) -
     decoder = GetDecoderStatusResponse(
         compute_dtype="bfloat16", device="cpu", weights="int8", kv_dtype="int8", slot_bytes=11520
     )
-    _print_status(description(DescribeResponse(decoder=decoder)))
+    print_status(DescribeResponse(decoder=decoder))
     text = " ".join(capsys.readouterr().out.split())
     assert "computes bfloat16 on cpu, weights in eight bits for decode steps" in text
     assert "blocks int8, 11.2 KiB a token" in text
@@ -51,10 +56,8 @@ def test_what_steps_and_blocks_are_kept_in(capsys: pytest.CaptureFixture[str]) -
 
 def test_what_tenants_use_of_their_limits_is_shown_where_there_are_limits(capsys: pytest.CaptureFixture[str]) -> None:
     limited = TenantQuotas(tenant="acme", quotas=[Quota(name="documents", used=7, limit=10), Quota(name="uploads")])
-    _print_status(description(DescribeResponse(tenants=[limited])))
+    print_status(DescribeResponse(tenants=[limited]))
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("acme", "documents", "7", "10", "uploads", "-"))
-    _print_status(
-        description(DescribeResponse(tenants=[TenantQuotas(tenant="public", quotas=[Quota(name="uploads")])]))
-    )
+    print_status(DescribeResponse(tenants=[TenantQuotas(tenant="public", quotas=[Quota(name="uploads")])]))
     assert "public" not in capsys.readouterr().out

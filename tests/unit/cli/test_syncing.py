@@ -40,7 +40,7 @@ class Gateway(corpus_pb2_grpc.CorpusServiceServicer, rag_pb2_grpc.RagServiceServ
         splitter = PassageSplitter(TEST_TEMPLATE, make_tiny_tokenizer(), 64)
         self.index, self.cache = FakeIndex(), FakeCache()
         leftovers = Leftovers(self.index, self.cache, 3600.0)
-        self._corpus = Corpus(self.index, self.cache, preparing(splitter), 8, leftovers)
+        self._corpus = Corpus(self.index, preparing(splitter), 8, leftovers)
 
     async def IngestDocument(self, request: AsyncIterator[Any], context: Any) -> Any:
         messages = [message async for message in request]

@@ -33,7 +33,7 @@ def series_declared() -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for module in map(importlib.import_module, _MODULES):
         for metric in vars(module).values():
-            if not hasattr(metric, "tags") or not hasattr(metric, "_live") or isinstance(metric, type):
+            if not hasattr(metric, "tags") or not hasattr(metric, "_record") or isinstance(metric, type):
                 continue
             suffixes = ("_bucket", "_sum", "_count") if isinstance(metric, Histogram) else ("",)
             suffixes = ("_total",) if isinstance(metric, Counter) else suffixes

@@ -39,13 +39,13 @@ def splitter() -> PassageSplitter:
 @pytest.fixture
 def corpus(splitter: PassageSplitter) -> Corpus:
     index, cache = FakeIndex(), FakeCache()
-    return Corpus(index, cache, preparing(splitter), 8, Leftovers(index, cache, 3600.0))
+    return Corpus(index, preparing(splitter), 8, Leftovers(index, cache, 3600.0))
 
 
 def parts(corpus: Corpus) -> tuple[FakeIndex, FakeCache]:
     assert isinstance(corpus.index, FakeIndex)
-    assert isinstance(corpus.cache, FakeCache)
-    return corpus.index, corpus.cache
+    assert isinstance(corpus.leftovers.cache, FakeCache)
+    return corpus.index, corpus.leftovers.cache
 
 
 async def ingest(corpus: Corpus, content: str, document_id: str = "a.txt") -> corpus_pb2.IngestedDocument:

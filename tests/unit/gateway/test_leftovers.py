@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from blockrag.errors import UnavailableError
 from blockrag.gateway.leftovers import Leftovers
 from blockrag.v1.common_pb2 import RequestContext
 from blockrag.v1.kv_cache_pb2 import PurgeDocumentsRequest, PurgeDocumentsResponse
@@ -77,3 +78,11 @@ async def test_one_that_fails_leaves_the_others(leftovers: Leftovers, cache: Cac
     leftovers.deleted("c", "later", _CONTEXT)
     await until(lambda: len(cache.purged) == 2)
     assert cache.purged[1] == ("c", "later")
+
+
+async def test_what_could_not_be_purged_for_a_while_is_tried_again(leftovers: Leftovers, cache: Cache) -> None:
+    cache.error = UnavailableError("the volume is away")
+    leftovers.deleted("c", "a", _CONTEXT)
+    await until(lambda: bool(cache.purged))
+    assert cache.purged == [("c", "a")]
+    assert len(cache.contexts) == 2

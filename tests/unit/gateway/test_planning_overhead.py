@@ -53,9 +53,9 @@ def test_plans_for_a_time_leave_free_what_made_the_latest_late() -> None:
     assert overhead.margin_ms(100.0) == 0.0  # too few to say
     overhead.record_expected(165.0, 100.0)
     assert overhead.margin_ms(300.0) == pytest.approx(100.0)  # 1.5 times what is planned is 1.65 times what is late
-    for _ in range(31):
+    for _ in range(63):
         overhead.record_expected(109.0, 100.0)
-    assert overhead.margin_ms(300.0) == 0.0  # a tenth late is in time, and one of 32 may be later
+    assert overhead.margin_ms(300.0) == 0.0  # a tenth late is in time, and one of 64 may be later
     overhead.record_expected(0.0, 100.0)  # without a first token
     now += 61
     for _ in range(7):
@@ -70,6 +70,6 @@ def test_a_single_late_answer_makes_no_margin_and_none_is_above_half(answers: in
         overhead.record_expected(100.0, 100.0)
     overhead.record_expected(5000.0, 100.0)
     assert overhead.margin_ms(300.0) == 0.0
-    for _ in range(32):
+    for _ in range(64):
         overhead.record_expected(5000.0, 100.0)
     assert overhead.margin_ms(300.0) == 150.0

@@ -63,7 +63,7 @@ class StandIn:
     def __post_init__(self) -> None:
         self._answering = Answering(self.searcher, self.planner, self.decoder, "f00d", "tiny")
         cache = FakeCache()
-        self._corpus = Corpus(self.index, cache, preparing(splitter()), 8, Leftovers(self.index, cache, 3600.0))
+        self._corpus = Corpus(self.index, preparing(splitter()), 8, Leftovers(self.index, cache, 3600.0))
 
     def _note(self, call: OnBehalf) -> None:
         self.calls.append(call)
@@ -111,7 +111,7 @@ class StandIn:
             validation.check_page_size(request.page_size),
             request.page_token,
             request_context(call, call.caller.tenant),
-            validation.check_listed_ids(request.document_ids),
+            validation.check_document_ids(request.document_ids, validation.MAX_PAGE),
         )
 
     async def list_collections(self, request: None, call: OnBehalf) -> corpus_pb2.ListCollectionsResponse:

@@ -72,7 +72,7 @@ class TestPeft:
     """The files are PEFT's, and merging is PEFT's too."""
 
     def test_peft_loads_what_was_written(self, tmp_path: Path) -> None:
-        write_adapter(tmp_path, random_tensors(make_tiny_model()), CONFIG, "sha256:0", torch.float32)
+        write_adapter(tmp_path, Adapter(CONFIG, random_tensors(make_tiny_model())), "sha256:0")
         ours = make_tiny_model()
 
         merge_adapter(ours, read_adapter(tmp_path))

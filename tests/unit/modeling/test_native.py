@@ -230,7 +230,7 @@ def test_placing_refuses_what_does_not_fit(compiled: Kernels) -> None:
     (block,), (narrow,) = made_blocks([10]), made_blocks([10], narrow=True)
     phases = torch.ones(10, 16, dtype=torch.complex64)
     for room, known in ((9, phases), (10, phases[:9]), (10, phases.repeat(1, 2)[:, :16])):
-        with pytest.raises(ValueError, match="10 slots"):
+        with pytest.raises(ValueError, match=r"10 slots|phases: .*\(32, 1\)"):
             compiled.place([block.piece], known, torch.empty(2, 3, 2, room, 32, dtype=torch.bfloat16))
     fits = torch.empty(2, 3, 2, 10, 32, dtype=torch.bfloat16)
     for piece in (

@@ -55,4 +55,4 @@ def test_metrics_do_nothing_outside_ray() -> None:
     metrics.KV_CACHE_HIT_TOKENS.inc(5, tier="l1")
     metrics.NUM_REQUESTS_RUNNING.set(1, service="decoder")
     used = (metrics.TIME_TO_FIRST_TOKEN_SECONDS, metrics.KV_CACHE_HIT_TOKENS, metrics.NUM_REQUESTS_RUNNING)
-    assert [metric._live() for metric in used] == [None, None, None]
+    assert [metric._inner for metric in used] == [None, None, None]

@@ -175,7 +175,6 @@ def measure_peers(
     question_tokens: int = 50,
     new_tokens: int = 16,
     repeats: int = 3,
-    seed: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[PeerRow]:
     """Ask every peer every task in each of its states, ``repeats`` times, interleaved, after a round at the first task.
@@ -183,7 +182,7 @@ def measure_peers(
     Contexts are blocks of ``block_tokens`` random tokens, for every repeat in a new order, and every question is new,
     so what a peer keeps is of use only where the state says so. ``progress`` gets rounds done and wanted.
     """
-    chooser = random.Random(seed)
+    chooser = random.Random(0)
     rows = [PeerRow(spec.label, "", 0, 0, note=spec.missing) for spec in peers if not spec.command]
     times: dict[tuple[str, str, PeerTask], list[tuple[float, float]]] = {}
     memory: dict[tuple[str, PeerTask], int] = {}

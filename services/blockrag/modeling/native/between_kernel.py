@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockrag.modeling.native.kernels import Kernels
+from blockrag.modeling.native.kernels import check_slots, check_tensors
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _LANES, _CHUNK = 16, 32
@@ -61,12 +61,12 @@ class BetweenKernel:
         ``hidden`` float32, ``added`` and ``out`` bfloat16 [tokens, width]; ``weight`` float32 [width].
         """
         tokens, width = hidden.shape
-        _check(hidden=(hidden, torch.float32, (tokens, width)), weight=(weight, torch.float32, (width,)))
-        _check(out=(out, torch.bfloat16, (tokens, width)))
+        check_tensors(hidden=(hidden, torch.float32, (tokens, width)), weight=(weight, torch.float32, (width,)))
+        check_tensors(out=(out, torch.bfloat16, (tokens, width)))
         if width % _LANES:
             raise ValueError(f"a width of {width}, which must be a multiple of {_LANES}")
         if added is not None:
-            _check(added=(added, torch.bfloat16, (tokens, width)))
+            check_tensors(added=(added, torch.bfloat16, (tokens, width)))
         self._normalise(
             *(hidden.data_ptr(), None if added is None else added.data_ptr(), weight.data_ptr(), tokens, width),
             *(epsilon, out.data_ptr(), torch.get_num_threads()),
@@ -93,7 +93,7 @@ class BetweenKernel:
         tokens, width = len(projected), self._head_dim
         rows = (self._heads + 2 * self._kv_heads) * width
         kept = (self._kv_heads, tokens, width)
-        _check(
+        check_tensors(
             projected=(projected, torch.bfloat16, (tokens, rows)),
             phases=(phases, torch.complex64, (tokens, width // 2)),
             query=(query, torch.float32, (tokens, self._heads, width)),
@@ -102,7 +102,7 @@ class BetweenKernel:
             values=(values, torch.bfloat16, kept),
         )
         for norm in norms or ():
-            _check(norm=(norm, torch.float32, (width,)))
+            check_tensors(norm=(norm, torch.float32, (width,)))
         query_norm, key_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
         self._split(
             *(projected.data_ptr(), query_norm, key_norm, phases.data_ptr()),
@@ -127,17 +127,13 @@ class BetweenKernel:
         """
         tokens, start, placed = len(query), 0, []
         shape = (tokens, self._heads, self._head_dim)
-        _check(query=(query, torch.float32, shape), attended=(attended, torch.float32, shape))
-        _check(out=(out, torch.bfloat16, shape))
+        check_tensors(query=(query, torch.float32, shape), attended=(attended, torch.float32, shape))
+        check_tensors(out=(out, torch.bfloat16, shape))
         for segment in segments:
             keys, values = segment.keys, segment.values
-            if keys.dim() != 3 or (keys.shape[0], keys.shape[2]) != (self._kv_heads, self._head_dim):
+            check_slots(keys, values, self._head_dim)
+            if len(keys) != self._kv_heads:
                 raise ValueError(f"keys: {tuple(keys.shape)} for {self._kv_heads} heads of {self._head_dim}")
-            if not Kernels.take(keys) or (values.shape, values.stride(), values.dtype) != (
-                *(keys.shape, keys.stride()),
-                keys.dtype,
-            ):
-                raise ValueError(f"keys: {keys.dtype} {keys.stride()}, values: {values.dtype} {values.stride()}")
             if not 1 <= segment.tokens <= segment.total <= keys.shape[1]:
                 raise ValueError(f"{segment.tokens} tokens of {segment.total} slots of {keys.shape[1]}")
             place = (keys.data_ptr(), values.data_ptr(), keys.stride(0), segment.total, start, segment.tokens)
@@ -155,17 +151,7 @@ class BetweenKernel:
     def gate(self, rows: Tensor, out: Tensor) -> None:
         """``up * silu(gate)`` of rows [gate, up]: bfloat16 [tokens, 2 inner] to [tokens, inner]."""
         tokens, inner = out.shape
-        _check(rows=(rows, torch.bfloat16, (tokens, 2 * inner)), out=(out, torch.bfloat16, (tokens, inner)))
+        check_tensors(rows=(rows, torch.bfloat16, (tokens, 2 * inner)), out=(out, torch.bfloat16, (tokens, inner)))
         if inner % _LANES:
             raise ValueError(f"{inner} numbers inside the MLP, which must be a multiple of {_LANES}")
         self._gate(rows.data_ptr(), tokens, inner, out.data_ptr(), torch.get_num_threads())
-
-
-def _check(**wanted: tuple[Tensor, torch.dtype, tuple[int, ...]]) -> None:
-    """Raise ValueError, naming the argument, for what is not so, contiguous and on the CPU."""
-    for name, (tensor, dtype, shape) in wanted.items():
-        if tensor.dtype != dtype or tensor.shape != shape or not (tensor.is_cpu and tensor.is_contiguous()):
-            found = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} on {tensor.device}"
-            raise ValueError(f"{name}: {found}, where {dtype} {shape} is needed")
-        if tensor.is_conj() or tensor.is_neg():
-            raise ValueError(f"{name}: a view that is computed when it is read")

@@ -83,20 +83,13 @@ class Kernels:
                 raise ValueError(f"a block of {tuple(slots.shape)} for slots of {tuple(out.shape)}")
             if not 0 <= start <= stop <= slots.shape[3]:
                 raise ValueError(f"slots {start} to {stop} of a block of {slots.shape[3]}")
-            for found, shape in zip(
-                scales or (), ((2, layers, kv_heads, width), slots.shape[1:4]), strict=scales is not None
-            ):
-                if (
-                    found.dtype != torch.bfloat16
-                    or found.shape != shape
-                    or not (found.is_cpu and found.is_contiguous())
-                ):
-                    raise ValueError(f"scales: {found.dtype} {tuple(found.shape)} for {tuple(shape)}")
-        if phases.dtype != torch.complex64 or not phases.is_cpu or phases.dim() != 2 or phases.shape[1] != width // 2:
-            raise ValueError(f"phases {phases.dtype} {tuple(phases.shape)} on {phases.device} for heads of {width}")
+            if scales is not None:
+                for found, shape in zip(scales, ((2, layers, kv_heads, width), slots.shape[1:4]), strict=True):
+                    check_tensors(scales=(found, torch.bfloat16, shape))
+        check_tensors(phases=(phases, torch.complex64, (*phases.shape[:1], width // 2)))
         starts = [0, *accumulate(stop - start for _, start, stop, _ in pieces)]
         whole = starts[-1]
-        if whole > min(room, len(phases)) or not phases.is_contiguous() or phases.is_conj():
+        if whole > min(room, len(phases)):
             raise ValueError(f"{whole} slots for {room} places and {len(phases)} phases")
         count = len(pieces)
         of_keys = [None if scales is None else scales[0].data_ptr() for *_, scales in pieces]
@@ -147,20 +140,34 @@ class Kernels:
 
 def _check_attended(query: Tensor, keys: Tensor, values: Tensor, total: int, out: Tensor) -> None:
     """Raise ValueError, naming the argument, for what the compiled function would read or write wrongly."""
-    if query.dim() != 3 or query.dtype != torch.float32 or not (query.is_cpu and query.is_contiguous()):
-        raise ValueError(f"query: {query.dtype} {tuple(query.shape)} {query.stride()} on {query.device}")
+    if query.dim() != 3:
+        raise ValueError(f"query: {tuple(query.shape)}")
     tokens, heads, width = shape = query.shape
-    if out.shape != shape or out.dtype != torch.float32 or not (out.is_cpu and out.is_contiguous()):
-        raise ValueError(f"out: {out.dtype} {tuple(out.shape)} {out.stride()} on {out.device}, query {tuple(shape)}")
-    if keys.dim() != 3 or keys.shape[2] != width or not Kernels.take(keys):
-        raise ValueError(f"keys: {keys.dtype} {tuple(keys.shape)} {keys.stride()} on {keys.device}, heads of {width}")
+    check_tensors(query=(query, torch.float32, shape), out=(out, torch.float32, shape))
+    check_slots(keys, values, width)
     kv_heads, slots, _ = keys.shape
-    if values.shape != keys.shape or values.stride() != keys.stride() or values.dtype != keys.dtype:
-        raise ValueError(f"values: {values.dtype} {tuple(values.shape)} {values.stride()} on {values.device}")
     if not 1 <= tokens <= total <= slots:
         raise ValueError(f"total: {total}, for {tokens} tokens and {slots} slots")
     if not heads or not kv_heads or heads % kv_heads:
         raise ValueError(f"query: {heads} heads, for {kv_heads} of keys")
+
+
+def check_slots(keys: Tensor, values: Tensor, width: int) -> None:
+    """Raise ValueError, naming the argument, for what are no keys and values of heads of ``width`` to attend to."""
+    if keys.dim() != 3 or keys.shape[2] != width or not Kernels.take(keys):
+        raise ValueError(f"keys: {keys.dtype} {tuple(keys.shape)} {keys.stride()} on {keys.device}, heads of {width}")
+    if values.shape != keys.shape or values.stride() != keys.stride() or values.dtype != keys.dtype:
+        raise ValueError(f"values: {values.dtype} {tuple(values.shape)} {values.stride()} on {values.device}")
+
+
+def check_tensors(**wanted: tuple[Tensor, torch.dtype, tuple[int, ...]]) -> None:
+    """Raise ValueError, naming the argument, for what is not so, contiguous and on the CPU."""
+    for name, (tensor, dtype, shape) in wanted.items():
+        if tensor.dtype != dtype or tensor.shape != shape or not (tensor.is_cpu and tensor.is_contiguous()):
+            found = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} on {tensor.device}"
+            raise ValueError(f"{name}: {found}, where {dtype} {tuple(shape)} is needed")
+        if tensor.is_conj() or tensor.is_neg():
+            raise ValueError(f"{name}: a view that is computed when it is read")
 
 
 def _threads(work: int) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockrag.modeling.native.kernels import check_tensors
+
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _LANES, _BLOCK, _LINE = 16, 32, 64
 GROUP = 32
@@ -224,13 +226,12 @@ class StepKernel:
         """
         decoder = self._decoder
         tokens, attended = len(hidden), decoder.heads * decoder.head_dim
-        _check_floats("hidden", hidden, (tokens, self.width))
+        check_tensors(
+            hidden=(hidden, torch.float32, (tokens, self.width)),
+            phases=(phases, torch.complex64, (tokens, decoder.head_dim // 2)),
+        )
         if trace is not None:
-            _check_floats("trace", trace, (len(decoder.layers), tokens, self.width))
-        if phases.dtype != torch.complex64 or phases.shape != (tokens, decoder.head_dim // 2):
-            raise ValueError(f"phases: {phases.dtype} {tuple(phases.shape)} for {tokens} tokens")
-        if not (phases.is_cpu and phases.is_contiguous()) or phases.is_conj():
-            raise ValueError(f"phases: {phases.stride()} on {phases.device}")
+            check_tensors(trace=(trace, torch.float32, (len(decoder.layers), tokens, self.width)))
         placed, start = [], 0
         for segment in segments:
             self._check_segment(segment)
@@ -270,10 +271,9 @@ class StepKernel:
     def _check_segment(self, segment: StepSegment) -> None:
         decoder, slots = self._decoder, segment.slots
         fixed = (2, len(decoder.layers), decoder.kv_heads, decoder.head_dim)
-        if slots.dim() != 5 or (*slots.shape[:3], slots.shape[4]) != fixed or slots.dtype != torch.bfloat16:
-            raise ValueError(f"slots: {slots.dtype} {tuple(slots.shape)} for {fixed}")
-        if not (slots.is_cpu and slots.is_contiguous()):
-            raise ValueError(f"slots: {slots.stride()} on {slots.device}")
+        if slots.dim() != 5 or (*slots.shape[:3], slots.shape[4]) != fixed:
+            raise ValueError(f"slots: {tuple(slots.shape)} for {fixed}")
+        check_tensors(slots=(slots, torch.bfloat16, slots.shape))
         if segment.tokens < 1 or segment.before < 0 or segment.before + segment.tokens > slots.shape[3]:
             raise ValueError(f"{segment.tokens} tokens behind {segment.before} of {slots.shape[3]} slots")
 
@@ -285,12 +285,6 @@ def _layer_struct(layer: PackedLayer) -> _Layer:
         *(layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()),
         *(None if tensor is None else tensor.data_ptr() for tensor in optional),
     )
-
-
-def _check_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != torch.float32 or not (tensor.is_cpu and tensor.is_contiguous()) or tensor.shape != shape:
-        found = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} on {tensor.device}"
-        raise ValueError(f"{name}: {found}, where float32 {shape} is needed")
 
 
 def _check_decoder(decoder: PackedDecoder) -> None:
@@ -321,17 +315,18 @@ def _check_decoder(decoder: PackedDecoder) -> None:
         for field in fields(layer):
             tensor = getattr(layer, field.name)
             if field.name in sizes and tensor is not None:
-                _check_floats(field.name, tensor, (sizes[field.name],))
+                check_tensors(**{field.name: (tensor, torch.float32, (sizes[field.name],))})
         if (layer.query_norm is None) != (layer.key_norm is None):
             raise ValueError("norms of queries or of keys alone")
-    _check_floats("norm", decoder.norm, (width,))
+    check_tensors(norm=(decoder.norm, torch.float32, (width,)))
     _check_product("head", decoder.head, (decoder.head.rows, width))
 
 
 def _check_product(name: str, product: PackedProduct, shape: tuple[int, int]) -> None:
     weights, blocks = product.weights, -(-shape[0] // _BLOCK)
     lines = (blocks, shape[1] // GROUP, _GROUP_LINES, _LINE)
-    if (product.rows, product.inputs) != shape or weights.shape != lines:
+    if (product.rows, product.inputs) != shape:
         raise ValueError(f"{name}: {product.rows} rows of {product.inputs}, where {shape} is needed")
-    if weights.dtype != torch.int8 or not (weights.is_cpu and weights.is_contiguous()) or weights.data_ptr() % _LINE:
-        raise ValueError(f"{name}: {weights.dtype} on {weights.device}, {weights.stride()}")
+    check_tensors(**{name: (weights, torch.int8, lines)})
+    if weights.data_ptr() % _LINE:
+        raise ValueError(f"{name}: does not begin at a line of the processor's cache")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -34,7 +33,7 @@ from blockrag.errors import BundleError, InvalidRequestError
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.checkpoint import load_first_layers
 from blockrag.modeling.files import read_json
-from blockrag.modeling.loading import check_finite, check_missing, no_load_report, no_progress_bar
+from blockrag.modeling.loading import check_finite, check_none, load_weights, no_progress_bar, read_tokenizer
 from blockrag.modeling.refrag.parts import encoder_positions
 from blockrag.modeling.refrag.record import ALIGNMENTS, POOLINGS, Alignment, Pooling
 
@@ -156,10 +155,7 @@ class ChunkEncoder(nn.Module):
         encoder = _load_encoder(where)
         tokenizer = None
         if alignment == "text":
-            try:
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(where, local_files_only=True)
-            except Exception as error:  # the tokenizers library raises bare Exception
-                raise BundleError(f"{where}: the chunk encoder's tokenizer does not load: {error}") from error
+            tokenizer = read_tokenizer(where)
             if tokenizer.pad_token_id is None:
                 raise BundleError(f"{where}: the chunk encoder's tokenizer has no padding token")
         made = cls(
@@ -268,23 +264,15 @@ def _load_encoder(where: Path) -> PreTrainedModel:
         kind = MODEL_MAPPING[type(config)]
         # BERT's own pooling layer is not used; a chunk's vector is pooled here
         pooler = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
-        with no_progress_bar(), no_load_report():
-            model, info = AutoModel.from_pretrained(
-                where,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **({"add_pooling_layer": False} if pooler else {}),
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise BundleError(f"{where}: the chunk encoder does not load: {error}") from error
+    options = {"add_pooling_layer": False} if pooler else {}
+    model, info = load_weights(AutoModel, where, "the chunk encoder does", dtype=torch.float32, **options)
     if getattr(config, "is_encoder_decoder", False):
         raise BundleError(f"{where}: {type(model).__name__} is no encoder")
-    check_missing(where, info["missing_keys"])
+    check_none(where, info["missing_keys"])
     check_finite(where, model.named_parameters())
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _reduced(embeddings: Tensor, width: int) -> Tensor:

@@ -17,15 +17,14 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockrag.budget import chunk_bounds, chunk_count
 from blockrag.errors import BundleError, InvalidRequestError
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.linear_layers import speed_up_linear_layers
-from blockrag.modeling.loading import check_finite
+from blockrag.modeling.loading import check_finite, read_tensors
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.slots import ResidentBlock, SlotSlice
@@ -64,10 +63,7 @@ class Projector(nn.Module):
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Projector:
         """Read what ``save`` wrote, in evaluation mode. Raises BundleError for a damaged file, NaN or infinity."""
         where = Path(path)
-        try:
-            tensors = load_file(where)
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"{where}: the projector does not load: {error}") from error
+        tensors = read_tensors(where, "the projector does not load: ")
         if {name: tensor.ndim for name, tensor in tensors.items()} != _NAMES:
             raise BundleError(f"{where}: no projector of two layers: {', '.join(sorted(tensors)) or 'empty'}")
         check_finite(where, tensors.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from blockrag.modeling.stock_passes import (
     Check,
     ChosenSlot,
     Difference,
+    FinalPass,
     Limits,
     additive_mask,
     block_mask,
@@ -40,6 +42,15 @@ class _Passage:
     expanded: list[bool]
 
 
+def final_pass(model: SlotModel, slots: Sequence[Slots], final: list[int], first: int = 0) -> FinalPass:
+    """A final block behind ``slots``, from position ``first`` on."""
+    state = model.new_sequence(slots, len(final), first_position=first)
+    with model.traced() as trace:
+        logits = model.forward([(state, final)])[0]
+    state.release()
+    return logits, trace
+
+
 class MixtureGate:
     """Compares what the served path makes of a bundle's compressed passages with what it should be."""
 
@@ -48,7 +59,6 @@ class MixtureGate:
         self._model = model
         self._compressor = compressor
         self._limits = limits
-        self._last = model.num_layers - 1
 
     @torch.inference_mode()
     def checks(
@@ -116,32 +126,28 @@ class MixtureGate:
                     slots.append(ChosenSlot(expected_full, place))
                 elif place % k == 0:
                     slots.append(ChosenSlot(expected_compressed, place // k))
-        state = self._model.new_sequence(pieces, len(final))
         with traced(self._stock.model.layers) as layers:
             expected = pass_final(self._stock, slots, final)
-        with self._model.traced() as trace:
-            logits = self._model.forward([(state, final)])[0]
-        difference.compare_layers(trace, layers, self._last)
-        difference.compare("logits", self._last + 1, logits, expected[-1])
-        state.release()
+        difference.compare_final(final_pass(self._model, pieces, final), (expected[-1], layers))
         return difference.check(name)
 
     def _full(self, difference: Difference, tokens: list[int]) -> tuple[BlockKV, BlockPass]:
         inputs = self._stock.get_input_embeddings()(torch.tensor(tokens, device=self._stock.device))
+        encode = partial(self._model.encode, [tokens], ["verify-full"])
+        return self._encoded(difference, inputs, encode, "encode")
+
+    def _compressed(self, difference: Difference, passage: _Passage) -> tuple[BlockKV, BlockPass]:
+        encode = partial(self._model.encode_embeddings, [passage.chunks], [passage.tokens], ["verify-compressed"])
+        return self._encoded(difference, passage.chunks, encode, "encode compressed")
+
+    def _encoded(
+        self, difference: Difference, inputs: Tensor, encode: Callable[[], list[BlockKV]], what: str
+    ) -> tuple[BlockKV, BlockPass]:
         with traced(self._stock.model.layers) as layers:
             expected = pass_block(self._stock, inputs)
         with self._model.traced() as trace:
-            (block,) = self._model.encode([tokens], ["verify-full"])
-        # the last layer's output of a block is never read, so it is not computed
-        difference.compare_layers(trace[:-1], layers, self._last, suffix=" (encode)")
-        return block, expected
-
-    def _compressed(self, difference: Difference, passage: _Passage) -> tuple[BlockKV, BlockPass]:
-        with traced(self._stock.model.layers) as layers:
-            expected = pass_block(self._stock, passage.chunks)
-        with self._model.traced() as trace:
-            (block,) = self._model.encode_embeddings([passage.chunks], [passage.tokens], ["verify-compressed"])
-        difference.compare_layers(trace[:-1], layers, self._last, suffix=" (encode compressed)")
+            (block,) = encode()
+        difference.compare_encoded(trace, layers, what=what)
         return block, expected
 
     def _reencoded(self, name: str, instruction: list[int], passages: Sequence[_Passage], final: list[int]) -> Check:
@@ -173,15 +179,9 @@ class MixtureGate:
             start = sum(map(len, rows[: number + 1]))
             with self._model.traced() as trace:
                 blocks += self._model.encode_embeddings([given], [passage.tokens], ["verify-mixed"])
-            span = slice(start, start + len(given))
-            difference.compare_layers(trace[:-1], layers, self._last, span, " (encode)")
-        state = self._model.new_sequence([self._model.to_resident(block) for block in blocks], len(final))
-        span = slice(state.num_slots, state.num_slots + len(final))
-        with self._model.traced() as trace:
-            logits = self._model.forward([(state, final)])[0]
-        difference.compare_layers(trace, layers, self._last, span)
-        difference.compare("logits", self._last + 1, logits, expected[-1])
-        state.release()
+            difference.compare_encoded(trace, layers, start)
+        resident = [self._model.to_resident(block) for block in blocks]
+        difference.compare_final(final_pass(self._model, resident, final), (expected[-1], layers))
         return difference.check(name)
 
     def _exact(
@@ -205,13 +205,5 @@ class MixtureGate:
                 [expand] * len(passage.expanded),
                 self._compressor.chunk_tokens,
             )
-        results = []
-        for composition in (pieces, whole):
-            state = self._model.new_sequence(composition, len(final))
-            with self._model.traced() as trace:
-                results.append((self._model.forward([(state, final)])[0], trace))
-            state.release()
-        (got, trace), (expected, layers) = results
-        difference.compare_layers(trace, layers, self._last)
-        difference.compare("logits", self._last + 1, got, expected)
+        difference.compare_final(final_pass(self._model, pieces, final), final_pass(self._model, whole, final))
         return difference.check(name)

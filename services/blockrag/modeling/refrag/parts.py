@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from blockrag.errors import BundleError
-from blockrag.modeling.loading import check_finite
+from blockrag.modeling.loading import check_finite, read_tensors
 from blockrag.modeling.refrag.policy import ChunkPolicy
 from blockrag.modeling.refrag.record import CHUNK_ENCODER_DIR, PROJECTOR_FILE, RefragRecord, is_refrag_file
 
@@ -37,7 +35,7 @@ def check_parts(
     else:
         _check_encoder(root, record, decoder_config, chunk_tokens)
     projector = root / PROJECTOR_FILE
-    shapes = _shapes(projector)
+    shapes = {name: tensor.shape for name, tensor in read_tensors(projector).items()}
     first, second = shapes.get("first.weight", [0, 0]), shapes.get("second.weight", [0, 0])
     if first[-1] != record.encoder_width or second[0] != decoder_config.get("hidden_size"):
         raise BundleError(
@@ -54,7 +52,7 @@ def check_parts(
             )
     for name in files:
         if name.endswith(".safetensors") and is_refrag_file(name):
-            check_finite(root / name, load_file(root / name).items())
+            check_finite(root / name, read_tensors(root / name).items())
 
 
 def _check_encoder(root: Path, record: RefragRecord, decoder_config: Mapping[str, Any], chunk_tokens: int) -> None:
@@ -81,11 +79,3 @@ def _check_own_layers(root: Path, record: RefragRecord, decoder_config: Mapping[
     width = int(decoder_config["hidden_size"]) * (chunk_tokens if record.pooling == "concat" else 1)
     if width != record.encoder_width:
         raise BundleError(f"{root}: refrag: encoder_width {record.encoder_width}, where its layers give {width}")
-
-
-def _shapes(path: Path) -> dict[str, list[int]]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path}: {error}") from error

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from blockrag.errors import BundleError
 from blockrag.modeling.linear_layers import speed_up_linear_layers
+from blockrag.modeling.loading import check_finite
 from blockrag.modeling.refrag.policy_features import FEATURES, PLACE_FEATURES, TokenTraits, chunk_features
 
 _METADATA = "policy"
@@ -193,9 +194,7 @@ class ChunkPolicy(nn.Module):
             policy.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise BundleError(f"{path}: no policy for chunks: {error}") from error
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise BundleError(f"{path}: NaN or infinity in {name}")
+        check_finite(path, tensors.items())
         policy.train(False).requires_grad_(False).to(device)
         speed_up_linear_layers(policy)
         return policy

@@ -76,11 +76,8 @@ class RefragRecord:
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
             raise BundleError(f"{where}: refrag: encoder_width must be a positive integer")
         layers = values["encoder_layers"]
-        if (
-            not isinstance(layers, int)
-            or isinstance(layers, bool)
-            or (layers > 0) != (values["alignment"] == "decoder")
-        ):
+        own = values["alignment"] == "decoder"
+        if not isinstance(layers, int) or isinstance(layers, bool) or (layers > 0) != own:
             raise BundleError(f"{where}: refrag: encoder_layers must be positive with alignment 'decoder', 0 without")
         if not isinstance(values["decoder"], str):
             raise BundleError(f"{where}: refrag: decoder must be a fingerprint")
@@ -89,15 +86,8 @@ class RefragRecord:
             raise BundleError(f"{where}: refrag: training must be a list of objects")
         if not isinstance(policies, dict):
             raise BundleError(f"{where}: refrag: policies must be an object")
-        return cls(
-            alignment=values["alignment"],
-            pooling=values["pooling"],
-            encoder_width=width,
-            encoder_layers=layers,
-            decoder=values["decoder"],
-            policies={name: _read_policy(name, policy, where) for name, policy in policies.items()},
-            training=tuple(stages),
-        )
+        read = {name: _read_policy(name, policy, where) for name, policy in policies.items()}
+        return cls(**{**values, "policies": read, "training": tuple(stages)})
 
 
 def is_refrag_file(name: str) -> bool:

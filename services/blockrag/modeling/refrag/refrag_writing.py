@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from blockrag.errors import BundleError
 from blockrag.modeling.adapter import Adapter, write_adapter
 from blockrag.modeling.adapter_record import ADAPTER_DIR, ADAPTER_FILES, TOKEN_ROWS_FILE
 from blockrag.modeling.bundle import Bundle, load_bundle
-from blockrag.modeling.bundle_writing import copy_files, digests, staged, with_section, write_manifest
+from blockrag.modeling.bundle_writing import copy_files, digests, new_folder, with_section, write_manifest
+from blockrag.modeling.files import read_json
 from blockrag.modeling.loading import DTYPES, check_finite, no_progress_bar, stored_dtype
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.compression import Projector
@@ -58,7 +58,6 @@ def write_refrag(
     training: Sequence[Mapping[str, Any]] | None = None,
     name: str = "",
     version: str = "",
-    quality: Mapping[str, Any] | None = None,
     encoder_dtype: str = "float32",
 ) -> Bundle:
     """A copy of ``bundle`` at ``out`` with these parts; what is None is taken from ``bundle``.
@@ -66,7 +65,7 @@ def write_refrag(
     ``decoder`` is a whole state dict, written in the checkpoint's own type; it is taken to hold the bundle's base,
     adapter and coefficients of heads already, as ``load_stock_model`` gives it, so the new manifest has none.
     ``adapter`` takes the place of the adapter on the bundle's base; all else of the decoder stays as it is, byte for
-    byte. With either the quality is emptied unless ``quality`` is given. ``policies`` replaces all: {} writes none,
+    byte. With either the quality is emptied. ``policies`` replaces all: {} writes none,
     and None keeps those of ``bundle``, which must have been trained with the parts that are written. ``training`` has
     the stages in order. ``encoder_dtype`` is the type that ``encoder`` is kept in, "float32" or "bfloat16"; it
     computes in float32.
@@ -83,14 +82,14 @@ def write_refrag(
     if before is None and (encoder is None or projector is None):
         raise BundleError(f"{bundle.path}: has no chunk compression, so an encoder and a projector are both needed")
     target = Path(out).expanduser()
-    with staged(target) as staging:
+    with new_folder(target) as staging:
         _write_decoder(bundle, staging, decoder, adapter)
         _write_encoder(bundle, staging, encoder, DTYPES[encoder_dtype])
         if projector is not None:
             projector.save(staging / PROJECTOR_FILE)
         else:
             copy_files(bundle, staging, [PROJECTOR_FILE])
-        manifest = json.loads((bundle.path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(bundle.path / "manifest.json")
         manifest.pop("refrag", None)
         if bundle.base is not None:
             manifest["base"] = bundle.base.moved(bundle.path, target).to_dict()
@@ -101,8 +100,6 @@ def write_refrag(
             manifest["adapter"] = adapter.config.to_dict()
         if decoder is not None or adapter is not None:
             manifest["quality"] = {}
-        if quality is not None:
-            manifest["quality"] = dict(quality)
         manifest.update(
             chunk_tokens=k,
             name=name or bundle.name,
@@ -111,11 +108,13 @@ def write_refrag(
         )
         write_manifest(staging, manifest)
         plain = load_bundle(staging, verify_files=False)
+        if encoder is not None:
+            sizes = encoder.alignment, encoder.pooling, encoder.width, encoder.layers
+        else:
+            assert before is not None  # both parts are given where the bundle has none
+            sizes = before.alignment, before.pooling, before.encoder_width, before.encoder_layers
         record = RefragRecord(
-            alignment=encoder.alignment if encoder is not None else _known(before).alignment,
-            pooling=encoder.pooling if encoder is not None else _known(before).pooling,
-            encoder_width=encoder.width if encoder is not None else _known(before).encoder_width,
-            encoder_layers=encoder.layers if encoder is not None else _known(before).encoder_layers,
+            *sizes,
             decoder=plain.decoder_fingerprint,
             training=tuple(training if training is not None else before.training if before is not None else ()),
         )
@@ -131,11 +130,6 @@ def write_refrag(
     return load_bundle(target, verify_files=False, compute_dtype=bundle.compute_dtype, kv_dtype=bundle.kv_dtype)
 
 
-def _known(record: RefragRecord | None) -> RefragRecord:
-    assert record is not None  # both parts are given where the bundle has none
-    return record
-
-
 def _write_decoder(
     bundle: Bundle, staging: Path, weights: Mapping[str, Tensor] | None, adapter: Adapter | None
 ) -> None:
@@ -143,7 +137,7 @@ def _write_decoder(
     if adapter is not None:
         if bundle.base is None or weights is not None:
             raise BundleError(f"{bundle.path}: an adapter belongs on a base, and this one's weights are its own")
-        write_adapter(staging / ADAPTER_DIR, adapter.tensors, adapter.config, bundle.base.identity, adapter.dtype)
+        write_adapter(staging / ADAPTER_DIR, adapter, bundle.base.identity)
         copy_files(bundle, staging, [name for name in bundle.decoder_files if name not in ADAPTER_FILES])
         return
     if weights is None:

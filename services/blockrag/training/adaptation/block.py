@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.errors import SetupError
@@ -25,7 +25,7 @@ from blockrag.training.adaptation.visibility import Mask, TrainingAttention
 from blockrag.training.loop import Schedule, StepResult, train
 from blockrag.training.lora import add_lora, trained_adapter
 from blockrag.training.run import OnProgress, RunFolder, Scores, read_records, whole_weights
-from blockrag.training.workers import Workers, like_parameter, take_step
+from blockrag.training.workers import Workers, like_parameter, switch_off_dropout, take_step
 
 _Part = tuple[Batch, tuple[Mask, ...]]
 """A micro-batch, and the masks it is trained under, in this order."""
@@ -55,11 +55,7 @@ class BlockTrainer:
         self._attention.install(model)
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         # a few steps of fine-tuning do without, FlexAttention has none, and a resumed run draws no other numbers
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+        switch_off_dropout(model)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if config.lora_rank:

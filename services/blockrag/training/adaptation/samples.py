@@ -14,18 +14,20 @@ passages do not answer; only such a row may have an empty list of answers.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from blockrag.errors import SetupError
 from blockrag.jsonl import read_objects
 from blockrag.modeling.running_text import field_ids
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
 from blockrag.training.adaptation.batch import Branch, Context
+
+T = TypeVar("T")
 
 
 class DecodingTokenizer(BundleTokenizer, Protocol):
@@ -120,11 +122,16 @@ def hold_out_rows(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row]
 
 def read_rows(paths: Sequence[Path]) -> list[Row]:
     """All rows, in order. Raises SetupError naming file and line of the first bad row, or when there is none."""
+    return read_parsed(paths, _parse, "rows")
+
+
+def read_parsed(paths: Sequence[Path], parse: Callable[[str, Mapping[str, Any]], T], what: str) -> list[T]:
+    """What ``parse`` makes of every object, in order, with where it stands. Raises SetupError when there is none."""
     files = data_files(paths)
-    rows = [_parse(place, values) for file in files for place, values in read_objects(file)]
-    if not rows:
-        raise SetupError(f"{', '.join(map(str, files))}: no rows")
-    return rows
+    found = [parse(place, values) for file in files for place, values in read_objects(file)]
+    if not found:
+        raise SetupError(f"{', '.join(map(str, files))}: no {what}")
+    return found
 
 
 def _parse(place: str, values: Mapping[str, Any]) -> Row:

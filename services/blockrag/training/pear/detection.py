@@ -23,17 +23,17 @@ Source: PEAR (arXiv 2409.19745), §3.1 and its code, which takes the mean over t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 from blockrag.modeling.pear import AttentionHeads, attention_heads
-from blockrag.training.pear.passes import ProxyTask, cache_of, check_length, forward, prefill, recording, removing
+from blockrag.training.pear.passes import ProxyTask, cache_of, check_length, forward, prefill, recording
 from blockrag.training.pear.pear_config import LaterHeads, Mean, PearConfig
 
 
@@ -199,16 +199,14 @@ def _continuing(
         hidden = clean.hidden[first][sample]
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def fix(layer: int) -> RemovableHandle:
-        def replace(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            states = patched if layer == first else clean.heads[layer][sample]
-            return (states.reshape(args[0].shape),)
+    def fix(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        states = patched if layer == first else clean.heads[layer][sample]
+        return (states.reshape(args[0].shape),)
 
-        return heads.outputs[layer].register_forward_pre_hook(replace)
-
-    last = len(heads.layers) if later == "frozen" else first + 1
-    handles = [heads.layers[first].register_forward_pre_hook(enter, with_kwargs=True), *map(fix, range(first, last))]
-    with removing(handles), _passed_through(heads.layers[:first], clean.layer_outputs):
+    with ExitStack() as hooks, _passed_through(heads.layers[:first], clean.layer_outputs):
+        hooks.enter_context(heads.layers[first].register_forward_pre_hook(enter, with_kwargs=True))
+        for layer in range(first, len(heads.layers) if later == "frozen" else first + 1):
+            hooks.enter_context(heads.outputs[layer].register_forward_pre_hook(partial(fix, layer)))
         yield
 
 

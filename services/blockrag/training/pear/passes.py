@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -158,33 +158,19 @@ def recording(heads: AttentionHeads) -> Iterator[HeadTrace]:
     """Records layers' inputs and heads' outputs of the passes inside."""
     trace = HeadTrace(len(heads.layers))
 
-    def record_layer(layer: int) -> RemovableHandle:
-        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            trace.hidden[layer] = args[0] if args else kwargs["hidden_states"]
+    def record_layer(layer: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trace.hidden[layer] = args[0] if args else kwargs["hidden_states"]
 
-        return heads.layers[layer].register_forward_pre_hook(record, with_kwargs=True)
-
-    def record_heads(layer: int) -> RemovableHandle:
-        def record(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            trace.heads[layer] = args[0]
-            trace.sums[layer] = trace.sums[layer] + args[0].float().sum(1)
-
-        return heads.outputs[layer].register_forward_pre_hook(record)
+    def record_heads(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        trace.heads[layer] = args[0]
+        trace.sums[layer] = trace.sums[layer] + args[0].float().sum(1)
 
     def record_form(_module: nn.Module, _args: Any, output: Any) -> None:
         trace.layer_outputs = len(output) if isinstance(output, tuple) else None
 
-    layers = range(len(heads.layers))
-    handles = [*map(record_layer, layers), *map(record_heads, layers)]
-    with removing([*handles, heads.layers[0].register_forward_hook(record_form)]):
+    with ExitStack() as hooks:
+        for number, (layer, output) in enumerate(zip(heads.layers, heads.outputs, strict=True)):
+            hooks.enter_context(layer.register_forward_pre_hook(partial(record_layer, number), with_kwargs=True))
+            hooks.enter_context(output.register_forward_pre_hook(partial(record_heads, number)))
+        hooks.enter_context(heads.layers[0].register_forward_hook(record_form))
         yield trace
-
-
-@contextmanager
-def removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Removes the hooks at the end."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,15 +14,15 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from blockrag.errors import InvalidRequestError
@@ -31,7 +31,7 @@ from blockrag.modeling.pear import AttentionHeads, attention_heads, fold
 from blockrag.modeling.pear_record import MASKS, HeadCoefficient, PearRecord, ProxyScore
 from blockrag.training.loop import Schedule, StepResult, train
 from blockrag.training.pear.detection import Detection, detect, rank_correlation
-from blockrag.training.pear.passes import ProxyTask, check_length, forward, prefill, removing
+from blockrag.training.pear.passes import ProxyTask, check_length, forward, prefill
 from blockrag.training.pear.pear_config import CONDITIONS, LEAST_HEADS, PUBLISHED_SHARE, LearningConfig, PearConfig
 from blockrag.training.run import OnProgress, RunFolder, Scores, StepMetrics
 from blockrag.training.workers import Workers
@@ -133,20 +133,18 @@ def proxy_score(
 def scaled(heads: AttentionHeads, chosen: Sequence[tuple[int, int]], tau: Tensor) -> Iterator[None]:
     """Within it the output of each chosen (layer, head) is multiplied by its element of ``tau``, differentiably."""
 
-    def scale(layer: int, places: list[int]) -> RemovableHandle:
-        own = [chosen[place][1] for place in places]
-
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            factors = torch.ones(heads.num_heads, device=tau.device, dtype=tau.dtype)
-            factors = factors.index_put((torch.tensor(own, device=tau.device),), tau[places])
-            return (args[0] * factors.repeat_interleave(heads.head_dim).to(args[0].dtype),)
-
-        return heads.outputs[layer].register_forward_pre_hook(hook)
+    def scale(places: list[int], _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        own = torch.tensor([chosen[place][1] for place in places], device=tau.device)
+        factors = torch.ones(heads.num_heads, device=tau.device, dtype=tau.dtype)
+        factors = factors.index_put((own,), tau[places])
+        return (args[0] * factors.repeat_interleave(heads.head_dim).to(args[0].dtype),)
 
     by_layer: dict[int, list[int]] = {}
     for place, (layer, _) in enumerate(chosen):
         by_layer.setdefault(layer, []).append(place)
-    with removing([scale(layer, places) for layer, places in by_layer.items()]):
+    with ExitStack() as hooks:
+        for layer, places in by_layer.items():
+            hooks.enter_context(heads.outputs[layer].register_forward_pre_hook(partial(scale, places)))
         yield
 
 

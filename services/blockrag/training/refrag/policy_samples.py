@@ -22,7 +22,7 @@ from blockrag.training.adaptation.samples import Row, SampleSource, data_files
 from blockrag.training.refrag.chunk_masks import answer_places, passage_ranking
 from blockrag.training.refrag.stage_config import PolicyTrainingConfig
 from blockrag.training.refrag.stage_samples import row_source, split_instruction
-from blockrag.training.refrag.texts import PassageSource, Text, as_target, read_held_out, text_start
+from blockrag.training.refrag.texts import PassageSource, Text, read_held_out
 
 Kind = Literal["answers", "text"]
 
@@ -88,10 +88,6 @@ class PolicySamples:
     def __post_init__(self) -> None:
         self._text_share = 0.0 if self.texts is None else self.text_share if self.rows is not None else 1.0
 
-    @property
-    def has_questions(self) -> bool:
-        return self.rows is not None
-
     def questions(self, step: int, contexts: int) -> list[PolicyContext]:
         """Contexts with questions alone, for a step of imitation; a context may have none and is then left out."""
         random = Random(f"{self.seed}/imitation/{step}")
@@ -125,9 +121,7 @@ class PolicySamples:
     def text(self, random: Random) -> PolicyContext:
         """Passages of one text, and the next one as the target."""
         assert self.texts is not None
-        drawn = self.texts.draw(random.randint(2, self.max_passages + 1), random, least=2)
-        branch = as_target(drawn[-1], text_start(drawn[0], drawn[1:]))
-        passages = tuple(map(tuple, drawn[:-1]))
+        passages, branch = self.texts.draw_target(random.randint(1, self.max_passages), random)
         ranks = policy_ranks(False, range(len(passages)))
         return PolicyContext(self.instruction, passages, (branch,), (ranks,), "text")
 

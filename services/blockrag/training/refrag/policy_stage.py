@@ -241,7 +241,7 @@ class _Learner:
 
     def draw(self, step: int, fraction: float) -> _Drawn:
         samples = self.data.samples
-        if fraction < self.config.chosen_imitation and samples.has_questions:
+        if fraction < self.config.chosen_imitation and samples.rows is not None:
             return _Drawn(step, samples.questions(step, self.config.imitation_contexts), True)
         return _Drawn(step, samples.step(step, self.config.contexts), False)
 

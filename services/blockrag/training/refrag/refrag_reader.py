@@ -9,6 +9,7 @@ distillation, arXiv 1503.02531, here from a prompt instead of a model).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -200,13 +201,24 @@ class RefragReader(nn.Module):
 
     def _read_blocks(self, samples: Sequence[RefragSample], taught: bool) -> _Blocks:
         """Block passes of all that the samples' views show; with ``taught``, of what teaches them too."""
-        full_ids, full_at = _full_blocks(samples, taught)
-        compressed_ids, compressed_at = _compressed_blocks(samples)
-        banks = [self.decoder.encode(full_ids)]
-        if compressed_ids:
-            banks.append(self.decoder.encode_embeddings(self._input_embeddings(compressed_ids)))
-        shifted = {place: len(full_ids) + number for place, number in compressed_at.items()}
-        return _Blocks(SlotBank.join(banks), full_at, shifted)
+        full: dict[tuple[int, int], Sequence[int]] = {}
+        compressed: dict[tuple[int, int], Sequence[int]] = {}
+        for number, sample in enumerate(samples):
+            opening = [*sample.instruction, *(chain.from_iterable(sample.passages) if sample.whole else ())]
+            if opening:
+                full[number, -1] = opening
+            for place, passage in enumerate(sample.passages):
+                shown = [view.mask[place] for view in sample.views if place < len(view.mask)]
+                if any((taught and _is_taught(sample)) or mask.any() for mask in shown):
+                    full[number, place] = passage
+                if not all(mask.all() for mask in shown):
+                    compressed[number, place] = passage
+        banks = [self.decoder.encode(list(full.values()))]
+        if compressed:
+            banks.append(self.decoder.encode_embeddings(self._input_embeddings(list(compressed.values()))))
+        numbers = {place: number for number, place in enumerate(full)}
+        shifted = {place: number for number, place in enumerate(compressed, start=len(full))}
+        return _Blocks(SlotBank.join(banks), numbers, shifted)
 
     def _prompts(
         self, samples: Sequence[RefragSample], blocks: _Blocks, *, teaching: bool = False
@@ -251,40 +263,6 @@ class RefragReader(nn.Module):
 
 def _is_taught(sample: RefragSample) -> bool:
     return sample.kind == "text" and not sample.whole
-
-
-def _full_blocks(
-    samples: Sequence[RefragSample], taught: bool
-) -> tuple[list[Sequence[int]], dict[tuple[int, int], int]]:
-    """Blocks of which tokens are read, and where each is: by sample and passage, -1 for what opens the prompt."""
-    blocks: list[Sequence[int]] = []
-    places: dict[tuple[int, int], int] = {}
-    for number, sample in enumerate(samples):
-        if sample.whole:
-            opening = [*sample.instruction, *(token for passage in sample.passages for token in passage)]
-        else:
-            opening = list(sample.instruction)
-        if opening:
-            places[number, -1] = len(blocks)
-            blocks.append(opening)
-        for place, passage in enumerate(sample.passages):
-            shown = [view.mask[place] for view in sample.views if place < len(view.mask)]
-            if any((taught and _is_taught(sample)) or mask.any() for mask in shown):
-                places[number, place] = len(blocks)
-                blocks.append(passage)
-    return blocks, places
-
-
-def _compressed_blocks(samples: Sequence[RefragSample]) -> tuple[list[Sequence[int]], dict[tuple[int, int], int]]:
-    """The same for passages of which a chunk is read compressed."""
-    blocks: list[Sequence[int]] = []
-    places: dict[tuple[int, int], int] = {}
-    for number, sample in enumerate(samples):
-        for place, passage in enumerate(sample.passages):
-            if any(not view.mask[place].all() for view in sample.views if place < len(view.mask)):
-                places[number, place] = len(blocks)
-                blocks.append(passage)
-    return blocks, places
 
 
 def _block(bank: SlotBank, number: int | None) -> NDArray[np.int64] | None:

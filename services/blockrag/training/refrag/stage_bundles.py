@@ -25,6 +25,7 @@ from blockrag.training.lora import trained_adapter
 from blockrag.training.refrag.composed import ComposedDecoder
 from blockrag.training.refrag.refrag_reader import RefragReader
 from blockrag.training.refrag.stage_config import SMALL_ENCODER, RefragConfig
+from blockrag.training.workers import switch_off_dropout
 
 _SMALL_WIDTH = 768
 """Widest small encoder; narrower where the decoder is."""
@@ -101,9 +102,7 @@ def load_reader(start: Start, config: RefragConfig) -> tuple[RefragReader, PreTr
     bundle = start.bundle
     tokenizer = bundle.load_tokenizer()
     model = load_stock_model(bundle, device=config.device)
-    for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+    switch_off_dropout(model)
     model.requires_grad_(True)
     decoder = ComposedDecoder(model)
     decoder_tokenizer = tokenizer if start.alignment == "text" else None
@@ -130,9 +129,7 @@ def load_reader(start: Start, config: RefragConfig) -> tuple[RefragReader, PreTr
         projector = Projector(encoder.width, decoder.width)
     if encoder.alignment != "text" and start.chunk_tokens > encoder.max_chunk_tokens:
         raise SetupError(f"chunk_tokens {start.chunk_tokens}: the chunk encoder reads {encoder.max_chunk_tokens}")
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # a resumed run draws no other numbers
+    switch_off_dropout(encoder)  # a resumed run draws no other numbers
     encoder.trainable = True
     projector.requires_grad_(True)
     reader = RefragReader(decoder, encoder, projector, start.chunk_tokens)

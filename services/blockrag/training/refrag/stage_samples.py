@@ -139,9 +139,7 @@ class NextPassage:
 
     def context(self, random: Random) -> RefragSample:
         """As many passages as a context may have, compressed, and the one after them as the only target."""
-        passages = self.source.draw(self.config.max_passages + 1, random, least=2)
-        target = as_target(passages[-1], text_start(passages[0], passages[1:]))
-        context = tuple(map(tuple, passages[:-1]))
+        context, target = self.source.draw_target(self.config.max_passages, random)
         view = View(constant_mask(context, self.k, False), (target,))
         return RefragSample(self.instruction, context, (view,), "text")
 

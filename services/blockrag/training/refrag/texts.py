@@ -8,17 +8,23 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from blockrag.errors import SetupError
-from blockrag.jsonl import read_objects
 from blockrag.modeling.running_text import field_ids
 from blockrag.modeling.template import PromptTemplate
 from blockrag.training.adaptation.batch import Branch
-from blockrag.training.adaptation.samples import DecodingTokenizer, Row, data_files, hold_out_rows, read_rows, sentences
+from blockrag.training.adaptation.samples import (
+    DecodingTokenizer,
+    Row,
+    hold_out_rows,
+    read_parsed,
+    read_rows,
+    sentences,
+)
 
 _HELD_OUT_SHARE = 50
 """One text in this many is held out."""
@@ -42,11 +48,7 @@ class Text:
 
 def read_texts(paths: Sequence[Path]) -> list[Text]:
     """All texts, in order. Raises SetupError naming file and line of the first bad one, or when there is none."""
-    files = data_files(paths)
-    texts = [_parse(place, values) for file in files for place, values in read_objects(file)]
-    if not texts:
-        raise SetupError(f"{', '.join(map(str, files))}: no texts")
-    return texts
+    return read_parsed(paths, _parse, "texts")
 
 
 def hold_out(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
@@ -105,6 +107,11 @@ class PassageSource:
                 return passages
         raise SetupError(f"{_TRIES} texts one after another have fewer than {least} passages")
 
+    def draw_target(self, count: int, random: Random) -> tuple[tuple[tuple[int, ...], ...], Branch]:
+        """Passages as of ``draw``, at least one and ``count`` at most, and the one after them as the target."""
+        drawn = self.draw(count + 1, random, least=2)
+        return tuple(map(tuple, drawn[:-1])), as_target(drawn[-1], text_start(drawn[0], drawn[1:]))
+
     def _cut(self, text: Text, count: int, random: Random) -> list[list[int]]:
         template, tokenizer = self.template, self.tokenizer
         room = self.passage_tokens - len(template.passage_ids(tokenizer, text.title, ""))
@@ -143,20 +150,14 @@ class PassageSource:
 
 def text_start(passage: Sequence[int], others: Sequence[Sequence[int]]) -> int:
     """Where a passage's own text begins: after what all passages of its text open with. At least 1."""
-    return max(1, min((_common(passage, other) for other in others), default=1))
+    common = takewhile(lambda tokens: len(set(tokens)) == 1, zip(passage, *others, strict=False))
+    return max(1, len(list(common))) if others else 1
 
 
 def as_target(passage: Sequence[int], start: int) -> Branch:
     """A passage that is to be predicted from its token ``start`` on, of which at least the last is left."""
     start = min(start, len(passage) - 1)
     return Branch(passage[:start], passage[start:])
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    for place, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return place
-    return min(len(first), len(second))
 
 
 def _digest(text: Text) -> int:
