@@ -136,6 +136,7 @@ def test_machines_that_vanish_are_done_without_and_a_new_one_takes_their_place(c
 
 def test_a_machine_that_is_cut_off_for_longer_is_taken_for_gone_and_joins_anew(cluster: Machines) -> None:
     _, second, only = cluster.workers
+    second.mend()
     cluster.start(second)
 
     def cut_off() -> None:
