@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 MARKUP = (
     'The capital of <script>document.title="owned"</script> Freedonia is "><img src=x onerror="document.title=1"> Suva.'
@@ -154,10 +154,13 @@ def slides(page: Page) -> None:
 
 
 def stops(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/responses", lambda route: held.append(route))  # or the answer is over before anybody can click
     page.get_by_label("Your question").fill("Where is Oslo, and why?")
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#status")).to_have_text("Stopped.")
+    page.unroute("**/responses")
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
 
 
