@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.compressor.plans import Planner
-from blockrag.compressor.timely import Estimate, Timely, Warms
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
+from blockrag.compressor.ttft import Estimate, TtftEstimator, WarmsBlocks
 from blockrag.configured import configured_keys
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.limits import MIB
@@ -37,7 +37,7 @@ def assemble(
     settings: Settings,
     embeddings: EmbeddingCache | None,
     *,
-    timing: tuple[Estimate, Warms] | None = None,
+    timing: tuple[Estimate, WarmsBlocks] | None = None,
     rater: ChunkRater | None = None,
     ability: CompressionAbility | None = None,
 ) -> Planner:
@@ -70,5 +70,5 @@ def assemble(
         ability or CompressionAbility.of(bundle),
         PassageDrafts(detokenizer_factory(tokenizer, ""), bundle.chunk_tokens),
         mixer,
-        None if timing is None else Timely(*timing, keys, forms),
+        None if timing is None else TtftEstimator(*timing, keys, forms),
     )

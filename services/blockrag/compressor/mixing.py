@@ -1,6 +1,6 @@
 """Which chunks of which passages are expanded for one question: sizes, embeddings, policy, budget put together.
 
-A plan under a latency budget must know the decoder's cost per slot (``timely``) and the policy's own time, which is
+A plan under a latency budget must know the decoder's cost per slot (``ttft``) and the policy's own time, which is
 measured here. Chunk embeddings are kept by the cache for the cluster, and here for the next plan.
 """
 

@@ -37,7 +37,7 @@ from blockrag.v1 import common_pb2, compressor_pb2
 
 if TYPE_CHECKING:
     from blockrag.compressor.mixing import Mixer
-    from blockrag.compressor.timely import Timely
+    from blockrag.compressor.ttft import TtftEstimator
 
 
 _AT_HAND = frozenset(("l1", "store"))
@@ -113,7 +113,7 @@ class Planner:
     drafts: PassageDrafts
     mixer: Mixer | None = None
     """None where the bundle cannot compress."""
-    timely: Timely | None = None
+    estimator: TtftEstimator | None = None
     """This and the mixer are None where plans are made that ``sizes_decide`` only."""
 
     async def plan(self, request: compressor_pb2.PlanRequest) -> compressor_pb2.PlanResponse:
@@ -121,12 +121,12 @@ class Planner:
         ``InvalidRequestError`` for a compression that cannot be.
         """
         compression = read_compression(request.compression, request.attention_mode, self.ability)
-        if compression is not None and compression.kind == "max_ttft_ms" and self.timely is not None:
-            return await self._plan_in_time(request, compression, self.timely)
+        if compression is not None and compression.kind == "max_ttft_ms" and self.estimator is not None:
+            return await self._plan_in_time(request, compression, self.estimator)
         return await self.plan_read(request, compression)
 
     async def _plan_in_time(
-        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest, timely: Timely
+        self, request: compressor_pb2.PlanRequest, compression: CompressionRequest, estimator: TtftEstimator
     ) -> compressor_pb2.PlanResponse:
         """A plan of the passages whose blocks are there in time; others are brought into memory afterwards."""
         final_ids, turns = self.tokenizer.final_ids(request.question), self._turns(request)
@@ -134,7 +134,7 @@ class Planner:
         sizes = list(map(len, blocks))
         before = [self.tokenizer.instruction_ids, *turns]
         before_tokens = sum(map(len, before))
-        estimated = await timely.estimate(request.context, blocks, before)
+        estimated = await estimator.estimate(request.context, blocks, before)
         cost = estimated.cost
         chosen = passages_in_time(
             sizes,
@@ -156,7 +156,7 @@ class Planner:
             for place, planned in enumerate(response.passages)
             if not planned.in_prompt and not _AT_HAND.issuperset(estimated.passages[place])
         ]
-        timely.warm_later(request, blocks, late, compression.limit / 1000)
+        estimator.warm_later(request, blocks, late, compression.limit / 1000)
         return response
 
     async def _plan_of(

@@ -121,6 +121,7 @@ class Overhead:
         self._by_compressor: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._near: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._late: deque[tuple[float, float]] = deque(maxlen=2 * _KEPT)
+        """How many times what was expected they took."""
 
     def record(
         self,
@@ -161,4 +162,4 @@ class Overhead:
 
     def _fresh(self, latest: deque[tuple[float, float]]) -> list[float]:
         oldest = self._clock() - _FRESH_S
-        return [milliseconds for then, milliseconds in latest if then >= oldest]
+        return [value for then, value in latest if then >= oldest]

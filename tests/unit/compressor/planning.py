@@ -8,8 +8,8 @@ from typing import Any
 from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.compressor.mixing import Mixer
 from blockrag.compressor.plans import Planner
-from blockrag.compressor.timely import Timely
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
+from blockrag.compressor.ttft import TtftEstimator
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.encoder.forms import FormEncoder
 from blockrag.keys import KeyMaker
@@ -84,12 +84,12 @@ class Decoder:
         return WarmOutcome()
 
 
-def make_timely(bundle: Bundle, decoder: Decoder) -> Timely:
+def make_estimator(bundle: Bundle, decoder: Decoder) -> TtftEstimator:
     if bundle.refrag is None:
-        return Timely(decoder.estimate, decoder, KeyMaker(bundle.fingerprint, b"secret"), [FULL])
+        return TtftEstimator(decoder.estimate, decoder, KeyMaker(bundle.fingerprint, b"secret"), [FULL])
     decoder.forms = 2
     keys = KeyMaker(bundle.fingerprint, b"secret", bundle.compression_fingerprint)
-    return Timely(decoder.estimate, decoder, keys, [FULL, BlockForm("compressed", CHUNK)])
+    return TtftEstimator(decoder.estimate, decoder, keys, [FULL, BlockForm("compressed", CHUNK)])
 
 
 def make_planner(bundle: Bundle, mixer: Mixer | None, decoder: Decoder | None = None) -> Planner:
@@ -101,7 +101,7 @@ def make_planner(bundle: Bundle, mixer: Mixer | None, decoder: Decoder | None = 
         CompressionAbility.of(bundle),
         drafts,
         mixer,
-        None if decoder is None else make_timely(bundle, decoder),
+        None if decoder is None else make_estimator(bundle, decoder),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from blockrag.compressor import timely
+from blockrag.compressor import ttft
 from blockrag.compressor.plans import Planner
 from blockrag.errors import InvalidRequestError, UnavailableError
 from blockrag.kv_cache.shard_messages import WarmOutcome
@@ -55,7 +55,7 @@ def read(plan: PlanResponse) -> list[bool]:
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timely, "_LONGEST_PAUSE_S", 0.0)
+    monkeypatch.setattr(ttft, "_LONGEST_PAUSE_S", 0.0)
 
 
 async def test_a_passage_that_must_be_encoded_is_left_out_where_there_is_no_time_for_it(plain: Bundle) -> None:

@@ -35,7 +35,7 @@ Estimate = Callable[[EstimatePrefillRequest], Awaitable[EstimatePrefillResponse]
 """Asks a decoder where blocks are, and what it takes to have and to read them."""
 
 
-class Warms(Protocol):
+class WarmsBlocks(Protocol):
     """The cache's shards, as far as plans need them."""
 
     async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
@@ -44,7 +44,7 @@ class Warms(Protocol):
 
 
 @dataclass(frozen=True)
-class Estimated:
+class TtftEstimate:
     """What a question's prompt takes."""
 
     cost: PrefillCost
@@ -62,10 +62,10 @@ class Estimated:
         return self.cost.fetch_ms(tokens)
 
 
-class Timely:
+class TtftEstimator:
     """Asks where blocks are, and has late ones brought into memory for the next question. Of one event loop."""
 
-    def __init__(self, estimate: Estimate, shards: Warms, keys: KeyMaker, forms: Sequence[BlockForm]) -> None:
+    def __init__(self, estimate: Estimate, shards: WarmsBlocks, keys: KeyMaker, forms: Sequence[BlockForm]) -> None:
         """``forms``: in which passages may be read."""
         self._estimate = estimate
         self._shards = shards
@@ -75,7 +75,7 @@ class Timely:
 
     async def estimate(
         self, context: RequestContext, passages: Sequence[Sequence[int]], before: Sequence[Sequence[int]]
-    ) -> Estimated:
+    ) -> TtftEstimate:
         """Of blocks by their token ids. Raises ``UnavailableError`` while no prefill was measured, and what the
         decoder raises."""
         request = EstimatePrefillRequest(context=context, blocks=[PromptBlock(token_ids=ids) for ids in before])
@@ -89,7 +89,7 @@ class Timely:
             earlier[tier] += len(ids)
         found = [tuple(tiers[place : place + forms]) for place in range(len(before), len(tiers), forms)]
         fetches = tuple(alike(FetchCost, each) for each in told.fetches)
-        return Estimated(PrefillCost(told.base_ms, told.slot_ms, fetches), found, earlier)
+        return TtftEstimate(PrefillCost(told.base_ms, told.slot_ms, fetches), found, earlier)
 
     def warm_later(
         self, request: PlanRequest, passages: Sequence[Sequence[int]], places: Iterable[int], pause_s: float
