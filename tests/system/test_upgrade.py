@@ -107,7 +107,7 @@ class Service:
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
         host, _, port = self.target.rpartition(":")
-        with suppress(OSError):
+        with suppress(OSError, asyncio.CancelledError):
             there, away = await asyncio.open_connection(host, int(port))
             await asyncio.gather(_pumped(reader, away), _pumped(there, writer))
         writer.close()

@@ -27,6 +27,7 @@ from pathlib import Path
 
 _GUARD_FILE = "standby.pid"
 _FIRST_FILE = "first.pid"
+_CLOSED_FILE = "closed"
 _UNAVAILABLE = "no replica answered; send the request again"
 _RESTART_S = 0.1
 _SHORT_RUN_S = 1.0
@@ -125,6 +126,24 @@ def stop_standby(folder: Path) -> None:
         time.sleep(0.01)
 
 
+def close(folder: Path, within_s: float) -> None:
+    """Answers what was begun and takes nothing new, for good; returns when that is done, or after ``within_s``.
+
+    A connection is closed in HTTP/2's way (GOAWAY), so that its client goes elsewhere, or waits, with what it asks
+    next. Left open while replicas end one after another, it would say UNAVAILABLE to everything until the last is gone.
+    """
+    (folder / _CLOSED_FILE).touch()
+    guard = _recorded(folder / _GUARD_FILE, folder)
+    first = _recorded(folder / _FIRST_FILE, folder)
+    for pid, number in ((guard, signal.SIGTERM), (first, signal.SIGUSR1)):
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    until = time.monotonic() + within_s
+    while any(_recorded(folder / name, folder) for name in (_GUARD_FILE, _FIRST_FILE)) and time.monotonic() < until:
+        time.sleep(0.01)
+
+
 def start_on_node(binary: str, arguments: list[str]) -> None:
     """Becomes HAProxy with the configuration of a node. Does not return."""
     if "-f" in arguments:
@@ -135,6 +154,8 @@ def start_on_node(binary: str, arguments: list[str]) -> None:
 
 def start(binary: str, folder: Path, owner: int, arguments: list[str]) -> None:
     """Becomes HAProxy, after what is described above. Does not return."""
+    if (folder / _CLOSED_FILE).exists():
+        sys.exit("the system is being stopped")
     if "-f" in arguments and "-db" in arguments:
         file = Path(arguments[arguments.index("-f") + 1])
         text = rewritten(file.read_text(encoding="utf-8"), f"blockrag-{os.getpid()}")

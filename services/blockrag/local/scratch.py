@@ -52,6 +52,11 @@ def haproxy_environment(settings: Settings) -> dict[str, str]:
     }
 
 
+def close_doors(settings: Settings, within_s: float) -> None:
+    """Answers what was begun and takes nothing new: as ``haproxy.close``."""
+    haproxy.close(_folders(settings)[0], within_s)
+
+
 def remove_scratch(settings: Settings) -> None:
     """Ends the standby and removes the files, also those of a system that was killed."""
     folders = _folders(settings)

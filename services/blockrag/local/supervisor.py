@@ -23,6 +23,7 @@ from blockrag.local.again import become, end_others
 from blockrag.local.copies import Job, Origin, launched_by, start_origin, work
 from blockrag.local.inert import LIGHT, WHOLE, check_inert, import_inert
 from blockrag.local.scratch import (
+    close_doors,
     haproxy_environment,
     make_scratch,
     origin_address,
@@ -34,6 +35,8 @@ from blockrag.services import GRPC_SERVICER_FUNCTION, SERVICES, Service
 from blockrag.settings import Settings, load_settings
 
 _POLL_S = 0.2
+_LAST_ANSWERS_S = 10.0
+"""For what was begun when the system is told to stop."""
 _VITAL = ("gcs_server", "raylet")
 """Ray's processes that are neither replaced nor done without."""
 
@@ -135,6 +138,7 @@ class _Supervisor:
             final = self._state.with_phase("failed", detail=_first_line(error))
             status = 1
         # The next stop signal must not cut the shutdown short: it would leave Ray's processes behind.
+        close_doors(self._settings, _LAST_ANSWERS_S)
         if ray.is_initialized():
             try:
                 serve.shutdown()

@@ -8,8 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from pathlib import Path
 
@@ -67,18 +68,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Replica:
-    """A gRPC server that answers every call with its bytes, and Serve's health check."""
+    """A gRPC server that answers every call as told, or with its bytes, and Serve's health check."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: Mapping[bytes, Callable[[bytes, object], bytes]] | None = None) -> None:
+        self._answers = answers or {}
         self.server = grpc.server(futures.ThreadPoolExecutor(4))
         self.server.add_generic_rpc_handlers((self,))  # type: ignore[arg-type]
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         self.server.start()
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        healthy = HealthzResponse(message=HEALTHY_MESSAGE).SerializeToString()
-        answer = healthy if call.method.endswith("Healthz") else b""
-        return grpc.unary_unary_rpc_method_handler(lambda request, context: answer or request)
+        if call.method.endswith("Healthz"):
+            healthy = HealthzResponse(message=HEALTHY_MESSAGE).SerializeToString()
+            return grpc.unary_unary_rpc_method_handler(lambda *_: healthy)
+        return grpc.unary_unary_rpc_method_handler(self._answer)
+
+    def _answer(self, request: bytes, context: object) -> bytes:
+        return self._answers.get(request, lambda asked, _: asked)(request, context)
 
 
 @pytest.fixture
@@ -230,6 +236,46 @@ def test_no_replica_is_unavailable_and_says_nothing_of_places(folder: Path) -> N
             ask(port, 5)
         assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
         assert failed.value.details() == "no replica answered; send the request again"
+
+
+def test_closed_it_answers_what_was_begun_and_lets_clients_go(folder: Path) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def slowly(request: bytes, _: object) -> bytes:
+        begun.set()
+        assert end.wait(10)
+        return request
+
+    replica = Replica({b"slow": slowly})
+    port = free_port()
+    with (
+        running(folder, serve_s_configuration(folder, port, {"gateway": [replica.port]}), os.getpid()) as first,
+        grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)]) as channel,
+    ):
+        eventually(lambda: len(processes(folder, "standby")) == 1)
+        call = channel.unary_unary("/blockrag.v1.RagService/Retrieve")
+        metadata = [("application", "gateway")]
+        assert call(b"hello", metadata=metadata, timeout=10, wait_for_ready=True) == b"hello"
+        under_way = call.future(b"slow", metadata=metadata, timeout=10)
+        assert begun.wait(5)
+        with futures.ThreadPoolExecutor(1) as beside:
+            closed = beside.submit(haproxy.close, folder, 10.0)
+            eventually(lambda: (folder / "closed").exists())
+            time.sleep(0.5)
+            assert not closed.done()
+            with pytest.raises(grpc.RpcError) as refused:
+                ask(port)
+            assert "refused" in (refused.value.details() or "")
+            end.set()
+            assert under_way.result() == b"slow"
+            closed.result(5)
+        assert first.wait(5) == 0
+        assert not processes(folder, "standby")
+        assert not processes(folder, "guard")
+        # One that Serve starts in the place of what has ended takes nothing either.
+        with running(folder, serve_s_configuration(folder, port, {"gateway": [replica.port]}), os.getpid()) as next_one:
+            assert next_one.wait(5) == 1
+    replica.server.stop(None)
 
 
 def test_the_standby_ends_with_its_owner(folder: Path, replica: Replica) -> None:
