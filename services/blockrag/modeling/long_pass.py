@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockrag.modeling.attention.contract import RaggedBatch
-from blockrag.modeling.attention.tiled import LEAST_SUM
 from blockrag.modeling.linear_layers import joined
 from blockrag.modeling.native.between_kernel import AttendedSlots, BetweenKernel
+from blockrag.modeling.native.kernels import LARGEST_SUM
 from blockrag.modeling.plain_decoder import PlainDecoder, PlainLayer, UnsuitableError, compiled_for
 from blockrag.modeling.rotary import Rotation
 from blockrag.modeling.support import ModelFacts
@@ -89,7 +89,7 @@ class LongPass:
             if captured is not None and number == len(plain.layers) - 1:
                 return torch.empty(0)
             slots = _placed(batch, number, turned, values)
-            if not between.attend(query, slots, plain.scaling, 1 / LEAST_SUM, attended, narrow):
+            if not between.attend(query, slots, plain.scaling, LARGEST_SUM, attended, narrow):
                 return None
             torch.mm(narrow.view(tokens, -1), products.output, out=added)
             between.add_and_normalise(hidden, added, layer.mlp_norm, plain.epsilon, normed)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockrag.modeling.attention.tiled import LOG2_E
-from blockrag.modeling.native.kernels import Kernels, kernels
+from blockrag.modeling.native.kernels import LOG2_E, Kernels, kernels
 from blockrag.modeling.rotary import Rotation
 from blockrag.modeling.support import ModelFacts
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockrag.modeling.attention.contract import RaggedBatch
-from blockrag.modeling.attention.tiled import LEAST_SUM
 from blockrag.modeling.native.build import has_instructions
+from blockrag.modeling.native.kernels import LARGEST_SUM
 from blockrag.modeling.native.step_kernel import (
     GROUP,
     PackedDecoder,
@@ -48,7 +48,7 @@ class Step:
         ``packed_weights``. Raises UnsuitableError."""
         compiled = compiled_for(model, facts, rotations)
         try:
-            self._kernel = StepKernel(compiled.compiled, pack(model, facts, packed), 1 / LEAST_SUM)
+            self._kernel = StepKernel(compiled.compiled, pack(model, facts, packed), LARGEST_SUM)
         except ValueError as error:
             raise UnsuitableError(f"{type(model).__name__}: {error}") from error
         self._embedding: nn.Module = model.get_input_embeddings()

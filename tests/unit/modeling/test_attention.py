@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockrag.modeling.attention import compiled, over_lists, reference, tiled
+from blockrag.modeling.attention import compiled, over_lists, reference
 from blockrag.modeling.attention.contract import Attend
-from blockrag.modeling.linear_layers import onednn_available
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.native.kernels import kernels
 from tests.models import make_tiny_model
 from tests.unit.modeling.test_model import close, compose, stock_logits, tokens
 
-NAMES = {"compiled": compiled.attend, "tiled": tiled.attend, "reference": reference.attend}
+NAMES = {"compiled": compiled.attend, "reference": reference.attend}
 
 
 def softmax(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: float) -> Tensor:
@@ -32,9 +31,8 @@ def softmax(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: fl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("new", "before", "kv_heads", "group"), [(1, 90, 2, 3), (40, 0, 2, 1), (33, 71, 3, 2)])
 def test_every_implementation_keeps_the_contract(
-    name: str, dtype: torch.dtype, new: int, before: int, kv_heads: int, group: int, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, new: int, before: int, kv_heads: int, group: int
 ) -> None:
-    monkeypatch.setattr(tiled, "_TILED_FROM", 0)
     attend: Attend = NAMES[name]
     total, source = before + new, torch.Generator().manual_seed(0)
     keys, values = (torch.randn(kv_heads, total + 5, 32, generator=source).to(dtype) for _ in range(2))
@@ -43,7 +41,6 @@ def test_every_implementation_keeps_the_contract(
     taken = attend(query, keys, values, total, 0.2, out)
     suits = {
         "compiled": dtype == torch.bfloat16 and kernels() is not None,
-        "tiled": new > 1 and onednn_available(query.device),
         "reference": True,
     }
     assert taken is suits[name]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blockrag.modeling.attention.tiled import LEAST_SUM, LOG2_E
-from blockrag.modeling.native.kernels import Kernels, kernels
+from blockrag.modeling.native.kernels import LARGEST_SUM, LOG2_E, Kernels, kernels
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: float, out: Tensor) -> bool:
@@ -18,4 +17,4 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, total: int, scaling: flo
     compiled = kernels()
     if compiled is None:
         return False
-    return compiled.attend(query, keys, values, total, scaling * LOG2_E, 1 / LEAST_SUM, out)
+    return compiled.attend(query, keys, values, total, scaling * LOG2_E, LARGEST_SUM, out)

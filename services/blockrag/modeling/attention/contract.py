@@ -10,7 +10,7 @@ implementation may leave the others' outputs undefined but finite.
 ``SlotAttention`` is all of that, a function that transformers calls; ``SlotModel`` takes any. The one there is
 (``over_lists``) gathers nothing: keys were rotated when they were placed, so a step rotates only its own tokens. A
 paged one, which rotates while it reads, fits beside it. ``Attend`` is its inner part, for one list, of which there are
-three: the compiled kernel, oneDNN's products by tiles, and torch's own, which is the reference and takes everything.
+two: the compiled kernel, and torch's own, which is the reference and takes everything.
 Where a window cuts through a segment, or scores are bounded, ``masked`` does it.
 """
 

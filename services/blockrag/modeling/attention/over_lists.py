@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from blockrag.modeling.attention import compiled, masked, reference, tiled
+from blockrag.modeling.attention import compiled, masked, reference
 from blockrag.modeling.attention.contract import Attend, RaggedBatch, SlotAttention
 from blockrag.modeling.rotary import pairs_as_real
 from blockrag.modeling.slots import SequenceState
 
-IMPLEMENTATIONS: tuple[Attend, ...] = (compiled.attend, tiled.attend, reference.attend)
+IMPLEMENTATIONS: tuple[Attend, ...] = (compiled.attend, reference.attend)
 """Fastest first; the last takes everything."""
 
 

@@ -26,6 +26,10 @@ _WIDTHS = range(32, 257, 32)
 """Head dimensions that the kernels take."""
 _WORTH_THREADS = 2**15
 """Scores, or numbers to place, from which several threads are worth waking."""
+LOG2_E = 1.4426950408889634
+"""Powers of two are computed faster than those of e: scores are scaled with it."""
+LARGEST_SUM = 2.0**90
+"""Of a row's weights, without its largest score subtracted: between this and its inverse nothing was out of range."""
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
