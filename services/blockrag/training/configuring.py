@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from blockrag.errors import SetupError
+from blockrag.modeling.native.build import BFLOAT16, has_instructions
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def in_bfloat16(precision: Precision, device_type: str) -> bool:
+    """Whether a forward pass is computed in bfloat16 (autocast); ``auto``: where products of it are fast.
+
+    On a processor without its instructions they take hundreds of times as long as those of float32.
+    """
+    return precision == "bf16" or (precision == "auto" and (device_type == "cuda" or has_instructions(BFLOAT16)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from blockrag.training.adaptation.contexts import ContextSource, load_pools
 from blockrag.training.adaptation.samples import Row, SampleLimits, SampleSource, data_files, hold_out_rows, read_rows
 from blockrag.training.adaptation.source import Source, load_for_training, open_source, write_bundle
 from blockrag.training.adaptation.visibility import Mask, TrainingAttention
+from blockrag.training.configuring import in_bfloat16
 from blockrag.training.loop import Schedule, StepResult, train
 from blockrag.training.lora import add_lora, trained_adapter
 from blockrag.training.run import OnProgress, RunFolder, Scores, read_records, whole_weights
@@ -53,7 +54,7 @@ class BlockTrainer:
         self._workers = workers
         self._attention = TrainingAttention(config.attention, workers.device)
         self._attention.install(model)
-        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._dtype = torch.bfloat16 if in_bfloat16(config.precision, workers.device.type) else torch.float32
         # a few steps of fine-tuning do without, FlexAttention has none, and a resumed run draws no other numbers
         switch_off_dropout(model)
         if config.gradient_checkpointing:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from blockrag.training.configuring import RunConfig
+from blockrag.training.configuring import Precision, RunConfig
 
 Masks = Literal["both", "mixed", "block", "full"]
 Trainable = Literal["all", "tokens"]
 AttentionKind = Literal["auto", "flex", "dense"]
-Precision = Literal["bf16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +69,9 @@ class BlockAdaptConfig(RunConfig):
     """Trainable tokens that open each passage's block, to take up the attention that a first token attracts."""
     train: Trainable = "all"
     """"tokens" freezes everything but the embeddings of the link and sink tokens."""
-    precision: Precision = "bf16"
-    """Of the forward pass (autocast); weights and optimiser stay in float32."""
+    precision: Precision = "auto"
+    """Of the forward pass (autocast); weights and optimiser stay in float32. auto: bf16 on GPUs and on processors with
+    instructions for it."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: a third slower, memory for one layer's activations only."""
     attention: AttentionKind = "auto"

@@ -37,6 +37,7 @@ from blockrag.modeling.refrag.policy import (
     mask_of,
 )
 from blockrag.modeling.refrag.refrag_writing import PolicyPart, write_refrag
+from blockrag.training.configuring import in_bfloat16
 from blockrag.training.loop import Schedule, StepResult, train
 from blockrag.training.refrag.policy_reader import CapturedContext, PolicyReader
 from blockrag.training.refrag.policy_samples import PolicyContext, PolicyData, answer_target, load_policy_data
@@ -185,7 +186,7 @@ def train_policy(
     """
     workers = workers or Workers(config.device)
     bundle = prepare_policy(config)
-    reader = PolicyReader.load(bundle, workers.device, bf16=config.precision == "bf16")
+    reader = PolicyReader.load(bundle, workers.device, bf16=in_bfloat16(config.precision, workers.device.type))
     data = load_policy_data(config, bundle)
     torch.manual_seed(config.seed)
     policy = ChunkPolicy(config.sizes(reader.compressor.encoder_width)).to(workers.device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from blockrag.errors import SetupError
 from blockrag.modeling.files import DEFAULT_BUNDLE, file_sha256
 from blockrag.modeling.refrag.record import POOLINGS, Alignment, Pooling
-from blockrag.training.configuring import StagedConfig
+from blockrag.training.configuring import Precision, StagedConfig
 
 Stage = Literal["reconstruction", "pretrain", "mixed", "tune"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -82,8 +82,9 @@ class RefragConfig(StagedConfig):
     unlearnt on the way comes back, and most of what was learnt stays."""
     learnt_share: float = 0.5
     """Weight of the learnt decoder in that average."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the forward pass (autocast); weights and optimiser stay in float32."""
+    precision: Precision = "auto"
+    """Of the forward pass (autocast); weights and optimiser stay in float32. auto: bf16 on GPUs and on processors with
+    instructions for it."""
     parts: int = 2
     """Parts that a step is cut into: shared out to the workers, and on a CPU to threads of one core each. More parts
     take less memory."""
@@ -225,8 +226,8 @@ class PolicyTrainingConfig(StagedConfig):
     """Steps between two measurements; start and end are always measured."""
     checkpoint_steps: int = 25
     """Steps between two checkpoints: what a kill costs at most."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the frozen reader; the policy is in float32."""
+    precision: Precision = "auto"
+    """Of the frozen reader; the policy is in float32. auto: bf16 where it is fast, as in the other stages."""
     threads: int = 2
     """On a CPU: threads, each reading contexts of its own with one core."""
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn, optim
 
+from blockrag.training.configuring import in_bfloat16
 from blockrag.training.loop import StepResult
 from blockrag.training.lora import add_lora
 from blockrag.training.refrag.refrag_reader import RefragReader, SampleLosses, SampleScores
@@ -148,7 +149,7 @@ class RefragTrainer:
 
     def _autocast(self) -> torch.autocast:
         # Autocast's cache of half-precision weights is shared between threads, and so would the graphs be.
-        enabled = self._config.precision == "bf16"
+        enabled = in_bfloat16(self._config.precision, self._device)
         return torch.autocast(self._device, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def _build_optimizers(self) -> list[tuple[optim.Optimizer, float]]:
