@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from blockrag.errors import OverloadedError
 from blockrag.fairness import has_room
+from blockrag.grpc_status import as_known_error
 from blockrag.limits import MIB
 from blockrag.settings import GatewaySettings
 from blockrag.tenants import LimitsOf
@@ -27,6 +28,8 @@ _SMOOTHING = 0.1
 _MINUTE_S = 60.0
 _ROUNDING = 1e-6
 """Of a use that is over."""
+_CLOSED_SHARE = 1 / 8
+"""Of the time that the decoder names: some of those that wait there leave meanwhile, never all of them."""
 
 LimitOf = Callable[[str], int | None]
 """A tenant's limit in this replica; None: it has none of its own."""
@@ -124,6 +127,33 @@ class Rate:
         self._used[tenant] = (self.used(tenant) + amount, self._clock())
 
 
+class Closed:
+    """Tenants whose questions the decoder refused a moment ago: the next ones are refused here.
+
+    A question is searched and planned before the decoder can refuse it, which takes as much of the machine as a short
+    answer, and takes it from those who asked for less. Not for several threads.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """``clock`` in seconds."""
+        self._clock = clock
+        self._refused: dict[str, tuple[OverloadedError, float]] = {}  # and when
+
+    def note(self, tenant: str, refused: OverloadedError) -> None:
+        """What the decoder said to a question of the tenant's."""
+        self._refused[tenant] = (refused, self._clock())
+
+    def check(self, tenant: str) -> None:
+        """Raises what the decoder said, with what is left of its hint, while it would most likely say so again."""
+        if tenant not in self._refused:
+            return
+        refused, then = self._refused[tenant]
+        passed_ms = (self._clock() - then) * 1000
+        if passed_ms < refused.retry_after_ms * _CLOSED_SHARE:
+            raise OverloadedError(refused.what, math.ceil(refused.retry_after_ms - passed_ms))
+        del self._refused[tenant]
+
+
 @dataclass
 class Metered:
     """What an answer has used so far."""
@@ -162,6 +192,20 @@ class Quotas:
         self.warmings = Admission("warmings are under way", settings.max_warmings, several_tenants=several)
         self._questions = Rate("questions_a_minute", self._share("questions_a_minute"))
         self._tokens = Rate("tokens_a_minute", self._share("tokens_a_minute"))
+        self._closed = Closed()
+
+    @contextmanager
+    def answer(self, tenant: str) -> Iterator[Metered]:
+        """A question that the decoder is to answer; raises ``OverloadedError`` also where it was full a moment ago."""
+        self._closed.check(tenant)
+        with self.question(tenant) as metered:
+            try:
+                yield metered
+            except Exception as error:
+                known = as_known_error(error)
+                if isinstance(known, OverloadedError):
+                    self._closed.note(tenant, known)
+                raise
 
     @contextmanager
     def question(self, tenant: str) -> Iterator[Metered]:

@@ -118,7 +118,7 @@ class Gateway:
         with observed("RagService", "Generate", context) as current:
             question = validation.check_generate(request, self._limits, self._ability)
             deadline = Deadline(question.timeout_ms)
-            with self._quotas.question(caller.tenant) as metered:
+            with self._quotas.answer(caller.tenant) as metered:
                 metrics.NUM_REQUESTS_RUNNING.set(self._quotas.answers.running, service="gateway")
                 try:
                     async with aclosing(self._answering.answer(question, current, timings, deadline)) as events:

@@ -14,6 +14,8 @@ from blockrag.v1.common_pb2 import RequestContext
 _FIELDS = ("request_id", "trace_id", "tenant", "method", "status", "milliseconds")
 AUDIT = "blockrag.audit"
 """The logger of calls from outside."""
+_SERVE = "ray.serve"
+_TOLD = "Request failed with user-set gRPC status code"
 
 
 class JsonFormatter(logging.Formatter):
@@ -67,3 +69,15 @@ def setup_logs(service: str, level: str, audit: bool) -> None:
     logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False
+    serve = logging.getLogger(_SERVE)
+    if untold not in serve.filters:
+        serve.addFilter(untold)
+
+
+def untold(record: logging.LogRecord) -> bool:
+    """Leaves out Serve's traceback of every call that ends with a status of ours.
+
+    A refusal is no fault of the server's, and writing its traceback took more time than the rest of it. What is a
+    fault was logged where it was translated.
+    """
+    return not str(record.msg).startswith(_TOLD)

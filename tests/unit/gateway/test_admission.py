@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockrag.errors import OverloadedError
-from blockrag.gateway.admission import Admission, Rate
+from blockrag.gateway.admission import Admission, Closed, Quotas, Rate
+from blockrag.settings import GatewaySettings
+from blockrag.tenants import NO_LIMITS
 
 
 def test_one_too_many_is_refused_with_a_hint_and_places_come_back() -> None:
@@ -136,3 +138,35 @@ def test_no_more_is_let_through_in_a_minute_than_the_limit_and_what_comes_back(
                 let_through.append(clock.now)
     for start in let_through:
         assert sum(start <= at < start + 60 for at in let_through) <= 2 * limit
+
+
+def test_what_the_decoder_refused_is_refused_here_for_a_part_of_its_hint() -> None:
+    clock = Clock()
+    closed = Closed(clock)
+    closed.check("acme")
+    closed.note("acme", OverloadedError("the decoder has 32 requests of acme waiting", 2000))
+    closed.check("umbrella")
+    clock.now += 0.2
+    with pytest.raises(
+        OverloadedError, match="the decoder has 32 requests of acme waiting; retry in 1800 ms"
+    ) as refused:
+        closed.check("acme")
+    assert refused.value.retry_after_ms == 1800
+    clock.now += 0.06
+    closed.check("acme")
+
+
+def test_a_question_that_the_decoder_refuses_closes_the_door_to_the_next_answers_and_not_to_searches() -> None:
+    quotas = Quotas(GatewaySettings(), lambda _: NO_LIMITS)
+    with pytest.raises(OverloadedError), quotas.answer("acme"):
+        raise OverloadedError("the decoder has 64 requests waiting", 60_000)
+    entered = []
+    with pytest.raises(OverloadedError, match="64 requests waiting"), quotas.answer("acme"):
+        entered.append("acme")
+    with quotas.question("acme"), quotas.answer("umbrella"):
+        entered.append("umbrella")
+    assert entered == ["umbrella"]
+    with pytest.raises(ValueError, match="of another kind"), quotas.answer("umbrella"):
+        raise ValueError("of another kind")
+    with quotas.answer("umbrella"):
+        assert quotas.answers.running == 1

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import logging
 
+import grpc
+import pytest
+from ray.serve._private.grpc_util import get_grpc_response_status
+from ray.serve.exceptions import gRPCStatusError
+
 from blockrag.telemetry import metrics, new_traceparent, request_fields, trace_id_of
-from blockrag.telemetry.logs import JsonFormatter
+from blockrag.telemetry.logs import JsonFormatter, untold
 from blockrag.v1.common_pb2 import RequestContext
 
 
@@ -56,3 +61,16 @@ def test_metrics_do_nothing_outside_ray() -> None:
     metrics.NUM_REQUESTS_RUNNING.set(1, service="decoder")
     used = (metrics.TIME_TO_FIRST_TOKEN_SECONDS, metrics.KV_CACHE_HIT_TOKENS, metrics.NUM_REQUESTS_RUNNING)
     assert [metric._inner for metric in used] == [None, None, None]
+
+
+def test_serve_writes_no_traceback_of_a_call_that_we_gave_a_status(caplog: pytest.LogCaptureFixture) -> None:
+    serve = logging.getLogger("ray.serve")
+    refused = gRPCStatusError(ValueError("full"), code=grpc.StatusCode.RESOURCE_EXHAUSTED, details="full")
+    serve.addFilter(untold)
+    try:
+        with caplog.at_level("INFO", logger="ray.serve"):
+            assert get_grpc_response_status(refused, 1.0, "r").code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            serve.error("something else")
+    finally:
+        serve.removeFilter(untold)
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
