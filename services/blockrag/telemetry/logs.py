@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from blockrag.errors import BlockragError
 from blockrag.traceparent import trace_id_of
 from blockrag.v1.common_pb2 import RequestContext
 
@@ -15,7 +16,6 @@ _FIELDS = ("request_id", "trace_id", "tenant", "method", "status", "milliseconds
 AUDIT = "blockrag.audit"
 """The logger of calls from outside."""
 _SERVE = "ray.serve"
-_TOLD = "Request failed with user-set gRPC status code"
 
 
 class JsonFormatter(logging.Formatter):
@@ -75,9 +75,10 @@ def setup_logs(service: str, level: str, audit: bool) -> None:
 
 
 def untold(record: logging.LogRecord) -> bool:
-    """Leaves out Serve's traceback of every call that ends with a status of ours.
+    """Leaves out Serve's tracebacks, two for each, of calls that end with an error of ours.
 
-    A refusal is no fault of the server's, and writing its traceback took more time than the rest of it. What is a
-    fault was logged where it was translated.
+    A refusal is no fault of the server's, and writing them took more time than the rest of it. What nobody foresaw is
+    logged where it is translated.
     """
-    return not str(record.msg).startswith(_TOLD)
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(getattr(error, "original_exception", error), BlockragError)

@@ -10,6 +10,7 @@ import pytest
 from ray.serve._private.grpc_util import get_grpc_response_status
 from ray.serve.exceptions import gRPCStatusError
 
+from blockrag.errors import OverloadedError
 from blockrag.telemetry import metrics, new_traceparent, request_fields, trace_id_of
 from blockrag.telemetry.logs import JsonFormatter, untold
 from blockrag.v1.common_pb2 import RequestContext
@@ -63,14 +64,23 @@ def test_metrics_do_nothing_outside_ray() -> None:
     assert [metric._inner for metric in used] == [None, None, None]
 
 
-def test_serve_writes_no_traceback_of_a_call_that_we_gave_a_status(caplog: pytest.LogCaptureFixture) -> None:
+def test_serve_writes_no_traceback_of_a_call_that_ends_with_an_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
     serve = logging.getLogger("ray.serve")
-    refused = gRPCStatusError(ValueError("full"), code=grpc.StatusCode.RESOURCE_EXHAUSTED, details="full")
     serve.addFilter(untold)
+    told = []
     try:
-        with caplog.at_level("INFO", logger="ray.serve"):
-            assert get_grpc_response_status(refused, 1.0, "r").code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            serve.error("something else")
+        for error in (OverloadedError("full", 100), ValueError("a fault")):
+            caplog.clear()
+            try:
+                raise error
+            except Exception:
+                serve.exception("Request failed.")
+            status = gRPCStatusError(error, code=grpc.StatusCode.RESOURCE_EXHAUSTED, details="full")
+            try:
+                raise status
+            except gRPCStatusError:
+                assert get_grpc_response_status(status, 1.0, "r").code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            told.append(len(caplog.records))
     finally:
         serve.removeFilter(untold)
-    assert [record.getMessage() for record in caplog.records] == ["something else"]
+    assert told == [0, 2]
