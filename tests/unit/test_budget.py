@@ -285,3 +285,10 @@ def test_blocks_of_several_places_come_at_the_same_time() -> None:
     assert COST.fetch_ms({}) == COST.fetch_ms({"l1": 500}) == COST.fetch_ms({"store": 0}) == 0.0
     assert COST.fetch_ms({"store": 100, "disk": 100, "l1": 7}) == 15.0
     assert COST.fetch_ms({"store": 100, "encoded": 100}) == 150.0
+
+
+def test_slots_for_a_time() -> None:
+    assert PrefillCost(5.0, 0.5).slots(10.0) == 10
+    assert PrefillCost(5.0, 0.5).slots(5.0) == 0
+    assert PrefillCost(5.0, 0.5).slots(1.0) == 0
+    assert PrefillCost(5.0, 0.0).slots(6.0) > 10**6

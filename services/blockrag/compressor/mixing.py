@@ -7,9 +7,7 @@ measured here. Chunk embeddings are kept by the cache for the cluster, and here 
 from __future__ import annotations
 
 import asyncio
-import statistics
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -27,6 +25,7 @@ from blockrag.errors import DataError, InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.shard_messages import BlockSource
 from blockrag.lru import Lru
+from blockrag.recent import Recent
 from blockrag.types import BlockForm, BlockRequest, CachedBlock, ChunkEmbeddings
 from blockrag.v1 import compressor_pb2
 
@@ -103,29 +102,8 @@ def _embeddings(request: BlockRequest, block: CachedBlock) -> Tensor:
     return torch.tensor(block.embeddings)
 
 
-_KEPT_TIMES = 16
 _REMEMBERED_KEYS = 16_384
 _REMEMBERED_QUESTIONS = 256
-
-
-class PolicyTimes:
-    """How long the policy took of late, by the number of chunks. Not for several threads."""
-
-    def __init__(self) -> None:
-        self._times: dict[int, deque[float]] = {}
-
-    def record(self, chunks: int, milliseconds: float) -> None:
-        """Count one time that the policy was asked."""
-        self._times.setdefault(chunks.bit_length(), deque(maxlen=_KEPT_TIMES)).append(milliseconds)
-
-    def expect(self, chunks: int) -> float:
-        """Milliseconds that it will take for so many chunks: the median for that power of two, or the nearest one
-        that is known, scaled; 0 before the first time."""
-        if not self._times:
-            return 0.0
-        wanted = chunks.bit_length()
-        nearest = min(self._times, key=lambda known: (abs(known - wanted), -known))
-        return statistics.median(self._times[nearest]) * 2.0 ** (wanted - nearest)
 
 
 class Mixer:
@@ -147,7 +125,8 @@ class Mixer:
         self._chunk_tokens = chunk_tokens
         self._rater = rater
         self._embeddings = embeddings
-        self._times = PolicyTimes()
+        self._times = Recent()
+        """What the policy took, by the number of chunks."""
         self._form = BlockForm("chunks", chunk_tokens)
         self._key = lru_cache(maxsize=_REMEMBERED_KEYS)(partial(keys.block_key, form=self._form))
         self._questions: Lru[tuple[int, ...], asyncio.Future[Tensor]] = Lru(_REMEMBERED_QUESTIONS)
@@ -180,7 +159,7 @@ class Mixer:
         started = time.perf_counter()
         logits = await self._logits(request, policy, candidates, kept)
         policy_ms = 1000 * (time.perf_counter() - started)
-        self._times.record(len(lengths), policy_ms)
+        self._times.record(policy_ms, len(lengths))
         expanded = expand(logits, lengths, room.extra_slots)
         return Mixture(room.decisions, by_passage(expanded, sizes, kept, self._chunk_tokens), policy_ms)
 
@@ -210,7 +189,7 @@ class Mixer:
             return plain, RETRIEVAL
         chunks = sum(map(self._form.size, sizes))
         try:
-            asked = room(request.spent_ms + self._times.expect(chunks))
+            asked = room(request.spent_ms + self._times.line().at(chunks))
         except InvalidRequestError:
             return plain, RETRIEVAL
         if asked.extra_slots == 0 or asked.decisions != plain.decisions:

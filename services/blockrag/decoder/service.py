@@ -117,22 +117,22 @@ class DecodeService:
         """What a first token would take behind these blocks. Raises ``InvalidRequestError``."""
         wanted = read_blocks(request, self.keys, self.vocab_size, self.chunk_tokens)
         tiers = await self.loader.locate([block.key for block in wanted])
-        fit = self.meters.prefill.fit()
+        fit = self.meters.prefill.line()
         return decoder_pb2.EstimatePrefillResponse(
-            base_ms=fit.base_ms,
-            slot_ms=fit.slot_ms,
+            base_ms=fit.base,
+            slot_ms=fit.slope,
             measured_prefills=fit.samples,
             tiers=tiers,
             fetches=[
-                decoder_pb2.FetchCost(tier=tier, base_ms=fetch.base_ms, token_ms=fetch.slot_ms)
+                decoder_pb2.FetchCost(tier=tier, base_ms=fetch.base, token_ms=fetch.slope)
                 for tier, meter in self.meters.fetches.items()
-                for fetch in (meter.fit(),)
+                for fetch in (meter.line(),)
             ],
         )
 
     def status(self) -> decoder_pb2.GetDecoderStatusResponse:
         """What this replica holds and does."""
-        engine, l1, fit = self.engine.stats(), self.l1.stats(), self.meters.prefill.fit()
+        engine, l1, fit = self.engine.stats(), self.l1.stats(), self.meters.prefill.line()
         return alike(
             decoder_pb2.GetDecoderStatusResponse,
             self.model,
@@ -141,8 +141,8 @@ class DecodeService:
             used_slots=engine.used_slots,
             total_slots=engine.total_slots,
             generated_tokens=engine.generated_tokens,
-            prefill_base_ms=fit.base_ms,
-            prefill_slot_ms=fit.slot_ms,
+            prefill_base_ms=fit.base,
+            prefill_slot_ms=fit.slope,
             measured_prefills=fit.samples,
             **{f"l1_{name}": getattr(l1, name) for name in ("blocks", "bytes", "budget_bytes", "hits", "misses")},
         )
@@ -158,7 +158,7 @@ class DecodeService:
     def _measure(self, prompt: Prompt, finish: Finish) -> None:
         if prompt.parts and len(prompt.token_ids) <= MOST_PREFILL_TOKENS:
             seconds = finish.stages.compose + finish.stages.prefill
-            self.meters.prefill.record(prompt.composed_slots, 1000 * seconds)
+            self.meters.prefill.record(1000 * seconds, prompt.composed_slots)
 
     async def _load(self, request: decoder_pb2.DecodeRequest, prompt: Prompt, deadline: float | None) -> LoadedBlocks:
         if not prompt.parts:

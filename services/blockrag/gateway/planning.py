@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 
 from blockrag.compressor.compression_request import CompressionRequest, sizes_decide
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.sentences import read_spans
 from blockrag.handles import CompressorClient
+from blockrag.recent import Recent
 from blockrag.v1.common_pb2 import (
     ATTENTION_MODE_BLOCK,
     CHUNK_FORM_COMPRESSED,
@@ -117,10 +117,9 @@ class Overhead:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._by_compressor: deque[tuple[float, float]] = deque(maxlen=_KEPT)
-        self._near: deque[tuple[float, float]] = deque(maxlen=_KEPT)
-        self._late: deque[tuple[float, float]] = deque(maxlen=2 * _KEPT)
+        self._by_compressor = Recent(_KEPT, _FRESH_S, clock)
+        self._near = Recent(_KEPT, _FRESH_S, clock)
+        self._late = Recent(2 * _KEPT, _FRESH_S, clock)
         """How many times what was expected they took."""
 
     def record(
@@ -135,12 +134,12 @@ class Overhead:
         if time_to_first_token_ms > 0:
             known = policy_ms + sum(stage_ms.get(stage, 0.0) for stage in _ELSEWHERE)
             latest = self._by_compressor if by_compressor else self._near
-            latest.append((self._clock(), max(0.0, time_to_first_token_ms - known)))
+            latest.record(max(0.0, time_to_first_token_ms - known))
 
     def record_expected(self, time_to_first_token_ms: float, expected_ms: float) -> None:
         """Count one answer whose plan was made for a time."""
         if time_to_first_token_ms > 0:
-            self._late.append((self._clock(), time_to_first_token_ms / expected_ms))
+            self._late.record(time_to_first_token_ms / expected_ms)
 
     def margin_ms(self, max_ttft_ms: float) -> float:
         """What a plan for a time leaves free of passages.
@@ -148,7 +147,7 @@ class Overhead:
         So much that nearly all of the latest such answers would have come a tenth too late at most, but the one that
         came latest; never more than half.
         """
-        late = sorted(self._fresh(self._late))
+        late = sorted(self._late.values())
         if len(late) < _LEAST_EXPECTED:
             return 0.0
         usual = late[min(math.ceil(_IN_TIME * len(late)), len(late) - 1) - 1]
@@ -157,9 +156,5 @@ class Overhead:
     @property
     def milliseconds(self) -> float:
         """Typical overhead of an answer that the compressor plans; 0 before the first answer of the last minute."""
-        latest = self._fresh(self._by_compressor) or self._fresh(self._near)
+        latest = self._by_compressor.values() or self._near.values()
         return statistics.median(latest) if latest else 0.0
-
-    def _fresh(self, latest: deque[tuple[float, float]]) -> list[float]:
-        oldest = self._clock() - _FRESH_S
-        return [value for then, value in latest if then >= oldest]

@@ -175,12 +175,12 @@ async def test_the_policys_own_time_is_no_slots_and_where_it_takes_too_much_retr
     limit = 10 + (chunks + 41) / 2  # room for every chunk compressed, and forty slots more
     free = await planner.plan(request(Compression(max_ttft_ms=limit, policy="retrieval")))
     for _ in range(20):
-        times.record(chunks, 10.0)
+        times.record(10.0, chunks)
     asked = await planner.plan(request(Compression(max_ttft_ms=limit)))
     assert asked.policy_ms > 0
     assert slots(free) - 20 - CHUNK <= slots(asked) <= slots(free) - 20 + CHUNK
     for _ in range(20):
-        times.record(chunks, 1000.0)
+        times.record(1000.0, chunks)
     hurried = await planner.plan(request(Compression(max_ttft_ms=limit)))
     assert hurried == free
 
