@@ -8,14 +8,11 @@ Load or encode: each file says how long its block took to encode, and the tier m
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from blockrag.errors import DataError, UnavailableError
 from blockrag.keys import KeyMaker
@@ -29,23 +26,19 @@ from blockrag.kv_cache.block_files import (
     write_block,
 )
 from blockrag.kv_cache.disk_index import DiskEntry, DiskIndex, affordable, on_disk, scan, space
-from blockrag.kv_cache.pace import LoadOrEncode
+from blockrag.kv_cache.file_tier import FileTier, Loaded
 from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId, EncodedObject
-from blockrag.kv_cache.write_behind import Pending, ReadObject, Warnings, WriteBehind
+from blockrag.kv_cache.write_behind import Pending, ReadObject
 from blockrag.limits import DISK_RESERVE
 from blockrag.types import BlockRequest, CachedBlock
 
-READ_TIMEOUT_S = 5.0
-"""A read that takes longer is left, and the block encoded."""
 _NOTE_USE_S = 60.0
 """A file's time follows its block's use at most this often."""
 _READERS = 2
 
-_logger = logging.getLogger(__name__)
 
-
-class DiskTier:
-    """Files of one shard's blocks."""
+class DiskTier(FileTier):
+    """Files of one shard's blocks, below a folder."""
 
     def __init__(
         self,
@@ -66,21 +59,15 @@ class DiskTier:
         ``put`` makes an object of a block, in a thread. ``owns`` says which keys are this shard's, ``shards`` how many
         share the disk; ``budget_bytes`` are this shard's. ``clock`` gives seconds since 1970.
         """
+        super().__init__("disk", _READERS, self._write, put=put, read=read)
         self._root = root
-        self._put = put
         self._clock = clock
         self._ttl_s = ttl_s
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="disk-writer")
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="disk-reader")
-        self._choice = LoadOrEncode()
-        """By bytes."""
-        self._counts = dict.fromkeys(("hits", "evictions", "rejected"), 0)
-        self._warnings = Warnings()
-        self._queue = WriteBehind("the disk", self._write, read=read, warnings=self._warnings)
+        self._evictions = 0
         self._usable = True
         found: list[DiskEntry] = []
         try:
-            found, self._counts["rejected"] = scan(root, keys, owns)
+            found, self._rejected = scan(root, keys, owns)
             held = sum(entry.nbytes for entry in found)
             budget_bytes, warning = affordable(root, budget_bytes, held, shards)
             if warning:
@@ -97,43 +84,25 @@ class DiskTier:
             else:
                 self._drop([entry])
 
-    async def load(self, request: BlockRequest, document: DocumentId) -> tuple[EncodedObject, float] | None:
-        """An object made of the block's file, and the seconds that encoding it took.
-
-        None where there is no file, or encoding the block anew is quicker.
-
-        A file that is damaged, or not the block that was asked for, is removed.
-        """
+    async def load(self, request: BlockRequest, document: DocumentId) -> Loaded | None:
+        """The block's file; None: there is none of use, or encoding is quicker. One of no use is removed."""
         self._expire()
         entry = self.index.get(request.key)
-        if entry is None or not self._choice.load(entry.nbytes, entry.encode_s):
+        if entry is None:
             return None
-        reading = asyncio.get_running_loop().run_in_executor(self._readers, self._load, entry, request)
+        seconds = entry.encode_s
         try:
-            made, seconds = await asyncio.wait_for(reading, READ_TIMEOUT_S)
-        except TimeoutError:
-            self._choice.reading.measured(READ_TIMEOUT_S, entry.nbytes)
-            self._warnings.warn("reading", f"the disk is slow: a block took longer than {READ_TIMEOUT_S:g} s to read")
-            return None
-        except (DataError, OSError) as error:
+            loaded = await self._read(
+                request, lambda: (read_block(self._path(entry), request), seconds), entry.nbytes, seconds
+            )
+        except (DataError, OSError):
             if self.index.get(request.key) is entry:
                 self.index.remove(request.key)
                 self._drop([entry])
-                # gone: by another shard's purge
-                self._counts["rejected"] += not isinstance(error, FileNotFoundError)
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                self._warnings.warn("reading", f"blocks on disk cannot be read: {error}")
-            else:
-                _logger.info("a block's file is of no use: %s", error)
             return None
-        except Exception:
-            _logger.exception("block %s could not be kept in memory as it was read; it is encoded", request.key)
-            return None
-        self._warnings.over("reading")
-        self._choice.reading.measured(seconds, entry.nbytes)
-        self._counts["hits"] += 1
-        self.use(request.key, document)
-        return made, entry.encode_s
+        if loaded is not None:
+            self.use(request.key, document)
+        return loaded
 
     def use(self, key: str, document: DocumentId) -> bool:
         """Notes that a block was asked for, wherever it was found; False: it has no file, and none is being written."""
@@ -150,7 +119,7 @@ class DiskTier:
             self._move(entry, folder_of(document))
         elif now - entry.noted_use > _NOTE_USE_S:
             entry.noted_use = now
-            self._writer.submit(_quietly, os.utime, path, (now, now))
+            self._later(os.utime, path, (now, now))
         return True
 
     def offer(
@@ -180,36 +149,22 @@ class DiskTier:
             except OSError as error:
                 raise UnavailableError(f"blocks of a purged document are still in {self._root}: {error}") from error
 
-    async def settled(self) -> None:
-        """Returns when nothing waits to be written."""
-        await self._queue.settled()
-        await self._in_writer(_nothing)
-
     def usage(self) -> DiskUsage:
         """What is on disk, and what happened there since the start."""
         self._expire()
-        return DiskUsage(
+        return replace(
+            super().usage(),
             blocks=len(self.index),
             nbytes=self.index.nbytes,
             budget_bytes=self.index.budget_bytes,
-            slower=self._choice.slower,
-            written=self._queue.written,
-            dropped=self._queue.dropped,
-            pending=len(self._queue),
-            warnings=self._warnings.texts(),
-            **self._counts,
+            evictions=self._evictions,
         )
-
-    def _load(self, entry: DiskEntry, request: BlockRequest) -> tuple[EncodedObject, float]:
-        started = time.perf_counter()
-        made = self._put(read_block(self._path(entry), request))
-        return made, time.perf_counter() - started
 
     async def _write(self, pending: Pending, block: CachedBlock) -> bool:
         evicted = self.index.make_room(pending.nbytes, pending.tenant)
         if evicted is None:
             return False
-        self._counts["evictions"] += len(evicted)
+        self._evictions += len(evicted)
         now = self._clock()
         folder = pending.folder
         path = self._root / folder / pending.key
@@ -243,7 +198,7 @@ class DiskTier:
         """Gives to a document what belonged to none, and so to no purge."""
         path = self._path(entry)
         self.index.move(entry.key, folder)
-        self._writer.submit(_quietly, _move, path, self._path(entry))
+        self._later(_move, path, self._path(entry))
 
     def _expire(self) -> None:
         if self._ttl_s:
@@ -251,13 +206,10 @@ class DiskTier:
 
     def _drop(self, entries: Iterable[DiskEntry]) -> None:
         for entry in entries:
-            self._writer.submit(_quietly, remove_file, self._path(entry))
+            self._later(remove_file, self._path(entry))
 
     def _path(self, entry: DiskEntry) -> Path:
         return self._root / entry.folder / entry.key
-
-    async def _in_writer(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._writer, call, *arguments)
 
 
 def _of_no_document(tenant: str) -> str:
@@ -267,15 +219,3 @@ def _of_no_document(tenant: str) -> str:
 def _move(path: Path, target: Path) -> None:
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.replace(target)
-
-
-def _quietly(call: Callable[..., None], *arguments: Any) -> None:
-    """For what may fail because the file is gone; what else is wrong with the disk, reading and writing will say."""
-    try:
-        call(*arguments)
-    except OSError as error:
-        _logger.info("%s: %s", call.__name__, error)
-
-
-def _nothing() -> None:
-    pass

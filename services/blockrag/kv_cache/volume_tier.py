@@ -11,98 +11,50 @@ was read, and what it cost was another's machine.
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
 
 from blockrag.errors import DataError, UnavailableError
 from blockrag.kv_cache.block_files import folder_of, most_header_bytes, packed, purged_folder, unpacked
-from blockrag.kv_cache.pace import LoadOrEncode, Pace
-from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId, EncodedObject
+from blockrag.kv_cache.file_tier import FileTier, Loaded
+from blockrag.kv_cache.pace import Pace
+from blockrag.kv_cache.shard_messages import DocumentId, EncodedObject
 from blockrag.kv_cache.volume import Volume
-from blockrag.kv_cache.write_behind import RETRY_S, Pending, ReadObject, Warnings, WriteBehind
+from blockrag.kv_cache.write_behind import Pending, ReadObject
 from blockrag.types import BlockForm, BlockRequest, CachedBlock
 
-READ_TIMEOUT_S = 5.0
-"""A read that takes longer is left, and the block encoded; the volume is not asked again for ``RETRY_S``, nor before
-the read has ended."""
 PURGE_TIMEOUT_S = 20.0
 _SLOW_WRITE_S = 30.0
 """A write that takes longer is a warning."""
 _READERS = 8
 """A volume's answers take longer than a disk's, but many can be on their way."""
 
-_logger = logging.getLogger(__name__)
 
-
-class _Looked(NamedTuple):
-    found: tuple[EncodedObject, float] | None
-    seconds: float
-
-
-class VolumeTier:
-    """One shard's way to the volume; all calls on one event loop."""
+class VolumeTier(FileTier):
+    """One shard's way to the volume."""
 
     def __init__(self, volume: Volume, *, put: Callable[[CachedBlock], EncodedObject], read: ReadObject) -> None:
         """Waits for nothing and raises nothing. ``put`` makes an object of a block, in a thread."""
         self._volume = volume
-        self._put = put
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="volume-writer")
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="volume-reader")
-        self._left: set[Future[_Looked]] = set()
-        """Reads that nobody waits for any more."""
-        self._paused_until = 0.0
-        self._choices: defaultdict[BlockForm, LoadOrEncode] = defaultdict(LoadOrEncode)
+        super().__init__("volume", _READERS, self._write, put=put, read=read, connect=volume.open)
         self._encoding: defaultdict[BlockForm, Pace] = defaultdict(Pace)
-        self._counts = dict.fromkeys(("hits", "rejected"), 0)
-        self._warnings = Warnings()
-        self._queue = WriteBehind("the volume", self._write, read=read, warnings=self._warnings)
         # so that the first question does not wait for a package or a connection
-        self._readers.submit(self._volume.open)
+        self._readers.submit(volume.open)
 
-    async def load(self, request: BlockRequest, document: DocumentId) -> tuple[EncodedObject, float] | None:
-        """An object made of the block's file, and the seconds that encoding it took.
-
-        None where there is no file, encoding the block anew is quicker, or the volume does not answer in time. A file
-        that is damaged, or not the block that was asked for, is removed.
-        """
-        if not document.named or self._left or time.monotonic() < self._paused_until:
+    async def load(self, request: BlockRequest, document: DocumentId) -> Loaded | None:
+        """The block's file; None: there is none of use, encoding is quicker, or the volume does not answer in time."""
+        if not document.named:
             return None
-        tokens, choice = request.token_ids.size, self._choices[request.form]
+        tokens, path = request.token_ids.size, _path(folder_of(document), request.key)
         encode_s = self._encoding[request.form].expected(tokens)
-        if encode_s and not choice.load(tokens, encode_s):
-            return None
-        path = _path(folder_of(document), request.key)
-        reading = await self._ended(self._readers.submit(self._look, path, request))
-        if reading is None:
-            choice.reading.measured(READ_TIMEOUT_S, tokens)
-            self._pause(f"the volume is slow: a block took longer than {READ_TIMEOUT_S:g} s to read")
-            return None
         try:
-            looked = reading.result()
-        except DataError as error:
-            _logger.info("the file of block %s on the volume is of no use: %s", request.key, error)
-            self._counts["rejected"] += 1
-            self._writer.submit(self._remove, path)
-            return None
+            return await self._read(request, lambda: unpacked(self._volume.read(path), request), tokens, encode_s)
+        except DataError:
+            self._later(self._volume.remove, path)
         except OSError as error:
-            self._pause(f"blocks on the volume cannot be read: {error}")
-            return None
-        except Exception:
-            _logger.exception("block %s could not be kept in memory as it was read; it is encoded", request.key)
-            return None
-        self._warnings.over("reading")
-        if looked.found is None:
-            # where finding nothing takes longer than reading did, reading takes as long at least
-            if looked.seconds > choice.reading.expected(tokens):
-                choice.reading.measured(looked.seconds, tokens)
-            return None
-        choice.reading.measured(looked.seconds, tokens)
-        self._counts["hits"] += 1
-        return looked.found
+            if not isinstance(error, FileNotFoundError):
+                self._pause()  # it fails as a whole, where a disk fails file by file
+        return None
 
     def offer(
         self, request: BlockRequest, encoded: EncodedObject, document: DocumentId, encode_s: float, *, evict: bool
@@ -132,48 +84,6 @@ class VolumeTier:
                 f"blocks of a purged document may still be on kv_cache.volume, try again: {reason}"
             ) from error
 
-    async def settled(self) -> None:
-        """Returns when nothing waits to be written or removed."""
-        await self._queue.settled()
-        await self._in_writer(_nothing)
-
-    def usage(self) -> DiskUsage:
-        """What happened there since the start; what is there nobody counts."""
-        return DiskUsage(
-            slower=sum(choice.slower for choice in self._choices.values()),
-            written=self._queue.written,
-            dropped=self._queue.dropped,
-            pending=len(self._queue),
-            warnings=self._warnings.texts(),
-            **self._counts,
-        )
-
-    async def _ended(self, reading: Future[_Looked]) -> asyncio.Future[_Looked] | None:
-        """The reading once it has ended; None: it has not in time."""
-        waiting = asyncio.wrap_future(reading)
-        try:
-            await asyncio.wait([waiting], timeout=READ_TIMEOUT_S)
-            return waiting if waiting.done() else None
-        finally:  # by cancellation too: a question may have less time
-            if not waiting.done():
-                waiting.cancel()
-                self._left.add(reading)
-                reading.add_done_callback(self._left.discard)
-
-    def _pause(self, warning: str) -> None:
-        self._paused_until = time.monotonic() + RETRY_S
-        self._warnings.warn("reading", warning)
-
-    def _look(self, path: str, request: BlockRequest) -> _Looked:
-        self._volume.open()
-        started = time.perf_counter()
-        try:
-            block, encode_s = unpacked(self._volume.read(path), request)
-        except FileNotFoundError:
-            return _Looked(None, time.perf_counter() - started)
-        made = self._put(block)
-        return _Looked((made, encode_s), time.perf_counter() - started)
-
     async def _write(self, pending: Pending, block: CachedBlock) -> bool:
         path = _path(pending.folder, pending.key)
         writing = asyncio.ensure_future(self._in_writer(self._write_file, path, block, pending))
@@ -189,19 +99,6 @@ class VolumeTier:
     def _write_file(self, path: str, block: CachedBlock, pending: Pending) -> bool:
         return self._volume.write(path, packed(block, pending.tenant, pending.form, pending.encode_s))
 
-    def _remove(self, path: str) -> None:
-        try:
-            self._volume.remove(path)
-        except OSError as error:
-            _logger.info("a block's file on the volume was not removed: %s", error)
-
-    async def _in_writer(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._writer, call, *arguments)
-
 
 def _path(folder: str, key: str) -> str:
     return f"{folder}/{key}"
-
-
-def _nothing() -> None:
-    pass

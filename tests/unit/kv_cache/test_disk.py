@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import tempfile
+import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from blockrag.errors import UnavailableError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.block_files import UNFINISHED, block_paths, folder_of
+from blockrag.kv_cache import disk, file_tier
+from blockrag.kv_cache.block_files import UNFINISHED, block_paths, folder_of, read_block
 from blockrag.kv_cache.disk import DiskTier
 from blockrag.kv_cache.disk_index import CANDIDATES
 from blockrag.kv_cache.shard import document_of
@@ -226,13 +228,39 @@ async def test_another_number_of_shards_finds_every_block_once(before: int, afte
 
 async def test_a_disk_slower_than_the_encoder_is_passed_over_and_tried_again(tmp_path: Path) -> None:
     tier = open_tier(tmp_path)
-    await keep(tier, wanted(1), 0.0)  # no reading can be quicker than that
+    await keep(tier, wanted(1), 1e-12)  # no reading can be quicker than that
     await keep(tier, wanted(2), 60.0)
     assert await found(tier, wanted(2))
     answers = [await found(tier, wanted(1)) for _ in range(32)]
     assert answers.count(True) == 2
     assert tier.usage().slower == 30
     assert await found(tier, wanted(2)), "the rule is each block's own"
+
+
+async def test_a_disk_that_hangs_costs_the_questions_of_one_moment_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_tier, "READ_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(file_tier, "RETRY_S", 0.0)
+    released, asked = threading.Event(), []
+
+    def hang(path: Path, request: BlockRequest) -> CachedBlock:
+        asked.append(request.key)
+        assert released.wait(30)
+        return read_block(path, request)
+
+    tier = open_tier(tmp_path)
+    for number in range(8):
+        await keep(tier, wanted(number), 60.0)
+    monkeypatch.setattr(disk, "read_block", hang)
+    assert not any(await asyncio.gather(*(found(tier, wanted(number)) for number in range(8))))
+    assert not any([await found(tier, wanted(number)) for number in range(8)])
+    assert len(asked) == 2, "what hangs is not asked again"
+    assert tier.usage().warnings == ("the disk is slow: a block took longer than 0.1 s to read",)
+    released.set()
+    while not await found(tier, wanted(0)):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert (tier.usage().warnings, len(tier.index)) == ((), 8)
 
 
 @contextmanager

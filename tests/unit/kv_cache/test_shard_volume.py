@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from blockrag.errors import UnavailableError
-from blockrag.kv_cache import volume_tier
+from blockrag.kv_cache import file_tier, volume_tier
 from blockrag.kv_cache.shard import CacheShard
 from blockrag.kv_cache.shard_messages import DocumentId
 from blockrag.kv_cache.store import BlockStore
@@ -88,7 +88,7 @@ async def test_what_was_purged_while_it_was_encoded_is_not_written(url: str) -> 
 
 
 async def test_a_volume_that_does_not_answer_fails_no_question_but_purges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(volume_tier, "READ_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(file_tier, "READ_TIMEOUT_S", 0.1)
     monkeypatch.setattr(volume_tier, "PURGE_TIMEOUT_S", 0.1)
     volume = HangingVolume()
     node = Node(volume)

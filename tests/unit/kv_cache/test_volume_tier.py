@@ -9,7 +9,7 @@ import pytest
 
 from blockrag.errors import UnavailableError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache import volume_tier
+from blockrag.kv_cache import file_tier, volume_tier
 from blockrag.kv_cache.block_files import folder_of, packed
 from blockrag.kv_cache.shard import document_of
 from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId, EncodedObject
@@ -185,7 +185,7 @@ async def test_a_volume_that_fails_is_a_warning_and_left_for_a_while() -> None:
 
 @pytest.fixture
 def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[HangingVolume]:
-    monkeypatch.setattr(volume_tier, "READ_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(file_tier, "READ_TIMEOUT_S", 0.1)
     monkeypatch.setattr(volume_tier, "PURGE_TIMEOUT_S", 0.1)
     monkeypatch.setattr(volume_tier, "_SLOW_WRITE_S", 0.05)
     volume = HangingVolume()
@@ -196,7 +196,7 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[HangingVolume]:
 async def test_a_volume_that_hangs_costs_a_bounded_time(
     hanging: HangingVolume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(volume_tier, "RETRY_S", 0.0)
+    monkeypatch.setattr(file_tier, "RETRY_S", 0.0)
     tier = open_volume_tier(hanging)
     started = time.monotonic()
     assert not any(await asyncio.gather(*(found(tier, wanted(number)) for number in range(20))))
