@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from blockrag.modeling.refrag.compression import ChunkCompressor
     from blockrag.modeling.slots import ResidentBlock
 
-BlockTier = Literal["l1", "store", "disk", "encoded"]
-"""Where a prompt's block was found; the last three as in ``blockrag.kv_cache.shard_messages.Tier``."""
+BlockTier = Literal["l1"] | Tier
+"""Where a prompt's block was found."""
 
 
 class EncodingBlockSource:

@@ -20,8 +20,13 @@ _FINAL_TOKENS = 24
 _MEASURED_SLOTS = (64, 256, 1024)
 _REPEATS = 3
 _MEASURED_BLOCKS = (1, 4)
-_SHELVES: tuple[BlockTier, ...] = ("disk", "store")
 _FRESH_S = 60.0
+
+
+def _fetches() -> dict[BlockTier, Recent]:
+    # The slowest first. A disk that was slow once would not be read again by plans that have no time for it, nor
+    # measured.
+    return {"encoded": Recent(), "disk": Recent(fresh_s=_FRESH_S), "store": Recent(fresh_s=_FRESH_S)}
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,16 @@ class CostMeters:
 
     prefill: Recent = field(default_factory=Recent)
     """Composing and prefilling, by composed slots."""
-    fetches: dict[BlockTier, Recent] = field(default_factory=lambda: {"encoded": Recent(), **_shelves()})
+    fetches: dict[BlockTier, Recent] = field(default_factory=_fetches)
     """Having blocks that are not in the L1, by their tokens. Those of several places come at the same time."""
 
     def record_fetch(self, tokens: Mapping[BlockTier, int], milliseconds: float) -> None:
         """Count what a prompt's blocks took, as a time of those from the slowest place."""
+        if tokens.get("volume"):
+            return  # no shard says ahead what is there, and how long it took says nothing of the other places
         slowest = next((tier for tier in self.fetches if tokens.get(tier)), None)
         if slowest is not None:
             self.fetches[slowest].record(milliseconds, tokens[slowest])
-
-
-def _shelves() -> dict[BlockTier, Recent]:
-    # A disk that was slow once would not be read again by plans that have no time for it, nor measured.
-    return {tier: Recent(fresh_s=_FRESH_S) for tier in _SHELVES}
 
 
 def measure_costs(model: SlotModel, meters: CostMeters) -> None:

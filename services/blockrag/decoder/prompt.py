@@ -208,7 +208,7 @@ class ComposedPrompt:
     blocks: tuple[Slots, ...]
     """Blocks and slices of blocks, in order."""
     found: tuple[Mapping[BlockTier, int], ...]
-    """Of each part, its slots in the prompt by where their blocks were found."""
+    """Of each part, its slots in the prompt by where their blocks were found; a volume's are the disk's."""
 
     def slots(self, tier: BlockTier) -> int:
         """Slots in the prompt whose blocks were found there."""
@@ -222,7 +222,8 @@ def compose(parts: Sequence[PromptPart], loaded: LoadedBlocks, chunk_tokens: int
     """
     slots: list[Slots] = []
     found: list[dict[BlockTier, int]] = []
-    blocks = iter(zip(loaded.blocks, loaded.tiers, strict=True))
+    tiers: list[BlockTier] = ["disk" if tier == "volume" else tier for tier in loaded.tiers]  # files, either way
+    blocks = iter(zip(loaded.blocks, tiers, strict=True))
     for part in parts:
         counts: dict[BlockTier, int] = {"l1": 0, "store": 0, "disk": 0, "encoded": 0}
         found.append(counts)

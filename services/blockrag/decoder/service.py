@@ -176,6 +176,7 @@ class DecodeService:
                     l1_tokens=loaded.slots("l1"),
                     store_tokens=loaded.slots("store"),
                     disk_tokens=loaded.slots("disk"),
+                    volume_tokens=loaded.slots("volume"),
                     encoded_tokens=loaded.slots("encoded"),
                 )
                 return loaded

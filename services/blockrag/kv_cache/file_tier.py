@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 from blockrag.errors import DataError
 from blockrag.kv_cache.pace import LoadOrEncode
@@ -36,7 +36,7 @@ class FileTier:
 
     def __init__(
         self,
-        name: str,
+        name: Literal["disk", "volume"],
         readers: int,
         write: Callable[[Pending, CachedBlock], Awaitable[bool]],
         *,
@@ -46,6 +46,7 @@ class FileTier:
     ) -> None:
         """``write`` as of ``WriteBehind``. ``put`` makes an object of a block; in a thread, as ``connect`` before each
         read, which is not measured."""
+        self.name = name
         self._where = f"the {name}"
         self._put = put
         self._connect = connect

@@ -159,7 +159,7 @@ class CacheShard:
             block, over_budget = await self._encoded(request, pin)
         finally:
             self._warming.release()
-        if joined or block.tier == "disk":
+        if joined or block.tier != "encoded":
             return WarmOutcome(hits=1, over_budget=over_budget)
         return WarmOutcome(encoded=frozenset([request.key]), encoded_bytes=block.nbytes, over_budget=over_budget)
 
@@ -272,7 +272,7 @@ class CacheShard:
         for place, tier in enumerate(self._tiers):
             loaded = await tier.load(request, document_of(request))
             if loaded is not None:
-                return _Made(loaded[0], "disk", loaded[1], self._tiers[:place])
+                return _Made(loaded[0], tier.name, loaded[1], self._tiers[:place])
         self.misses[request.form] += 1
         # What encoding costs, not what waiting for it takes: blocks of one forward pass share its time.
         self._in_encoder += 1
@@ -338,13 +338,13 @@ class ShardMetrics:
 
     def record_acquired(self, requests: Sequence[BlockRequest], acquired: Sequence[AcquiredBlock]) -> None:
         """Counts the tokens looked up and found."""
-        tokens: dict[Tier, int] = {"store": 0, "disk": 0, "encoded": 0}
+        tokens = Tally[Tier]()
         for request, block in zip(requests, acquired, strict=True):
             tokens[block.tier] += int(request.token_ids.size)
-        KV_CACHE_QUERY_TOKENS.inc(sum(tokens.values()), tier="store")
+        KV_CACHE_QUERY_TOKENS.inc(tokens.total(), tier="store")
         KV_CACHE_HIT_TOKENS.inc(tokens["store"], tier="store")
-        KV_CACHE_QUERY_TOKENS.inc(tokens["disk"] + tokens["encoded"], tier="disk")
-        KV_CACHE_HIT_TOKENS.inc(tokens["disk"], tier="disk")
+        KV_CACHE_QUERY_TOKENS.inc(tokens.total() - tokens["store"], tier="disk")
+        KV_CACHE_HIT_TOKENS.inc(tokens["disk"] + tokens["volume"], tier="disk")
 
     def record_stats(self, stats: ShardStats) -> None:
         """Brings gauges and counters up to date."""

@@ -56,7 +56,7 @@ class KvCacheShard(CacheShard):
             with span("kv_acquire", context, blocks=len(blocks)) as current:
                 acquired = await super().acquire(blocks)
                 found = [block.tier for block in acquired]
-                current.set(disk=found.count("disk"), encoded=found.count("encoded"))
+                current.set(**{tier: found.count(tier) for tier in ("disk", "volume", "encoded")})
         else:
             acquired = await super().acquire(blocks)
         self._metrics.record_acquired(blocks, acquired)

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from blockrag.types import BlockRequest, CachedBlock
 
-Tier = Literal["store", "disk", "encoded"]
-"""``store``: the block was held already. ``disk``: it was read from a file, on disk or volume. ``encoded``: a forward
-pass ran for it. The last two by this request or one that it joined."""
+Tier = Literal["store", "disk", "volume", "encoded"]
+"""``store``: the block was held already. ``disk``, ``volume``: it was read from a file there. ``encoded``: a forward
+pass ran for it. All but the first by this request or one that it joined."""
 
 
 class DocumentId(NamedTuple):

@@ -23,6 +23,15 @@ def test_a_model_of_few_positions_is_measured_as_far_as_they_go() -> None:
     assert meters.prefill.line().samples == 3
 
 
+def test_what_a_volume_took_is_no_time_of_the_disk() -> None:
+    meters = CostMeters()
+    meters.record_fetch({"disk": 100}, 4.0)
+    for tokens in ({"volume": 100}, {"volume": 50, "disk": 50}, {"volume": 100, "encoded": 10}):
+        meters.record_fetch(tokens, 900.0)
+    assert meters.fetches["disk"].values() == [4.0]
+    assert meters.fetches["encoded"].values() == []
+
+
 def test_a_fetch_is_what_the_slowest_place_took() -> None:
     meters = CostMeters()
     meters.record_fetch({"l1": 3, "encoded": 10, "store": 5}, 50.0)

@@ -46,7 +46,7 @@ async def test_what_one_node_encoded_another_reads_and_keeps_on_its_disk(url: st
     requests = [wanted(1), wanted(2, form=BlockForm("compressed", 2)), wanted(3, form=BlockForm("chunks", 2))]
     first, second = Node(url, tmp_path / "first"), Node(url, tmp_path / "second")
     assert await first.tiers(*requests) == ["encoded"] * 3
-    assert await second.tiers(*requests) == ["disk"] * 3
+    assert await second.tiers(*requests) == ["volume"] * 3
     assert await second.tiers(*requests) == ["store"] * 3
     assert second.encoder.encoded == []
     assert len(files(tmp_path / "second")) == len(files(tmp_path / "first")) == len(stored(url)) == 3
@@ -61,7 +61,7 @@ async def test_what_one_node_encoded_another_reads_and_keeps_on_its_disk(url: st
 async def test_a_volume_alone(url: str) -> None:
     assert await Node(url).tiers(wanted(1)) == ["encoded"]
     node = Node(url)
-    assert await node.tiers(wanted(1)) == ["disk"]
+    assert await node.tiers(wanted(1)) == ["volume"]
     stats = await node.shard.stats()
     assert (stats.misses, stats.disk.hits, stats.disk.budget_bytes) == (0, 1, 0)
 
