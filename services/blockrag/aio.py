@@ -1,4 +1,4 @@
-"""What asyncio leaves to its users: coroutines together, and one computation however many ask for it."""
+"""What asyncio leaves to its users: coroutines together, work that is no request's, one computation for all who ask."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ async def gather_or_cancel(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list
         raise
 
 
+def detached(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task in a context of its own: it goes on after the request that began it, whose deadline, span and cancellation
+    (Serve ties one to the context) are none of it."""
+    return asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+
+
+def failed(future: asyncio.Future[Any]) -> bool:
+    """Whether a future that is done has no result; keeps asyncio from reporting an error that nobody is left to see."""
+    return future.cancelled() or future.exception() is not None
+
+
 @dataclass(eq=False)
 class _Flight(Generic[T]):
     keys: Sequence[str]
@@ -38,8 +49,8 @@ class SingleFlight(Generic[T]):
     """Runs at most one computation per key at a time and gives its result, or its error, to all who wait.
 
     A computation is for one key or for several. A waiter that is cancelled leaves it to the others; when the last one
-    leaves, it is cancelled. Nothing is remembered once it ended. It runs in a context of its own: it belongs to all its
-    waiters, so the cancellation that Serve ties to the first one's request must not reach it.
+    leaves, it is cancelled. Nothing is remembered once it ended. It belongs to all its waiters, and so to
+    no request (``detached``).
     """
 
     def __init__(self) -> None:
@@ -97,8 +108,8 @@ class SingleFlight(Generic[T]):
             finally:
                 self._leave(flight)
 
-        task = asyncio.get_running_loop().create_task(compute(), context=contextvars.Context())
-        task.add_done_callback(_retrieve_error)
+        task = detached(compute())
+        task.add_done_callback(failed)
         flight = _Flight(keys, task)
         self._flights.update((key, flight) for key in keys)
         return flight
@@ -118,9 +129,3 @@ async def _landed(flight: _Flight[T]) -> Mapping[str, T]:
             # Cancelled from below, not by our caller: that is a failure, not a cancellation, to this waiter.
             raise UnavailableError(f"work on block {flight.keys[0]} was cancelled; ask again") from None
         raise
-
-
-def _retrieve_error(task: asyncio.Task[Mapping[str, T]]) -> None:
-    """Keeps asyncio from reporting an error that no waiter was left to see."""
-    if not task.cancelled():
-        task.exception()

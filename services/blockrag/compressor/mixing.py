@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from blockrag.aio import failed
 from blockrag.budget import PrefillCost, Room, affordable_slots, chunk_lengths, expand, room_for
 from blockrag.compressor.compression_request import RETRIEVAL, CompressionRequest
 from blockrag.compressor.plans import Candidates, Mixture, by_passage, mixture_by_size
@@ -231,15 +232,10 @@ class Mixer:
         """The question's chunk embeddings, under way or remembered."""
         ids = tuple(final_ids)
         known = self._questions.get(ids)
-        if known is None or (known.done() and _failed(known)):
+        if known is None or (known.done() and failed(known)):
             loop = asyncio.get_running_loop()
             known = loop.run_in_executor(self._executor, self._rater.embed_question, ids)
-            known.add_done_callback(_failed)
+            known.add_done_callback(failed)
             self._questions.put(ids, known)
         # shielded: one who leaves must not take it from the others
         return asyncio.shield(known)
-
-
-def _failed(future: asyncio.Future[Tensor]) -> bool:
-    """Whether a future has no result; keeps asyncio from reporting an error that nobody was left to see."""
-    return future.cancelled() or future.exception() is not None

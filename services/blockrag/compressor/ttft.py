@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import itertools
 import logging
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from blockrag.aio import detached
 from blockrag.alike import alike
 from blockrag.budget import FetchCost, PrefillCost
 from blockrag.errors import BlockragError, UnavailableError
@@ -112,10 +112,7 @@ class TtftEstimator:
             for form in self._forms
         ]
         if blocks and len(self._warming) < _MOST_WARMING:
-            # a context of its own: it goes on after the request, whose end is none of it
-            warming = asyncio.get_running_loop().create_task(
-                self._warm(blocks, min(pause_s, _LONGEST_PAUSE_S)), context=contextvars.Context()
-            )
+            warming = detached(self._warm(blocks, min(pause_s, _LONGEST_PAUSE_S)))
             self._warming.add(warming)
             warming.add_done_callback(self._warming.discard)
 

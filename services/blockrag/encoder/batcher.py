@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from blockrag.aio import detached
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -73,8 +74,7 @@ class Batcher(Generic[Item, Result]):
         self._queued_size += size
         self._arrived.set()
         if self._worker is None or self._worker.done():
-            # A context of its own: the worker outlives the request that happens to start it.
-            self._worker = loop.create_task(self._work(), context=contextvars.Context())
+            self._worker = detached(self._work())
         return await waiting.future
 
     async def _work(self) -> None:

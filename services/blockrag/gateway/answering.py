@@ -13,6 +13,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from blockrag.aio import failed
 from blockrag.compressor.compression_request import RETRIEVAL, SENTENCES
 from blockrag.errors import DeadlineError, UnavailableError
 from blockrag.gateway.planning import NearPlanner, Overhead, decode_request
@@ -336,16 +337,10 @@ class Answering:
 
 async def _ended(task: asyncio.Task[Any]) -> None:
     """Stops a task that nobody waits for any more; what went wrong in it was told already, or is nobody's concern."""
-    task.add_done_callback(_heard)
+    task.add_done_callback(failed)
     if not task.done():
         task.cancel()
         await asyncio.wait([task])
-
-
-def _heard(task: asyncio.Task[Any]) -> None:
-    """Keeps asyncio from reporting an error that nobody was left to see."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _citations(passages: Sequence[Passage], plan: PlanResponse) -> list[Citation]:

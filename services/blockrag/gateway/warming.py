@@ -4,12 +4,12 @@ its user reads the answer, so that the next question finds it cached."""
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from blockrag.aio import detached
 from blockrag.alike import alike
 from blockrag.errors import NotFoundError
 from blockrag.gateway.corpus import all_documents
@@ -177,10 +177,7 @@ class AnsweredTurns:
         if not wanted or not answer or question.attention_mode == ATTENTION_MODE_FULL or len(self._running) >= _MOST:
             return
         own = RequestContext(request_id=context.request_id, tenant=context.tenant)
-        # a context of its own: it goes on after the request, whose deadline and span are none of it
-        task = asyncio.get_running_loop().create_task(
-            self._encode(question.text, answer, own), context=contextvars.Context()
-        )
+        task = detached(self._encode(question.text, answer, own))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 

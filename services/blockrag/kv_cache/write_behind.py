@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from blockrag.aio import detached
 from blockrag.kv_cache.shard_messages import EncodedObject
 from blockrag.limits import MIB
 from blockrag.types import BlockForm, BlockRequest, CachedBlock
@@ -113,8 +113,7 @@ class WriteBehind:
         self._pending[key] = Pending(key, encoded.ref, nbytes, request.tenant, folder, request.form, encode_s)
         self.nbytes += nbytes
         if self._writing is None or self._writing.done():
-            # Nobody's request: the cancellation that Serve ties to one must not reach it.
-            self._writing = asyncio.get_running_loop().create_task(self._write_all(), context=contextvars.Context())
+            self._writing = detached(self._write_all())
 
     def forget(self, folder: str) -> set[str]:
         """None of what is meant for a folder, or one below it, is written from now on; its keys."""
