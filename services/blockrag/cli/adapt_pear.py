@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -16,6 +16,7 @@ from blockrag.cli import console
 from blockrag.cli.adapt import app as app
 from blockrag.cli.adapt import shown
 from blockrag.cli.console import JsonOption
+from blockrag.cli.measured import as_bytes, write_results
 from blockrag.cli.options import command_of
 from blockrag.errors import SetupError
 from blockrag.modeling.files import DEFAULT_BUNDLE
@@ -111,7 +112,7 @@ def _tell(
         "made_fingerprint": made.fingerprint if made else None,
         **as_dict(found, config),
     }
-    data, picture = write_files(folder, found, content)
+    write_results(folder, {"pear.json": as_bytes(content), "delta_pi.png": heat_map(found)})
     if as_json:
         console.print_json(content)
         return
@@ -125,7 +126,6 @@ def _tell(
     else:
         nothing = "no head suppresses copying (no Δπ above 0): nothing to re-weight, no bundle was written"
         console.out.print(nothing, soft_wrap=True)
-    console.out.print(f"table: {data}\nheat map: {picture}", soft_wrap=True)
 
 
 def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -164,17 +164,8 @@ def as_dict(report: PearReport, config: PearConfig) -> dict[str, Any]:
     }
 
 
-def write_files(folder: Path, report: PearReport, content: dict[str, Any]) -> tuple[Path, Path]:
-    """``pear.json`` and ``delta_pi.png`` in ``folder``, which is made. Raises SetupError without matplotlib."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, picture = folder / "pear.json", folder / "delta_pi.png"
-    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draw_heat_map(report, picture)
-    return data, picture
-
-
-def draw_heat_map(report: PearReport, file: Path) -> None:
-    """Layer × head for both masks, one scale; re-weighted heads are marked. Raises SetupError without matplotlib.
+def heat_map(report: PearReport) -> bytes:
+    """Layer × head for both masks, one scale; re-weighted heads are marked. A PNG; SetupError without matplotlib.
 
     The scale is logarithmic outside its middle hundredth: heads that copy have changes a hundred times those that
     suppress.
@@ -200,7 +191,9 @@ def draw_heat_map(report: PearReport, file: Path) -> None:
             axes.scatter([item.head for item in chosen], [item.layer for item in chosen], c="black", marker=".", s=16)
     figure.colorbar(images[0], ax=figure.axes, label="Δπ (red: suppresses copying)")
     figure.suptitle(f"rank correlation {report.correlations['full / block']:.2f}", fontsize=10)
-    figure.savefig(file, dpi=130)
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=130)
+    return target.getvalue()
 
 
 def print_tables(report: PearReport, config: PearConfig) -> None:

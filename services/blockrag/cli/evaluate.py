@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from blockrag.evaluation.almanac import AlmanacScores
     from blockrag.evaluation.compression_run import CompressionRun
     from blockrag.evaluation.qa import QaRun
-    from blockrag.evaluation.scoring import Interval
 
 
 DataOption = Annotated[
@@ -258,8 +257,8 @@ def almanac(
         return
     table = Table("mode", f"recall@{scores.recall_at}", "exact match", "F1", "failed")
     for row in scores.modes:
-        recall = "–" if row.recall is None else _interval(row.recall)
-        table.add_row(row.mode, recall, _interval(row.exact_match), _interval(row.f1), str(row.failed))
+        recall = "–" if row.recall is None else f"{row.recall:.1%}"
+        table.add_row(row.mode, recall, f"{row.exact_match:.1%}", f"{row.f1:.1%}", str(row.failed))
     console.out.print(table)
 
 
@@ -280,7 +279,3 @@ async def _ask_almanac(
             return answer.text, answer.passages
 
         return await evaluate_almanac(questions, ask, concurrency=concurrency, progress=progress)
-
-
-def _interval(value: Interval) -> str:
-    return f"{value.mean:.1%} ({value.low:.1%} to {value.high:.1%})"

@@ -326,7 +326,7 @@ class CompressionReport(AnswersReport):
                 one.selector,
                 f"{one.slots:.0f}",
                 "–" if one.effective_rate is None else f"{one.effective_rate:.2f}",
-                _nats(one.nats),
+                f"{one.nats:.4f}",
                 percent(one.recovered) if one.recovered else "–",
             ]
             for one in self.results.text
@@ -338,21 +338,12 @@ class CompressionReport(AnswersReport):
         )
 
     def _text_differences(self) -> list[str]:
-        rows = [
-            [f"{one.rate:g}", one.first, one.second, _nats(one.nats, sign=True)]
-            for one in self.results.text_differences
-        ]
+        rows = [[f"{one.rate:g}", one.first, one.second, f"{one.nats:+.4f}"] for one in self.results.text_differences]
         return section(
             "Next paragraph, paired: first minus second, nats per token (below 0 the first is better)",
             ["rate", "first", "second", "log-perplexity"],
             rows,
         )
-
-
-def _nats(value: Interval, *, sign: bool = False) -> str:
-    form = "{:+.4f}" if sign else "{:.4f}"
-    mean, low, high = (form.format(number) for number in (value.mean, value.low, value.high))
-    return f"{mean} ({low} to {high})"
 
 
 def _shown(rate: float) -> str:

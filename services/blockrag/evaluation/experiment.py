@@ -175,9 +175,7 @@ def answer_lines(questions: Sequence[DrawnQuestion], columns: Mapping[str, Mappi
 
 def percent(value: Interval, *, sign: bool = False) -> str:
     """A share with its interval in percent: ``55.0 (45.0 to 65.0)``; ``sign`` for differences."""
-    form = "{:+.1f}" if sign else "{:.1f}"
-    mean, low, high = (form.format(100 * number) for number in (value.mean, value.low, value.high))
-    return f"{mean} ({low} to {high})"
+    return format(value, "+.1%" if sign else ".1%").replace("%", "")
 
 
 def section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -93,6 +93,10 @@ class Interval:
     high: float
     """97.5 % quantile of the bootstrap means."""
 
+    def __format__(self, spec: str) -> str:
+        """``{mean} ({low} to {high})``, each as a number of this format."""
+        return f"{self.mean:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
 
 def bootstrap(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Mean of ``values`` [questions] and its interval. Raises ValueError without values."""

@@ -34,7 +34,6 @@ STATES = {
 OUR_STATES = ("memory", "store", "disk", "cold", "full")
 THEIR_STATES = ("new", "again")
 _TIMEOUT_S = 1800.0
-_MIB = 2**20
 
 
 class PeerFailedError(Exception):
@@ -116,7 +115,7 @@ class PeerProcess:
         """Resident memory now."""
         for line in Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024 // _MIB
+                return int(line.split()[1]) // 1024
         return 0
 
     def _answer(self) -> Any:
