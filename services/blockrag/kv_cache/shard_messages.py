@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Any, Literal, NamedTuple, Protocol
 
 from blockrag.types import BlockRequest, CachedBlock
@@ -117,12 +118,7 @@ class FormUsage:
     misses: int = 0
 
     def __add__(self, other: FormUsage) -> FormUsage:
-        return FormUsage(
-            self.blocks + other.blocks,
-            self.nbytes + other.nbytes,
-            self.hits + other.hits,
-            self.misses + other.misses,
-        )
+        return FormUsage(*map(add, vars(self).values(), vars(other).values()))
 
 
 @dataclass(frozen=True)

@@ -127,10 +127,10 @@ class RunFolder:
                     shutil.rmtree(self._checkpoint(step))
         self._workers.barrier()
 
-    def scores(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Held-out scores before the first step and after the last, as metrics.jsonl has them; empty without any."""
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Held-out scores ``before`` the first step and ``after`` the last, as in metrics.jsonl; empty without any."""
         found: list[dict[str, Any]] = [record["dev"] for record in read_records(self.path) if "dev" in record]
-        return (found[0], found[-1]) if found else ({}, {})
+        return {"before": found[0], "after": found[-1]} if found else {"before": {}, "after": {}}
 
     def drop_checkpoints(self) -> None:
         """Delete what only a continuation needs; metrics and run.json stay."""

@@ -63,7 +63,7 @@ def run(path: Path, learner: Line, wanted: Schedule, stop: int = -1) -> tuple[Ru
     folder = RunFolder(path, Workers())
     with folder.opened({"kind": "line"}):
         state = train(learner, wanted, folder, Workers(), show)
-    return state, seen, dict(zip(("before", "after"), folder.scores(), strict=True))
+    return state, seen, folder.scores()
 
 
 def test_a_budget_of_steps(tmp_path: Path) -> None:

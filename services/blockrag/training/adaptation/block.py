@@ -260,7 +260,7 @@ def adapt_block(
         state = train(learner, Schedule.of(config), run, workers, on_progress, tensorboard=config.tensorboard)
         weights = whole_weights(learner.model)
         if workers.rank == 0:
-            scores = {when: found for when, found in zip(("before", "after"), run.scores(), strict=True) if found}
+            scores = {when: found for when, found in run.scores().items() if found}
             training = {
                 **identity,
                 "tokens": state.tokens,

@@ -207,7 +207,7 @@ def train_policy(
                 "seconds": round(state.seconds),
                 "draws": state.tokens,
                 "data": data.digests,
-                "held_out": dict(zip(("before", "after"), run.scores(), strict=True)),
+                "held_out": run.scores(),
             }
             _write(bundle, config, policy, facts)
             run.drop_checkpoints()

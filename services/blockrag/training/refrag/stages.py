@@ -256,7 +256,6 @@ def adapt_refrag(config: RefragConfig, workers: Workers | None = None, on_progre
             averaged = learner.average(config.average_with)
             weights = whole_weights(learner.model)
             if workers.rank == 0:
-                before, after = run.scores()
                 facts = {
                     **identity["recipe"],
                     "base": identity["base"],
@@ -266,8 +265,7 @@ def adapt_refrag(config: RefragConfig, workers: Workers | None = None, on_progre
                     "tokens": state.tokens,
                     "seconds": round(state.seconds),
                     "workers": workers.size,
-                    "before": before,
-                    "after": after,
+                    **run.scores(),
                     **averaged,
                 }
                 write_stage(weights, start, config, facts)
