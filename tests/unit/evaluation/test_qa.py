@@ -12,10 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from blockrag.cli.main import app
+from blockrag.configured import configured_bundle
 from blockrag.evaluation.reader import PlannedPrompt, Reader
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import write_pear
 from blockrag.modeling.pear_record import HeadCoefficient, PearRecord, ProxyScore
+from blockrag.settings import BundleSettings, Settings
 from tests.models import make_tiny_bundle
 from tests.unit.evaluation.question_files import write_jsonl, write_key_values, write_patterns, write_rows
 
@@ -50,7 +52,7 @@ def _run(*arguments: object) -> dict[str, Any]:
 
 def _fingerprint(bundle: Path) -> str:
     """As it is served, and so asked."""
-    return load_bundle(bundle, compute_dtype="bfloat16", kv_dtype="bfloat16").fingerprint
+    return configured_bundle(Settings(bundle=BundleSettings(path=str(bundle)))).fingerprint
 
 
 def _refused(*arguments: object) -> str:
