@@ -9,7 +9,7 @@ ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/blockrag
 ENV PATH=/opt/blockrag/bin:$PATH
-# The compiler is for the kernels of the decoder's slots; processors without AVX-512 BF16 do without them.
+# The compiler is for the decoder's kernels; processors with neither AVX-512 BF16 nor AVX2 do without them.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev
 WORKDIR /src
 

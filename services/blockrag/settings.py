@@ -41,9 +41,9 @@ class BundleSettings(Section):
     it (AVX-512 BF16, AMX: Zen 4, Sapphire Rapids and later), else float32. Name one where machines differ."""
     weights: Literal["auto", "int8", "none"] = "auto"
     """What decode steps and prefills of up to 512 tokens read: int8 is a copy of the weights of half their size, which
-    makes a token in a fifth of the time, for bfloat16 on processors with AVX-512 BF16 and models that it knows; none:
-    the weights themselves, as for blocks always. auto: int8 where it can be, which the status says; int8: nothing else,
-    an error where it cannot."""
+    makes a token in a fifth of the time, for models that it knows: in bfloat16 on processors with AVX-512 BF16, in
+    either type on others with AVX2 and FMA; none: the weights themselves, as for blocks always. auto: int8 where it
+    can be, which the status says; int8: nothing else, an error where it cannot."""
     kv_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     """Type of cached K and V; attention over them is computed in bfloat16 for the narrow ones. bfloat16 takes half the
     memory of float32 and costs one rounding. int8, with scales of channels and slots, takes half of that again in

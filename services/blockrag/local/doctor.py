@@ -236,7 +236,7 @@ def _bundle_and_budgets(settings: Settings) -> Iterator[Finding]:
 
 
 def _kernels(settings: Settings) -> Iterator[Finding]:
-    from blockrag.modeling.native.build import BFLOAT16, CannotBuildError, check_processor, has_instructions
+    from blockrag.modeling.native.build import BFLOAT16, CannotBuildError, has_instructions, processor
 
     if settings.bundle.device.startswith("cuda"):
         return
@@ -248,11 +248,11 @@ def _kernels(settings: Settings) -> Iterator[Finding]:
             "set bundle.compute_dtype to float32",
         )
     try:
-        check_processor()
+        name = processor().name
     except CannotBuildError as error:
         yield Finding("kernels", "warning", f"{error}: torch's own operations are used, which are slower")
     else:
-        yield Finding("kernels", "ok", "this processor has the compiled kernels' instructions")
+        yield Finding("kernels", "ok", f"this processor has the compiled kernels' instructions: {name}")
 
 
 def _available_mb() -> int:

@@ -182,7 +182,7 @@ class SlotModel:
         UnsupportedModelError there if it is ``required``, and where the step's logits differ from the model's.
         """
         try:
-            step = Step(self._model, self._facts, self.rotary.rotations, packed)
+            step = Step(self._model, self._facts, self.rotary.rotations, packed, self._slot_dtype)
         except UnsuitableError as error:
             if required:
                 raise UnsupportedModelError(f"no weights in eight bits for {self._facts.name}: {error}") from error

@@ -86,12 +86,18 @@ class PlainDecoder:
         )
 
 
-def compiled_for(model: PreTrainedModel, facts: ModelFacts, rotations: Sequence[Rotation]) -> Kernels:
-    """The kernels, where they compute in ``model``'s type and place. Raises UnsuitableError."""
+def compiled_for(
+    model: PreTrainedModel,
+    facts: ModelFacts,
+    rotations: Sequence[Rotation],
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,),
+) -> Kernels:
+    """The kernels, where they are for ``model``, its place, and its type by being in ``dtypes``. Raises
+    UnsuitableError."""
     compiled = kernels()
     if compiled is None:
         raise UnsuitableError("there are no compiled kernels for this processor")
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+    if model.device.type != "cpu" or model.dtype not in dtypes:
         raise UnsuitableError(f"the model computes in {model.dtype} on {model.device.type}")
     if len(set(rotations)) != 1 or not rotations[0].plain:
         raise UnsuitableError("layers that rotate otherwise than whole heads by halves, all alike")

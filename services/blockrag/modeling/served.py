@@ -41,10 +41,10 @@ from blockrag.modeling.files import hashed
 from blockrag.modeling.linear_layers import GROUPS, give_freed_memory_back
 from blockrag.modeling.measuring import own_logits, probe_of
 from blockrag.modeling.plain_decoder import UnsuitableError
-from blockrag.modeling.step import pack, packed_weights
+from blockrag.modeling.step import pack, packed_weights, stepped_dtypes
 from blockrag.modeling.support import inspect_model
 
-FORM = 1
+FORM = 2
 """Version of the files: with a change of what they hold, they are made again."""
 LEAST_BYTES = 16 * 2**20
 """Models with smaller weights are loaded as fast as they are mapped."""
@@ -162,7 +162,7 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
     buffers = dict(model.named_buffers())
     facts = inspect_model(model)
     packed: dict[str, Tensor] = {}
-    if model.dtype == torch.bfloat16:
+    if model.dtype in stepped_dtypes():
         with suppress(UnsuitableError):
             packed = packed_weights(pack(model, facts))
     places: dict[str, dict[str, list[object]]] = {"parameters": {}, "buffers": {}, "packed": {}}

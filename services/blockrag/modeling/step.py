@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockrag.modeling.attention.contract import RaggedBatch
-from blockrag.modeling.native.build import has_instructions
+from blockrag.modeling.native.build import BFLOAT16, has_instructions
 from blockrag.modeling.native.kernels import LARGEST_SUM
 from blockrag.modeling.native.step_kernel import (
     GROUP,
@@ -25,7 +25,8 @@ from blockrag.modeling.rotary import Rotation
 from blockrag.modeling.support import ModelFacts
 
 MOST_TOKENS = 512
-"""Of a step: the most that was measured, where it still took 0.8 of the time of the whole weights' products."""
+"""Of a step: the most that was measured, where it still took 0.8 of the time of the whole weights' products, and with
+AVX2 less of that of float32 ones."""
 MOST_TOKENS_WITH_TILES = 16
 """The same on processors that multiply bfloat16 by tiles (AMX), which torch uses and the kernel does not."""
 _PRODUCTS = ("attention", "output", "gate_up", "down")
@@ -43,10 +44,13 @@ class Step:
         facts: ModelFacts,
         rotations: Sequence[Rotation],
         packed: Mapping[str, Tensor] | None = None,
+        slots: torch.dtype = torch.bfloat16,
     ) -> None:
         """Packs the weights of ``model``, which keeps its own for longer inputs; takes what is in ``packed``, see
-        ``packed_weights``. Raises UnsuitableError."""
-        compiled = compiled_for(model, facts, rotations)
+        ``packed_weights``. ``slots``: type of the sequences' slots. Raises UnsuitableError."""
+        if slots != torch.bfloat16:
+            raise UnsuitableError(f"the model computes in {model.dtype}, and its slots are {slots}")
+        compiled = compiled_for(model, facts, rotations, stepped_dtypes())
         try:
             self._kernel = StepKernel(compiled.compiled, pack(model, facts, packed), LARGEST_SUM)
         except ValueError as error:
@@ -81,6 +85,12 @@ class Step:
         if trace is not None and states is not None and logits is not None:
             trace.extend(states)
         return logits
+
+
+def stepped_dtypes() -> tuple[torch.dtype, ...]:
+    """Types of models that steps are for here: float32 too where the processor does not multiply bfloat16, so that
+    models compute in it (``bundle.compute_dtype: auto``)."""
+    return (torch.bfloat16,) if has_instructions(BFLOAT16) else (torch.bfloat16, torch.float32)
 
 
 def packed_weights(decoder: PackedDecoder) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ def test_traces_are_left_to_the_modules(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_sums_that_are_not_suited_are_left_to_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     model, reference = pair_of("llama")
-    monkeypatch.setattr(long_pass, "LEAST_SUM", 1e6)  # no sum is between a million and a millionth
+    monkeypatch.setattr(long_pass, "LARGEST_SUM", 1e-6)  # no sum is between a million and a millionth
     block, expected = model.encode([tokens(50)], ["a"])[0], reference.encode([tokens(50)], ["a"])[0]
     assert close(numbers(block), numbers(expected), TOLERANCE)
 

@@ -12,6 +12,9 @@ import pytest
 
 from blockrag.modeling.native import build
 
+TARGET = build.TARGETS[-1]
+"""Whichever: none of these tests runs what was compiled."""
+
 needs_compiler = pytest.mark.skipif(
     platform.machine() != "x86_64" or not (shutil.which("cc") or shutil.which("gcc")),
     reason="no C compiler for the kernels",
@@ -20,7 +23,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build.library((tmp_path_factory.mktemp("built"),))
+    return build.library(TARGET, (tmp_path_factory.mktemp("built"),))
 
 
 @pytest.fixture
@@ -34,11 +37,11 @@ def copied(built: Path, tmp_path: Path) -> Path:
 @needs_compiler
 def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tmp_path / "package", tmp_path / "cache"
-    path = build.library((first, second))
+    path = build.library(TARGET, (first, second))
     assert path.parent == second
     assert sorted(entry.name for entry in second.iterdir()) == [path.name, f"{path.name}.sha256"]
-    monkeypatch.setattr(build, "build", lambda path: pytest.fail("built again"))
-    assert build.library((second, first)) == build.library((first, second)) == path
+    monkeypatch.setattr(build, "build", lambda *_: pytest.fail("built again"))
+    assert build.library(TARGET, (second, first)) == build.library(TARGET, (first, second)) == path
 
 
 @needs_compiler
@@ -46,13 +49,13 @@ def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_library_is_trusted_whatever_the_umask(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        build.check_library(build.library((tmp_path / "cache",)))
+        build.check_library(build.library(TARGET, (tmp_path / "cache",)))
     finally:
         os.umask(before)
 
 
 @needs_compiler
-@pytest.mark.parametrize("changed", ["source", "options", "compiler"])
+@pytest.mark.parametrize("changed", ["source", "options", "target", "compiler"])
 def test_a_library_of_another_version_is_not_taken(
     changed: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,11 +65,12 @@ def test_a_library_of_another_version_is_not_taken(
         monkeypatch.setattr(build, "SOURCES", (other, *build.SOURCES[1:]))
     elif changed == "options":
         monkeypatch.setattr(build, "_OPTIONS", (*build._OPTIONS, "-DOTHER"))
-    else:
+    elif changed == "compiler":
         monkeypatch.setattr(build, "_compiler_version", lambda: b"another")
     made: list[Path] = []
-    monkeypatch.setattr(build, "build", lambda path: made.append(path) or path)
-    assert build.library((built.parent,)) == made[0] != built
+    monkeypatch.setattr(build, "build", lambda _, path: made.append(path) or path)
+    target = build.TARGETS[0] if changed == "target" else TARGET
+    assert build.library(target, (built.parent,)) == made[0] != built
 
 
 @needs_compiler
@@ -76,7 +80,7 @@ def test_where_no_compiler_works_any_compiler_s_library_is_taken(
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("PATH", str(tmp_path) if not compiler else os.environ["PATH"])
-    assert build.library((built.parent, tmp_path)) == built
+    assert build.library(TARGET, (built.parent, tmp_path)) == built
 
 
 @needs_compiler
@@ -107,7 +111,7 @@ def test_a_library_that_others_may_have_changed_is_built_anew(
     if spoilt == "owner" and os.getuid() != 0:
         return
     with caplog.at_level(logging.WARNING):
-        assert build.library((copied.parent,)) == copied
+        assert build.library(TARGET, (copied.parent,)) == copied
     assert "left alone" in caplog.text
     build.check_library(copied)
 
@@ -123,7 +127,7 @@ def test_without_a_compiler_that_works(
     if not compiler:
         monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(build.CannotBuildError, match=message):
-        build.library((tmp_path / "cache",))
+        build.library(TARGET, (tmp_path / "cache",))
     assert not list(tmp_path.glob("cache/*"))
 
 
@@ -131,31 +135,58 @@ def test_an_image_for_other_processors_builds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(build, "library", lambda directories: pytest.fail("compiled"))
+    monkeypatch.setattr(build, "library", lambda *_: pytest.fail("compiled"))
     assert build.main() == 0
     assert "nothing to compile: for x86-64" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("flags", "code"), [("avx512f avx512_bf16", 1), ("avx512f", 0)])
+@pytest.mark.parametrize(("flags", "code"), [("avx512f avx512_bf16", 1), ("avx2 fma", 1), ("avx2 avx512f", 0)])
 def test_a_compiler_that_fails_stops_an_image_only_where_the_kernels_would_run(
     flags: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"flags\t\t: {flags} fma\n")
+    cpuinfo.write_text(f"flags\t\t: {flags} sse2\n")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(build, "_CPUINFO", cpuinfo)
     monkeypatch.setattr(build, "_HERE", tmp_path)
     monkeypatch.setenv("CC", "false")
     assert build.main() == code
-    assert "not compiled: false failed" in capsys.readouterr().out
+    written = capsys.readouterr().out
+    assert all(f"not compiled for {target.name}: false failed" in written for target in build.TARGETS)
 
 
 @needs_compiler
-def test_an_image_gets_the_library_where_its_builder_has_no_instructions(
+def test_an_image_gets_all_libraries_where_its_builder_has_no_instructions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "cpuinfo").write_text("flags\t\t: avx2\n")
+    (tmp_path / "cpuinfo").write_text("flags\t\t: sse2\n")
     monkeypatch.setattr(build, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(build, "_HERE", tmp_path)
     assert build.main() == 0
-    build.check_library(Path(capsys.readouterr().out.strip()))
+    libraries = {Path(line) for line in capsys.readouterr().out.splitlines()}
+    assert libraries == {build.library(target, (tmp_path,)) for target in build.TARGETS}
+    assert len(libraries) == len(build.TARGETS)
+    for library in libraries:
+        build.check_library(library)
+    with pytest.raises(build.CannotBuildError, match="none of AVX-512 BF16, AVX2"):
+        build.processor()
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("avx2 fma avx512f avx512_bf16", ["AVX-512 BF16", "AVX2 and FMA"]),
+        ("avx2 fma avx512f", ["AVX2 and FMA"]),
+        ("avx2", []),
+        ("fma", []),
+    ],
+)
+def test_the_fastest_that_runs_is_taken(
+    flags: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: sse2 {flags}\n")
+    monkeypatch.setattr(build, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert [target.name for target in build.runnable()] == names
+    if names:
+        assert build.processor().name == names[0]

@@ -14,8 +14,8 @@ SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover
 COMPILER = shutil.which("gcc") or shutil.which("cc")
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=build.TARGETS, ids=lambda target: target.name)
+def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if COMPILER is None:
         pytest.skip("no C compiler")
     folder = tmp_path_factory.mktemp("sanitized")
@@ -24,14 +24,16 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tried = subprocess.run([COMPILER, *SANITIZED, "-o", str(folder / "empty"), str(empty)], capture_output=True)
     if tried.returncode:
         pytest.skip("the compiler has no sanitizers")
+    target: build.Target = request.param
     try:
-        build.check_processor()
+        if target not in build.runnable():
+            pytest.skip(f"the processor has no {target.name}")
     except build.CannotBuildError as error:
         pytest.skip(str(error))
     made = folder / "driver"
     sources = [*map(str, build.SOURCES), str(Path(__file__).with_name("native_driver.c"))]
     subprocess.run(
-        [COMPILER, *SANITIZED, "-std=gnu11", "-fopenmp", *build.INSTRUCTIONS, "-o", str(made), *sources], check=True
+        [COMPILER, *SANITIZED, "-std=gnu11", "-fopenmp", *target.options, "-o", str(made), *sources], check=True
     )
     return made
 

@@ -235,6 +235,39 @@ def test_tiles_and_wide_models_have_smaller_steps(monkeypatch: pytest.MonkeyPatc
     assert stepping.Step(stock, inspect_model(stock), [Rotation(32, (1.0,) * 16)]).most_tokens == MOST_TOKENS_WITH_TILES
 
 
+@pytest.fixture
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that does not multiply it; the kernels stay those of this one."""
+    monkeypatch.setattr(stepping, "has_instructions", lambda names: False)
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+@pytest.mark.parametrize("counts", [[1], [5, 1, 9]])
+def test_models_in_float32_have_steps_where_bfloat16_is_not_multiplied(
+    counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = make_tiny_model("llama", **SIZES)
+    reference = rounded_(stock)
+    model = SlotModel.from_pretrained_model(copy.deepcopy(stock), kv_dtype="bfloat16")
+    assert model.compute_dtype == torch.float32
+    assert model._long is None
+    assert model.quantise_steps(required=True)
+    blocks = [tokens(37, 1), tokens(60, 2)]
+    states = [compose(model, blocks[: 1 + number % 2], count) for number, count in enumerate(counts)]
+    finals = [tokens(count, 7 + number) for number, count in enumerate(counts)]
+    monkeypatch.setattr(model, "_model", None)
+    for number, row in enumerate(model.forward(list(zip(states, finals, strict=True)))):
+        expected = reference_logits(stock, reference, blocks[: 1 + number % 2], finals[number])
+        assert close(row, expected, TOLERANCE)
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+def test_slots_of_float32_have_no_steps(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert not SlotModel.from_pretrained_model(make_tiny_model("llama", **SIZES)).quantise_steps()
+    assert "its slots are torch.float32" in caplog.text
+
+
 def test_stock_logits_are_near() -> None:
     """The whole: eight bits, bfloat16 and slots against transformers in float32."""
     stock = make_tiny_model("llama", **SIZES)
@@ -248,12 +281,14 @@ def test_stock_logits_are_near() -> None:
     ("weights", "compute", "found"),
     [
         ("auto", "bfloat16", "int8"),
-        ("auto", "float32", "none"),
+        ("auto", "float32", "int8 without bfloat16"),
         ("none", "bfloat16", "none"),
         ("int8", "bfloat16", "int8"),
     ],
 )
 def test_which_weights_steps_read(weights: str, compute: str, found: str, tmp_path: Path) -> None:
+    if found == "int8 without bfloat16":
+        found = "int8" if torch.float32 in stepping.stepped_dtypes() else "none"
     made = make_tiny_bundle(tmp_path / "bundle", **SIZES)
     bundle = load_bundle(made, compute_dtype=compute, kv_dtype="bfloat16", weights=weights)
     assert SlotModel.load(bundle).weights == found

@@ -13,17 +13,19 @@ void add_and_normalise(float *hidden, const uint16_t *added, const float *weight
         float *row = hidden + token * width;
         if (added)
             for (int64_t i = 0; i < width; i += LANES)
-                _mm512_storeu_ps(row + i, _mm512_add_ps(_mm512_loadu_ps(row + i), widened(added + token * width + i)));
-        normalise(row, weight, width, epsilon, out + token * width);
+                store(row + i, add(load(row + i), widened(added + token * width + i)));
+        Floats factor = everywhere(root(row, width, epsilon));
+        for (int64_t i = 0; i < width; i += LANES)
+            store_narrow(out + token * width + i, normalised(row + i, factor, weight + i));
     }
 }
 
 static void widen(const uint16_t *from, int64_t numbers, float *to) {
-    for (int64_t i = 0; i < numbers; i += LANES) _mm512_storeu_ps(to + i, widened(from + i));
+    for (int64_t i = 0; i < numbers; i += LANES) store(to + i, widened(from + i));
 }
 
 static void narrow(const float *from, int64_t numbers, uint16_t *to) {
-    for (int64_t i = 0; i < numbers; i += LANES) store_narrow(to + i, _mm512_loadu_ps(from + i));
+    for (int64_t i = 0; i < numbers; i += LANES) store_narrow(to + i, load(from + i));
 }
 
 /* A head from the model's order to pair order, normalised if ``weight`` is there. */
@@ -53,7 +55,7 @@ void split_and_rotate(const uint16_t *projected, const float *query_norm, const 
             pair(head, key_norm, width, epsilon, pairs);
             narrow(pairs, width, keys + to);
             for (int64_t i = 0; i < width; i += LANES) /* as a prompt rotates them: the rounded ones */
-                store_narrow(turned + to + i, rotated(widened(keys + to + i), _mm512_loadu_ps(phase + i)));
+                store_narrow(turned + to + i, rotated(widened(keys + to + i), load(phase + i)));
         }
         for (int64_t h = 0; h < kv_heads; h++, from += width)
             for (int64_t i = 0; i < width; i += LANES)

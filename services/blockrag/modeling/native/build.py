@@ -1,8 +1,9 @@
-"""Compiling the C files beside this one, which takes two seconds, once for each version of them.
+"""Compiling the C files beside this one, which takes a few seconds, once for each version of them.
 
-The library is looked for beside the sources, where ``python -m blockrag.modeling.native.build`` puts it when an image
-is built, and in the user's cache, where a process that does not find it puts it. Its name holds a hash of the sources
-and the options, so that another version's library is never loaded, and one of the compiler; where there is no compiler,
+They are for two kinds of processors (``TARGETS``), each of which has a library of its own. It is looked for beside the
+sources, where ``python -m blockrag.modeling.native.build`` puts those of both kinds when an image is built, and in the
+user's cache, where a process that does not find it puts it. Its name holds a hash of the sources and the options, so
+that another version's library or another kind's is never loaded, and one of the compiler; where there is no compiler,
 as in an image, any compiler's will do. Its SHA-256 stands in a file beside it.
 
 And what this machine's processor can do, as Linux says.
@@ -19,6 +20,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -26,9 +28,8 @@ from blockrag.modeling.cache import cache_dir
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "slots.c", _HERE / "step.c", _HERE / "between.c")
-_HEADERS = (_HERE / "slots.h", _HERE / "rows.h", _HERE / "step.h", _HERE / "between.h")
-INSTRUCTIONS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
-_OPTIONS = ("-O3", "-std=gnu11", "-Werror=vla", "-shared", "-fPIC", "-fopenmp", *INSTRUCTIONS)
+_HEADERS = tuple(_HERE / f"{name}.h" for name in ("lanes", "slots", "rows", "step", "between"))
+_OPTIONS = ("-O3", "-std=gnu11", "-Werror=vla", "-shared", "-fPIC", "-fopenmp")
 _CPUINFO = Path("/proc/cpuinfo")
 _TIMEOUT_S = 300
 
@@ -43,24 +44,53 @@ class UntrustedLibraryError(Exception):
     """A compiled library that must not be loaded; the message says why."""
 
 
+@dataclass(frozen=True)
+class Target:
+    """A kind of processor."""
+
+    name: str
+    flags: frozenset[str]
+    """All that it must have, as Linux names them."""
+    options: tuple[str, ...]
+    """Of the compiler, for its instructions."""
+
+
+TARGETS = (
+    Target(
+        "AVX-512 BF16",
+        frozenset({"avx512_bf16"}),
+        ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
+    ),
+    Target("AVX2 and FMA", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
+)
+"""Fastest first."""
+
+
 def check_platform() -> None:
     """Raise CannotBuildError where no processor could run the library."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise CannotBuildError(f"for x86-64 under Linux only, this is {platform.machine()} under {sys.platform}")
 
 
-def check_processor() -> None:
-    """Raise CannotBuildError where the library would not run."""
+def processor() -> Target:
+    """The kind that this machine's is. Raises CannotBuildError where no library would run."""
+    found = runnable()
+    if not found:
+        raise CannotBuildError(f"the processor has none of {', '.join(target.name for target in TARGETS)}")
+    return found[0]
+
+
+def runnable() -> tuple[Target, ...]:
+    """Whose libraries would run here, fastest first. Raises CannotBuildError where no processor could run them."""
     check_platform()
-    if not has_instructions(("avx512_bf16",)):
-        raise CannotBuildError("the processor has no AVX-512 BF16")
+    return tuple(target for target in TARGETS if target.flags <= _flags(_CPUINFO))
 
 
-def library(directories: tuple[Path, ...] | None = None) -> Path:
-    """The compiled library, compiled now if none of ``directories`` has one to trust. Raises CannotBuildError."""
+def library(target: Target, directories: tuple[Path, ...] | None = None) -> Path:
+    """The library for ``target``, compiled now if none of ``directories`` has one to trust. Raises CannotBuildError."""
     directories = (_HERE, _cache()) if directories is None else directories
     contents = [path.read_bytes() for path in (*SOURCES, *_HEADERS)]
-    name = f"kernels-{_digest(' '.join(_OPTIONS).encode(), *contents)}"
+    name = f"kernels-{_digest(' '.join((*_OPTIONS, *target.options)).encode(), *contents)}"
     version = _compiler_version()
     wanted = f"{name}-*.so" if version is None else f"{name}-{_digest(version)}.so"
     for path in (path for directory in directories for path in sorted(directory.glob(wanted))):
@@ -70,7 +100,7 @@ def library(directories: tuple[Path, ...] | None = None) -> Path:
             _logger.warning("a compiled library is left alone: %s", error)
         else:
             return path
-    return build(directories[-1] / f"{name}-{_digest(version or b'')}.so")
+    return build(target, directories[-1] / f"{name}-{_digest(version or b'')}.so")
 
 
 def check_library(path: Path) -> None:
@@ -91,7 +121,7 @@ def check_library(path: Path) -> None:
         raise UntrustedLibraryError(f"{path}: {error}") from error
 
 
-def build(path: Path) -> Path:
+def build(target: Target, path: Path) -> Path:
     """Compile to ``path``; whoever looks meanwhile sees all of it or nothing. Raises CannotBuildError."""
     compiler = _compiler()
     if not compiler:
@@ -100,7 +130,7 @@ def build(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [*compiler, *_OPTIONS, "-o", str(made), *map(str, SOURCES)]
+            command = [*compiler, *_OPTIONS, *target.options, "-o", str(made), *map(str, SOURCES)]
             run = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
             if run.returncode:
                 raise CannotBuildError(f"{' '.join(compiler)} failed: {run.stderr.strip()[-500:]}")
@@ -114,18 +144,23 @@ def build(path: Path) -> Path:
 
 
 def main() -> int:
-    """Compile beside the source. 0 also where there is nothing to compile, so that every image builds."""
+    """Compile beside the source, for every kind of processor: an image may run on others than this one.
+
+    0 also where there is nothing to compile, or nothing that would run here, so that every image builds.
+    """
     try:
-        check_platform()
+        here = runnable()
     except CannotBuildError as error:
         print(f"nothing to compile: {error}")
         return 0
-    try:
-        print(library((_HERE,)))  # where this processor lacks the instructions too: the image may run on others
-    except CannotBuildError as error:
-        print(f"not compiled: {error}")
-        return int(has_instructions(("avx512_bf16",)))
-    return 0
+    missed = False
+    for target in TARGETS:
+        try:
+            print(library(target, (_HERE,)))
+        except CannotBuildError as error:
+            print(f"not compiled for {target.name}: {error}")
+            missed = missed or target in here
+    return int(missed)
 
 
 def _compiler() -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockrag.modeling.native.build import CannotBuildError, check_processor, library
+from blockrag.modeling.native.build import CannotBuildError, library, processor
 
 _logger = logging.getLogger(__name__)
 
@@ -182,8 +182,7 @@ def _threads(work: int) -> int:
 def kernels() -> Kernels | None:
     """The kernels, compiled at the first call of this version on this machine; None where they cannot be had."""
     try:
-        check_processor()
-        return Kernels.load(library())
+        return Kernels.load(library(processor()))
     except (CannotBuildError, OSError) as error:
         _logger.info("slots are computed by torch, without compiled kernels: %s", error)
         return None

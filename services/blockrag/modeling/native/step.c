@@ -3,8 +3,8 @@
  * What is computed is said where Python calls it (step.py). A product's weights lie as they are read: 32 rows are a
  * block, and a block holds, for each group of 32 inputs, a cache line of the rows' scales in bfloat16, and then one for
  * each pair of neighbouring inputs: the first input's weights of rows 0 to 15, the second's, and both of rows 16 to 31.
- * Whole numbers to 127 are exact in bfloat16, so a line becomes the operand of vdpbf16ps without rounding; the scales
- * are applied to the group's sum. Of gate and up, 16 rows each make a block. Hidden states stay float32 from layer to
+ * Whole numbers to 127 are exact in bfloat16, so a line becomes operands (lanes.h) without rounding; the scales are
+ * applied to the group's sum. Of gate and up, 16 rows each make a block. Hidden states stay float32 from layer to
  * layer; what is multiplied is rounded to bfloat16.
  *
  * Between two parts of a layer the threads wait for each other by spinning: waking them takes longer than a part.
@@ -21,7 +21,6 @@
 
 enum {
     AHEAD = 24,  /* lines that are asked for before they are needed */
-    TOKENS = 8,        /* whose sums stand in registers */
     SPINS = 4096,      /* until a thread that waits lets others run: the cores may be shared */
 };
 
@@ -47,88 +46,119 @@ static int64_t take(Team *team) {
     return atomic_fetch_add_explicit(team->counters + 1 + team->part, 1, memory_order_relaxed);
 }
 
-static inline __m512i pairs_of(const int8_t *line) {
-    __m512i first = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *)line))));
-    __m512i second =
-        _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i *)line + 1))));
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second);
-}
-
-static inline __m512 scales_of(const int8_t *line) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i *)line));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
-/* Sums of a block's rows for ``tokens`` tokens; weights of eight bits, or widened ones beside them. */
-static inline __attribute__((always_inline)) void add_up(const int8_t *lines, const __m512i *widened,
-                                                         const uint16_t *input, int64_t inputs, int tokens,
-                                                         __m512 (*sums)[2]) {
-    __m512 total[TOKENS][2];
-    for (int t = 0; t < tokens; t++) total[t][0] = total[t][1] = _mm512_setzero_ps();
+/* Sums of a block's rows for ``tokens`` tokens, of ``halves`` of them from the half ``first``; weights of eight bits, or
+ * widened ones beside them, which have no scales in them. */
+static inline __attribute__((always_inline)) void add_up(const int8_t *lines, const Operand *operands,
+                                                         const Number *input, int64_t inputs, int tokens, int first,
+                                                         int halves, Floats (*sums)[2]) {
+    Floats total[TOKENS][2];
+    int last = first + halves - 1;
+    for (int t = 0; t < tokens; t++) total[t][0] = total[t][1] = zeros();
     for (int64_t group = 0; group < inputs / GROUP; group++, lines += GROUP_LINES * LINE) {
-        __m512 part[TOKENS][2];
-        for (int t = 0; t < tokens; t++) part[t][0] = part[t][1] = _mm512_setzero_ps();
-        if (!widened) _mm_prefetch((const char *)lines + AHEAD * LINE, _MM_HINT_T0);
+        Floats part[TOKENS][2];
+        for (int t = 0; t < tokens; t++) part[t][0] = part[t][1] = zeros();
+        if (!operands) _mm_prefetch((const char *)lines + AHEAD * LINE, _MM_HINT_T0);
         for (int64_t pair = 0; pair < GROUP / 2; pair++) {
             const int8_t *line = lines + (1 + pair) * LINE;
-            const __m512i *wide = widened + group * GROUP + 2 * pair;
-            if (!widened) _mm_prefetch((const char *)line + AHEAD * LINE, _MM_HINT_T0);
-            __m512bh low = (__m512bh)(widened ? wide[0] : pairs_of(line));
-            __m512bh high = (__m512bh)(widened ? wide[1] : pairs_of(line + LINE / 2));
-            for (int t = 0; t < tokens; t++) {
-                int32_t numbers;
-                memcpy(&numbers, input + t * inputs + group * GROUP + 2 * pair, sizeof numbers);
-                __m512bh both = (__m512bh)_mm512_set1_epi32(numbers);
-                part[t][0] = _mm512_dpbf16_ps(part[t][0], both, low);
-                part[t][1] = _mm512_dpbf16_ps(part[t][1], both, high);
+            const Operand *wide = operands + group * GROUP + 2 * pair;
+            if (!operands) _mm_prefetch((const char *)line + AHEAD * LINE, _MM_HINT_T0);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i += PER_LANE) {
+                Operand low = operands ? wide[first] : operand_of_weights(line + first * LINE / 2 + i * LANES);
+                Operand high = operands ? wide[last] : operand_of_weights(line + last * LINE / 2 + i * LANES);
+                for (int t = 0; t < tokens; t++) {
+                    Operand numbers = operand(input + t * inputs + group * GROUP + 2 * pair + i);
+                    part[t][0] = add_products(part[t][0], numbers, low);
+                    if (halves == 2) part[t][1] = add_products(part[t][1], numbers, high);
+                }
             }
         }
-        __m512 low = scales_of(lines), high = scales_of(lines + LINE / 2);
+        Floats low = widened((const uint16_t *)(lines + first * LINE / 2));
+        Floats high = widened((const uint16_t *)(lines + last * LINE / 2));
         for (int t = 0; t < tokens; t++) {
-            total[t][0] = _mm512_fmadd_ps(part[t][0], low, total[t][0]);
-            total[t][1] = _mm512_fmadd_ps(part[t][1], high, total[t][1]);
+            total[t][0] = add_product(part[t][0], low, total[t][0]);
+            if (halves == 2) total[t][1] = add_product(part[t][1], high, total[t][1]);
         }
     }
-    for (int t = 0; t < tokens; t++) sums[t][0] = total[t][0], sums[t][1] = total[t][1];
+    for (int t = 0; t < tokens; t++) {
+        sums[t][first] = total[t][0];
+        if (halves == 2) sums[t][last] = total[t][1];
+    }
 }
 
-static inline void sum(const int8_t *lines, const __m512i *widened, const uint16_t *input, int64_t inputs, int tokens,
-                       __m512 (*sums)[2]) {
+#ifndef __AVX512BF16__
+/* The same of one half and of widened weights with their scales, those of a half behind one another. */
+static inline __attribute__((always_inline)) void add_up_scaled(const Operand *operands, const Number *input,
+                                                                int64_t inputs, int tokens, int half,
+                                                                Floats (*sums)[2]) {
+    Floats total[TOKENS];
+    for (int t = 0; t < tokens; t++) total[t] = zeros();
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < inputs; i++)
+        for (int t = 0; t < tokens; t++)
+            total[t] = add_products(total[t], operand(input + t * inputs + i), operands[half * inputs + i]);
+    for (int t = 0; t < tokens; t++) sums[t][half] = total[t];
+}
+#endif
+
+static inline void sum(const int8_t *lines, const Operand *wide, const Number *input, int64_t inputs, int tokens,
+                       Floats (*sums)[2]) {
     switch (tokens) { /* a number that the compiler knows keeps the sums in registers */
-#define CASE(N) case N: add_up(lines, widened, input, inputs, N, sums); break;
+#ifdef __AVX512BF16__
+#define CASE(N) case N: add_up(lines, wide, input, inputs, N, 0, 2, sums); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#else
+#define CASE(N) \
+    case N: \
+        for (int half = 0; wide && half < 2; half++) add_up_scaled(wide, input, inputs, N, half, sums); \
+        if (!wide && 2 * N <= TOKENS) add_up(lines, NULL, input, inputs, N, 0, 2, sums); \
+        for (int half = 0; !wide && 2 * N > TOKENS && half < 2; half++) \
+            add_up(lines, NULL, input, inputs, N, half, 1, sums); \
+        break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#endif
 #undef CASE
     }
 }
 
-/* Blocks of ``product`` until none is left. ``input`` [tokens, inputs]; ``out`` [tokens, stride], bfloat16 if GATED. */
-static void multiply(Team *team, const Product *product, const uint16_t *input, int64_t tokens, enum Ending ending,
-                     const float *bias, void *out, int64_t stride, __m512i *wide) {
+/* Blocks of ``product`` until none is left. ``input`` [tokens, inputs]; ``out`` [tokens, stride], Number if GATED. */
+static void multiply(Team *team, const Product *product, const Number *input, int64_t tokens, enum Ending ending,
+                     const float *bias, void *out, int64_t stride, Operand *wide) {
     int64_t inputs = product->inputs;
     for (int64_t block; (block = take(team)) < product->blocks;) {
         const int8_t *lines = product->weights + block * inputs / GROUP * GROUP_LINES * LINE;
         if (tokens > TOKENS)
-            for (int64_t half = 0; half < inputs; half++) /* behind each group's scales */
-                wide[half] = pairs_of(lines + (half / GROUP + 1) * LINE + half * LINE / 2);
+            for (int64_t half = 0; half < inputs; half++) { /* behind each group's scales */
+                const int8_t *from = lines + (half / GROUP + 1) * LINE + half * LINE / 2;
+                const int8_t *scales = lines + half / GROUP * GROUP_LINES * LINE + half % 2 * LINE / 2;
+                for (int64_t i = 0; i < 2; i += PER_LANE)
+                    wide[PER_LANE == 2 ? half : half % 2 * inputs + half / 2 * 2 + i] =
+                        with_scales(operand_of_weights(from + i * LANES), scales);
+            }
         for (int64_t token = 0; token < tokens; token += TOKENS) {
             int64_t taken = tokens - token < TOKENS ? tokens - token : TOKENS;
-            __m512 sums[TOKENS][2];
+            Floats sums[TOKENS][2];
             sum(lines, tokens > TOKENS ? wide : NULL, input + token * inputs, inputs, (int)taken, sums);
             for (int64_t t = 0; t < taken; t++) {
                 if (ending == GATED) {
-                    store_narrow((uint16_t *)out + (token + t) * stride + block * LANES, gated(sums[t][0], sums[t][1]));
+                    store_numbers((Number *)out + (token + t) * stride + block * LANES, gated(sums[t][0], sums[t][1]));
                     continue;
                 }
                 for (int64_t half = 0; half < 2; half++) {
                     float *to = (float *)out + (token + t) * stride + block * BLOCK + half * LANES;
-                    __m512 sum = sums[t][half];
-                    if (ending == ADD) sum = _mm512_add_ps(sum, _mm512_loadu_ps(to));
-                    if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + block * BLOCK + half * LANES));
-                    _mm512_storeu_ps(to, sum);
+                    Floats sum = sums[t][half];
+                    if (ending == ADD) sum = add(sum, load(to));
+                    if (bias) sum = add(sum, load(bias + block * BLOCK + half * LANES));
+                    store(to, sum);
                 }
             }
         }
     }
+}
+
+static void normalise(const float *hidden, const float *weight, int64_t width, float epsilon, Number *out) {
+    Floats factor = everywhere(root(hidden, width, epsilon));
+    for (int64_t i = 0; i < width; i += LANES) store_numbers(out + i, normalised(hidden + i, factor, weight + i));
 }
 
 /* Rotate a segment's queries of a KV head, and put its keys and values behind those that are there. */
@@ -146,8 +176,8 @@ static void place(const Decoder *decoder, const Layer *layer, const Segment *seg
         rotate(from + (decoder->heads + head) * width, layer->key_norm, phases, width, decoder->epsilon, turned);
         const float *value = from + (decoder->heads + decoder->kv_heads + head) * width;
         for (int64_t i = 0, to = (segment->before + t) * width; i < width; i += LANES) {
-            store_narrow(keys + to + i, _mm512_loadu_ps(turned + i));
-            store_narrow(values + to + i, _mm512_loadu_ps(value + i));
+            store_narrow(keys + to + i, load(turned + i));
+            store_narrow(values + to + i, load(value + i));
         }
     }
 }
@@ -162,7 +192,7 @@ static int64_t attend_narrow(const Decoder *decoder, const Segment *segment, con
                     decoder->scale, decoder->least, decoder->most, buffers->attended + offset);
     for (int64_t row = first; row < first + rows; row++)
         for (int64_t i = 0, from = offset + (row / group * heads + row % group) * width; i < width; i += LANES)
-            store_narrow(buffers->narrow + from + i, _mm512_loadu_ps(buffers->attended + from + i));
+            store_numbers(buffers->narrow + from + i, load(buffers->attended + from + i));
     return unsuited;
 }
 
@@ -198,8 +228,8 @@ static int64_t compute(Team *team, int64_t thread, const Decoder *decoder, const
     int64_t width = decoder->width, attended = decoder->heads * decoder->head_dim, unsuited = 0;
     int64_t most_inputs = decoder->inner > width ? decoder->inner : width;
     if (attended > most_inputs) most_inputs = attended;
-    uint16_t *normed = buffers->normed + thread * tokens * width;
-    __m512i *wide = (__m512i *)buffers->widened + thread * most_inputs;
+    Number *normed = buffers->normed + thread * tokens * width;
+    Operand *wide = buffers->widened + thread * 2 * most_inputs / PER_LANE;
     for (int64_t number = 0; number < decoder->layers; number++) {
         const Layer *layer = decoder->layer + number;
         for (int64_t t = 0; t < tokens; t++)

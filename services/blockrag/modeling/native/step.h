@@ -1,7 +1,7 @@
 /* What a step is told: step.py makes the same structures. Sizes are in numbers unless said. */
 #pragma once
 
-#include <stdint.h>
+#include "lanes.h"
 
 enum {
     BLOCK = 32, /* rows of a product that are computed together */
@@ -41,9 +41,9 @@ typedef struct {
     float *projected;   /* [tokens, (heads + 2 kv_heads) head_dim] */
     float *query;       /* [tokens, heads, head_dim] */
     float *attended;    /* the same */
-    uint16_t *narrow;   /* [tokens, max(heads head_dim, inner)]: input of output and down */
-    uint16_t *normed;   /* [threads, tokens, width] */
-    int8_t *widened;    /* [threads, max inputs, BLOCK] of bfloat16 */
+    Number *narrow;     /* [tokens, max(heads head_dim, inner)]: input of output and down */
+    Number *normed;     /* [threads, tokens, width] */
+    Operand *widened;   /* [threads, max inputs * BLOCK numbers] */
     int64_t *counters;  /* [2 + 6 layers], zeros */
     float *trace;       /* [layers, tokens, width]; or none */
     float *logits;      /* [segments, head.blocks * BLOCK] */

@@ -249,9 +249,10 @@ class StepKernel:
             projected=self._buffer("projected", torch.float32, tokens, decoder.layers[0].attention.rows).data_ptr(),
             query=self._buffer("query", torch.float32, tokens, attended).data_ptr(),
             attended=self._buffer("attended", torch.float32, tokens, attended).data_ptr(),
-            narrow=self._buffer("narrow", torch.bfloat16, tokens, max(attended, self._inner)).data_ptr(),
-            normed=self._buffer("normed", torch.bfloat16, threads * tokens, self.width).data_ptr(),
-            widened=self._buffer("widened", torch.bfloat16, threads * self.most_inputs, _BLOCK).data_ptr(),
+            # of bfloat16 where the processor multiplies it, in the first half of each, and else of float32
+            narrow=self._buffer("narrow", torch.float32, tokens, max(attended, self._inner)).data_ptr(),
+            normed=self._buffer("normed", torch.float32, threads * tokens, self.width).data_ptr(),
+            widened=self._buffer("widened", torch.float32, threads * self.most_inputs, _BLOCK).data_ptr(),
             counters=self._buffer("counters", torch.int64, 1, 2 + 6 * len(decoder.layers)).zero_().data_ptr(),
             trace=None if trace is None else trace.data_ptr(),
             logits=logits.data_ptr(),
