@@ -82,12 +82,9 @@ def verify_bundle(
     """
     if not isinstance(bundle, Bundle):
         bundle = load_bundle(bundle)
-    limits = limits_of(bundle.compute_dtype, bundle.kv_dtype)
-    gate = _Gate(
-        stock=load_stock_model(bundle, device=device),
-        model=SlotModel.load(bundle, device=device),
-        limits=limits,
-    )
+    model = SlotModel.load(bundle, device=device)
+    limits = limits_of(bundle.compute_dtype, bundle.kv_dtype, model.weights)
+    gate = _Gate(stock=load_stock_model(bundle, device=device), model=model, limits=limits)
     shuffler = random.Random(seed)
     mixtures = None
     if bundle.refrag is not None:
@@ -125,8 +122,10 @@ def verify_bundle(
     )
 
 
-def limits_of(compute_dtype: str, kv_dtype: str) -> Limits:
-    """What is allowed for these types."""
+def limits_of(compute_dtype: str, kv_dtype: str, weights: str) -> Limits:
+    """What is allowed for these types; steps in eight bits round to bfloat16 what they multiply, in any model."""
+    if weights == "int8":
+        compute_dtype = "bfloat16"
     return LIMITS.get((compute_dtype, kv_dtype), LIMITS["bfloat16", "bfloat16"])
 
 

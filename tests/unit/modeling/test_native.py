@@ -20,6 +20,7 @@ from blockrag.modeling import slots
 from blockrag.modeling.attention import compiled as compiled_attention
 from blockrag.modeling.attention.over_lists import attend
 from blockrag.modeling.model import SlotModel
+from blockrag.modeling.native import build
 from blockrag.modeling.native import kernels as native
 from blockrag.modeling.native.kernels import Kernels
 from blockrag.modeling.rotary import RotaryTable, rotate_into
@@ -100,10 +101,17 @@ class LibraryInTorch:
             at(out + 2 * (plane * out_plane + start * width), torch.bfloat16, count).view(-1, width).copy_(placed)
 
 
-@pytest.fixture(scope="module", params=["compiled", "in torch"])
+@pytest.fixture(scope="module", params=[*(target.name for target in build.TARGETS), "in torch"])
 def compiled(request: pytest.FixtureRequest) -> Kernels:
-    """The kernels, and the reference in their place: the tests hold what both do, and themselves on any machine."""
-    return Kernels(LibraryInTorch()) if request.param == "in torch" else kernels_here()
+    """Kernels for each kind of processor that this one is, not only the fastest, and the reference in their place: the
+    tests hold what all do, and themselves on any machine."""
+    if request.param == "in torch":
+        return Kernels(LibraryInTorch())
+    kernels_here()
+    target = next(target for target in build.TARGETS if target.name == request.param)
+    if target not in build.runnable():
+        pytest.skip(f"the processor has no {target.name}")
+    return Kernels.load(build.library(target))
 
 
 @pytest.fixture(params=[1, 2])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from blockrag.modeling import step
 from blockrag.modeling.attention.contract import RaggedBatch
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.bundle_writing import create_bundle
@@ -87,6 +88,11 @@ def test_steps_in_eight_bits_are_checked(tmp_path: Path, monkeypatch: pytest.Mon
     assert report.weights == "int8"
     assert report.passed
     assert verify_bundle(replace(bundle, weights="none")).weights == "none"
+
+    monkeypatch.setattr(step, "has_instructions", lambda names: False)  # then models in float32 have steps too
+    report = verify_bundle(replace(bundle, compute_dtype="float32"))
+    assert report.weights == "int8"
+    assert report.passed
 
     class Damaged(Step):
         def __call__(self, input_ids: Tensor, batch: RaggedBatch, trace: list[Tensor] | None) -> Tensor | None:
