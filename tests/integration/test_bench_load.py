@@ -19,7 +19,7 @@ async def test_open_loop_load_is_counted_as_it_was_answered(client: BlockragClie
         client,
         scenario,
         first_passages(bundle, scenario.passages),
-        [20.0],
+        [4.0],
         ["block", "full"],
         StageTimes(),
         target_s=30.0,

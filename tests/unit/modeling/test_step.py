@@ -20,6 +20,7 @@ from blockrag.modeling.model import SlotModel
 from blockrag.modeling.native import kernels as native
 from blockrag.modeling.native.step_kernel import PackedProduct, StepKernel, StepSegment, interleaved
 from blockrag.modeling.rotary import Rotation
+from blockrag.modeling.slots import SequenceState
 from blockrag.modeling.step import MOST_TOKENS, MOST_TOKENS_WITH_TILES, UnsuitableError
 from blockrag.modeling.support import inspect_model
 from tests.models import FAMILIES, make_tiny_bundle, make_tiny_model
@@ -112,6 +113,26 @@ def reference_logits(
     encoded = encoding.encode(blocks, [str(number) for number in range(len(blocks))])
     state = reading.new_sequence([reading.to_resident(block) for block in encoded], len(final))
     return reading.forward([(state, final)])[0]
+
+
+@pytest.mark.parametrize("count", [2, 4, 7, 13])
+def test_what_else_is_in_a_step_changes_no_bit(count: int) -> None:
+    """An answer must not depend on who else is asking."""
+    model = served(make_tiny_model("llama", **SIZES))
+    prompts = [tokens(1 + 4 * (number % 6), number) for number in range(count)]
+
+    def states() -> list[SequenceState]:
+        return [compose(model, [tokens(20, 50 + number)], 40) for number in range(count)]
+
+    alone = []
+    for state, prompt in zip(states(), prompts, strict=True):
+        alone += [[model.forward([(state, prompt)])[0], model.forward([(state, [9])])[0]]]
+    together = states()
+    first = model.forward(list(zip(together, prompts, strict=True)))
+    second = model.forward([(state, [9]) for state in together])
+    for number in range(count):
+        assert torch.equal(first[number], alone[number][0])
+        assert torch.equal(second[number], alone[number][1])
 
 
 def test_hidden_states_are_traced() -> None:

@@ -91,12 +91,6 @@ static inline Operand operand_of_weights(const int8_t *from) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second);
 }
 
-/* Scales are for sums: with one, a weight would be rounded. */
-static inline Operand with_scales(Operand weights, const int8_t *scales) {
-    (void)scales;
-    return weights;
-}
-
 /* Turn 16 rows of 16 into 16 columns, in place. */
 static inline void transpose(__m512i *rows) {
     __m512i other[LANES];
@@ -265,11 +259,6 @@ static inline Floats rotated(Floats pairs, Floats phases) {
 static inline Operand operand(const Number *from) { return everywhere(*from); }
 static inline Floats add_products(Floats sum, Operand a, Operand b) { return add_product(a, b, sum); }
 static inline Operand operand_of_weights(const int8_t *from) { return whole_numbers(from); }
-
-/* Weights of seven bits times their scales of eight, exact in float32. */
-static inline Operand with_scales(Operand weights, const int8_t *scales) {
-    return times(weights, widened((const uint16_t *)scales));
-}
 
 /* Turn 8 rows of 8 into 8 columns. */
 static inline void transpose(__m256i *rows) {

@@ -47,7 +47,7 @@ static int64_t take(Team *team) {
 }
 
 /* Sums of a block's rows for ``tokens`` tokens, of ``halves`` of them from the half ``first``; weights of eight bits, or
- * widened ones beside them, which have no scales in them. */
+ * widened ones beside them. */
 static inline __attribute__((always_inline)) void add_up(const int8_t *lines, const Operand *operands,
                                                          const Number *input, int64_t inputs, int tokens, int first,
                                                          int halves, Floats (*sums)[2]) {
@@ -87,16 +87,22 @@ static inline __attribute__((always_inline)) void add_up(const int8_t *lines, co
 }
 
 #ifndef __AVX512BF16__
-/* The same of one half and of widened weights with their scales, those of a half behind one another. */
-static inline __attribute__((always_inline)) void add_up_scaled(const Operand *operands, const Number *input,
-                                                                int64_t inputs, int tokens, int half,
-                                                                Floats (*sums)[2]) {
+/* The same, to the last bit, of one half and of widened weights, those of a half behind one another. */
+static inline __attribute__((always_inline)) void add_up_widened(const int8_t *lines, const Operand *operands,
+                                                                 const Number *input, int64_t inputs, int tokens,
+                                                                 int half, Floats (*sums)[2]) {
     Floats total[TOKENS];
     for (int t = 0; t < tokens; t++) total[t] = zeros();
+    for (int64_t group = 0; group < inputs / GROUP; group++, lines += GROUP_LINES * LINE) {
+        Floats part[TOKENS];
+        for (int t = 0; t < tokens; t++) part[t] = zeros();
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < inputs; i++)
-        for (int t = 0; t < tokens; t++)
-            total[t] = add_products(total[t], operand(input + t * inputs + i), operands[half * inputs + i]);
+        for (int64_t i = group * GROUP; i < (group + 1) * GROUP; i++)
+            for (int t = 0; t < tokens; t++)
+                part[t] = add_products(part[t], operand(input + t * inputs + i), operands[half * inputs + i]);
+        Floats scales = widened((const uint16_t *)(lines + half * LINE / 2));
+        for (int t = 0; t < tokens; t++) total[t] = add_product(part[t], scales, total[t]);
+    }
     for (int t = 0; t < tokens; t++) sums[t][half] = total[t];
 }
 #endif
@@ -110,7 +116,7 @@ static inline void sum(const int8_t *lines, const Operand *wide, const Number *i
 #else
 #define CASE(N) \
     case N: \
-        for (int half = 0; wide && half < 2; half++) add_up_scaled(wide, input, inputs, N, half, sums); \
+        for (int half = 0; wide && half < 2; half++) add_up_widened(lines, wide, input, inputs, N, half, sums); \
         if (!wide && 2 * N <= TOKENS) add_up(lines, NULL, input, inputs, N, 0, 2, sums); \
         for (int half = 0; !wide && 2 * N > TOKENS && half < 2; half++) \
             add_up(lines, NULL, input, inputs, N, half, 1, sums); \
@@ -130,10 +136,9 @@ static void multiply(Team *team, const Product *product, const Number *input, in
         if (tokens > TOKENS)
             for (int64_t half = 0; half < inputs; half++) { /* behind each group's scales */
                 const int8_t *from = lines + (half / GROUP + 1) * LINE + half * LINE / 2;
-                const int8_t *scales = lines + half / GROUP * GROUP_LINES * LINE + half % 2 * LINE / 2;
                 for (int64_t i = 0; i < 2; i += PER_LANE)
                     wide[PER_LANE == 2 ? half : half % 2 * inputs + half / 2 * 2 + i] =
-                        with_scales(operand_of_weights(from + i * LANES), scales);
+                        operand_of_weights(from + i * LANES);
             }
         for (int64_t token = 0; token < tokens; token += TOKENS) {
             int64_t taken = tokens - token < TOKENS ? tokens - token : TOKENS;
