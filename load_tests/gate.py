@@ -25,7 +25,7 @@ class ServiceLevel:
 
     mode: str = "block"
     """The attention mode whose first token is held to the limit."""
-    p95_first_token_ms: float = 6000.0
+    p95_first_token_ms: float = 10_000.0
     """95 % of first tokens must come within this."""
     failure_ratio: float = 0.01
     """Most answers, of all modes, that may fail."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.disk import DiskTier
+from blockrag.kv_cache.shard import document_of
 from blockrag.kv_cache.shard_messages import EncodedObject
 from blockrag.types import FULL, BlockForm, BlockKV, BlockRequest, CachedBlock, ChunkEmbeddings
 
@@ -69,3 +70,16 @@ def open_tier(root: Path, blocks: int = 1000, *, keys: KeyMaker = KEYS, **option
 
 def files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+async def keep(tier: DiskTier, request: BlockRequest, encode_s: float = 1.0, *, evict: bool = True) -> None:
+    tier.offer(request, as_object(block_of(request)), document_of(request), encode_s, evict=evict)
+    await tier.settled()
+
+
+async def found(tier: DiskTier, request: BlockRequest) -> bool:
+    loaded = await tier.load(request, document_of(request))
+    if loaded is None:
+        return False
+    assert_same_block(loaded[0].ref, block_of(request))
+    return True
