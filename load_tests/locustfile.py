@@ -56,9 +56,14 @@ def _add_options(parser: LocustArgumentParser) -> None:
     add("--think-s", type=float, default=1.0, help="mean thinking time of a user")
     add("--zipf", type=float, default=1.1, help="how hot the hot articles are; 0: all alike")
     add("--mode-weights", type=_weights, default="block=8,full=1,none=1", help="how often each attention mode is used")
-    add("--p95-first-token-ms", type=float, default=10_000.0, help="gate: p95 of the first token in block mode")
-    add("--failure-ratio", type=float, default=0.01, help="gate: most answers that may fail")
-    add("--least-answers", type=int, default=10, help="gate: fewest answers that say anything")
+    add(
+        "--p95-first-token-ms",
+        type=float,
+        default=ServiceLevel.p95_first_token_ms,
+        help="gate: p95 of the first token in block mode",
+    )
+    add("--failure-ratio", type=float, default=ServiceLevel.failure_ratio, help="gate: most answers that may fail")
+    add("--least-answers", type=int, default=ServiceLevel.least_answers, help="gate: fewest answers that say anything")
     add("--summary", default="", help="file for the verdict and token counts, as JSON")
 
 
