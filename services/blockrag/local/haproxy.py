@@ -132,7 +132,8 @@ def close(folder: Path, within_s: float) -> None:
     A connection is closed in HTTP/2's way (GOAWAY), so that its client goes elsewhere, or waits, with what it asks
     next. Left open while replicas end one after another, it would say UNAVAILABLE to everything until the last is gone.
     """
-    (folder / _CLOSED_FILE).touch()
+    with contextlib.suppress(OSError):  # somebody removed the state's folder: what runs is to be stopped all the same
+        (folder / _CLOSED_FILE).touch()
     guard = _recorded(folder / _GUARD_FILE, folder)
     first = _recorded(folder / _FIRST_FILE, folder)
     for pid, number in ((guard, signal.SIGTERM), (first, signal.SIGUSR1)):

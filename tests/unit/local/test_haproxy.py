@@ -238,6 +238,10 @@ def test_no_replica_is_unavailable_and_says_nothing_of_places(folder: Path) -> N
         assert failed.value.details() == "no replica answered; send the request again"
 
 
+def test_closing_where_the_folder_was_removed_is_no_error(tmp_path: Path) -> None:
+    haproxy.close(tmp_path / "gone", 1.0)
+
+
 def test_closed_it_answers_what_was_begun_and_lets_clients_go(folder: Path) -> None:
     begun, end = threading.Event(), threading.Event()
 
