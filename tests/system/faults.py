@@ -79,6 +79,8 @@ class Load:
     """Without faults."""
     right: dict[str, set[str]] = field(default_factory=dict)
     """Those that count as right: the one without faults, unless somebody says otherwise."""
+    timeout_s: float = 90.0
+    """Of a question."""
     versions: dict[str, int] = field(default_factory=dict)
     """Of documents that change: the newest that was acknowledged."""
 
@@ -125,7 +127,12 @@ class Load:
     async def _answer(self, name: str) -> str:
         question = f"What is the capital of {name}?"
         answer = await self.client.ask(
-            question, collection=COLLECTION, top_k=3, max_tokens=MAX_TOKENS, temperature=0.0, timeout_s=90
+            question,
+            collection=COLLECTION,
+            top_k=3,
+            max_tokens=MAX_TOKENS,
+            temperature=0.0,
+            timeout_s=self.timeout_s,
         )
         return answer.text
 

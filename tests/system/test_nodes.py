@@ -15,6 +15,7 @@ from blockrag.settings import (
     ClusterSettings,
     DecoderSettings,
     EncoderSettings,
+    GatewaySettings,
     KvCacheSettings,
     Settings,
 )
@@ -32,6 +33,8 @@ _CUT_S = 4.0
 _GONE_S = 20.0
 _LONG_CUT_S = 40.0
 _END_S = 60.0
+_TIMEOUT_S = 240.0
+"""What waits when everything has to start anew, on a slow machine."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,7 @@ def cluster(small_bundle: Path) -> Iterator[Machines]:
         settings = Settings(
             bundle=BundleSettings(path=str(small_bundle)),
             cluster=ClusterSettings(host="0.0.0.0", state_dir=str(made.folder / "state")),
+            gateway=GatewaySettings(max_timeout_ms=int(_TIMEOUT_S * 1000)),
             encoder=EncoderSettings(min_replicas=1, max_replicas=1, threads=1),
             kv_cache=KvCacheSettings(shards=2, budget_mb=96, disk_mb=0),
             decoder=DecoderSettings(replicas=_DECODERS, threads=1, l1_mb=64),
@@ -60,8 +64,8 @@ def _complete(replicas: dict[str, list[str]]) -> bool:
 
 async def _under_load(machines: Machines, act: Callable[[], None], settle_s: float) -> list[Request]:
     """What clients of the head's door see while something is done and for so long afterwards."""
-    async with BlockragClient(machines.head.target, timeout_s=90, patience_s=60) as client:
-        load = Load(client, 2.0, seed=0)
+    async with BlockragClient(machines.head.target, timeout_s=_TIMEOUT_S, patience_s=_TIMEOUT_S) as client:
+        load = Load(client, 2.0, seed=0, timeout_s=_TIMEOUT_S)
         await load.prepare()
         stop = asyncio.Event()
         running = asyncio.create_task(load.run(stop))
@@ -73,8 +77,8 @@ async def _under_load(machines: Machines, act: Callable[[], None], settle_s: flo
     return load.done
 
 
-def _bad(requests: list[Request]) -> list[tuple[str, str, str]]:
-    return [(each.kind, each.error, each.wrong) for each in requests if each.error or each.wrong]
+def _bad(requests: list[Request]) -> list[tuple[str, str, str, float]]:
+    return [(each.kind, each.error, each.wrong, each.seconds) for each in requests if each.error or each.wrong]
 
 
 def test_each_machine_answers_and_blocks_cross_the_wires(cluster: Machines) -> None:
