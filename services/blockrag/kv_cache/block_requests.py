@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from blockrag.alike import alike
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId, FormUsage, ShardStats, WarmOutcome
+from blockrag.kv_cache.shard_messages import DocumentId, WarmOutcome, add_counts
 from blockrag.types import FULL, BlockForm, BlockRequest
 from blockrag.v1 import common_pb2, kv_cache_pb2
 
 _LARGEST_TOKEN_ID = 2**31 - 1
-_SUMMED = ("blocks", "pinned_blocks", "hits", "misses", "joined", "evictions", "expirations", "lost")
-"""Counts of shards that are told together."""
 
 
 def block_forms(forms: Sequence[common_pb2.BlockForm], chunk_tokens: int) -> list[BlockForm]:
@@ -101,27 +99,21 @@ def tenant_of(context: common_pb2.RequestContext) -> str:
     return context.tenant
 
 
-def status_response(stats: Sequence[ShardStats], budget_bytes: int) -> kv_cache_pb2.GetKvCacheStatusResponse:
+def status_response(
+    stats: Iterable[kv_cache_pb2.GetKvCacheStatusResponse], budget_bytes: int
+) -> kv_cache_pb2.GetKvCacheStatusResponse:
     """The shards' numbers as one; ``budget_bytes`` is that of all shards, whether they answered or not."""
-    tenants: dict[str, kv_cache_pb2.TenantUsage] = {}
+    status = kv_cache_pb2.GetKvCacheStatusResponse()
+    tenants: defaultdict[str, kv_cache_pb2.TenantUsage] = defaultdict(kv_cache_pb2.TenantUsage)
+    forms: defaultdict[str, kv_cache_pb2.FormUsage] = defaultdict(kv_cache_pb2.FormUsage)
     for shard in stats:
-        for name, usage in shard.tenants.items():
-            tenant = tenants.setdefault(name, kv_cache_pb2.TenantUsage(tenant=name))
-            tenant.blocks += usage.blocks
-            tenant.bytes += usage.nbytes
-    forms: dict[str, FormUsage] = {}
-    for shard in stats:
-        for form, held in shard.forms.items():
-            forms[form] = forms.get(form, FormUsage()) + held
-    disk = sum((shard.disk for shard in stats), DiskUsage())
-    return kv_cache_pb2.GetKvCacheStatusResponse(
-        **{name: sum(getattr(shard, name) for shard in stats) for name in _SUMMED},
-        bytes=sum(shard.nbytes for shard in stats),
-        budget_bytes=budget_bytes,
-        shards=len(stats),
-        tenants=[tenants[name] for name in sorted(tenants)],
-        forms=[
-            alike(kv_cache_pb2.FormUsage, usage, form=name, bytes=usage.nbytes) for name, usage in sorted(forms.items())
-        ],
-        disk=alike(kv_cache_pb2.DiskUsage, disk, bytes=disk.nbytes),
-    )
+        add_counts(status, shard)
+        add_counts(status.disk, shard.disk)
+        for tenant in shard.tenants:
+            add_counts(tenants[tenant.tenant], tenant)
+        for form in shard.forms:
+            add_counts(forms[form.form], form)
+    status.budget_bytes = budget_bytes
+    status.tenants.extend(tenants[name] for name in sorted(tenants))
+    status.forms.extend(forms[name] for name in sorted(forms))
+    return status

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from blockrag.errors import DataError, UnavailableError
@@ -27,10 +26,11 @@ from blockrag.kv_cache.block_files import (
 )
 from blockrag.kv_cache.disk_index import DiskEntry, DiskIndex, affordable, on_disk, scan, space
 from blockrag.kv_cache.file_tier import FileTier, Loaded
-from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId, EncodedObject
+from blockrag.kv_cache.shard_messages import DocumentId, EncodedObject
 from blockrag.kv_cache.write_behind import Pending, ReadObject
 from blockrag.limits import DISK_RESERVE
 from blockrag.types import BlockRequest, CachedBlock
+from blockrag.v1.kv_cache_pb2 import DiskUsage
 
 _NOTE_USE_S = 60.0
 """A file's time follows its block's use at most this often."""
@@ -152,13 +152,12 @@ class DiskTier(FileTier):
     def usage(self) -> DiskUsage:
         """What is on disk, and what happened there since the start."""
         self._expire()
-        return replace(
-            super().usage(),
-            blocks=len(self.index),
-            nbytes=self.index.nbytes,
-            budget_bytes=self.index.budget_bytes,
-            evictions=self._evictions,
-        )
+        usage = super().usage()
+        usage.blocks = len(self.index)
+        usage.bytes = self.index.nbytes
+        usage.budget_bytes = self.index.budget_bytes
+        usage.evictions = self._evictions
+        return usage
 
     async def _write(self, pending: Pending, block: CachedBlock) -> bool:
         evicted = self.index.make_room(pending.nbytes, pending.tenant)

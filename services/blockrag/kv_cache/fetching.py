@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -105,17 +106,10 @@ class BlockFetcher:
         return [block for answer in answers for block in answer]
 
     async def _report_lost(self, lost: Sequence[AcquiredBlock]) -> None:
-        keys = [block.key for block in lost]
-        reports = [
-            self._shards.shards[index].report_lost(
-                [keys[place] for place in places], [lost[place].generation for place in places]
-            )
-            for index, places in self._shards.places(keys).items()
-        ]
-        for outcome in await asyncio.gather(*reports, return_exceptions=True):
-            # A shard that is gone has lost the block anyway.
-            if isinstance(outcome, BaseException) and not isinstance(outcome, UnavailableError):
-                raise outcome
+        for index, places in self._shards.places([block.key for block in lost]).items():
+            keys, generations = [lost[place].key for place in places], [lost[place].generation for place in places]
+            with suppress(UnavailableError):  # a shard that is gone has lost the block anyway
+                await self._shards.shards[index].report_lost(keys, generations)
 
 
 class Purgeable(Protocol):

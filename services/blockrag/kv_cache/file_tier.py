@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from blockrag.errors import DataError
 from blockrag.kv_cache.pace import LoadOrEncode
-from blockrag.kv_cache.shard_messages import DiskUsage, EncodedObject
+from blockrag.kv_cache.shard_messages import EncodedObject
 from blockrag.kv_cache.write_behind import RETRY_S, Pending, ReadObject, Warnings, WriteBehind
 from blockrag.types import BlockForm, BlockRequest, CachedBlock
+from blockrag.v1.kv_cache_pb2 import DiskUsage
 
 READ_TIMEOUT_S = 5.0
 """A read that takes longer is left, and the block encoded; nothing is read for ``RETRY_S`` then, nor before the read

@@ -19,14 +19,12 @@ from blockrag.errors import UnavailableError
 from blockrag.kv_cache.disk import DiskTier
 from blockrag.kv_cache.shard_messages import (
     AcquiredBlock,
-    DiskUsage,
     DocumentId,
     EncodedObject,
-    FormUsage,
     PurgeLog,
-    ShardStats,
     Tier,
     WarmOutcome,
+    add_counts,
 )
 from blockrag.kv_cache.store import BlockStore
 from blockrag.kv_cache.suspects import Suspects
@@ -39,6 +37,7 @@ from blockrag.telemetry.metrics import (
     Gauge,
 )
 from blockrag.types import BlockForm, BlockRequest
+from blockrag.v1.kv_cache_pb2 import GetKvCacheStatusResponse
 
 ENCODE_ATTEMPTS = 4
 """How often a block is sent to the encoder when its replicas die."""
@@ -46,19 +45,21 @@ WARM_CONCURRENCY = 64
 """Blocks that warming has in the encoder at a time, over all callers of a shard: two forward passes' worth."""
 _FIRST_BACKOFF_S = 0.05
 
-KV_CACHE_BYTES = Gauge("blockrag_kv_cache_bytes", "Bytes of block KV that a shard holds.", ("shard",))
-KV_CACHE_EVICTIONS = Counter("blockrag_kv_cache_evictions", "Blocks removed to make room.", ("shard",))
-KV_CACHE_EXPIRATIONS = Counter("blockrag_kv_cache_expirations", "Blocks removed for their age.", ("shard",))
-KV_CACHE_LOST = Counter("blockrag_kv_cache_lost", "Blocks whose objects the store lost.", ("shard",))
-KV_CACHE_JOINED = Counter("blockrag_kv_cache_joined", "Requests that waited for another's encode.", ("shard",))
-KV_CACHE_DISK_BYTES = Gauge("blockrag_kv_cache_disk_bytes", "Bytes of disk that a shard's blocks take.", ("shard",))
-KV_CACHE_DISK_EVICTIONS = Counter("blockrag_kv_cache_disk_evictions", "Files removed to make room.", ("shard",))
-KV_CACHE_DISK_REJECTED = Counter(
-    "blockrag_kv_cache_disk_rejected", "Files that were damaged or of another bundle.", ("shard",)
-)
-KV_CACHE_DISK_DROPPED = Counter(
-    "blockrag_kv_cache_disk_dropped", "Blocks that the disk had no room or no time for.", ("shard",)
-)
+_SHARD = ("shard",)
+KV_CACHE_BYTES = Gauge("blockrag_kv_cache_bytes", "Bytes of block KV that a shard holds.", _SHARD)
+KV_CACHE_DISK_BYTES = Gauge("blockrag_kv_cache_disk_bytes", "Bytes of disk that a shard's blocks take.", _SHARD)
+_COUNTERS = {
+    "evictions": Counter("blockrag_kv_cache_evictions", "Blocks removed to make room.", _SHARD),
+    "expirations": Counter("blockrag_kv_cache_expirations", "Blocks removed for their age.", _SHARD),
+    "lost": Counter("blockrag_kv_cache_lost", "Blocks whose objects the store lost.", _SHARD),
+    "joined": Counter("blockrag_kv_cache_joined", "Requests that waited for another's encode.", _SHARD),
+}
+"""By the counts of a shard's status that they follow; below, of its disk's."""
+_DISK_COUNTERS = {
+    "evictions": Counter("blockrag_kv_cache_disk_evictions", "Files removed to make room.", _SHARD),
+    "rejected": Counter("blockrag_kv_cache_disk_rejected", "Files that were damaged or of another bundle.", _SHARD),
+    "dropped": Counter("blockrag_kv_cache_disk_dropped", "Blocks that the disk had no room or no time for.", _SHARD),
+}
 
 Encode = Callable[[BlockRequest], Awaitable[EncodedObject]]
 
@@ -163,10 +164,9 @@ class CacheShard:
             return WarmOutcome(hits=1, over_budget=over_budget)
         return WarmOutcome(encoded=frozenset([request.key]), encoded_bytes=block.nbytes, over_budget=over_budget)
 
-    async def report_lost(self, keys: Sequence[str], generations: Sequence[int] | None = None) -> int:
+    async def report_lost(self, keys: Sequence[str], generations: Sequence[int]) -> int:
         """Forgets blocks whose objects could not be read; how many. A newer object of the same key stays."""
-        stale = [0] * len(keys) if generations is None else generations
-        return sum(self.store.lose(key, generation) for key, generation in zip(keys, stale, strict=True))
+        return sum(map(self.store.lose, keys, generations))
 
     async def purged_since(self, cursor: int) -> PurgeLog:
         """Keys purged since a reader's cursor; 0 for a new reader."""
@@ -193,13 +193,13 @@ class CacheShard:
                 await tier.erase(document)
         return forgotten
 
-    async def stats(self) -> ShardStats:
+    async def stats(self) -> GetKvCacheStatusResponse:
         """What is held, and what happened since the start."""
         store = self.store
         store.expire()
-        return ShardStats(
+        status = GetKvCacheStatusResponse(
             blocks=len(store),
-            nbytes=store.nbytes,
+            bytes=store.nbytes,
             budget_bytes=store.budget_bytes,
             pinned_blocks=store.pinned_blocks,
             hits=self.hits.total(),
@@ -208,17 +208,20 @@ class CacheShard:
             evictions=store.evictions,
             expirations=store.expirations,
             lost=store.lost,
+            shards=1,
             tenants=store.tenants(),
-            forms=self._forms(),
-            disk=sum((tier.usage() for tier in self._tiers), DiskUsage()),
         )
-
-    def _forms(self) -> dict[str, FormUsage]:
-        held = self.store.forms()
-        return {
-            str(form): held.get(form, FormUsage()) + FormUsage(hits=self.hits[form], misses=self.misses[form])
-            for form in sorted({*held, *self.hits, *self.misses}, key=str)
-        }
+        for form in sorted({*store.form_blocks, *self.hits, *self.misses}, key=str):
+            status.forms.add(
+                form=str(form),
+                blocks=store.form_blocks[form],
+                bytes=store.form_bytes[form],
+                hits=self.hits[form],
+                misses=self.misses[form],
+            )
+        for tier in self._tiers:
+            add_counts(status.disk, tier.usage())
+        return status
 
     def _held(self, request: BlockRequest, *, pin: bool) -> AcquiredBlock | None:
         document = document_of(request)
@@ -334,7 +337,7 @@ class ShardMetrics:
 
     def __init__(self, shard: str) -> None:
         self._shard = shard
-        self._last: ShardStats | None = None
+        self._last = GetKvCacheStatusResponse()
 
     def record_acquired(self, requests: Sequence[BlockRequest], acquired: Sequence[AcquiredBlock]) -> None:
         """Counts the tokens looked up and found."""
@@ -346,22 +349,15 @@ class ShardMetrics:
         KV_CACHE_QUERY_TOKENS.inc(tokens.total() - tokens["store"], tier="disk")
         KV_CACHE_HIT_TOKENS.inc(tokens["disk"] + tokens["volume"], tier="disk")
 
-    def record_stats(self, stats: ShardStats) -> None:
+    def record_stats(self, stats: GetKvCacheStatusResponse) -> None:
         """Brings gauges and counters up to date."""
         last, self._last = self._last, stats
-        KV_CACHE_BYTES.set(stats.nbytes, shard=self._shard)
-        KV_CACHE_USAGE_PERC.set(stats.nbytes / stats.budget_bytes, tier="store")
-        disk, disk_before = stats.disk, last.disk if last else DiskUsage()
-        KV_CACHE_DISK_BYTES.set(disk.nbytes, shard=self._shard)
-        if disk.budget_bytes:
-            KV_CACHE_USAGE_PERC.set(disk.nbytes / disk.budget_bytes, tier="disk")
-        for counter, now, before in (
-            (KV_CACHE_EVICTIONS, stats.evictions, last.evictions if last else 0),
-            (KV_CACHE_EXPIRATIONS, stats.expirations, last.expirations if last else 0),
-            (KV_CACHE_LOST, stats.lost, last.lost if last else 0),
-            (KV_CACHE_JOINED, stats.joined, last.joined if last else 0),
-            (KV_CACHE_DISK_EVICTIONS, disk.evictions, disk_before.evictions),
-            (KV_CACHE_DISK_REJECTED, disk.rejected, disk_before.rejected),
-            (KV_CACHE_DISK_DROPPED, disk.dropped, disk_before.dropped),
-        ):
-            counter.inc(now - before, shard=self._shard)
+        KV_CACHE_BYTES.set(stats.bytes, shard=self._shard)
+        KV_CACHE_USAGE_PERC.set(stats.bytes / stats.budget_bytes, tier="store")
+        KV_CACHE_DISK_BYTES.set(stats.disk.bytes, shard=self._shard)
+        if stats.disk.budget_bytes:
+            KV_CACHE_USAGE_PERC.set(stats.disk.bytes / stats.disk.budget_bytes, tier="disk")
+        for name, counter in _COUNTERS.items():
+            counter.inc(getattr(stats, name) - getattr(last, name), shard=self._shard)
+        for name, counter in _DISK_COUNTERS.items():
+            counter.inc(getattr(stats.disk, name) - getattr(last.disk, name), shard=self._shard)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from operator import add
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+from google.protobuf.message import Message
+
 from blockrag.types import BlockRequest, CachedBlock
+from blockrag.v1.kv_cache_pb2 import DiskUsage
 
 Tier = Literal["store", "disk", "volume", "encoded"]
 """``store``: the block was held already. ``disk``, ``volume``: it was read from a file there. ``encoded``: a forward
@@ -100,75 +102,12 @@ class WarmOutcome:
         )
 
 
-@dataclass(frozen=True)
-class TenantUsage:
-    """What one tenant holds."""
-
-    blocks: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class FormUsage:
-    """What happened since the shard's start, and what is held, in one form."""
-
-    blocks: int = 0
-    nbytes: int = 0
-    hits: int = 0
-    misses: int = 0
-
-    def __add__(self, other: FormUsage) -> FormUsage:
-        return FormUsage(*map(add, vars(self).values(), vars(other).values()))
-
-
-@dataclass(frozen=True)
-class DiskUsage:
-    """What a shard has on disk, and what happened there, and on the volume, since its start."""
-
-    blocks: int = 0
-    nbytes: int = 0
-    """Of the disk."""
-    budget_bytes: int = 0
-    hits: int = 0
-    """Blocks that were read."""
-    slower: int = 0
-    """Blocks that were encoded because reading had been slower than that."""
-    written: int = 0
-    """Files: a block's on disk and its on the volume are two."""
-    evictions: int = 0
-    rejected: int = 0
-    """Files that were damaged or of another bundle, and removed."""
-    dropped: int = 0
-    """Files that were not written: the disk was full, or it or the volume failed or was slower than the encoder."""
-    pending: int = 0
-    """Files that wait to be written."""
-    warnings: tuple[str, ...] = ()
-    """What an operator should know."""
-
-    def __add__(self, other: DiskUsage) -> DiskUsage:
-        counts = {name: getattr(self, name) + getattr(other, name) for name in _DISK_COUNTS}
-        return DiskUsage(**counts, warnings=tuple(dict.fromkeys(self.warnings + other.warnings)))
-
-
-_DISK_COUNTS = tuple(name for name in DiskUsage.__dataclass_fields__ if name != "warnings")
-
-
-@dataclass(frozen=True)
-class ShardStats:
-    """Counters since the shard's start, and what it holds now."""
-
-    blocks: int
-    nbytes: int
-    budget_bytes: int
-    pinned_blocks: int
-    hits: int
-    misses: int
-    joined: int
-    """Requests that waited for an encode that another request had started."""
-    evictions: int
-    expirations: int
-    lost: int
-    tenants: dict[str, TenantUsage] = field(default_factory=dict)
-    forms: dict[str, FormUsage] = field(default_factory=dict)
-    """By the form's name."""
-    disk: DiskUsage = DiskUsage()
+def add_counts(total: Message, part: Message) -> None:
+    """Adds the counts of a message to those of another of its kind, which also says whose they are; warnings once."""
+    for field, value in part.ListFields():
+        if isinstance(value, int):
+            setattr(total, field.name, getattr(total, field.name) + value)
+        elif isinstance(value, str):
+            setattr(total, field.name, value)
+    if isinstance(total, DiskUsage) and isinstance(part, DiskUsage):
+        total.warnings.extend(text for text in part.warnings if text not in total.warnings)

@@ -11,8 +11,9 @@ from typing import Protocol, TypeVar
 
 from blockrag.aio import gather_or_cancel
 from blockrag.errors import BlockragError, UnavailableError
-from blockrag.kv_cache.shard_messages import AcquiredBlock, DocumentId, PurgeLog, ShardStats, Tier, WarmOutcome
+from blockrag.kv_cache.shard_messages import AcquiredBlock, DocumentId, PurgeLog, Tier, WarmOutcome
 from blockrag.types import BlockRequest
+from blockrag.v1.kv_cache_pb2 import GetKvCacheStatusResponse
 
 PATIENCE_S = 60.0
 """How long a call waits for a shard that is being restarted; a caller's deadline usually ends it sooner."""
@@ -32,7 +33,7 @@ class Shard(Protocol):
 
     async def warm(self, blocks: list[BlockRequest], pin: bool) -> WarmOutcome: ...
 
-    async def report_lost(self, keys: list[str], generations: list[int] | None = None) -> int: ...
+    async def report_lost(self, keys: list[str], generations: list[int]) -> int: ...
 
     async def purged_since(self, cursor: int) -> PurgeLog: ...
 
@@ -40,7 +41,7 @@ class Shard(Protocol):
 
     async def purge(self, documents: list[DocumentId]) -> int: ...
 
-    async def stats(self) -> ShardStats: ...
+    async def stats(self) -> GetKvCacheStatusResponse: ...
 
 
 def shard_names(shards: int) -> list[str]:
@@ -134,10 +135,10 @@ class ShardGroup:
         """
         return sum(await self._call_all(lambda shard: shard.purge(documents)))
 
-    async def stats(self) -> list[ShardStats]:
+    async def stats(self) -> list[GetKvCacheStatusResponse]:
         """Of the shards that answer within two seconds."""
 
-        async def ask(shard: Shard) -> ShardStats | None:
+        async def ask(shard: Shard) -> GetKvCacheStatusResponse | None:
             try:
                 async with asyncio.timeout(_STATS_TIMEOUT_S):
                     return await shard.stats()

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from blockrag.kv_cache.purge_log import Departed, PurgeJournal, process_start
-from blockrag.kv_cache.shard_messages import DocumentId, FormUsage, TenantUsage
+from blockrag.kv_cache.shard_messages import DocumentId
 from blockrag.types import FULL, BlockForm
+from blockrag.v1.kv_cache_pb2 import TenantUsage
 
 
 @dataclass
@@ -81,6 +82,8 @@ class BlockStore:
         self.tenant_budget_bytes = int(budget_bytes * tenant_share)
         self.journal = PurgeJournal() if journal is None else journal
         self.nbytes = 0
+        self.form_blocks: Counter[BlockForm] = Counter()
+        self.form_bytes: Counter[BlockForm] = Counter()
         self.evictions = 0
         self.expirations = 0
         self.lost = 0
@@ -90,7 +93,6 @@ class BlockStore:
         self._entries: dict[str, Entry] = {}
         self._lru: OrderedDict[str, None] = OrderedDict()
         self._tenants: dict[str, _Tenant] = {}
-        self._forms: dict[BlockForm, FormUsage] = {}
         self._documents: dict[DocumentId, set[str]] = {}
         self._generations = itertools.count(process_start())
 
@@ -107,13 +109,9 @@ class BlockStore:
         """Blocks that stay whatever happens."""
         return len(self._entries) - len(self._lru)
 
-    def tenants(self) -> dict[str, TenantUsage]:
+    def tenants(self) -> list[TenantUsage]:
         """What each tenant holds."""
-        return {name: TenantUsage(tenant.blocks, tenant.nbytes) for name, tenant in self._tenants.items()}
-
-    def forms(self) -> dict[BlockForm, FormUsage]:
-        """What is held in each form; hits and misses are not counted here."""
-        return dict(self._forms)
+        return [TenantUsage(tenant=name, blocks=held.blocks, bytes=held.nbytes) for name, held in self._tenants.items()]
 
     def get(self, key: str, document: DocumentId, *, pin: bool = False) -> Entry | None:
         """The entry, made the most recently used and noted as part of the document; None: not held."""
@@ -212,20 +210,17 @@ class BlockStore:
             self.journal.reset_readers()
         return forgotten
 
-    def expire(self) -> int:
-        """Forgets blocks unused for longer than the time to live; how many."""
+    def expire(self) -> None:
+        """Forgets blocks unused for longer than the time to live."""
         if not self._ttl_s:
-            return 0
+            return
         oldest_kept = self._clock() - self._ttl_s
-        expired = 0
         while self._lru:
             entry = self._entries[next(iter(self._lru))]
             if entry.last_use >= oldest_kept:
-                break
+                return
             self._depart(entry)
-            expired += 1
-        self.expirations += expired
-        return expired
+            self.expirations += 1
 
     def _evict(self, key: str) -> None:
         self._depart(self._entries[key])
@@ -244,7 +239,8 @@ class BlockStore:
         tenant.blocks += 1
         tenant.nbytes += entry.nbytes
         self.nbytes += entry.nbytes
-        self._forms[entry.form] = self._forms.get(entry.form, FormUsage()) + FormUsage(1, entry.nbytes)
+        self.form_blocks[entry.form] += 1
+        self.form_bytes[entry.form] += entry.nbytes
 
     def _remove(self, key: str) -> None:
         entry = self._entries.pop(key, None)
@@ -256,7 +252,8 @@ class BlockStore:
         tenant.blocks -= 1
         tenant.nbytes -= entry.nbytes
         self.nbytes -= entry.nbytes
-        self._forms[entry.form] += FormUsage(-1, -entry.nbytes)
+        self.form_blocks[entry.form] -= 1
+        self.form_bytes[entry.form] -= entry.nbytes
         if entry.pins:
             tenant.pinned_bytes -= entry.nbytes
         if not tenant.blocks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from blockrag.errors import DataError, ReplicaLostError
 from blockrag.lru import Lru
@@ -33,27 +33,19 @@ class Suspects:
     @asynccontextmanager
     async def tried(self, key: str) -> AsyncGenerator[None, None]:
         """Around one try to encode the block. Raises ``DataError`` for one that is in quarantine."""
-        if not self._count(key):
-            async with self._counted(key):
-                yield
-            return
-        async with self._alone:
+        alone: AbstractAsyncContextManager[None] = self._alone if self._count(key) else nullcontext()
+        async with alone:
             if self._count(key) >= _STRIKES:
                 raise DataError(
                     f"block {key} was in {_STRIKES} encoders when they died; it is tried again after {QUARANTINE_S:g} s"
                 )
-            async with self._counted(key):
+            try:
                 yield
-
-    @asynccontextmanager
-    async def _counted(self, key: str) -> AsyncGenerator[None, None]:
-        try:
-            yield
-        except ReplicaLostError:
-            self._strikes.put(key, (self._count(key) + 1, self._clock()))
-            raise
-        else:
-            self._strikes.pop(key)
+            except ReplicaLostError:
+                self._strikes.put(key, (self._count(key) + 1, self._clock()))
+                raise
+            else:
+                self._strikes.pop(key)
 
     def _count(self, key: str) -> int:
         strikes, struck = self._strikes.get(key) or (0, 0.0)

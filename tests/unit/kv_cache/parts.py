@@ -16,12 +16,12 @@ from blockrag.kv_cache.shard_messages import (
     DocumentId,
     EncodedObject,
     PurgeLog,
-    ShardStats,
     Tier,
     WarmOutcome,
 )
 from blockrag.kv_cache.store import BlockStore
 from blockrag.types import BlockKV, BlockRequest
+from blockrag.v1.kv_cache_pb2 import GetKvCacheStatusResponse
 
 SIZE = 100
 """Bytes of every block."""
@@ -104,7 +104,7 @@ class LocalShard:
     async def warm(self, blocks: list[BlockRequest], pin: bool) -> WarmOutcome:
         return await (await self._alive("warm")).warm(blocks, pin)
 
-    async def report_lost(self, keys: list[str], generations: list[int] | None = None) -> int:
+    async def report_lost(self, keys: list[str], generations: list[int]) -> int:
         return await (await self._alive("report_lost")).report_lost(keys, generations)
 
     async def purged_since(self, cursor: int) -> PurgeLog:
@@ -116,7 +116,7 @@ class LocalShard:
     async def purge(self, documents: list[DocumentId]) -> int:
         return await (await self._alive("purge")).purge(documents)
 
-    async def stats(self) -> ShardStats:
+    async def stats(self) -> GetKvCacheStatusResponse:
         return await (await self._alive("stats")).stats()
 
 

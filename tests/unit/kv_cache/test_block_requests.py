@@ -12,7 +12,7 @@ from blockrag.kv_cache.block_requests import (
     status_response,
     warm_response,
 )
-from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId, FormUsage, ShardStats, TenantUsage, WarmOutcome
+from blockrag.kv_cache.shard_messages import DocumentId, WarmOutcome
 from blockrag.types import FULL, BlockForm
 from blockrag.v1.common_pb2 import (
     BLOCK_FORM_CHUNKS,
@@ -22,9 +22,11 @@ from blockrag.v1.common_pb2 import (
     RequestContext,
 )
 from blockrag.v1.common_pb2 import BlockForm as BlockFormValue
-from blockrag.v1.kv_cache_pb2 import DocumentRef
+from blockrag.v1.kv_cache_pb2 import DiskUsage, DocumentRef, FormUsage, GetKvCacheStatusResponse, TenantUsage
 
 KEYS = KeyMaker("fingerprint", b"secret")
+COUNTS = [field.name for field in GetKvCacheStatusResponse.DESCRIPTOR.fields][:11]
+DISK_COUNTS = [field.name for field in DiskUsage.DESCRIPTOR.fields][:10]
 CONTEXT = RequestContext(tenant="t", traceparent="00-" + "a" * 32 + "-" + "b" * 16 + "-01")
 
 
@@ -63,18 +65,23 @@ def test_documents_are_the_tenants() -> None:
 
 def test_shards_are_summed_up() -> None:
     stats = [
-        ShardStats(
-            *(2, 20, 50, 1, 3, 4, 5, 6, 7, 8),
-            {"a": TenantUsage(1, 10), "b": TenantUsage(1, 10)},
-            {"full": FormUsage(1, 15, 2, 3), "chunks-8": FormUsage(1, 5, 1, 1)},
+        GetKvCacheStatusResponse(
+            **dict(zip(COUNTS, (2, 20, 50, 1, 3, 4, 5, 6, 7, 8, 1), strict=True)),
+            tenants=[TenantUsage(tenant="a", blocks=1, bytes=10), TenantUsage(tenant="b", blocks=1, bytes=10)],
+            forms=[
+                FormUsage(form="full", blocks=1, bytes=15, hits=2, misses=3),
+                FormUsage(form="chunks-8", blocks=1, bytes=5, hits=1, misses=1),
+            ],
         ),
-        ShardStats(
-            *(1, 10, 50, 0, 1, 1, 1, 1, 1, 1),
-            {"b": TenantUsage(1, 10)},
-            {"full": FormUsage(1, 10, 1, 1)},
-            DiskUsage(*range(1, 11), ("full",)),
+        GetKvCacheStatusResponse(
+            **dict(zip(COUNTS, (1, 10, 50, 0, 1, 1, 1, 1, 1, 1, 1), strict=True)),
+            tenants=[TenantUsage(tenant="b", blocks=1, bytes=10)],
+            forms=[FormUsage(form="full", blocks=1, bytes=10, hits=1, misses=1)],
+            disk=DiskUsage(**dict(zip(DISK_COUNTS, range(1, 11), strict=True)), warnings=["full"]),
         ),
-        ShardStats(*(0,) * 10, disk=DiskUsage(*range(10, 20), ("full", "slow"))),
+        GetKvCacheStatusResponse(
+            shards=1, disk=DiskUsage(**dict(zip(DISK_COUNTS, range(10, 20), strict=True)), warnings=["full", "slow"])
+        ),
     ]
     status = status_response(stats, 150)
     assert (status.blocks, status.bytes, status.budget_bytes, status.pinned_blocks) == (3, 30, 150, 1)

@@ -43,7 +43,7 @@ async def test_a_block_survives_its_process_with_what_it_cost(tmp_path: Path) ->
     assert loaded[1] == 0.7
     assert not await found(tier, wanted(2))
     usage = tier.usage()
-    assert (usage.blocks, usage.nbytes, usage.hits, usage.written, usage.warnings) == (1, FILE_BYTES, 1, 0, ())
+    assert (usage.blocks, usage.bytes, usage.hits, usage.written, usage.warnings) == (1, FILE_BYTES, 1, 0, [])
 
 
 async def test_writing_takes_nothing_of_the_caller_s_time_and_is_bounded(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ async def test_writing_takes_nothing_of_the_caller_s_time_and_is_bounded(tmp_pat
     assert "slower" in usage.warnings[0]
     await tier.settled()
     usage = tier.usage()
-    assert (usage.pending, usage.written, usage.warnings) == (0, 3, ())
+    assert (usage.pending, usage.written, usage.warnings) == (0, 3, [])
 
 
 async def test_a_block_is_written_once(tmp_path: Path) -> None:
@@ -237,11 +237,11 @@ async def test_a_disk_that_hangs_costs_the_questions_of_one_moment_a_bounded_tim
     assert not any(await asyncio.gather(*(found(tier, wanted(number)) for number in range(8))))
     assert not any([await found(tier, wanted(number)) for number in range(8)])
     assert len(asked) == 2, "what hangs is not asked again"
-    assert tier.usage().warnings == ("the disk is slow: a block took longer than 0.1 s to read",)
+    assert tier.usage().warnings == ["the disk is slow: a block took longer than 0.1 s to read"]
     released.set()
     while not await found(tier, wanted(0)):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
-    assert (tier.usage().warnings, len(tier.index)) == ((), 8)
+    assert (tier.usage().warnings, len(tier.index)) == ([], 8)
 
 
 @contextmanager
@@ -294,7 +294,7 @@ async def test_a_budget_beyond_the_disk_is_cut_with_a_warning(tmp_path: Path) ->
     status = os.statvfs(tmp_path)
     assert 0 < usage.budget_bytes <= status.f_bavail * status.f_frsize
     assert "kv_cache.disk_mb" in usage.warnings[0]
-    assert open_tier(tmp_path, 10).usage().warnings == ()
+    assert open_tier(tmp_path, 10).usage().warnings == []
 
 
 async def test_a_smaller_budget_removes_what_was_used_longest_ago(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import pytest
 
 from blockrag.errors import InvalidRequestError, UnavailableError
 from blockrag.kv_cache.shard import ENCODE_ATTEMPTS, CacheShard
-from blockrag.kv_cache.shard_messages import DocumentId, FormUsage, WarmOutcome
+from blockrag.kv_cache.shard_messages import DocumentId, WarmOutcome
 from blockrag.kv_cache.store import BlockStore
 from blockrag.types import BlockForm
+from blockrag.v1.kv_cache_pb2 import FormUsage
 from tests.unit.kv_cache.parts import SIZE, Encoder, request, requests, settle
 
 DOCUMENT = DocumentId("t", "c", "d")
@@ -256,7 +257,7 @@ async def test_a_lost_block_is_encoded_again_unless_it_was_already() -> None:
     assert (new.tier, new.ref) == ("encoded", ["object 2 of a"])
     assert await shard.report_lost(["a"], [old.generation]) == 0
     assert [key in shard.store for key in ("a",)] == [True]
-    assert await shard.report_lost(["a", "unknown"]) == 1
+    assert await shard.report_lost(["a", "unknown"], [0, 0]) == 1
     assert (await shard.stats()).lost == 2
 
 
@@ -285,14 +286,14 @@ async def test_forms_of_a_block_are_counted_and_purged_together() -> None:
     forms = [request("full"), replace(request("small"), form=compressed), replace(request("tiny"), form=chunks)]
     await shard.acquire(forms)
     await shard.acquire(forms[1:2])
-    assert (await shard.stats()).forms == {
-        "chunks-8": FormUsage(1, SIZE, 0, 1),
-        "compressed-8": FormUsage(1, SIZE, 1, 1),
-        "full": FormUsage(1, SIZE, 0, 1),
-    }
+    assert list((await shard.stats()).forms) == [
+        FormUsage(form="chunks-8", blocks=1, bytes=SIZE, misses=1),
+        FormUsage(form="compressed-8", blocks=1, bytes=SIZE, hits=1, misses=1),
+        FormUsage(form="full", blocks=1, bytes=SIZE, misses=1),
+    ]
     assert ((await shard.stats()).hits, (await shard.stats()).misses) == (1, 3)
     assert await shard.purge([DOCUMENT]) == 3
-    assert {form: usage.blocks for form, usage in (await shard.stats()).forms.items()} == {
+    assert {usage.form: usage.blocks for usage in (await shard.stats()).forms} == {
         "chunks-8": 0,
         "compressed-8": 0,
         "full": 0,

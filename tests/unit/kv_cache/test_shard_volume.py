@@ -51,7 +51,7 @@ async def test_what_one_node_encoded_another_reads_and_keeps_on_its_disk(url: st
     assert second.encoder.encoded == []
     assert len(files(tmp_path / "second")) == len(files(tmp_path / "first")) == len(stored(url)) == 3
     disk = (await second.shard.stats()).disk
-    assert (disk.hits, disk.written, disk.blocks, disk.warnings) == (3, 3, 3, ())
+    assert (disk.hits, disk.written, disk.blocks, disk.warnings) == (3, 3, 3, [])
     second = Node(url, tmp_path / "second")
     assert await second.tiers(*requests) == ["disk"] * 3
     assert (second.disk and second.disk.usage().hits, second.volume.usage().hits) == (3, 0), "the disk is asked first"

@@ -12,10 +12,11 @@ from blockrag.keys import KeyMaker
 from blockrag.kv_cache import file_tier, volume_tier
 from blockrag.kv_cache.block_files import folder_of, packed
 from blockrag.kv_cache.shard import document_of
-from blockrag.kv_cache.shard_messages import DiskUsage, DocumentId, EncodedObject
+from blockrag.kv_cache.shard_messages import DocumentId, EncodedObject
 from blockrag.kv_cache.volume import Volume
 from blockrag.kv_cache.volume_tier import VolumeTier
 from blockrag.types import FULL, BlockForm, BlockRequest, CachedBlock
+from blockrag.v1.kv_cache_pb2 import DiskUsage
 from tests.unit.kv_cache.disk_parts import as_object, assert_same_block, block_of, read, wanted
 from tests.unit.kv_cache.volume_parts import HangingVolume, open_volume_tier, store, stored
 
@@ -81,7 +82,7 @@ async def test_damaged_and_foreign_files_are_misses_and_removed(url: str) -> Non
     assert [await found(tier, request) for request in requests] == [False] * 4 + [True]
     await tier.settled()
     assert set(stored(url)) == {path_of(requests[4])}
-    assert (tier.usage().rejected, tier.usage().hits, tier.usage().warnings) == (4, 1, ())
+    assert (tier.usage().rejected, tier.usage().hits, tier.usage().warnings) == (4, 1, [])
     await keep(tier, requests[0])
     assert await found(tier, requests[0])
 
@@ -174,10 +175,10 @@ async def test_a_volume_that_fails_is_a_warning_and_left_for_a_while() -> None:
         await keep(tier, wanted(number))
     usage = tier.usage()
     assert (usage.hits, usage.written, usage.dropped, usage.pending) == (0, 0, 3, 0)
-    assert usage.warnings == (
+    assert usage.warnings == [
         "blocks on the volume cannot be read: RuntimeError: no credentials",
         "blocks cannot be written to the volume: RuntimeError: no credentials",
-    )
+    ]
     assert volume.calls == 3, "at the start, for one read and for one write"
     with pytest.raises(UnavailableError, match=r"may still be on kv_cache\.volume, try again: RuntimeError: no cred"):
         await tier.erase(document_of(wanted(1)))
@@ -204,7 +205,7 @@ async def test_a_volume_that_hangs_costs_a_bounded_time(
     asked = hanging.calls
     assert not any([await found(tier, wanted(number)) for number in range(20)])
     assert hanging.calls == asked, "what hangs is not asked again"
-    assert tier.usage().warnings == ("the volume is slow: a block took longer than 0.1 s to read",)
+    assert tier.usage().warnings == ["the volume is slow: a block took longer than 0.1 s to read"]
     hanging.released.set()
     while tier.usage() != DiskUsage(slower=tier.usage().slower):
         await asyncio.sleep(0.01)
@@ -236,7 +237,7 @@ async def test_a_write_that_hangs_is_a_warning_and_purges_say_so(hanging: Hangin
     await tier.erase(document_of(wanted(1)))
     await tier.settled()
     usage = tier.usage()
-    assert (usage.pending, usage.written, usage.warnings) == (0, 1, ())
+    assert (usage.pending, usage.written, usage.warnings) == (0, 1, [])
 
 
 async def test_a_block_for_which_there_is_no_room_in_memory_is_encoded(url: str) -> None:
