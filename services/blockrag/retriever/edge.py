@@ -12,10 +12,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from blockrag.errors import UnavailableError
+from blockrag.retriever.edge_store import EdgeStore
 from blockrag.retriever.edge_worker import HEADER_BYTES, Answer, Call, Opening, frame
 from blockrag.retriever.vector_index import EmbeddingInfo, VectorIndex
 
@@ -35,7 +38,7 @@ def _in_worker(method: Method) -> Method:
     """``EdgeStore``'s method of the same name, with what it is given, which must be such that it can be pickled."""
 
     async def call(self: EdgeIndex, *arguments: Any, **named: Any) -> Any:
-        return await self.call(Call(method.__name__, arguments, named))
+        return await self.call(methodcaller(method.__name__, *arguments, **named))
 
     return cast(Method, call)
 
@@ -48,7 +51,7 @@ class EdgeIndex(VectorIndex):
     ) -> None:
         """``lock_wait_s``: how long to wait for another process to let the directory go. ``hang_s``: see ``HANG_S``."""
         self._hang_s = hang_s
-        self._opening = Opening(path, embedding, lock_wait_s)
+        self._opening = partial(EdgeStore, path, embedding, lock_wait_s)
         self._worker: _Worker | None = None
         self._starting = asyncio.Lock()
 

@@ -19,6 +19,7 @@ import qdrant_edge as qdrant
 from blockrag.errors import InvalidRequestError, NotFoundError
 from blockrag.identity import CollectionId
 from blockrag.languages import DEFAULT_LANGUAGE
+from blockrag.results import PassageHolder
 from blockrag.retriever import payload as fields
 from blockrag.retriever.catalogue import Catalogue, DiskRoom, locked
 from blockrag.retriever.edge_filters import equals, of_commit, of_version, since, sparse, visible
@@ -33,9 +34,7 @@ from blockrag.retriever.vector_index import (
     EmbeddedPassage,
     EmbeddingInfo,
     FoundPassage,
-    Holder,
     Passage,
-    Replaced,
     SearchQuery,
     other_language,
     too_few_staged,
@@ -101,21 +100,21 @@ class EdgeStore:
     def language(self, collection: CollectionId) -> str:
         return self._catalogue.language(self._number(collection))
 
-    def commit(self, collection: CollectionId, document: Document) -> Replaced:
+    def commit(self, collection: CollectionId, document: Document) -> str:
         self._room.for_changes()
         number = self._catalogue.collection_number(collection)
         if number is None:
             raise InvalidRequestError("passages", too_few_staged(0, document))
         current = self._catalogue.document(number, document.document_id)
         if current is not None and current.version == document.version:
-            return Replaced("", 0)
+            return ""
         shown = replace(document, commit=fields.new_commit())
         self._mark(number, shown)
         self._catalogue.put(number, shown)
         settled = qdrant.UpdateOperation.delete_payload_by_filter(of_commit(shown.commit), [fields.SINCE])
         self._update(number, settled, 0)
         self._remove_older(number, document.document_id, current.commit if current else "")
-        return Replaced(current.version, current.passages) if current else Replaced("", 0)
+        return current.version if current else ""
 
     def remove_document(self, collection: CollectionId, document_id: str) -> int:
         self._room.for_changes()
@@ -273,7 +272,9 @@ class EdgeStore:
         commits = {document.commit for document in documents}
         return [[one for one in search if one.commit in commits] for search in searches]
 
-    def _holders(self, number: int, query: SearchQuery, best: Sequence[Candidate]) -> dict[str, tuple[Holder, ...]]:
+    def _holders(
+        self, number: int, query: SearchQuery, best: Sequence[Candidate]
+    ) -> dict[str, tuple[PassageHolder, ...]]:
         digests = qdrant.MatchAny([one.digest for one in best])
         held = visible(query.conditions, qdrant.FieldCondition(fields.DIGEST, match=digests))
         payloads = [payload for _, payload in self._scroll(number, held, HELD_FIELDS, MOST_HOLDERS)]

@@ -12,13 +12,12 @@ import pickle
 import select
 import socket
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from blockrag.errors import BlockragError, UnavailableError
 from blockrag.retriever.edge_store import EdgeStore
-from blockrag.retriever.vector_index import EmbeddingInfo
 
 _logger = logging.getLogger(__name__)
 
@@ -27,27 +26,15 @@ HEADER_BYTES = 8
 _IDLE_S = 0.5
 
 
-@dataclass(frozen=True)
-class Opening:
-    """First message: what to open."""
-
-    path: Path
-    embedding: EmbeddingInfo
-    lock_wait_s: float
-
-
-@dataclass(frozen=True)
-class Call:
-    """A method of ``EdgeStore`` with its arguments."""
-
-    method: str
-    arguments: tuple[Any, ...] = ()
-    named: dict[str, Any] = field(default_factory=dict)
+Opening = Callable[[], EdgeStore]
+"""First message: opens the store."""
+Call = Callable[[EdgeStore], Any]
+"""Each further one: calls a method of the store."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the method returned or raised."""
+    """What the call returned or raised."""
 
     value: Any = None
     error: BlockragError | None = None
@@ -65,7 +52,7 @@ def serve(connection: socket.socket) -> None:
     if opening is None:
         return
     try:
-        store = EdgeStore(opening.path, opening.embedding, opening.lock_wait_s)
+        store = opening()
     except Exception as error:
         connection.sendall(frame(Answer(error=_as_own_error(error))))
         return
@@ -84,7 +71,7 @@ def _answer_next(connection: socket.socket, store: EdgeStore) -> bool:
         if call is None:
             return False
         try:
-            answer = Answer(getattr(store, call.method)(*call.arguments, **call.named))
+            answer = Answer(call(store))
         except Exception as error:
             answer = Answer(error=_as_own_error(error))
         try:
@@ -105,16 +92,11 @@ def _receive(connection: socket.socket) -> Any:
 
 
 def _read(connection: socket.socket, size: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < size:
-        try:
-            part = connection.recv(min(size - len(data), 1 << 20))
-        except OSError:
-            return None
-        if not part:
-            return None
-        data += part
-    return bytes(data)
+    try:
+        data = connection.recv(size, socket.MSG_WAITALL)
+    except OSError:
+        return None
+    return data if len(data) == size else None
 
 
 def _as_own_error(error: Exception) -> BlockragError:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from blockrag.results import PassageHolder
 from blockrag.retriever import payload as fields
-from blockrag.retriever.vector_index import Document, Holder
+from blockrag.retriever.vector_index import Document
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def fuse_texts(searches: Sequence[Sequence[Candidate]], rrf_k: int) -> list[tupl
 
 def holders_of(
     held: Iterable[Mapping[str, Any]], documents: Iterable[Document], best: Sequence[Candidate]
-) -> dict[str, tuple[Holder, ...]]:
+) -> dict[str, tuple[PassageHolder, ...]]:
     """Of each text, by its digest, the documents that hold it besides the one that stands for it, by id.
 
     ``held``: ``HELD_FIELDS`` of the passages that have one of these texts; ``documents``: theirs, as they are shown.
@@ -63,11 +64,11 @@ def holders_of(
     standing = {one.digest: one.document_id for one in best}
     commits = {document.commit for document in documents}
     shown = (payload for payload in held if payload[fields.COMMIT] in commits)
-    found: dict[str, dict[str, Holder]] = {}
+    found: dict[str, dict[str, PassageHolder]] = {}
     for payload in sorted(shown, key=lambda payload: (payload[fields.DOCUMENT_ID], payload[fields.PASSAGE_ID])):
         digest, document_id = payload[fields.DIGEST], payload[fields.DOCUMENT_ID]
         if document_id != standing[digest]:
-            holder = Holder(payload[fields.PASSAGE_ID], document_id, payload[fields.TITLE])
+            holder = PassageHolder(payload[fields.PASSAGE_ID], document_id, payload[fields.TITLE])
             found.setdefault(digest, {}).setdefault(document_id, holder)
     return {digest: tuple(holders.values()) for digest, holders in found.items()}
 

@@ -14,7 +14,8 @@ from blockrag.identity import (
     passage_id,
 )
 from blockrag.metadata import metadata_of, struct_of
-from blockrag.retriever.vector_index import Document, Holder, Passage
+from blockrag.results import PassageHolder
+from blockrag.retriever.vector_index import Document, Passage
 from blockrag.v1 import common_pb2, retriever_pb2
 
 MAX_STAGED_PASSAGES = 256
@@ -81,7 +82,7 @@ def check_version(version: str) -> None:
         raise InvalidRequestError("version", f"must be 1 to {_VERSION_CHARS} printable characters")
 
 
-def passage_message(passage: Passage, score: float = 0.0, also_in: Sequence[Holder] = ()) -> common_pb2.Passage:
+def passage_message(passage: Passage, score: float = 0.0, also_in: Sequence[PassageHolder] = ()) -> common_pb2.Passage:
     """A stored passage as a message."""
     return alike(
         common_pb2.Passage,

@@ -194,7 +194,7 @@ class RetrieverService:
         with span("commit", request.context, collection=collection.name, passages=document.passages):
             async with self._quotas.storing(collection, document.document_id):
                 replaced = await self._index.commit(collection, document)
-        return retriever_pb2.CommitDocumentResponse(replaced_version=replaced.version)
+        return retriever_pb2.CommitDocumentResponse(replaced_version=replaced)
 
     @rpc
     async def RemoveDocument(

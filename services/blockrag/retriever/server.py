@@ -22,6 +22,7 @@ from blockrag.errors import InvalidRequestError, NotFoundError, SettingsError, U
 from blockrag.identity import CollectionId
 from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.lru import Lru
+from blockrag.results import PassageHolder
 from blockrag.retriever import payload as fields
 from blockrag.retriever.fusion import HELD_FIELDS, Candidate, fuse_texts, holders_of
 from blockrag.retriever.server_points import (
@@ -49,9 +50,7 @@ from blockrag.retriever.vector_index import (
     EmbeddedPassage,
     EmbeddingInfo,
     FoundPassage,
-    Holder,
     Passage,
-    Replaced,
     SearchQuery,
     VectorIndex,
     other_language,
@@ -104,7 +103,7 @@ class ServerIndex(VectorIndex):
         with self._translated(collection):
             return await self._language(collection_name(collection))
 
-    async def commit(self, collection: CollectionId, document: Document) -> Replaced:
+    async def commit(self, collection: CollectionId, document: Document) -> str:
         try:
             with self._translated(collection):
                 return await self._commit(self._points(collection), document)
@@ -238,7 +237,7 @@ class ServerIndex(VectorIndex):
                 raise InvalidRequestError("language", other_language(collection, stored, language))
             await self._points(collection).put(passages)
 
-    async def _commit(self, points: Points, document: Document) -> Replaced:
+    async def _commit(self, points: Points, document: Document) -> str:
         commit = fields.new_commit()
         marked = False
         replaced: Document | None = None
@@ -246,7 +245,7 @@ class ServerIndex(VectorIndex):
             current = await points.entry(document.document_id)
             if current is not None and current.version == document.version and current.commit != commit:
                 await points.delete(of_commit(commit))
-                return Replaced("", 0)
+                return ""
             if not marked:
                 marked = await points.mark(document, commit)
                 continue
@@ -271,7 +270,7 @@ class ServerIndex(VectorIndex):
         if replaced is not None:
             await points.delete(of_commit(replaced.commit))
         await self._tidy(points, document.document_id)
-        return Replaced(replaced.version, replaced.passages) if replaced else Replaced("", 0)
+        return replaced.version if replaced else ""
 
     async def _tidy(self, points: Points, document_id: str = "") -> None:
         """Removes what commits and removals left behind that died, of one document or of all."""
@@ -311,7 +310,7 @@ class ServerIndex(VectorIndex):
 
     async def _holders(
         self, points: Points, query: SearchQuery, best: Sequence[Candidate]
-    ) -> dict[str, tuple[Holder, ...]]:
+    ) -> dict[str, tuple[PassageHolder, ...]]:
         """Of each text, by its digest, the documents that hold it besides the one that stands for it."""
         if not best:
             return {}

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from blockrag.bm25 import SparseVector
 from blockrag.identity import CollectionId
 from blockrag.languages import DEFAULT_LANGUAGE
+from blockrag.results import PassageHolder
 
 if TYPE_CHECKING:
     from blockrag.retriever.payload import Condition
@@ -75,15 +76,6 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Replaced:
-    """What a commit replaced."""
-
-    version: str
-    """Empty: nothing."""
-    passages: int
-
-
-@dataclass(frozen=True)
 class Counts:
     """Documents and passages that are visible."""
 
@@ -108,22 +100,13 @@ class SearchQuery:
 
 
 @dataclass(frozen=True)
-class Holder:
-    """A passage with the same text in another document."""
-
-    passage_id: str
-    document_id: str
-    title: str
-
-
-@dataclass(frozen=True)
 class FoundPassage:
     """A search result. Passages with equal texts are one result."""
 
     passage: Passage
     score: float
     """Fused score; comparable within one search only."""
-    also_in: tuple[Holder, ...] = ()
+    also_in: tuple[PassageHolder, ...] = ()
     """The other documents that hold this text and fit the conditions, by id; at most ``MOST_HOLDERS`` in a search."""
 
 
@@ -156,8 +139,9 @@ class VectorIndex(ABC):
         """The language of a collection's BM25 terms. Raises ``NotFoundError``."""
 
     @abstractmethod
-    async def commit(self, collection: CollectionId, document: Document) -> Replaced:
-        """Makes the staged version visible and removes the older one. Nothing when it is visible already.
+    async def commit(self, collection: CollectionId, document: Document) -> str:
+        """Makes the staged version visible and removes the older one, which it returns; empty: there was none. Nothing
+        when it is visible already.
 
         Raises ``InvalidRequestError`` when fewer than ``document.passages`` are staged; nothing changes then. A
         removal of the document that runs at the same time may be the reason.

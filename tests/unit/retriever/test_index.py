@@ -20,7 +20,7 @@ from blockrag.identity import CollectionId
 from blockrag.retriever.edge import EdgeIndex
 from blockrag.retriever.payload import AnyTerm, Condition, NumberRange, metadata_terms, number_field
 from blockrag.retriever.server import ServerIndex
-from blockrag.retriever.vector_index import Counts, EmbeddedPassage, Replaced, SearchQuery, VectorIndex
+from blockrag.retriever.vector_index import Counts, EmbeddedPassage, SearchQuery, VectorIndex
 from tests.unit.retriever.passages import DIMENSIONS, EMBEDDING, HOME, document, embedded, query
 
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant")
@@ -47,7 +47,7 @@ async def index(request: pytest.FixtureRequest, edge: VectorIndex) -> AsyncItera
         await made.close()
 
 
-async def ingest(index: VectorIndex, document_id: str, version: str, count: int, **options: Any) -> Replaced:
+async def ingest(index: VectorIndex, document_id: str, version: str, count: int, **options: Any) -> str:
     collection = options.get("collection", HOME)
     await index.stage(collection, [embedded(document_id, version, number, **options) for number in range(count)])
     return await index.commit(collection, document(document_id, version, count, options.get("metadata")))
@@ -65,7 +65,7 @@ async def test_staged_passages_are_invisible_until_their_document_is_committed(i
     assert await index.passages(HOME, ["a"]) == []
     assert await index.counts(HOME) == Counts(0, 0)
 
-    assert await index.commit(HOME, document("a", "v1", 2)) == Replaced("", 0)
+    assert await index.commit(HOME, document("a", "v1", 2)) == ""
     assert await found(index) == {"a v1 passage 0", "a v1 passage 1"}
     assert await index.documents(HOME, "", 10) == [document("a", "v1", 2)]
     assert await index.counts(HOME) == Counts(1, 2)
@@ -101,7 +101,7 @@ async def test_a_passage_comes_back_as_it_was(index: VectorIndex) -> None:
 
 async def test_staging_and_committing_again_changes_nothing(index: VectorIndex) -> None:
     await ingest(index, "a", "v1", 3)
-    assert await ingest(index, "a", "v1", 3) == Replaced("", 0)
+    assert await ingest(index, "a", "v1", 3) == ""
 
     assert await index.counts(HOME) == Counts(1, 3)
     assert len(await index.search(HOME, query())) == 3
@@ -113,7 +113,7 @@ async def test_a_new_version_replaces_the_old_one(index: VectorIndex) -> None:
     await index.stage(HOME, [embedded("a", "v2", 0), embedded("a", "v2", 1)])
     assert await found(index) == {f"a v1 passage {number}" for number in range(3)} | {"b v1 passage 0"}
 
-    assert await index.commit(HOME, document("a", "v2", 2)) == Replaced("v1", 3)
+    assert await index.commit(HOME, document("a", "v2", 2)) == "v1"
     assert await found(index) == {"a v2 passage 0", "a v2 passage 1", "b v1 passage 0"}
     assert [passage.version for passage in await index.passages(HOME, ["a"])] == ["v2", "v2"]
     assert await index.counts(HOME) == Counts(2, 3)
@@ -123,7 +123,7 @@ async def test_an_old_version_can_come_back(index: VectorIndex) -> None:
     await ingest(index, "a", "v1", 2)
     await ingest(index, "a", "v2", 1)
 
-    assert await ingest(index, "a", "v1", 2) == Replaced("v2", 1)
+    assert await ingest(index, "a", "v1", 2) == "v2"
     assert await found(index) == {"a v1 passage 0", "a v1 passage 1"}
 
 
@@ -160,7 +160,7 @@ async def test_another_version_that_is_being_staged_survives_a_commit(index: Vec
     await ingest(index, "a", "v1", 1)
     await index.stage(HOME, [embedded("a", "v2", 1)])
 
-    assert await index.commit(HOME, document("a", "v2", 2)) == Replaced("v1", 1)
+    assert await index.commit(HOME, document("a", "v2", 2)) == "v1"
     assert await found(index) == {"a v2 passage 0", "a v2 passage 1"}
 
 
@@ -338,7 +338,7 @@ async def test_a_version_that_was_replaced_while_it_was_staged_again_is_committe
     await index.stage(HOME, [embedded("a", "v1", number) for number in range(2)])
     await ingest(index, "a", "v2", 1)
 
-    assert await index.commit(HOME, document("a", "v1", 2)) == Replaced("v2", 1)
+    assert await index.commit(HOME, document("a", "v1", 2)) == "v2"
     assert await found(index) == {"a v1 passage 0", "a v1 passage 1"}
     assert await index.counts(HOME) == Counts(1, 2)
 
@@ -401,7 +401,7 @@ async def test_sweeping_removes_old_staged_passages_only(index: VectorIndex) -> 
     await index.stage(HOME, [embedded("b", "v1", 0)])
 
     await index.sweep(older_than_s=3600)
-    assert await index.commit(HOME, document("b", "v1", 1)) == Replaced("", 0)
+    assert await index.commit(HOME, document("b", "v1", 1)) == ""
     await index.stage(HOME, [embedded("c", "v1", 0)])
     await index.sweep(older_than_s=-1)
     with pytest.raises(InvalidRequestError, match="only 0 of 1"):
