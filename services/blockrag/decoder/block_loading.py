@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BlockTier = Literal["l1"] | Tier
 """Where a prompt's block was found."""
+TIERS: tuple[BlockTier, ...] = ("l1", "store", "disk", "volume", "encoded")
 
 
 class EncodingBlockSource:

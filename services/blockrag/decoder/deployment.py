@@ -52,30 +52,30 @@ class Decoder:
         model = SlotModel.load(bundle, device=device)
         warm_up(model)
         cache = connect(settings)
-        self._runtime = assemble(bundle, model, cache, settings)
-        self._check_engine = partial(check_engine, self._runtime.engine, settings.decoder.max_step_s)
-        measure_costs(model, self._runtime.meters)
-        self._runtime.engine.start()
-        self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, self._runtime.loader, self._keep_up))
+        self._service = assemble(bundle, model, cache, settings)
+        self._check_engine = partial(check_engine, self._service.engine, settings.decoder.max_step_s)
+        measure_costs(model, self._service.meters)
+        self._service.engine.start()
+        self._upkeep = asyncio.get_running_loop().create_task(follow_purges(cache, self._service.loader, self._keep_up))
 
     @rpc
     async def Decode(self, request: decoder_pb2.DecodeRequest) -> AsyncGenerator[decoder_pb2.DecodeResponse, None]:
         """Streams the answer to a planned prompt; closing the stream stops the work."""
-        async with aclosing(self._runtime.service.decode(request)) as messages:
+        async with aclosing(self._service.decode(request)) as messages:
             async for message in messages:
                 yield message
 
     @rpc
     async def EstimatePrefill(self, request: decoder_pb2.EstimatePrefillRequest) -> decoder_pb2.EstimatePrefillResponse:
         """Says what a first token would take."""
-        return await self._runtime.service.estimate(request)
+        return await self._service.estimate(request)
 
     @rpc
     async def GetDecoderStatus(
         self, request: decoder_pb2.GetDecoderStatusRequest, *, caller: Caller
     ) -> decoder_pb2.GetDecoderStatusResponse:
         """Describes this replica, as far as the caller may see."""
-        return show_own(self._runtime.service.status(), caller)
+        return show_own(self._service.status(), caller)
 
     async def check_health(self) -> None:
         """Has Serve replace a replica whose engine or upkeep ended, or whose engine hangs in a step."""
@@ -84,13 +84,13 @@ class Decoder:
             raise RuntimeError("the upkeep task ended")
 
     def __del__(self) -> None:
-        runtime = getattr(self, "_runtime", None)
-        if runtime is not None:
-            runtime.engine.stop()
+        service = getattr(self, "_service", None)
+        if service is not None:
+            service.engine.stop()
 
     def _keep_up(self) -> None:
-        self._runtime.l1.expire()
-        self._runtime.service.record_gauges()
+        self._service.l1.expire()
+        self._service.record_gauges()
 
 
 class DecoderDoor:

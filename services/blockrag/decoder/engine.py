@@ -59,8 +59,6 @@ class EngineStats:
     total_slots: int
     generated_tokens: int
     """Since the start."""
-    steps: int
-    """Forward passes since the start."""
 
 
 class Engine:
@@ -85,7 +83,6 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._generated = 0
-        self._steps = 0
         self._answering = 0  # sequences that had their first token, since the start
         self._mean_seconds = 0.0
         self._step_started: float | None = None  # None: waits for work
@@ -185,7 +182,6 @@ class Engine:
                 used_slots=self._scheduler.used_slots,
                 total_slots=self._limits.slots,
                 generated_tokens=self._generated,
-                steps=self._steps,
             )
 
     @torch.inference_mode()
@@ -201,7 +197,6 @@ class Engine:
         if not work:
             return False
         complete, logits = self._forward(work)
-        self._steps += 1
         if complete:
             self._accept(complete, sample(logits, [sequence.sampler for sequence in complete]))
         return True

@@ -24,8 +24,6 @@ class L1Stats:
     budget_bytes: int
     hits: int
     misses: int
-    evictions: int
-    expirations: int
 
 
 class L1Entry:
@@ -55,7 +53,7 @@ class L1Cache:
         self._entries: OrderedDict[str, L1Entry] = OrderedDict()  # least recently used first
         self._bytes = 0
         self._pinned = 0
-        self._hits = self._misses = self._evictions = self._expirations = 0
+        self._hits = self._misses = 0
 
     def acquire(self, keys: Sequence[str]) -> list[L1Entry | None]:
         """The entries of ``keys``, pinned; None where a key is not held."""
@@ -110,19 +108,18 @@ class L1Cache:
                         self._bytes -= entry.block.nbytes
             self._evict()
 
-    def purge(self, keys: Iterable[str]) -> int:
-        """Forget blocks; returns how many were held."""
+    def purge(self, keys: Iterable[str]) -> None:
+        """Forget blocks."""
         with self._lock:
-            entries = [entry for key in keys if (entry := self._entries.pop(key, None)) is not None]
-            for entry in entries:
-                self._unlist(entry)
-        return len(entries)
+            for key in keys:
+                if (entry := self._entries.pop(key, None)) is not None:
+                    self._unlist(entry)
 
-    def clear(self) -> int:
-        """Forget all blocks; returns how many were held."""
+    def clear(self) -> None:
+        """Forget all blocks."""
         with self._lock:
             keys = list(self._entries)
-        return self.purge(keys)
+        self.purge(keys)
 
     def expire(self) -> None:
         """Forget blocks that nobody used for the time to live."""
@@ -139,8 +136,6 @@ class L1Cache:
                 budget_bytes=self._budget,
                 hits=self._hits,
                 misses=self._misses,
-                evictions=self._evictions,
-                expirations=self._expirations,
             )
 
     def _pin(self, entry: L1Entry, now: float) -> None:
@@ -163,7 +158,6 @@ class L1Cache:
             if entry.pins == 0:
                 del self._entries[key]
                 self._unlist(entry)
-                self._evictions += 1
 
     def _expire(self, now: float) -> None:
         due = []
@@ -175,7 +169,6 @@ class L1Cache:
         for entry in due:
             del self._entries[entry.block.key]
             self._unlist(entry)
-        self._expirations += len(due)
 
     def _unlist(self, entry: L1Entry) -> None:
         entry.listed = False

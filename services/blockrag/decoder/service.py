@@ -2,9 +2,9 @@
 
 ``assemble`` puts all parts of a decoder together: in a Serve replica, in tests, in a program without a cluster.
 
->>> runtime = assemble(bundle, model, EncodingBlockSource(model), Settings())
->>> runtime.engine.start()
->>> async for message in runtime.service.decode(request): ...
+>>> decoder = assemble(bundle, model, EncodingBlockSource(model), Settings())
+>>> decoder.engine.start()
+>>> async for message in decoder.decode(request): ...
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 
 from blockrag.alike import alike
 from blockrag.configured import configured_keys
-from blockrag.decoder.block_loading import BlockLoader, BlockTier, LoadedBlocks
+from blockrag.decoder.block_loading import TIERS, BlockLoader, BlockTier, LoadedBlocks
 from blockrag.decoder.costs import MOST_PREFILL_TOKENS, CostMeters
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.decoder.engine import Engine
@@ -136,11 +136,7 @@ class DecodeService:
         return alike(
             decoder_pb2.GetDecoderStatusResponse,
             self.model,
-            running=engine.running,
-            waiting=engine.waiting,
-            used_slots=engine.used_slots,
-            total_slots=engine.total_slots,
-            generated_tokens=engine.generated_tokens,
+            **vars(engine),
             prefill_base_ms=fit.base,
             prefill_slot_ms=fit.slope,
             measured_prefills=fit.samples,
@@ -172,13 +168,7 @@ class DecodeService:
             with span("kv_fetch", request.context, blocks=len(requests)) as fetching:
                 async with limit:
                     loaded = await self.loader.load(requests, fetching.traceparent)
-                fetching.set(
-                    l1_tokens=loaded.slots("l1"),
-                    store_tokens=loaded.slots("store"),
-                    disk_tokens=loaded.slots("disk"),
-                    volume_tokens=loaded.slots("volume"),
-                    encoded_tokens=loaded.slots("encoded"),
-                )
+                fetching.set(**{f"{tier}_tokens": loaded.slots(tier) for tier in TIERS})
                 return loaded
         except TimeoutError as error:
             if not limit.expired():
@@ -191,14 +181,7 @@ class DecodeService:
 def _finished(
     event: Event, finish: Finish, prompt: Prompt, composed: ComposedPrompt, fetch_seconds: float
 ) -> decoder_pb2.DecodeResponse:
-    stages = finish.stages
-    times = {
-        "queue": stages.queue,
-        "kv_fetch": fetch_seconds,
-        "compose": stages.compose,
-        "prefill": stages.prefill,
-        "decode": stages.decode,
-    }
+    times = {"queue": finish.stages.queue, "kv_fetch": fetch_seconds, **vars(finish.stages)}  # in the order of the way
     return decoder_pb2.DecodeResponse(
         text=event.text,
         tokens=event.tokens,
@@ -231,19 +214,11 @@ def _observe_pace(event: Event, last: float, mode: str) -> float:
 _WARM_UP_TOKENS = 64
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """A decoder's parts. ``engine.start()`` sets it going, ``engine.stop()`` ends it."""
+def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Settings) -> DecodeService:
+    """A decoder of ``bundle``, whose weights are ``model``, with blocks from ``source``.
 
-    service: DecodeService
-    engine: Engine
-    loader: BlockLoader
-    l1: L1Cache
-    meters: CostMeters
-
-
-def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Settings) -> Runtime:
-    """A decoder of ``bundle``, whose weights are ``model``, with blocks from ``source``."""
+    ``engine.start()`` sets it going, ``engine.stop()`` ends it.
+    """
     decoder = settings.decoder
     limits = EngineLimits(
         max_sequences=decoder.max_sequences,
@@ -266,21 +241,19 @@ def assemble(bundle: Bundle, model: SlotModel, source: BlockSource, settings: Se
         kv_dtype=str(model.kv_dtype).removeprefix("torch."),
         slot_bytes=model.slot_bytes,
     )
-    meters = CostMeters()
     # As many may wait for their blocks as may wait for a place or run: no more could be served after it anyway.
     max_loading = decoder.max_waiting + decoder.max_sequences
-    service = DecodeService(
+    return DecodeService(
         engine,
         loader,
         l1,
         configured_keys(settings, bundle),
-        meters,
+        CostMeters(),
         model_status,
         vocab_size=model.vocab_size,
         chunk_tokens=bundle.chunk_tokens if bundle.refrag is not None else 0,
         max_loading=max_loading,
     )
-    return Runtime(service, engine, loader, l1, meters)
 
 
 def warm_up(model: SlotModel) -> None:

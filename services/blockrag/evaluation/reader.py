@@ -192,7 +192,7 @@ class Reader:
         return [task.result() for task in answers]
 
     async def _served(self, planned: PlannedPrompt) -> str:
-        messages = self._runtime.service.decode(self.decode_request(planned))
+        messages = self._runtime.decode(self.decode_request(planned))
         return "".join([message.text async for message in messages])
 
     async def _unserved(self, planned: PlannedPrompt) -> str:

@@ -17,7 +17,7 @@ from blockrag.aio import failed
 from blockrag.compressor.compression_request import RETRIEVAL, SENTENCES
 from blockrag.errors import DeadlineError, UnavailableError
 from blockrag.gateway.planning import NearPlanner, Overhead, decode_request
-from blockrag.gateway.validation import Question, Search
+from blockrag.gateway.validation import Question
 from blockrag.grpc_status import as_known_error
 from blockrag.handles import DecoderClient, RetrieverClient
 from blockrag.telemetry import Span, request_fields, span, trace_id_of
@@ -115,7 +115,7 @@ class Answering:
     best_last: bool = True
     """The best of the retrieved passages stands next to the question; those that a request gives stay in its order."""
 
-    async def retrieve(self, search: Search, current: Span, deadline: Deadline) -> RetrieveResponse:
+    async def retrieve(self, search: SearchRequest, current: Span, deadline: Deadline) -> RetrieveResponse:
         """Searches without answering; ``current`` is the request's span."""
         context = current.child_context()
         timings = Timings(received=time.perf_counter())
@@ -254,11 +254,13 @@ class Answering:
                 Passage(passage_id=f"given-{index}", ordinal=index, title=given.title, text=given.text)
                 for index, given in enumerate(question.given)
             ]
-        search = Search(question.text, question.collection, question.top_k, question.filter)
+        search = SearchRequest(
+            query=question.text, collection=question.collection, top_k=question.top_k, filter=question.filter
+        )
         return await self._search(search, way.context, way.timings, way.deadline)
 
     async def _search(
-        self, search: Search, context: RequestContext, timings: Timings, deadline: Deadline
+        self, search: SearchRequest, context: RequestContext, timings: Timings, deadline: Deadline
     ) -> Sequence[Passage]:
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": "retrieval",
@@ -267,14 +269,8 @@ class Answering:
         }
         started = time.perf_counter()
         with span("gateway.retrieve", context, **attributes) as current:
-            request = SearchRequest(
-                context=current.child_context(),
-                collection=search.collection,
-                query=search.query,
-                top_k=search.top_k,
-                filter=search.filter,
-            )
-            found = await deadline.wait(self.searcher.search(request))
+            search.context.CopyFrom(current.child_context())
+            found = await deadline.wait(self.searcher.search(search))
         timings.stage_ms["retrieve"] = (time.perf_counter() - started) * 1000
         return found.passages
 

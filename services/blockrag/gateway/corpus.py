@@ -71,12 +71,7 @@ class Corpus:
         ``header`` is checked already; with ``dry_run`` it says what would be stored. Of a jsonl file, documents before
         one that fails stay stored. Raises ``UnavailableError`` for a document that somebody removes meanwhile.
         """
-        source = SourceDocument(
-            document_id=header.document_id,
-            title=header.title,
-            media_type=header.media_type,
-            metadata=metadata_of(header.metadata),
-        )
+        source = alike(SourceDocument, header, metadata=metadata_of(header.metadata))
         response = corpus_pb2.IngestDocumentResponse()
         async with self.prepare(spool, source) as prepared:
             while (document := await asyncio.to_thread(next, prepared, None)) is not None:

@@ -24,6 +24,7 @@ from blockrag.metadata import MAX_TITLE_CHARS, check_filter, check_key, metadata
 from blockrag.settings import GatewaySettings
 from blockrag.v1 import common_pb2, corpus_pb2, rag_pb2
 from blockrag.v1.common_pb2 import AttentionMode, MetadataCondition, Sampling
+from blockrag.v1.retriever_pb2 import SearchRequest
 
 MAX_TOKENS = 100_000
 """Beyond any model; the decoder refuses what its own model cannot hold."""
@@ -66,16 +67,6 @@ class Question:
     """The conversation before it, oldest first."""
     instructions: str = ""
     """What the caller asks of every answer."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """A valid RetrieveRequest with every default filled in."""
-
-    query: str
-    collection: str
-    top_k: int
-    filter: tuple[MetadataCondition, ...]
 
 
 def check_generate(request: rag_pb2.GenerateRequest, limits: GatewaySettings, ability: CompressionAbility) -> Question:
@@ -131,9 +122,12 @@ def _default_compression(limits: GatewaySettings) -> common_pb2.Compression:
     return common_pb2.Compression(rate=limits.default_rate) if limits.default_rate > 1 else common_pb2.Compression()
 
 
-def check_retrieve(request: rag_pb2.RetrieveRequest, limits: GatewaySettings) -> Search:
-    """Raises ``InvalidRequestError`` naming the first field that cannot be."""
-    return Search(
+def check_retrieve(request: rag_pb2.RetrieveRequest, limits: GatewaySettings) -> SearchRequest:
+    """What the retriever is asked, with every default filled in but for the context.
+
+    Raises ``InvalidRequestError`` naming the first field that cannot be.
+    """
+    return SearchRequest(
         query=check_question("query", request.query, limits.max_question_chars),
         collection=check_collection(request.collection),
         top_k=_number(request, "top_k", limits.default_top_k, limits.max_top_k),

@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from google.protobuf.message import Message
 
 from blockrag.errors import InvalidRequestError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.shard_messages import DocumentId, WarmOutcome, add_counts
+from blockrag.kv_cache.shard_messages import DocumentId, WarmOutcome
 from blockrag.types import FULL, BlockForm, BlockRequest
 from blockrag.v1 import common_pb2, kv_cache_pb2
 
@@ -117,3 +118,14 @@ def status_response(
     status.tenants.extend(tenants[name] for name in sorted(tenants))
     status.forms.extend(forms[name] for name in sorted(forms))
     return status
+
+
+def add_counts(total: Message, part: Message) -> None:
+    """Adds the counts of a message to those of another of its kind, which also says whose they are; warnings once."""
+    for field, value in part.ListFields():
+        if isinstance(value, int):
+            setattr(total, field.name, getattr(total, field.name) + value)
+        elif isinstance(value, str):
+            setattr(total, field.name, value)
+    if isinstance(total, kv_cache_pb2.DiskUsage) and isinstance(part, kv_cache_pb2.DiskUsage):
+        total.warnings.extend(text for text in part.warnings if text not in total.warnings)

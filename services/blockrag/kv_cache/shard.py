@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from blockrag.aio import SingleFlight, gather_or_cancel
 from blockrag.errors import UnavailableError
+from blockrag.kv_cache.block_requests import add_counts
 from blockrag.kv_cache.disk import DiskTier
 from blockrag.kv_cache.shard_messages import (
     AcquiredBlock,
@@ -24,7 +25,6 @@ from blockrag.kv_cache.shard_messages import (
     PurgeLog,
     Tier,
     WarmOutcome,
-    add_counts,
 )
 from blockrag.kv_cache.store import BlockStore
 from blockrag.kv_cache.suspects import Suspects

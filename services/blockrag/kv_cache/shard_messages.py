@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from google.protobuf.message import Message
-
 from blockrag.types import BlockRequest, CachedBlock
-from blockrag.v1.kv_cache_pb2 import DiskUsage
 
 Tier = Literal["store", "disk", "volume", "encoded"]
 """``store``: the block was held already. ``disk``, ``volume``: it was read from a file there. ``encoded``: a forward
@@ -100,14 +97,3 @@ class WarmOutcome:
             self.encoded_bytes + other.encoded_bytes,
             self.over_budget or other.over_budget,
         )
-
-
-def add_counts(total: Message, part: Message) -> None:
-    """Adds the counts of a message to those of another of its kind, which also says whose they are; warnings once."""
-    for field, value in part.ListFields():
-        if isinstance(value, int):
-            setattr(total, field.name, getattr(total, field.name) + value)
-        elif isinstance(value, str):
-            setattr(total, field.name, value)
-    if isinstance(total, DiskUsage) and isinstance(part, DiskUsage):
-        total.warnings.extend(text for text in part.warnings if text not in total.warnings)

@@ -37,7 +37,6 @@ def test_the_least_recently_used_block_makes_room() -> None:
     assert _held(cache, "a")
     _put(cache, "d")
     assert [_held(cache, key) for key in "abcd"] == [True, False, True, True]
-    assert cache.stats().evictions == 1
 
 
 def test_pinned_blocks_stay_beyond_the_budget() -> None:
@@ -68,7 +67,6 @@ def test_unused_blocks_expire_and_pinned_ones_do_not() -> None:
     clock.now = 11
     cache.expire()
     assert [_held(cache, key) for key in ("pinned", "idle", "young")] == [True, False, True]
-    assert cache.stats().expirations == 1
     cache.release([pinned])
     clock.now = 30
     assert not _held(cache, "pinned")
@@ -78,7 +76,7 @@ def test_unused_blocks_expire_and_pinned_ones_do_not() -> None:
 def test_a_purged_block_is_not_found_but_lives_until_it_is_released() -> None:
     cache = _cache()
     entry = cache.insert(FakeBlock("a"))  # type: ignore[arg-type]
-    assert cache.purge(["a", "unknown"]) == 1
+    cache.purge(["a", "unknown"])
     assert not _held(cache, "a")
     assert cache.stats().bytes == 100
     replacement = cache.insert(FakeBlock("a"))  # type: ignore[arg-type]
@@ -99,7 +97,7 @@ def test_an_unlisted_block_is_only_its_holders() -> None:
 def test_clear_forgets_everything() -> None:
     cache = _cache()
     _put(cache, "a", "b")
-    assert cache.clear() == 2
+    cache.clear()
     assert (cache.stats().blocks, cache.stats().bytes) == (0, 0)
 
 

@@ -47,9 +47,9 @@ def model(bundle: Bundle) -> SlotModel:
 
 
 def _decoder(bundle: Bundle, model: SlotModel, source: BlockSource, **limits: int) -> Decoder:
-    runtime = assemble(bundle, model, source, Settings(decoder=DecoderSettings(l1_mb=1, threads=1, **limits)))
-    runtime.engine.start()
-    return Decoder(runtime.service, runtime.engine, runtime.l1)
+    service = assemble(bundle, model, source, Settings(decoder=DecoderSettings(l1_mb=1, threads=1, **limits)))
+    service.engine.start()
+    return Decoder(service, service.engine, service.l1)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.detokenizer import detokenizer_factory
-from blockrag.decoder.service import Runtime, assemble
+from blockrag.decoder.service import DecodeService, assemble
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel
@@ -38,12 +38,12 @@ def model(bundle: Bundle) -> SlotModel:
 
 
 @pytest.fixture
-def decoder(bundle: Bundle, model: SlotModel) -> Iterator[Runtime]:
+def decoder(bundle: Bundle, model: SlotModel) -> Iterator[DecodeService]:
     source = EncodingBlockSource(model, ChunkCompressor.load(bundle))
-    runtime = assemble(bundle, model, source, Settings(decoder=DecoderSettings(l1_mb=1, threads=1)))
-    runtime.engine.start()
-    yield runtime
-    runtime.engine.stop()
+    decoder = assemble(bundle, model, source, Settings(decoder=DecoderSettings(l1_mb=1, threads=1)))
+    decoder.engine.start()
+    yield decoder
+    decoder.engine.stop()
 
 
 def request(forms: Sequence[Sequence[int]] = ((), (), ()), chunk_tokens: int = CHUNK) -> decoder_pb2.DecodeRequest:
@@ -59,12 +59,12 @@ def request(forms: Sequence[Sequence[int]] = ((), (), ()), chunk_tokens: int = C
     )
 
 
-async def ask(decoder: Runtime, wanted: decoder_pb2.DecodeRequest) -> tuple[str, common_pb2.Usage]:
-    messages = [message async for message in decoder.service.decode(wanted)]
+async def ask(decoder: DecodeService, wanted: decoder_pb2.DecodeRequest) -> tuple[str, common_pb2.Usage]:
+    messages = [message async for message in decoder.decode(wanted)]
     return "".join(message.text for message in messages), messages[-1].finish.usage
 
 
-async def test_everything_expanded_is_block_mode_exactly(decoder: Runtime) -> None:
+async def test_everything_expanded_is_block_mode_exactly(decoder: DecodeService) -> None:
     plain, plain_usage = await ask(decoder, request())
     expanded, usage = await ask(decoder, request(((), (E, E, E), (E, E))))
     assert expanded == plain
@@ -73,7 +73,7 @@ async def test_everything_expanded_is_block_mode_exactly(decoder: Runtime) -> No
     assert decoder.l1.stats().blocks == 3
 
 
-async def test_a_mixture_is_composed_of_both_forms(decoder: Runtime, bundle: Bundle, model: SlotModel) -> None:
+async def test_a_mixture_is_composed_of_both_forms(decoder: DecodeService, bundle: Bundle, model: SlotModel) -> None:
     text, usage = await ask(decoder, request(((), (C, E, C), (C, C))))
     assert (usage.prompt_tokens, usage.compressed_chunks) == (1 + 1 + 4 + 1 + 2 + 4, 4)
     assert (usage.encoded_tokens, usage.cached_tokens, usage.prefill_tokens) == (9, 0, 4)
@@ -100,21 +100,21 @@ def explicitly(bundle: Bundle, model: SlotModel) -> str:
     return "".join(map(detokenizer.feed, tokens))
 
 
-async def test_forms_that_do_not_fit_are_named(decoder: Runtime) -> None:
+async def test_forms_that_do_not_fit_are_named(decoder: DecodeService) -> None:
     with pytest.raises(InvalidRequestError, match=r"blocks\[1\]\.forms"):
         await ask(decoder, request(((), (C, E), (C, C))))
     with pytest.raises(InvalidRequestError, match=r"blocks\[1\]\.chunk_tokens: is 8"):
         await ask(decoder, request(((), (C, E), (C,)), chunk_tokens=8))
 
 
-async def test_it_is_estimated_where_blocks_are_and_what_a_first_token_takes(decoder: Runtime) -> None:
+async def test_it_is_estimated_where_blocks_are_and_what_a_first_token_takes(decoder: DecodeService) -> None:
     wanted = request(((), (C, C, C), (C, E)))
     blocks = [*wanted.blocks[:2], common_pb2.PromptBlock(token_ids=wanted.blocks[2].token_ids)]
     asked = decoder_pb2.EstimatePrefillRequest(context=wanted.context, blocks=blocks)
-    before = await decoder.service.estimate(asked)
+    before = await decoder.estimate(asked)
     assert (list(before.tiers), before.measured_prefills) == (["encoded"] * 3, 0)
     await ask(decoder, wanted)
-    after = await decoder.service.estimate(asked)
+    after = await decoder.estimate(asked)
     assert (list(after.tiers), after.measured_prefills) == (["l1"] * 3, 1)
     assert {each.tier: each.base_ms + each.token_ms > 0 for each in after.fetches} == {
         "encoded": True,
@@ -123,16 +123,16 @@ async def test_it_is_estimated_where_blocks_are_and_what_a_first_token_takes(dec
     }
     both = decoder_pb2.EstimatePrefillRequest(context=wanted.context, blocks=wanted.blocks[2:])
     with pytest.raises(InvalidRequestError, match=r"blocks\[0\]\.forms: must be of one form"):
-        await decoder.service.estimate(both)
+        await decoder.estimate(both)
     with pytest.raises(InvalidRequestError, match=r"blocks\[0\]\.token_ids"):
-        await decoder.service.estimate(decoder_pb2.EstimatePrefillRequest(blocks=[common_pb2.PromptBlock()]))
+        await decoder.estimate(decoder_pb2.EstimatePrefillRequest(blocks=[common_pb2.PromptBlock()]))
 
 
-async def test_the_status_tells_what_a_slot_costs(decoder: Runtime) -> None:
-    assert decoder.service.status().measured_prefills == 0
+async def test_the_status_tells_what_a_slot_costs(decoder: DecodeService) -> None:
+    assert decoder.status().measured_prefills == 0
     await ask(decoder, request())
     await ask(decoder, request(((), (C, C, C), (C, C))))
-    status = decoder.service.status()
+    status = decoder.status()
     assert status.measured_prefills == 2
     # through two points of a busy machine the line may begin at 0
     assert status.prefill_base_ms + status.prefill_slot_ms > 0

@@ -127,7 +127,7 @@ async def test_the_plan_that_is_scored_is_the_plan_that_is_served_and_so_is_the_
     drafts = PassageDrafts(detokenizer_factory(tokenizer, ""), CHUNK)
     near = NearPlanner(Planner(passages, bundle.max_context_tokens, ability, drafts), compressor)
     searcher = FakeSearcher()
-    answering = Answering(searcher, near, decoder.service, bundle.fingerprint, bundle.name)
+    answering = Answering(searcher, near, decoder, bundle.fingerprint, bundle.name)
     decoder.engine.start()
     try:
         for (cell, count), (planned, text) in scored.items():

@@ -26,6 +26,7 @@ from blockrag.v1.common_pb2 import (
 )
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse
 from blockrag.v1.rag_pb2 import GenerateRequest, GivenPassage
+from blockrag.v1.retriever_pb2 import SearchRequest
 
 from .fakes import FakeDecoder, FakePlanner, FakeSearcher, forever
 from .questions import ABILITY, LIMITS, PASSAGES, answering, collect, request_span
@@ -210,7 +211,7 @@ async def test_a_timeout_inside_a_service_is_not_taken_for_the_deadline() -> Non
 
 
 async def test_retrieve_alone() -> None:
-    search = validation.Search("q", "default", 3, ())
+    search = SearchRequest(query="q", collection="default", top_k=3)
     with request_span() as current:
         response = await answering().retrieve(search, current, Deadline(1000))
     assert [passage.passage_id for passage in response.passages] == ["p0", "p1", "p2"]
