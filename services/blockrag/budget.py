@@ -35,34 +35,22 @@ the second. Measured: docs/experiments.md, "Questions that need two passages".""
 _WHOLE = " (by the policy retrieval passages are read whole or not at all)"
 
 
-@dataclass(frozen=True)
-class PromptBudget:
-    """Tokens that a prompt may have."""
+def passage_budget(
+    max_positions: int, before_tokens: int, final_tokens: int, answer_tokens: int, max_context_tokens: int
+) -> int:
+    """Tokens left for passages, of ``max_positions`` that prompt and answer may have together.
 
-    max_positions: int
-    """Most tokens of prompt and answer together."""
-    instruction_tokens: int
-    """Of the instruction block, and of the conversation before the question."""
-    final_tokens: int
-    answer_tokens: int
-    """Tokens left free for the answer."""
-    max_context_tokens: int = 0
-    """The request's own bound on passage tokens; 0: none."""
-
-    def passage_tokens(self) -> int:
-        """Tokens left for passages.
-
-        Raises ``PromptTooLongError`` when question and answer alone do not fit the model.
-        """
-        fixed = self.instruction_tokens + self.final_tokens + self.answer_tokens
-        left = self.max_positions - fixed
-        if left < 0:
-            raise PromptTooLongError(
-                f"question ({self.final_tokens} tokens), what stands before it ({self.instruction_tokens}) and answer "
-                f"({self.answer_tokens}) do not fit the model's {self.max_positions} positions: shorten the question "
-                "or the conversation, or lower max_tokens"
-            )
-        return min(left, self.max_context_tokens) if self.max_context_tokens else left
+    ``before_tokens``: of the instruction block, and of the conversation before the question; ``max_context_tokens``:
+    the request's own bound, 0: none. Raises ``PromptTooLongError`` when question and answer alone do not fit the model.
+    """
+    left = max_positions - before_tokens - final_tokens - answer_tokens
+    if left < 0:
+        raise PromptTooLongError(
+            f"question ({final_tokens} tokens), what stands before it ({before_tokens}) and answer ({answer_tokens}) "
+            f"do not fit the model's {max_positions} positions: shorten the question or the conversation, or lower "
+            "max_tokens"
+        )
+    return min(left, max_context_tokens) if max_context_tokens else left
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Lru(Generic[K, V]):
         if limit < 0:
             raise ValueError(f"limit {limit}: must not be negative")
         self._limit = limit
-        self._size_of = size_of or _one
+        self._size_of = size_of or (lambda _: 1)
         self._values: OrderedDict[K, V] = OrderedDict()
         self.size = 0
         """Of all values together."""
@@ -59,7 +59,3 @@ class Lru(Generic[K, V]):
         """Forget all."""
         self._values.clear()
         self.size = 0
-
-
-def _one(_: object) -> int:
-    return 1

@@ -12,7 +12,6 @@ from blockrag.budget import (
     BudgetKind,
     FetchCost,
     PrefillCost,
-    PromptBudget,
     Room,
     affordable_slots,
     chunk_bounds,
@@ -22,6 +21,7 @@ from blockrag.budget import (
     expand,
     expand_in_order,
     expand_what_fits,
+    passage_budget,
     passages_in_time,
     relevant_passages,
     retrieval_logits,
@@ -205,7 +205,7 @@ def test_a_dropped_passage_says_what_it_needed() -> None:
 
 def test_the_request_may_lower_the_budget_but_not_raise_it() -> None:
     def budget(max_context_tokens: int) -> int:
-        return PromptBudget(1000, 1, 50, 49, max_context_tokens).passage_tokens()
+        return passage_budget(1000, 1, 50, 49, max_context_tokens)
 
     assert budget(0) == 900
     assert budget(300) == 300
@@ -214,7 +214,7 @@ def test_the_request_may_lower_the_budget_but_not_raise_it() -> None:
 
 def test_a_question_that_does_not_fit_is_refused() -> None:
     with pytest.raises(PromptTooLongError, match="shorten the question or the conversation, or lower max_tokens"):
-        PromptBudget(100, 1, 80, 20).passage_tokens()
+        passage_budget(100, 1, 80, 20, 0)
 
 
 @given(

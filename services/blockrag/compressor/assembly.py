@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from blockrag.compressor.compression_request import CompressionAbility
 from blockrag.compressor.plans import Planner
 from blockrag.compressor.tokenizing import PassageDrafts, PassageTokenizer
-from blockrag.compressor.ttft import Estimate, TtftEstimator, WarmsBlocks
+from blockrag.compressor.ttft import Estimate, TtftEstimator
 from blockrag.configured import configured_keys
 from blockrag.decoder.detokenizer import detokenizer_factory
 from blockrag.limits import MIB
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from blockrag.compressor.mixing import EmbeddingCache
     from blockrag.compressor.rating import ChunkRater
     from blockrag.kv_cache.shard_messages import BlockSource
+    from blockrag.kv_cache.shards import ShardGroup
 
 
 def embedding_cache(source: BlockSource, settings: Settings) -> EmbeddingCache:
@@ -37,7 +38,7 @@ def assemble(
     settings: Settings,
     embeddings: EmbeddingCache | None,
     *,
-    timing: tuple[Estimate, WarmsBlocks] | None = None,
+    timing: tuple[Estimate, ShardGroup] | None = None,
     rater: ChunkRater | None = None,
     ability: CompressionAbility | None = None,
 ) -> Planner:

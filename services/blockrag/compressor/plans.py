@@ -14,7 +14,6 @@ from blockrag.budget import (
     InTime,
     PassageDecision,
     PrefillCost,
-    PromptBudget,
     Room,
     affordable_slots,
     chunk_count,
@@ -22,6 +21,7 @@ from blockrag.budget import (
     composed_slots,
     expand,
     expand_what_fits,
+    passage_budget,
     passages_in_time,
     relevant_passages,
     retrieval_logits,
@@ -191,13 +191,9 @@ class Planner:
         return list(sizes) if policy == RETRIEVAL else [1] * len(sizes)
 
     def _room(self, request: compressor_pb2.PlanRequest, before_tokens: int, final_tokens: int) -> int:
-        return PromptBudget(
-            max_positions=self.max_positions,
-            instruction_tokens=before_tokens,
-            final_tokens=final_tokens,
-            answer_tokens=request.max_tokens,
-            max_context_tokens=request.max_context_tokens,
-        ).passage_tokens()
+        return passage_budget(
+            self.max_positions, before_tokens, final_tokens, request.max_tokens, request.max_context_tokens
+        )
 
     def _left_out(
         self, passage: common_pb2.Passage, ids: tuple[int, ...], decision: PassageDecision

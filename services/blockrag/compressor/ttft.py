@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from blockrag.alike import alike
 from blockrag.budget import FetchCost, PrefillCost
 from blockrag.errors import BlockragError, UnavailableError
 from blockrag.keys import KeyMaker
-from blockrag.kv_cache.shard_messages import WarmOutcome
+from blockrag.kv_cache.shards import ShardGroup
 from blockrag.types import FULL, BlockForm, BlockRequest
 from blockrag.v1.common_pb2 import CHUNK_FORM_COMPRESSED, PromptBlock, RequestContext
 from blockrag.v1.compressor_pb2 import PlanRequest
@@ -33,14 +32,6 @@ _logger = logging.getLogger(__name__)
 
 Estimate = Callable[[EstimatePrefillRequest], Awaitable[EstimatePrefillResponse]]
 """Asks a decoder where blocks are, and what it takes to have and to read them."""
-
-
-class WarmsBlocks(Protocol):
-    """The cache's shards, as far as plans need them."""
-
-    async def warm(self, blocks: Sequence[BlockRequest], pin: bool) -> WarmOutcome:
-        """Has blocks held ahead of time."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class TtftEstimate:
 class TtftEstimator:
     """Asks where blocks are, and has late ones brought into memory for the next question. Of one event loop."""
 
-    def __init__(self, estimate: Estimate, shards: WarmsBlocks, keys: KeyMaker, forms: Sequence[BlockForm]) -> None:
+    def __init__(self, estimate: Estimate, shards: ShardGroup, keys: KeyMaker, forms: Sequence[BlockForm]) -> None:
         """``forms``: in which passages may be read."""
         self._estimate = estimate
         self._shards = shards

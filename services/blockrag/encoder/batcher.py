@@ -31,8 +31,6 @@ class BatchStats:
     size: int = 0
     """Sum of the items' sizes."""
     batches: int = 0
-    dropped: int = 0
-    """Items whose caller left before they were computed."""
 
 
 class Batcher(Generic[Item, Result]):
@@ -119,11 +117,9 @@ class Batcher(Generic[Item, Result]):
         size = 0
         while self._queue:
             waiting = self._queue[0]
-            if waiting.future.done():
-                self.stats.dropped += 1
-            elif batch and size + waiting.size > self._max_size:
-                break
-            else:
+            if not waiting.future.done():
+                if batch and size + waiting.size > self._max_size:
+                    break
                 batch.append(waiting)
                 size += waiting.size
             self._queue.popleft()

@@ -27,21 +27,6 @@ ENCODE_BATCH_TOKENS = Histogram(
 ENCODED_BLOCKS = Counter("blockrag_encoded_blocks", "Blocks encoded.", ("form",))
 
 
-def check_token_ids(
-    token_ids: NDArray[np.integer[Any]], *, vocab_size: int, max_positions: int, field: str = "token_ids"
-) -> None:
-    """Raises ``InvalidRequestError`` for what no forward pass can take.
-
-    Checked before batching, so that one caller's mistake does not fail the others of its batch.
-    """
-    if token_ids.ndim != 1 or not token_ids.size:
-        raise InvalidRequestError(field, "a block needs at least one token")
-    if token_ids.size > max_positions:
-        raise InvalidRequestError(field, f"{token_ids.size} tokens, where the model has {max_positions} positions")
-    if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size:
-        raise InvalidRequestError(field, f"outside the vocabulary of {vocab_size} tokens")
-
-
 class BlockEncoder:
     """Encodes blocks, in any form, in batches of a bounded number of tokens, on one thread of its own."""
 
@@ -66,12 +51,18 @@ class BlockEncoder:
         self.stats = self._batcher.stats
 
     def check(self, token_ids: NDArray[np.integer[Any]], form: BlockForm = FULL, *, block: str = "") -> None:
-        """Raises ``InvalidRequestError`` for a block that cannot be encoded; ``block`` names it, like "blocks[2]."."""
-        model = self.model
+        """Raises ``InvalidRequestError`` for a block that cannot be encoded; ``block`` names it, like "blocks[2].".
+
+        Checked before batching, so that one caller's mistake does not fail the others of its batch.
+        """
         self._forms.check_form(form, f"{block}form")
-        check_token_ids(
-            token_ids, vocab_size=model.vocab_size, max_positions=model.max_positions, field=f"{block}token_ids"
-        )
+        field, vocab_size, positions = f"{block}token_ids", self.model.vocab_size, self.model.max_positions
+        if token_ids.ndim != 1 or not token_ids.size:
+            raise InvalidRequestError(field, "a block needs at least one token")
+        if token_ids.size > positions:
+            raise InvalidRequestError(field, f"{token_ids.size} tokens, where the model has {positions} positions")
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab_size:
+            raise InvalidRequestError(field, f"outside the vocabulary of {vocab_size} tokens")
 
     async def encode(self, request: BlockRequest) -> CachedBlock:
         """The block in its form, in arrays of its own."""
@@ -80,14 +71,9 @@ class BlockEncoder:
 
     def _forward(self, requests: Sequence[BlockRequest]) -> list[CachedBlock]:
         encoded = self._forms.encode(requests)
-        record_batch(requests)
+        tokens = sum(int(request.token_ids.size) for request in requests)
+        ENCODE_BATCH_TOKENS.observe(tokens)
+        ENCODED_TOKENS.inc(tokens)
+        for form, blocks in TallyOfForms(str(request.form) for request in requests).items():
+            ENCODED_BLOCKS.inc(blocks, form=form)
         return encoded
-
-
-def record_batch(requests: Sequence[BlockRequest]) -> None:
-    """Counts one batch of blocks."""
-    tokens = sum(int(request.token_ids.size) for request in requests)
-    ENCODE_BATCH_TOKENS.observe(tokens)
-    ENCODED_TOKENS.inc(tokens)
-    for form, blocks in TallyOfForms(str(request.form) for request in requests).items():
-        ENCODED_BLOCKS.inc(blocks, form=form)

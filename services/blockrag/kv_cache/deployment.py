@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from functools import partial
 from typing import Any
 
 import ray
@@ -47,7 +46,7 @@ class KvCache:
         self._chunk_tokens = bundle.chunk_tokens if bundle.refrag is not None else 0
         self._budget_bytes = settings.kv_cache.budget_mb * MIB
         names = shard_names(len(shards))
-        self._shards = shard_group({name: partial(_same, shard) for name, shard in zip(names, shards, strict=True)})
+        self._shards = shard_group(names, dict(zip(names, shards, strict=True)).__getitem__)
         _warn_of_small_store(self._budget_bytes)
 
     @rpc
@@ -81,10 +80,6 @@ class KvCache:
         documents = document_ids(request.context, request.documents)
         with span("purge", request.context, documents=len(documents)):
             return kv_cache_pb2.PurgeDocumentsResponse(blocks=await self._shards.purge(documents))
-
-
-def _same(handle: DeploymentHandle[Any]) -> DeploymentHandle[Any]:
-    return handle
 
 
 def _warn_of_small_store(budget_bytes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -43,8 +43,8 @@ def _remote(method: Method) -> Method:
 class RemoteShard(Shard):
     """A ``Shard`` in another process."""
 
-    def __init__(self, name: str, resolve: Callable[[], DeploymentHandle[Any]]) -> None:
-        """``resolve`` gives the handle, when it is first needed."""
+    def __init__(self, name: str, resolve: Callable[[str], DeploymentHandle[Any]]) -> None:
+        """``resolve`` gives the handle by the name, when it is first needed."""
         self.name = name
         self._resolve = resolve
         self._handle: DeploymentHandle[Any] | None = None
@@ -62,19 +62,18 @@ class RemoteShard(Shard):
         """The answer, or what Ray raises."""
         if self._handle is None:
             # References must not travel by Serve's gRPC transport: it would keep them for ever.
-            self._handle = self._resolve().options(_by_reference=True)
+            self._handle = self._resolve(self.name).options(_by_reference=True)
         return await getattr(self._handle, method).remote(*arguments, **named)
 
 
-def shard_group(resolvers: Mapping[str, Callable[[], DeploymentHandle[Any]]]) -> ShardGroup:
+def shard_group(names: Sequence[str], resolve: Callable[[str], DeploymentHandle[Any]]) -> ShardGroup:
     """All shards, by their names."""
-    return ShardGroup([RemoteShard(name, resolve) for name, resolve in resolvers.items()], list(resolvers))
+    return ShardGroup([RemoteShard(name, resolve) for name in names], names)
 
 
 def connect_shards(settings: Settings) -> ShardGroup:
     """The shards, for a replica of another service; they are looked up when they are first needed."""
-    names = shard_names(settings.kv_cache.shards)
-    return shard_group({name: partial(serve.get_deployment_handle, name, app_name=APP) for name in names})
+    return shard_group(shard_names(settings.kv_cache.shards), partial(serve.get_deployment_handle, app_name=APP))
 
 
 def connect(settings: Settings) -> BlockFetcher:

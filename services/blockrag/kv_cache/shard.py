@@ -262,13 +262,14 @@ class CacheShard:
         (ref, nbytes), tier, encode_s, lacking = await self._load_or_encode(request)
         if not encoding.documents:  # purged meanwhile: whoever waits may use it, nobody keeps it
             return _Acquired(AcquiredBlock(key, [ref], tier, nbytes), over_budget=False)
-        outcome = self.store.put(
+        evictions = self.store.evictions
+        entry = self.store.put(
             key, ref, nbytes, request.tenant, encoding.documents, encoding.pins, request.form, encode_s
         )
         for files in lacking:
             files.offer(request, EncodedObject(ref, nbytes), _keeper(encoding.documents), encode_s, evict=True)
-        generation = outcome.entry.generation if outcome.entry else 0
-        over_budget = outcome.entry is None or outcome.evicted > 0
+        generation = entry.generation if entry else 0
+        over_budget = entry is None or self.store.evictions > evictions
         return _Acquired(AcquiredBlock(key, [ref], tier, nbytes, generation), over_budget)
 
     async def _load_or_encode(self, request: BlockRequest) -> _Made:

@@ -37,16 +37,6 @@ class Entry:
     last_use: float = 0.0
 
 
-@dataclass(frozen=True)
-class PutOutcome:
-    """What storing a block changed."""
-
-    entry: Entry | None
-    """None: there is no room for it beside what is pinned."""
-    evicted: int
-    """Blocks removed to make room."""
-
-
 @dataclass
 class _Tenant:
     nbytes: int = 0
@@ -135,10 +125,10 @@ class BlockStore:
         pins: Iterable[DocumentId],
         form: BlockForm = FULL,
         encode_s: float = 0.0,
-    ) -> PutOutcome:
+    ) -> Entry | None:
         """Stores a block, after making room: first among the tenant's own blocks when it is over its share.
 
-        A block that would not fit even with every unpinned block gone is not stored, and evicts nothing.
+        None: beside what is pinned there is no room for it; it is not stored, and evicts nothing.
         """
         self.expire()
         self._remove(key)
@@ -146,14 +136,11 @@ class BlockStore:
         pinned_bytes = sum(each.pinned_bytes for each in self._tenants.values())
         if owner.pinned_bytes + nbytes > self.tenant_budget_bytes or pinned_bytes + nbytes > self.budget_bytes:
             self._departed.add(key, documents)
-            return PutOutcome(None, 0)
-        evicted = 0
+            return None
         while owner.nbytes + nbytes > self.tenant_budget_bytes:
             self._evict(next(iter(owner.lru)))
-            evicted += 1
         while self.nbytes + nbytes > self.budget_bytes:
             self._evict(next(iter(self._lru)))
-            evicted += 1
         entry = Entry(key, ref, nbytes, tenant, set(), set(), next(self._generations), form, encode_s)
         self._insert(entry)
         for document in documents:
@@ -161,7 +148,7 @@ class BlockStore:
         for document in pins:
             self._link(entry, document)
             self._pin(entry, document)
-        return PutOutcome(entry, evicted)
+        return entry
 
     def lose(self, key: str, generation: int = 0) -> bool:
         """Forgets a block whose object is gone; a stale generation changes nothing, 0 stands for any."""

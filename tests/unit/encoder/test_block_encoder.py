@@ -5,16 +5,19 @@ import asyncio
 import numpy as np
 import pytest
 
-from blockrag.encoder.block_encoder import BlockEncoder, check_token_ids
+from blockrag.encoder.block_encoder import BlockEncoder
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.model import SlotModel
 from blockrag.types import BlockRequest
 from tests.models import TINY_VOCAB, make_tiny_model
 
+LONGEST = 128
+"""Positions of the model."""
+
 
 @pytest.fixture(scope="module")
 def model() -> SlotModel:
-    return SlotModel.from_pretrained_model(make_tiny_model())
+    return SlotModel.from_pretrained_model(make_tiny_model(max_position_embeddings=LONGEST))
 
 
 def make_encoder(model: SlotModel, max_batch_tokens: int = 64) -> BlockEncoder:
@@ -64,17 +67,17 @@ async def test_a_bad_block_does_not_fail_its_neighbours(model: SlotModel) -> Non
     ("token_ids", "problem"),
     [
         ([], "at least one token"),
-        ([3, 10], "vocabulary"),
+        ([3, TINY_VOCAB], "vocabulary"),
         ([-1], "vocabulary"),
-        ([0] * 6, "6 tokens, where the model has 5"),
+        ([0] * (LONGEST + 1), f"{LONGEST + 1} tokens, where the model has {LONGEST}"),
         ([[1, 2]], "at least one token"),
     ],
 )
-def test_what_cannot_be_encoded_is_refused(token_ids: list[int], problem: str) -> None:
+async def test_what_cannot_be_encoded_is_refused(model: SlotModel, token_ids: list[int], problem: str) -> None:
     with pytest.raises(InvalidRequestError, match=problem) as caught:
-        check_token_ids(np.array(token_ids, dtype=np.int32), vocab_size=10, max_positions=5, field="blocks[2]")
-    assert caught.value.field == "blocks[2]"
+        make_encoder(model).check(np.array(token_ids, dtype=np.int32), block="blocks[2].")
+    assert caught.value.field == "blocks[2].token_ids"
 
 
-def test_a_block_as_long_as_the_model_is_accepted() -> None:
-    check_token_ids(np.array([0, 9, 1, 2, 3], dtype=np.int32), vocab_size=10, max_positions=5)
+async def test_a_block_as_long_as_the_model_is_accepted(model: SlotModel) -> None:
+    make_encoder(model).check(np.full(LONGEST, TINY_VOCAB - 1, dtype=np.int32))

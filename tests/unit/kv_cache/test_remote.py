@@ -37,7 +37,7 @@ class Handle:
 
 async def test_every_method_reaches_the_shard_s_own() -> None:
     handle = Handle()
-    shard = RemoteShard("shard", lambda: handle)  # type: ignore[arg-type,return-value]
+    shard = RemoteShard("shard", lambda _: handle)  # type: ignore[arg-type,return-value]
     document = DocumentId("t", "c", "d")
     calls = {
         "acquire": ([],),
@@ -55,7 +55,7 @@ async def test_every_method_reaches_the_shard_s_own() -> None:
 
 async def test_a_shard_that_is_gone_is_unavailable_by_name_and_other_errors_are_kept() -> None:
     handle = Handle()
-    shard = RemoteShard("KvCacheShard-1", lambda: handle)  # type: ignore[arg-type,return-value]
+    shard = RemoteShard("KvCacheShard-1", lambda _: handle)  # type: ignore[arg-type,return-value]
     handle.error = ActorDiedError()
     with pytest.raises(UnavailableError, match=r"^KvCacheShard-1: .*went away"):
         await shard.stats()
@@ -65,7 +65,7 @@ async def test_a_shard_that_is_gone_is_unavailable_by_name_and_other_errors_are_
 
 
 async def test_a_shard_that_cannot_be_found_yet_is_unavailable() -> None:
-    def resolve() -> Any:
+    def resolve(_: str) -> Any:
         raise ActorDiedError()
 
     with pytest.raises(UnavailableError, match=r"^KvCacheShard-1: "):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from blockrag.kv_cache.purge_log import Departed
 from blockrag.kv_cache.shard_messages import DocumentId
-from blockrag.kv_cache.store import BlockStore, PutOutcome
+from blockrag.kv_cache.store import BlockStore, Entry
 
 DOCUMENT = DocumentId("t", "c", "d")
 OTHER = DocumentId("t", "c", "other")
@@ -31,7 +31,7 @@ def put(
     *,
     pinned: bool = False,
     ref: object = None,
-) -> PutOutcome:
+) -> Entry | None:
     return store.put(key, ref, nbytes, document.tenant, {document}, {document} if pinned else ())
 
 
@@ -53,8 +53,7 @@ def test_the_least_recently_used_block_makes_room() -> None:
     for key in "abc":
         put(store, key)
     store.get("a", DOCUMENT)
-    outcome = put(store, "d")
-    assert outcome.evicted == 1
+    put(store, "d")
     assert held(store, "abcd") == "acd"
     assert (store.evictions, store.nbytes, len(store)) == (1, 30, 3)
 
@@ -81,10 +80,9 @@ def test_a_block_that_cannot_fit_evicts_nothing() -> None:
     store = BlockStore(30)
     put(store, "a", 15, pinned=True)
     put(store, "b", 15)
-    outcome = put(store, "c", 20)
-    assert outcome == PutOutcome(None, 0)
-    assert held(store, "abc") == "ab"
-    assert put(BlockStore(30), "larger than all", 31).entry is None
+    assert put(store, "c", 20) is None
+    assert (held(store, "abc"), store.evictions) == ("ab", 0)
+    assert put(BlockStore(30), "larger than all", 31) is None
 
 
 def test_unpinned_blocks_can_be_evicted_again() -> None:
@@ -159,9 +157,9 @@ def test_a_tenant_cannot_pin_more_than_its_share() -> None:
     store = BlockStore(100, tenant_share=0.3)
     for key in "abc":
         put(store, key, pinned=True)
-    assert put(store, "d", pinned=True).entry is None
-    assert put(store, "e").entry is None
-    assert put(store, "x", document=DocumentId("other", "c", "d")).entry is not None
+    assert put(store, "d", pinned=True) is None
+    assert put(store, "e") is None
+    assert put(store, "x", document=DocumentId("other", "c", "d")) is not None
 
 
 def test_purging_a_document_forgets_its_blocks_even_pinned_ones() -> None:
@@ -215,7 +213,7 @@ def test_a_purge_tells_readers_of_blocks_that_were_evicted_before() -> None:
     put(store, "b", document=OTHER)
     put(store, "c", document=OTHER)
     store.lose("b")
-    assert put(store, "too large", 21).entry is None
+    assert put(store, "too large", 21) is None
     assert store.purge(DOCUMENT) == 0
     assert store.journal.since(start).keys == ["a", "too large"]
     assert store.purge(DocumentId("t", "c", "")) == 1
@@ -233,8 +231,8 @@ def test_readers_must_forget_everything_when_evicted_keys_are_no_longer_known() 
 
 def test_a_lost_block_is_forgotten_unless_it_was_replaced() -> None:
     store = BlockStore(100)
-    old = put(store, "a").entry
-    new = put(store, "a").entry
+    old = put(store, "a")
+    new = put(store, "a")
     assert old is not None
     assert new is not None
     assert not store.lose("a", old.generation)
