@@ -38,11 +38,6 @@ from blockrag.v1 import common_pb2, decoder_pb2
 from blockrag.v1.decoder_pb2 import GetDecoderStatusResponse
 
 _NOTHING_LOADED = LoadedBlocks()
-_REASONS = {
-    "end": common_pb2.FINISH_REASON_END,
-    "stop": common_pb2.FINISH_REASON_STOP,
-    "length": common_pb2.FINISH_REASON_LENGTH,
-}
 
 
 @dataclass
@@ -186,7 +181,7 @@ def _finished(
         text=event.text,
         tokens=event.tokens,
         finish=decoder_pb2.DecodeFinish(
-            reason=_REASONS[finish.reason],
+            reason=f"FINISH_REASON_{finish.reason.upper()}",
             usage=common_pb2.Usage(
                 prompt_tokens=prompt.slots,
                 cached_tokens=composed.slots("l1") + composed.slots("store") + composed.slots("disk"),

@@ -21,7 +21,7 @@ from blockrag.access import Access, OnBehalf
 from blockrag.client_calls import open_channel, translated
 from blockrag.errors import UnauthenticatedError
 from blockrag.handles import FindHandle, RemoteService, Rpc
-from blockrag.http.error_objects import error_response, too_large, too_large_response
+from blockrag.http.error_objects import error_response, too_large
 from blockrag.limits import LOOPBACK_NAMES
 from blockrag.settings import Settings
 from blockrag.v1 import corpus_pb2, corpus_pb2_grpc, rag_pb2, system_pb2
@@ -58,7 +58,7 @@ class Guard:
         most = self._max_document_bytes + _FORM_BYTES if is_form else MAX_JSON_BYTES
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > most:
-            await too_large_response(most)(scope, receive, send)
+            await error_response(too_large(most))(scope, receive, send)
             return
         received = 0
 

@@ -96,7 +96,13 @@ def error_detail(error: BaseException) -> tuple[int, ErrorDetail]:
 
 
 def error_response(error: BaseException) -> Response:
-    """The response that tells of an error."""
+    """The response that tells of an error, of ours, of the framework's or an unforeseen one."""
+    if isinstance(error, RequestValidationError):
+        return _response(400, _validation_detail(error.errors()))
+    if isinstance(error, HTTPException):
+        code = _CODES.get(error.status_code, "invalid_value")
+        detail = ErrorDetail(message=str(error.detail), type="invalid_request_error", code=code)
+        return _response(error.status_code, detail, dict(error.headers or {}))
     status, detail = error_detail(error)
     headers = {}
     if status == 401:
@@ -113,29 +119,14 @@ def too_large(most: int) -> HTTPException:
     return HTTPException(413, f"the body is larger than the {most // 2**20} MiB that are allowed")
 
 
-def too_large_response(most: int) -> Response:
-    """The response that says so."""
-    return _of_starlette(too_large(most))
-
-
 def add_handlers(app: FastAPI) -> None:
     """Has the application answer every error with OpenAI's object."""
 
-    async def of_ours(request: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
         return error_response(error)
 
-    async def of_starlette(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _of_starlette(error)
-
-    async def of_validation(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return _response(400, _validation_detail(error.errors()))
-
-    app.add_exception_handler(BlockragError, of_ours)
-    app.add_exception_handler(RequestValidationError, of_validation)
-    app.add_exception_handler(HTTPException, of_starlette)
-    app.add_exception_handler(Exception, of_ours)
+    for kind in (BlockragError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
 
 
 def _kind(error: BlockragError) -> tuple[int, str, str]:
@@ -143,12 +134,6 @@ def _kind(error: BlockragError) -> tuple[int, str, str]:
         if isinstance(error, of):
             return status, kind, code
     return 500, "server_error", "internal_error"
-
-
-def _of_starlette(error: HTTPException) -> Response:
-    code = _CODES.get(error.status_code, "invalid_value")
-    detail = ErrorDetail(message=str(error.detail), type="invalid_request_error", code=code)
-    return _response(error.status_code, detail, dict(error.headers or {}))
 
 
 def _response(status: int, detail: ErrorDetail, headers: dict[str, str] | None = None) -> Response:

@@ -106,12 +106,7 @@ def _citation(citation: rag_pb2.Citation, explain: bool) -> dict[str, Any]:
     told["slots"] = fields_of(citation.slots)
     if explain:
         told["chunks"] = [
-            {
-                "start_token": chunk.start_token,
-                "end_token": chunk.end_token,
-                "form": ChunkForm.Name(chunk.form).removeprefix("CHUNK_FORM_").lower(),
-                "text": chunk.text,
-            }
+            {**fields_of(chunk), "form": ChunkForm.Name(chunk.form).removeprefix("CHUNK_FORM_").lower()}
             for chunk in citation.chunks
         ]
     return told

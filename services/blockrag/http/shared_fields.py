@@ -30,17 +30,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from blockrag.errors import InvalidRequestError, NotFoundError, UnsupportedError
-from blockrag.v1 import common_pb2, rag_pb2
+from blockrag.v1 import rag_pb2
 from blockrag.v1.common_pb2 import ConditionOperator, MetadataCondition
 
 MODEL = "blockrag"
 """The model without documents; ``blockrag/COLLECTION`` answers from a collection."""
 
-_MODES = {
-    "block": common_pb2.ATTENTION_MODE_BLOCK,
-    "full": common_pb2.ATTENTION_MODE_FULL,
-    "none": common_pb2.ATTENTION_MODE_NONE,
-}
 _OPERATORS = {
     "eq": ConditionOperator.CONDITION_OPERATOR_IN,
     "in": ConditionOperator.CONDITION_OPERATOR_IN,
@@ -236,14 +231,15 @@ def generate_request(request: Answering) -> rag_pb2.GenerateRequest:
     """What both APIs say in the same way; question and the rest are the caller's to fill in."""
     options = request.blockrag or BlockragOptions()
     tool = request.tools[0] if request.tools else None
-    message = rag_pb2.GenerateRequest(
-        collection=collection_of(request),
-        filter=conditions(options.filter, "blockrag.filter") + conditions(tool.filters if tool else None, "tools"),
-    )
-    mode = options.attention_mode or ("block" if message.collection else "none")
-    if mode != "none" and not message.collection:
+    collection = collection_of(request)
+    mode = options.attention_mode or ("block" if collection else "none")
+    if mode != "none" and not collection:
         raise InvalidRequestError("model", f"names no collection, which attention_mode {mode} answers from")
-    message.attention_mode = _MODES[mode]
+    message = rag_pb2.GenerateRequest(
+        collection=collection,
+        filter=conditions(options.filter, "blockrag.filter") + conditions(tool.filters if tool else None, "tools"),
+        attention_mode=f"ATTENTION_MODE_{mode.upper()}",
+    )
     set_number(message, "top_k", tool.max_num_results if options.top_k is None and tool else options.top_k)
     set_number(message, "temperature", request.temperature)
     set_number(message, "top_p", request.top_p)

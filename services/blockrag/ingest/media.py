@@ -72,11 +72,8 @@ def media_type_of(declared: str, document_id: str) -> MediaType:
         if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii", "ascii"):
             raise InvalidRequestError("media_type", f"charset {charset[1]} is not supported; send UTF-8")
         name = name.strip().lower()
-        known = _ALIASES.get(name)
-        if known is not None:
-            return known
         try:
-            return MediaType(name)
+            return _ALIASES.get(name) or MediaType(name)
         except ValueError:
             raise InvalidRequestError("media_type", f"{name[:80]!r} is none of {_supported()}") from None
     suffix = PurePosixPath(document_id).suffix.lower()

@@ -32,27 +32,19 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Ordinary:
-    """Text that is split at paragraphs, sentences, words."""
+class Block:
+    """Text that is split at paragraphs, sentences, words, and where it starts in its window."""
 
     start: int
     text: str
 
 
-@dataclass(frozen=True)
-class Solid:
+class Solid(Block):
     """A run without a space."""
 
-    start: int
-    text: str
 
-
-@dataclass(frozen=True)
-class Table:
+class Table(Block):
     """Headings, dashes and rows, a line each."""
-
-    start: int
-    text: str
 
     @property
     def head(self) -> str:
@@ -61,18 +53,18 @@ class Table:
         return self.text[: self.text.index("\n", first) + 1]
 
 
-def blocks_of(text: str) -> Iterator[Ordinary | Solid | Table]:
+def blocks_of(text: str) -> Iterator[Block]:
     """The blocks of a window in order; concatenated they are the window."""
     place = 0
     for start, end, kind in sorted([*_tables(text), *_solids(text)]):
         if start < place:
             continue
         if text[place:start].strip():
-            yield Ordinary(place, text[place:start])
+            yield Block(place, text[place:start])
         yield Table(start, text[start:end]) if kind == "table" else Solid(start, text[start:end])
         place = end
     if text[place:].strip():
-        yield Ordinary(place, text[place:])
+        yield Block(place, text[place:])
 
 
 def pack_table(

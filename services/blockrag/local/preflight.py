@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import random
@@ -52,13 +51,11 @@ def check_port(host: str, port: int, setting: str) -> None:
             ) from error
 
 
-def free_port(host: str = "127.0.0.1") -> int:
+def free_port() -> int:
     """A port that was free a moment ago, outside of those that Linux hands out to clients and Ray to its agents."""
-    while True:
-        port = random.randrange(*_FREE_PORTS)
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
-            return port
+    while not _is_free(port := random.randrange(*_FREE_PORTS)):
+        pass
+    return port
 
 
 def serve_port_environment() -> dict[str, str]:

@@ -8,7 +8,6 @@ HAProxy's files are of that time: all of them go when it ends.
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import os
 import signal
@@ -16,6 +15,7 @@ import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
+from pkgutil import resolve_name
 from typing import Any
 
 from blockrag.errors import UnavailableError
@@ -31,7 +31,7 @@ from blockrag.local.scratch import (
     worker_launcher,
 )
 from blockrag.local.state import SystemState, own_state, write_state
-from blockrag.services import GRPC_SERVICER_FUNCTION, SERVICES, Service
+from blockrag.services import GRPC_SERVICER_FUNCTION, SERVICES
 from blockrag.settings import Settings, load_settings
 
 _POLL_S = 0.2
@@ -199,7 +199,7 @@ class _Supervisor:
         # Together: most of a replica's start is importing, and they wait for each other only at the first request.
         serve.run_many(
             [
-                RunTarget(_builder(service)(arguments), name=service.name, route_prefix=service.route)
+                RunTarget(resolve_name(service.import_path)(arguments), name=service.name, route_prefix=service.route)
                 for service in SERVICES
             ],
             wait_for_applications_running=False,
@@ -221,11 +221,6 @@ def _metrics_url() -> str:
 
     (node,) = ray.nodes()
     return f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
-
-
-def _builder(service: Service) -> Any:
-    module, _, function = service.import_path.partition(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def _first_line(error: Exception) -> str:

@@ -86,7 +86,8 @@ class Embedder:
             ).eval()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise _refused(f"{files.path} cannot be loaded: {str(error)[:300]}") from error
-        self.max_tokens = min(files.max_tokens, *_table_rows(self._model), *_tokenizer_limit(self._tokenizer))
+        limit = self._tokenizer.model_max_length or files.max_tokens
+        self.max_tokens = min(files.max_tokens, limit, *_table_rows(self._model))
         """Longest text in tokens: what the directory says, at most what the model has positions for."""
         self._tokenizing = threading.Lock()
         self._remembered: Lru[str, NDArray[np.float32]] = Lru(_REMEMBERED_QUERIES)
@@ -171,11 +172,6 @@ def _table_rows(model: nn.Module) -> list[int]:
         for name, table in model.named_modules()
         if name.endswith("position_embeddings") and isinstance(table, Embedding)
     ]
-
-
-def _tokenizer_limit(tokenizer: Any) -> list[int]:
-    limit = tokenizer.model_max_length
-    return [limit] if limit else []
 
 
 def _read(path: Path, name: str) -> EmbeddingFiles:

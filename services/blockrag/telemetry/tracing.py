@@ -83,13 +83,6 @@ class TraceFileExporter(SpanExporter):
             return SpanExportResult.FAILURE
         return SpanExportResult.SUCCESS
 
-    def shutdown(self) -> None:
-        """Nothing is held open."""
-
-    def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        """Nothing is held back."""
-        return True
-
     def _path(self) -> Path:
         return self._directory / f"{self._service}-{os.getpid()}-{self._number}.jsonl"
 
