@@ -81,7 +81,8 @@ class Engine:
         self._changed = threading.Condition()  # guards the scheduler; notified when there may be work
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
+        """What ended the engine's thread, if anything did: the process must be replaced then."""
         self._generated = 0
         self._answering = 0  # sequences that had their first token, since the start
         self._mean_seconds = 0.0
@@ -100,14 +101,9 @@ class Engine:
             self._stopping = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join(None if self._failure is None else _HUNG_STOP_S)
+            self._thread.join(None if self.failure is None else _HUNG_STOP_S)
         else:
             self._abandon()
-
-    @property
-    def failure(self) -> BaseException | None:
-        """What ended the engine's thread, if anything did: the process must be replaced then."""
-        return self._failure
 
     @property
     def step_seconds(self) -> float:
@@ -122,7 +118,7 @@ class Engine:
         """
         with self._changed:
             self._stopping = True
-            self._failure = RuntimeError(problem)
+            self.failure = RuntimeError(problem)
             sequences = self._scheduler.sequences()
         for sequence in sequences:
             self._push(sequence, Event(error=UnavailableError("the decoder hangs; send the request again")))
@@ -212,7 +208,7 @@ class Engine:
                     time.sleep(_HANDOFF_S)
         except BaseException as error:
             _logger.exception("the decoder's engine failed")
-            self._failure = error
+            self.failure = error
         self._abandon()
 
     def _wait_for_work(self) -> bool:

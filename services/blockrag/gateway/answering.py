@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from blockrag.aio import failed
+from blockrag.alike import alike
 from blockrag.compressor.compression_request import RETRIEVAL, SENTENCES
 from blockrag.errors import DeadlineError, UnavailableError
 from blockrag.gateway.planning import NearPlanner, Overhead, decode_request
@@ -341,16 +342,14 @@ async def _ended(task: asyncio.Task[Any]) -> None:
 
 def _citations(passages: Sequence[Passage], plan: PlanResponse) -> list[Citation]:
     return [
-        Citation(
+        alike(
+            Citation,
+            passage,
             index=index,
-            passage_id=passage.passage_id,
-            document_id=passage.document_id,
-            title=passage.title,
             chunks=planned.chunks,
             tokens=len(planned.token_ids),
             in_prompt=planned.in_prompt,
             dropped_reason=planned.dropped_reason,
-            also_in=passage.also_in,
         )
         for index, (passage, planned) in enumerate(zip(passages, plan.passages, strict=True))
     ]

@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 from blockrag.errors import DataError
@@ -96,8 +96,8 @@ class DiskIndex:
         self._folders.setdefault(entry.folder, set()).add(entry.key)
         self.nbytes += entry.nbytes
 
-    def remove(self, key: str) -> DiskEntry | None:
-        """Forgets an entry; it, or None."""
+    def remove(self, key: str) -> None:
+        """Forgets an entry, if there is one."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             del self._tenants[entry.tenant][key]
@@ -106,7 +106,6 @@ class DiskIndex:
                 del self._tenants[entry.tenant], self._tenant_bytes[entry.tenant]
             self._unfile(entry)
             self.nbytes -= entry.nbytes
-        return entry
 
     def touch(self, key: str, now: float) -> None:
         """Makes an entry the one used last."""
@@ -130,11 +129,9 @@ class DiskIndex:
 
     def expire(self, oldest_kept: float) -> list[DiskEntry]:
         """Removes what was not used since."""
-        removed = []
-        while self._entries and next(iter(self._entries.values())).last_use < oldest_kept:
-            entry = self.remove(next(iter(self._entries)))
-            assert entry is not None
-            removed.append(entry)
+        removed = list(takewhile(lambda entry: entry.last_use < oldest_kept, self._entries.values()))
+        for entry in removed:
+            self.remove(entry.key)
         return removed
 
     def _evict(self, in_order_of_use: Iterable[DiskEntry]) -> DiskEntry:

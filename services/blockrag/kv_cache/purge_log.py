@@ -23,8 +23,7 @@ class PurgeJournal:
     """
 
     def __init__(self, *, capacity: int = 65_536, start: int | None = None) -> None:
-        self._keys: deque[str] = deque()
-        self._capacity = capacity
+        self._keys: deque[str] = deque(maxlen=capacity)
         self._end = process_start() if start is None else start
 
     def append(self, keys: Iterable[str]) -> None:
@@ -32,8 +31,6 @@ class PurgeJournal:
         for key in keys:
             self._keys.append(key)
             self._end += 1
-            if len(self._keys) > self._capacity:
-                self._keys.popleft()
 
     def reset_readers(self) -> None:
         """Makes every reader forget all its blocks at its next call."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -63,22 +63,17 @@ async def patiently(name: str, call: Callable[[], Awaitable[T]], patience_s: flo
 
     Raises ``UnavailableError`` naming the shard when ``patience_s`` is over, also in the middle of a call.
     """
-    give_up = time.monotonic() + patience_s
     backoff_s = _FIRST_BACKOFF_S
     reason = f"no answer within {patience_s:g} s"
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(patience_s):
             while True:
                 try:
                     return await call()
                 except UnavailableError as error:
                     reason = str(error)
-                    if time.monotonic() + backoff_s >= give_up:
-                        break
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
-    except TimeoutError:
-        pass
     raise UnavailableError(reason if reason.startswith(name) else f"{name}: {reason}")
 
 

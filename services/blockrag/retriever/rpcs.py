@@ -302,14 +302,6 @@ class RetrieverService:
             except Exception:
                 _logger.exception("sweeping the index failed; it is tried again")
 
-    async def close(self) -> None:
-        """Makes the index durable and stops the threads."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-        await self._index.close()
-        self._query_thread.shutdown(wait=False)
-        self._passage_thread.shutdown(wait=False)
-
     async def _language(self, collection: CollectionId, wanted: str) -> str:
         """The language of passages on their way in."""
         if wanted and wanted not in LANGUAGES:

@@ -37,7 +37,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ret
     for document_id in TEXTS:
         await ingest(made, document_id)
     yield made
-    await made.close()
+    await index.close()
 
 
 def context(tenant: str = "public") -> common_pb2.RequestContext:
