@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from blockrag.types import FULL, BlockForm
+from blockrag.types import FULL, BlockForm, BlockRequest
 
 _KEY_BYTES = 20
 
@@ -48,6 +48,21 @@ class KeyMaker:
             digest.update(part.encode())
         digest.update(np.asarray(token_ids, dtype="<u4").tobytes())
         return digest.hexdigest()
+
+    def block_request(
+        self,
+        tenant: str,
+        token_ids: Sequence[int] | NDArray[np.int32],
+        form: BlockForm = FULL,
+        *,
+        collection: str,
+        document_id: str,
+        traceparent: str = "",
+    ) -> BlockRequest:
+        """Asks for one block in one form. Raises as ``block_key``."""
+        ids = np.asarray(token_ids, dtype=np.int32)
+        key = self.block_key(tenant, token_ids, form)
+        return BlockRequest(key, ids, tenant, collection, document_id, traceparent, form)
 
     def _salt(self, tenant: str) -> bytes:
         return hmac.new(self.secret, tenant.encode(), hashlib.sha256).digest()

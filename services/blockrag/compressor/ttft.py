@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from blockrag.aio import detached
 from blockrag.alike import alike
 from blockrag.budget import FetchCost, PrefillCost
@@ -90,16 +88,11 @@ class TtftEstimator:
         Passages without a document are not: nothing would ever purge them there.
         """
         blocks = [
-            BlockRequest(
-                key=self._keys.block_key(request.context.tenant, passages[place], form),
-                token_ids=np.array(passages[place], dtype=np.int32),
-                tenant=request.context.tenant,
-                collection=request.collection,
-                document_id=request.passages[place].document_id,
-                form=form,
+            self._keys.block_request(
+                request.context.tenant, passages[place], form, collection=request.collection, document_id=document_id
             )
             for place in places
-            if request.passages[place].document_id
+            if (document_id := request.passages[place].document_id)
             for form in self._forms
         ]
         if blocks and len(self._warming) < _MOST_WARMING:

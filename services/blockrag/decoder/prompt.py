@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from blockrag.alike import alike
 from blockrag.budget import composed_slots
 from blockrag.decoder.block_loading import BlockTier, LoadedBlocks
 from blockrag.decoder.sequence import SamplingParams
@@ -133,16 +135,7 @@ def _part(
     keys: KeyMaker,
     chunk_tokens: int,
 ) -> PromptPart:
-    def wanted(form: BlockForm) -> BlockRequest:
-        return BlockRequest(
-            key=keys.block_key(tenant, token_ids, form),
-            token_ids=token_ids,
-            tenant=tenant,
-            collection=block.collection,
-            document_id=block.document_id,
-            form=form,
-        )
-
+    wanted = partial(keys.block_request, tenant, token_ids, collection=block.collection, document_id=block.document_id)
     if not block.forms:
         kept = _kept(f"{field}.kept", block.kept, len(token_ids))
         return PromptPart(wanted(FULL), kept=kept, slots=sum(end - start for start, end in kept) or len(token_ids))
@@ -183,13 +176,8 @@ def _kept(field: str, spans: Sequence[common_pb2.TokenSpan], tokens: int) -> tup
 
 
 def _sampling(message: common_pb2.Sampling) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=message.max_tokens,
-        temperature=message.temperature,
-        top_p=message.top_p or 1.0,  # an absent field is 0
-        seed=message.seed,
-        stop=tuple(message.stop),
-    )
+    # an absent field is 0
+    return alike(SamplingParams, message, top_p=message.top_p or 1.0, stop=tuple(message.stop))
 
 
 def _token_ids(field: str, values: Sequence[int], vocab_size: int) -> NDArray[np.int32]:

@@ -255,9 +255,7 @@ class Answering:
                 Passage(passage_id=f"given-{index}", ordinal=index, title=given.title, text=given.text)
                 for index, given in enumerate(question.given)
             ]
-        search = SearchRequest(
-            query=question.text, collection=question.collection, top_k=question.top_k, filter=question.filter
-        )
+        search = alike(SearchRequest, question, query=question.text)
         return await self._search(search, way.context, way.timings, way.deadline)
 
     async def _search(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 from google.protobuf.message import Message
 
 from blockrag.errors import InvalidRequestError
@@ -54,14 +53,13 @@ def block_requests(
         if max(block.token_ids) > _LARGEST_TOKEN_ID:
             raise InvalidRequestError(f"blocks[{place}].token_ids", "a token id is out of range")
         requests.append(
-            BlockRequest(
-                key=keys.block_key(tenant, block.token_ids, form),
-                token_ids=np.array(block.token_ids, dtype=np.int32),
-                tenant=tenant,
+            keys.block_request(
+                tenant,
+                block.token_ids,
+                form,
                 collection=block.collection,
                 document_id=block.document_id,
                 traceparent=context.traceparent,
-                form=form,
             )
         )
     return requests

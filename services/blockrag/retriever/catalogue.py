@@ -34,31 +34,27 @@ _LOCK_POLL_S = 0.1
 _logger = logging.getLogger(__name__)
 
 
-class DiskRoom:
-    """Of the disk that holds a directory."""
+def check_room_for_documents(path: Path) -> None:
+    """Raises ``OverloadedError`` where the disk of a directory has no room for more of them."""
+    free = _free_mib(path, DOCUMENTS_MIB)
+    if free < DOCUMENTS_MIB:
+        raise OverloadedError(
+            f"the index's disk has {free} MiB free and takes documents from {DOCUMENTS_MIB}", _RETRY_MS
+        )
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
 
-    def for_documents(self) -> None:
-        """Raises ``OverloadedError`` where no more may be added."""
-        free = self._free_mib(DOCUMENTS_MIB)
-        if free < DOCUMENTS_MIB:
-            raise OverloadedError(
-                f"the index's disk has {free} MiB free and takes documents from {DOCUMENTS_MIB}", _RETRY_MS
-            )
+def check_room_for_changes(path: Path) -> None:
+    """Raises ``UnavailableError`` where nothing may be written at all."""
+    free = _free_mib(path, CHANGES_MIB)
+    if free < CHANGES_MIB:
+        raise UnavailableError(f"the index's disk has {free} MiB free; it is opened and changed from {CHANGES_MIB}")
 
-    def for_changes(self) -> None:
-        """Raises ``UnavailableError`` where nothing may be written at all."""
-        free = self._free_mib(CHANGES_MIB)
-        if free < CHANGES_MIB:
-            raise UnavailableError(f"the index's disk has {free} MiB free; it is opened and changed from {CHANGES_MIB}")
 
-    def _free_mib(self, needed: int) -> int:
-        free = shutil.disk_usage(self._path).free // MIB
-        if free < needed:
-            _logger.warning("the disk of %s has %d MiB free, %d are needed: make room", self._path, free, needed)
-        return free
+def _free_mib(path: Path, needed: int) -> int:
+    free = shutil.disk_usage(path).free // MIB
+    if free < needed:
+        _logger.warning("the disk of %s has %d MiB free, %d are needed: make room", path, free, needed)
+    return free
 
 
 def locked(path: Path, wait_s: float) -> IO[str]:

@@ -21,7 +21,7 @@ from blockrag.identity import CollectionId
 from blockrag.languages import DEFAULT_LANGUAGE
 from blockrag.results import PassageHolder
 from blockrag.retriever import payload as fields
-from blockrag.retriever.catalogue import Catalogue, DiskRoom, locked
+from blockrag.retriever.catalogue import Catalogue, check_room_for_changes, check_room_for_documents, locked
 from blockrag.retriever.edge_filters import equals, of_commit, of_version, since, sparse, visible
 from blockrag.retriever.fusion import FOUND_FIELDS, HELD_FIELDS, Candidate, candidate_of, fuse_texts, holders_of
 from blockrag.retriever.vector_index import (
@@ -69,8 +69,7 @@ class EdgeStore:
         path.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._embedding = embedding
-        self._room = DiskRoom(path)
-        self._room.for_changes()
+        check_room_for_changes(path)
         self._lock = locked(path / "lock", lock_wait_s)
         self._catalogue = Catalogue(path / "catalogue.sqlite", embedding)
         self._shards: dict[int, _Shard] = {}
@@ -80,7 +79,7 @@ class EdgeStore:
     def stage(
         self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str = DEFAULT_LANGUAGE
     ) -> None:
-        self._room.for_documents()
+        check_room_for_documents(self._path)
         number = self._catalogue.collection_number(collection)
         if number is None:
             number = self._catalogue.add_collection(collection, language)
@@ -101,7 +100,7 @@ class EdgeStore:
         return self._catalogue.language(self._number(collection))
 
     def commit(self, collection: CollectionId, document: Document) -> str:
-        self._room.for_changes()
+        check_room_for_changes(self._path)
         number = self._catalogue.collection_number(collection)
         if number is None:
             raise InvalidRequestError("passages", too_few_staged(0, document))
@@ -117,7 +116,7 @@ class EdgeStore:
         return current.version if current else ""
 
     def remove_document(self, collection: CollectionId, document_id: str) -> int:
-        self._room.for_changes()
+        check_room_for_changes(self._path)
         number = self._number(collection)
         current = self._catalogue.document(number, document_id)
         self._catalogue.remove(number, document_id)
@@ -306,7 +305,7 @@ class EdgeStore:
         return self._shard(number).shard.count(qdrant.CountRequest(exact=True, filter=condition))
 
     def _update(self, number: int, operation: qdrant.UpdateOperation, points: int) -> None:
-        self._room.for_changes()
+        check_room_for_changes(self._path)
         opened = self._shard(number)
         opened.shard.update(operation)
         opened.changed_points += points
@@ -325,7 +324,7 @@ class EdgeStore:
         return opened
 
     def _open(self, number: int) -> qdrant.EdgeShard:
-        self._room.for_changes()
+        check_room_for_changes(self._path)
         directory = self._directory(number)
         if (directory / "edge_config.json").exists():
             shard = qdrant.EdgeShard.load(str(directory))
