@@ -6,11 +6,12 @@ import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from blockrag.errors import UnavailableError
 
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 async def gather_or_cancel(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -31,6 +32,15 @@ def detached(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     """A task in a context of its own: it goes on after the request that began it, whose deadline, span and cancellation
     (Serve ties one to the context) are none of it."""
     return asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+
+
+def forwarded(method: Method) -> Method:
+    """The method, of what an object stands for in another process: handed to the object's ``call`` by its name."""
+
+    async def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        return await self.call(method.__name__, *arguments, **named)
+
+    return cast(Method, forward)
 
 
 def failed(future: asyncio.Future[Any]) -> bool:

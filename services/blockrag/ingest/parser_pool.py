@@ -206,17 +206,13 @@ def _is_plain(spool: BinaryIO, size: int, media_type: MediaType) -> bool:
 
 @contextmanager
 def _with_descriptor(spool: BinaryIO, size: int) -> Iterator[BinaryIO]:
-    """A file with a descriptor: of a small one a copy in memory, because files on a disk take milliseconds to make."""
+    """A file with a descriptor: a large one has one; of a small one a copy in memory, because files on a disk take
+    milliseconds to make."""
     spool.seek(0)
     if size > _SMALL_BYTES:
-        try:
-            spool.fileno()
-        except (io.UnsupportedOperation, OSError):
-            pass
-        else:
-            spool.flush()
-            yield spool
-            return
+        spool.flush()
+        yield spool
+        return
     with _scratch(size) as copy:
         shutil.copyfileobj(spool, copy)
         copy.flush()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from blockrag.aio import forwarded
 from blockrag.errors import UnavailableError
 from blockrag.grpc_status import as_known_error, original_error
 from blockrag.kv_cache.fetching import BlockFetcher
@@ -28,16 +29,6 @@ _READ_TIMEOUT_S = 10.0
 _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _remote(method: Method) -> Method:
-    """The method, of the shard that this stands for."""
-
-    async def call(self: RemoteShard, *arguments: Any, **named: Any) -> Any:
-        return await translated(self.name, self.send(method.__name__, *arguments, **named))
-
-    return cast(Method, call)
 
 
 class RemoteShard(Shard):
@@ -49,17 +40,20 @@ class RemoteShard(Shard):
         self._resolve = resolve
         self._handle: DeploymentHandle[Any] | None = None
 
-    acquire = _remote(Shard.acquire)
-    locate = _remote(Shard.locate)
-    warm = _remote(Shard.warm)
-    report_lost = _remote(Shard.report_lost)
-    purged_since = _remote(Shard.purged_since)
-    set_pins = _remote(Shard.set_pins)
-    purge = _remote(Shard.purge)
-    stats = _remote(Shard.stats)
+    acquire = forwarded(Shard.acquire)
+    locate = forwarded(Shard.locate)
+    warm = forwarded(Shard.warm)
+    report_lost = forwarded(Shard.report_lost)
+    purged_since = forwarded(Shard.purged_since)
+    set_pins = forwarded(Shard.set_pins)
+    purge = forwarded(Shard.purge)
+    stats = forwarded(Shard.stats)
 
-    async def send(self, method: str, *arguments: Any, **named: Any) -> Any:
-        """The answer, or what Ray raises."""
+    async def call(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """What the shard's method answers; our errors instead of Ray's."""
+        return await translated(self.name, self._send(method, *arguments, **named))
+
+    async def _send(self, method: str, *arguments: Any, **named: Any) -> Any:
         if self._handle is None:
             # References must not travel by Serve's gRPC transport: it would keep them for ever.
             self._handle = self._resolve(self.name).options(_by_reference=True)

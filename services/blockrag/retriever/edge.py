@@ -11,15 +11,15 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
+from blockrag.aio import forwarded
 from blockrag.errors import UnavailableError
 from blockrag.retriever.edge_store import EdgeStore
-from blockrag.retriever.edge_worker import HEADER_BYTES, Answer, Call, Opening, frame
+from blockrag.retriever.edge_worker import HEADER_BYTES, Answer, Opening, frame
 from blockrag.retriever.vector_index import EmbeddingInfo, VectorIndex
 
 _logger = logging.getLogger(__name__)
@@ -30,17 +30,6 @@ _STOP_WAIT_S = 10.0
 HANG_S = 10.0
 """A worker that owes an answer and neither used nor wanted processor time for so long hangs, and is replaced."""
 _CLOCK_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _in_worker(method: Method) -> Method:
-    """``EdgeStore``'s method of the same name, with what it is given, which must be such that it can be pickled."""
-
-    async def call(self: EdgeIndex, *arguments: Any, **named: Any) -> Any:
-        return await self.call(methodcaller(method.__name__, *arguments, **named))
-
-    return cast(Method, call)
 
 
 class EdgeIndex(VectorIndex):
@@ -55,32 +44,32 @@ class EdgeIndex(VectorIndex):
         self._worker: _Worker | None = None
         self._starting = asyncio.Lock()
 
-    stage = _in_worker(VectorIndex.stage)
-    language = _in_worker(VectorIndex.language)
-    commit = _in_worker(VectorIndex.commit)
-    remove_document = _in_worker(VectorIndex.remove_document)
-    remove_collection = _in_worker(VectorIndex.remove_collection)
-    search = _in_worker(VectorIndex.search)
-    documents = _in_worker(VectorIndex.documents)
-    find_documents = _in_worker(VectorIndex.find_documents)
-    passages = _in_worker(VectorIndex.passages)
-    counts = _in_worker(VectorIndex.counts)
-    disk_bytes = _in_worker(VectorIndex.disk_bytes)
-    collections = _in_worker(VectorIndex.collections)
-    sweep = _in_worker(VectorIndex.sweep)
+    stage = forwarded(VectorIndex.stage)
+    language = forwarded(VectorIndex.language)
+    commit = forwarded(VectorIndex.commit)
+    remove_document = forwarded(VectorIndex.remove_document)
+    remove_collection = forwarded(VectorIndex.remove_collection)
+    search = forwarded(VectorIndex.search)
+    documents = forwarded(VectorIndex.documents)
+    find_documents = forwarded(VectorIndex.find_documents)
+    passages = forwarded(VectorIndex.passages)
+    counts = forwarded(VectorIndex.counts)
+    disk_bytes = forwarded(VectorIndex.disk_bytes)
+    collections = forwarded(VectorIndex.collections)
+    sweep = forwarded(VectorIndex.sweep)
 
     async def close(self) -> None:
         if self._worker is not None:
             worker, self._worker = self._worker, None
             await worker.stop()
 
-    async def call(self, call: Call) -> Any:
-        """The worker's answer."""
+    async def call(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """What ``EdgeStore``'s method answers in the worker; what it is given must be such that it can be pickled."""
         async with self._starting:
             if self._worker is None or self._worker.gone:
                 self._worker = await _Worker.start(self._opening, self._hang_s)
             worker = self._worker
-        return await worker.call(call)
+        return await worker.call(methodcaller(method, *arguments, **named))
 
 
 class _Worker:

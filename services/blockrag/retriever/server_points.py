@@ -70,12 +70,8 @@ class Points:
 
     async def entries(self, document_ids: Iterable[str]) -> list[Document]:
         """The catalogue's entries of these documents, by id."""
-        ids = [_document_point(document_id) for document_id in sorted(set(document_ids))]
-        records = await self._client.retrieve(self._name, ids, with_payload=True) if ids else []
-        return sorted(
-            (fields.document_of(record.payload or {}) for record in records),
-            key=lambda document: document.document_id,
-        )
+        payloads = await self.load([_document_point(document_id) for document_id in sorted(set(document_ids))])
+        return sorted(map(fields.document_of, payloads.values()), key=lambda document: document.document_id)
 
     async def entry(self, document_id: str) -> Document | None:
         """The catalogue's entry of a document."""
