@@ -21,9 +21,6 @@ from blockrag.traceparent import format_traceparent, new_traceparent, span_id_of
 
 _MESSAGE_BYTES = 64 * 2**20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
-LOST_STATUS = (grpc.StatusCode.INTERNAL, "Internal error from Core")
-"""What gRPC's asyncio client reads, once in a hundred times, from a call that ended while it was still being sent
-(grpc/grpc issue 36066); no server of ours says so."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +118,6 @@ def translated() -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        if (error.code(), error.details()) == LOST_STATUS:
-            raise UnavailableError("the call ended while it was being sent, and gRPC lost the reason") from error
         raise error_of(error.code(), error.details() or "") from error
 
 

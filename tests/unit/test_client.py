@@ -14,7 +14,6 @@ import grpc
 import pytest
 
 from blockrag.client import BlockragClient
-from blockrag.client_calls import LOST_STATUS, error_of
 from blockrag.errors import (
     BlockragError,
     DataError,
@@ -41,7 +40,7 @@ from blockrag.results import (
     Retrieved,
     TextChunk,
 )
-from blockrag.status import status_code
+from blockrag.status import LOST_STATUS, error_of, status_code
 from blockrag.traceparent import span_id_of, trace_id_of
 from blockrag.v1 import common_pb2
 from tests.unit.handwritten_server import KEY, Server, serving

@@ -16,7 +16,8 @@ from blockrag.http.door import Visit
 from blockrag.http.error_objects import error_detail
 from blockrag.http.events import STREAMED, data, server_sent
 from blockrag.http.shared_fields import Body
-from blockrag.http.vector_stores import DEFAULT_COLLECTION, within
+from blockrag.http.vector_stores import within
+from blockrag.identity import DEFAULT_COLLECTION
 from blockrag.v1 import corpus_pb2, system_pb2
 
 router = APIRouter()

@@ -23,13 +23,12 @@ from blockrag.http.door import RemoteGateway, Visit
 from blockrag.http.events import file_id
 from blockrag.http.responses import attributes
 from blockrag.http.shared_fields import Body, Filter, RankingOptions, conditions, only, set_number
-from blockrag.identity import page_token_after
+from blockrag.identity import DEFAULT_COLLECTION, page_token_after
 from blockrag.v1 import corpus_pb2, rag_pb2
 
 router = APIRouter()
 _PIECE_BYTES = 512 * 1024
 _PREFIX, _SUFFIX = "blockrag[", "]"
-DEFAULT_COLLECTION = "default"
 
 
 class SearchRequest(Body):

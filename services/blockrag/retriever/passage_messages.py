@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from blockrag.access import PUBLIC_TENANT
 from blockrag.alike import alike
 from blockrag.errors import InvalidRequestError
 from blockrag.identity import (
@@ -20,7 +21,6 @@ from blockrag.v1 import common_pb2, retriever_pb2
 
 MAX_STAGED_PASSAGES = 256
 _VERSION_CHARS = 128
-_TENANT_OF_NOBODY = "public"
 
 
 def collection_of(context: common_pb2.RequestContext, name: str) -> CollectionId:
@@ -30,7 +30,7 @@ def collection_of(context: common_pb2.RequestContext, name: str) -> CollectionId
 
 def tenant_of(context: common_pb2.RequestContext) -> str:
     """The tenant of a request; "public" where nobody set one."""
-    return context.tenant or _TENANT_OF_NOBODY
+    return context.tenant or PUBLIC_TENANT
 
 
 def staged_passages(collection: CollectionId, request: retriever_pb2.AddPassagesRequest) -> list[Passage]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 
@@ -32,7 +33,10 @@ def series_declared() -> dict[str, tuple[str, ...]]:
     """Names of the series that our metrics become, with their labels."""
     found: dict[str, tuple[str, ...]] = {}
     for module in map(importlib.import_module, _MODULES):
-        for metric in vars(module).values():
+        tables = [
+            table for name, table in vars(module).items() if isinstance(table, dict) and not name.startswith("__")
+        ]
+        for metric in (*vars(module).values(), *itertools.chain.from_iterable(map(dict.values, tables))):
             if not hasattr(metric, "tags") or not hasattr(metric, "_record") or isinstance(metric, type):
                 continue
             suffixes = ("_bucket", "_sum", "_count") if isinstance(metric, Histogram) else ("",)

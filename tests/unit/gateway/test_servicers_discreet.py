@@ -15,10 +15,10 @@ from ray.serve._private.grpc_util import (
     set_grpc_code_and_details,
 )
 
-from blockrag.client_calls import error_of
 from blockrag.errors import UnavailableError
 from blockrag.gateway.servicers import LOST, add_services_to_server
 from blockrag.grpc_status import INTERNAL_MESSAGE
+from blockrag.status import error_of
 from blockrag.v1 import rag_pb2, rag_pb2_grpc
 
 
