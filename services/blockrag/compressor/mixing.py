@@ -54,14 +54,8 @@ class EmbeddingCache:
         ``request`` makes the request for the block of ``keys[place]``, when it is missing. Raises what the source
         raises, and ``DataError`` for a block that is not what was asked for.
         """
-        found: dict[str, Tensor] = {}
-        missing: dict[str, BlockRequest] = {}
-        for place, key in enumerate(keys):
-            held = self._held.get(key)
-            if held is None:
-                missing[key] = request(place)
-            else:
-                found[key] = held
+        found = {key: held for key in keys if (held := self._held.get(key)) is not None}
+        missing = {key: request(place) for place, key in enumerate(keys) if key not in found}
         if missing:
             found.update(await self._fetch(missing))
         return [found[key] for key in keys]

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -160,15 +161,12 @@ class L1Cache:
                 self._unlist(entry)
 
     def _expire(self, now: float) -> None:
-        due = []
-        for entry in self._entries.values():
-            if now - entry.last_used <= self._ttl:
-                break  # entries stand in the order of their last use
+        # entries stand in the order of their last use
+        unused = list(takewhile(lambda entry: now - entry.last_used > self._ttl, self._entries.values()))
+        for entry in unused:
             if entry.pins == 0:
-                due.append(entry)
-        for entry in due:
-            del self._entries[entry.block.key]
-            self._unlist(entry)
+                del self._entries[entry.block.key]
+                self._unlist(entry)
 
     def _unlist(self, entry: L1Entry) -> None:
         entry.listed = False

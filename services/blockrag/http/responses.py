@@ -100,9 +100,7 @@ class ResponsesRequest(Answering):
         message = generate_request(self)
         said = [Said("system", self.instructions)] if self.instructions else []
         items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-        for item in items:
-            if isinstance(item, MessageItem):
-                said.append(Said.of(item.role, item.content))
+        said += [Said.of(item.role, item.content) for item in items if isinstance(item, MessageItem)]
         put_conversation(said, message, "input")
         set_number(message, "max_tokens", self.max_output_tokens, "max_output_tokens")
         return message

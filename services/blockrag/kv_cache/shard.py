@@ -117,14 +117,9 @@ class CacheShard:
     async def acquire(self, blocks: Sequence[BlockRequest]) -> list[AcquiredBlock]:
         """The blocks, in order; what is missing is encoded, all at once. Equal keys are one block."""
         distinct = {request.key: request for request in blocks}
-        found: dict[str, AcquiredBlock] = {}
-        missing: list[BlockRequest] = []
-        for key, request in distinct.items():
-            held = self._held(request, pin=False)
-            if held is None:
-                missing.append(request)
-            else:
-                found[key] = held
+        held = (self._held(request, pin=False) for request in distinct.values())
+        found = {block.key: block for block in held if block is not None}
+        missing = [request for key, request in distinct.items() if key not in found]
         encoded = await gather_or_cancel([self._encoded_or_held(request) for request in missing])
         found.update((block.key, block) for block in encoded)
         return [found[request.key] for request in blocks]
