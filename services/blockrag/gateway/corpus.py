@@ -168,7 +168,7 @@ class Corpus:
             return told(corpus_pb2.INGEST_OUTCOME_UNCHANGED, stored.passages)
         metadata = struct_of(document.metadata)
         if header.dry_run:
-            count = await asyncio.to_thread(_count, document.passages)
+            count = await asyncio.to_thread(sum, (1 for _ in document.passages))
         else:
             count = await self._stage(header, document, version, metadata, context)
         if not count:
@@ -234,10 +234,6 @@ class Corpus:
 def _version_from(version: str, source: str, document_id: str) -> str:
     """The version, told from the same content of another source. A file that is its own source says nothing more."""
     return version if source == document_id else hashlib.sha256(f"{version} from {source}".encode()).hexdigest()
-
-
-def _count(texts: Iterator[str]) -> int:
-    return sum(1 for _ in texts)
 
 
 MAX_PIECE_BYTES = 2**20

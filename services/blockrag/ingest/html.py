@@ -95,7 +95,6 @@ def read_html(text: str) -> tuple[list[str], str]:
     if root is None:
         return [], ""
     page = _Page(root)
-    page.walk()
     titles = [" ".join(node.text(deep=True).split()) for node in tree.css("head > title")]
     return [*titles, page.heading], page.writer.text()
 
@@ -201,13 +200,9 @@ class _Page:
         self.writer = TextWriter()
         self.heading = ""
         """The first one of the first level."""
-        self._root = root
         unseen = sum(_size(node) for node in root.css("script, style, template, noscript"))
         self._chars = _size(root) - unseen
-
-    def walk(self) -> None:
-        """Writes the page's text."""
-        self._walk([self._root], self.writer)
+        self._walk([root], self.writer)
 
     def _walk(self, roots: Iterable[LexborNode], writer: TextWriter) -> None:
         # Not recursive: pages may be nested more deeply than Python calls.

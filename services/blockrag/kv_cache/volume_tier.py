@@ -45,7 +45,7 @@ class VolumeTier(FileTier):
         """The block's file; None: there is none of use, encoding is quicker, or the volume does not answer in time."""
         if not document.named:
             return None
-        tokens, path = request.token_ids.size, _path(folder_of(document), request.key)
+        tokens, path = request.token_ids.size, f"{folder_of(document)}/{request.key}"
         encode_s = self._encoding[request.form].expected(tokens)
         try:
             return await self._read(request, lambda: unpacked(self._volume.read(path), request), tokens, encode_s)
@@ -85,7 +85,7 @@ class VolumeTier(FileTier):
             ) from error
 
     async def _write(self, pending: Pending, block: CachedBlock) -> bool:
-        path = _path(pending.folder, pending.key)
+        path = f"{pending.folder}/{pending.key}"
         writing = asyncio.ensure_future(self._in_writer(self._write_file, path, block, pending))
         done, _ = await asyncio.wait([writing], timeout=_SLOW_WRITE_S)
         if not done:
@@ -98,7 +98,3 @@ class VolumeTier(FileTier):
 
     def _write_file(self, path: str, block: CachedBlock, pending: Pending) -> bool:
         return self._volume.write(path, packed(block, pending.tenant, pending.form, pending.encode_s))
-
-
-def _path(folder: str, key: str) -> str:
-    return f"{folder}/{key}"
