@@ -1,14 +1,14 @@
 """Who computes what in the next step. Counts only; not thread-safe: the engine holds its lock.
 
 Admission is by slots: a sequence enters when the positions that it may ever need are free, so nothing that runs is ever
-put out again. Tenants take turns, of one tenant the order is that of arrival. Where there are several, an eighth of the
+put out again. Tenants take turns, of one tenant the order is that of arrival. Where there are several, a quarter of the
 places is for those that hold less than an even share: one that fills the queue does not keep another waiting for its
 own answers to end.
 
 In a step every sequence makes progress: one token for each that decodes, and the rest of the step's tokens shared
 evenly among those still in prefill. So a long prefill neither stalls the streams that run nor a short question that
-came after it. Only a tenant in excess, which runs more than an even part and has others waiting, has no larger part in
-a step than those that are not.
+came after it. Only a tenant in excess, which runs more than an even part and has others waiting, has half as large a
+part in a step as those that are not; when they have nothing to compute, it has the steps to itself.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Work:
     token_ids: list[int]
 
 
-_KEPT = 8
+_KEPT = 4
 """One in so many places, and slots, is for tenants that hold less than an even share."""
 
 
@@ -152,7 +152,7 @@ class Scheduler:
         )
 
     def _of_this_step(self, excess: frozenset[str]) -> list[Sequence]:
-        """All that run; of a tenant in excess no more than of the tenants that are not, in turns.
+        """All that run; of a tenant in excess half as many as of the tenants that are not, in turns.
 
         A step takes longer for each sequence and token in it: the many of a tenant that asks for more than its places
         would slow another's few down.
@@ -160,7 +160,7 @@ class Scheduler:
         if not excess:
             return self.running
         chosen = [sequence for sequence in self.running if sequence.request.tenant not in excess]
-        most = len(chosen)
+        most = min(len(chosen), max(1, len(chosen) // 2))
         for tenant in excess:
             own = [sequence for sequence in self.running if sequence.request.tenant == tenant]
             start = self._turn.get(tenant, 0)

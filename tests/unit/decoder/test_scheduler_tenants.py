@@ -13,7 +13,7 @@ from blockrag.decoder.sequence import GenerationRequest, SamplingParams, Sequenc
 from blockrag.errors import OverloadedError
 from tests.unit.decoder.fakes import CollectingSink, FakeState, LetterDetokenizer
 
-FIXED_S, TOKEN_S = 0.02, 0.005
+FIXED_S, TOKEN_S = 0.009, 0.0012
 """Of a step: about what the bundled reader takes on two cores."""
 
 
@@ -35,14 +35,14 @@ def test_one_tenant_fills_neither_the_places_nor_the_queue() -> None:
     with pytest.raises(OverloadedError, match="requests of acme waiting"):
         for _ in range(40):
             scheduler.submit(sequence("acme"), 100)
-    assert len(scheduler.running) == 14
+    assert len(scheduler.running) == 12
     assert scheduler.waiting.of("acme") == 4
-    for _ in range(2):
+    for _ in range(4):
         scheduler.submit(sequence("umbrella"), 100)
-    assert tenants(scheduler.running) == {"acme": 14, "umbrella": 2}
+    assert tenants(scheduler.running) == {"acme": 12, "umbrella": 4}
     scheduler.submit(sequence("umbrella"), 100)
     scheduler.remove(scheduler.running[0])
-    assert tenants(scheduler.running) == {"acme": 13, "umbrella": 3}
+    assert tenants(scheduler.running) == {"acme": 11, "umbrella": 5}
 
 
 def test_without_keys_there_is_one_tenant_and_it_has_everything() -> None:
@@ -56,9 +56,9 @@ def test_a_share_of_the_slots_is_kept_too_but_a_large_prompt_gets_in() -> None:
     scheduler = Scheduler(limits(slots=1000))
     for _ in range(9):
         scheduler.submit(sequence("acme", prompt=96), 100)
-    assert scheduler.used_slots == 800
+    assert scheduler.used_slots == 700
     scheduler.submit(sequence("umbrella", prompt=190), 100)
-    assert tenants(scheduler.running) == {"acme": 8, "umbrella": 1}
+    assert tenants(scheduler.running) == {"acme": 7, "umbrella": 1}
     for each in list(scheduler.sequences()):
         scheduler.remove(each)
     scheduler.submit(sequence("acme", prompt=990), 100)
@@ -78,7 +78,7 @@ def test_what_is_large_is_not_overtaken_for_ever() -> None:
     assert tenants(scheduler.running)["umbrella"] == 1
 
 
-def test_in_a_step_a_tenant_in_excess_gets_no_more_than_the_others_and_in_turns() -> None:
+def test_in_a_step_a_tenant_in_excess_gets_half_of_what_the_others_get_and_in_turns() -> None:
     scheduler = Scheduler(limits())
     for _ in range(20):
         scheduler.submit(sequence("acme"), 100)
@@ -86,11 +86,17 @@ def test_in_a_step_a_tenant_in_excess_gets_no_more_than_the_others_and_in_turns(
     for each in scheduler.running:
         each.composed(FakeState(0, 40), 0.0)  # type: ignore[arg-type]
     seen: set[int] = set()
-    for _ in range(14):
+    for _ in range(12):
         work = [item.sequence for item in scheduler.plan()]
         assert tenants(work) == {"acme": 1, "umbrella": 1}
         seen |= {id(each) for each in work}
-    assert len(seen) == 15
+    assert len(seen) == 13
+    for _ in range(3):
+        scheduler.submit(sequence("umbrella"), 100)
+    for each in scheduler.running:
+        if each.state is None:
+            each.composed(FakeState(0, 40), 0.0)  # type: ignore[arg-type]
+    assert tenants([item.sequence for item in scheduler.plan()]) == {"acme": 2, "umbrella": 4}
 
 
 @dataclass
