@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
+import math
 import os
 import platform
 import resource
@@ -218,10 +219,11 @@ def _bundle_and_budgets(settings: Settings) -> Iterator[Finding]:
             f"decoder.slots is {settings.decoder.slots}: the model's {bundle.max_context_tokens} are not reached",
             f"raise decoder.slots to {bundle.max_context_tokens} where memory allows",
         )
-    weights = sum(file.stat().st_size for file in bundle.weights_dir().glob("*.safetensors")) // MIB
+    numbers = sum(map(_numbers, bundle.weights_dir().glob("*.safetensors")))
+    weights = numbers * (4 if bundle.compute_dtype == "float32" else 2) // MIB
     slots = settings.decoder.slots * token // MIB
-    # eight bits and a bfloat16 scale for 32 of them, of weights in sixteen
-    copy = 0 if bundle.weights == "none" else weights * 17 // 32
+    # eight bits each, and a bfloat16 scale for 32 of them
+    copy = 0 if bundle.weights == "none" else numbers * 17 // 16 // MIB
     decoders = max(settings.decoder.replicas, settings.decoder.max_replicas) * (
         _MODEL_SERVICE_MB + weights + copy + slots + settings.decoder.l1_mb
     )
@@ -233,6 +235,13 @@ def _bundle_and_budgets(settings: Settings) -> Iterator[Finding]:
     much = wanted > there and not _is_running(settings)
     way_out = "lower decoder.slots, decoder.l1_mb, encoder.max_replicas or replicas"
     yield _judged("memory", text, much, text, way_out)
+
+
+def _numbers(file: Path) -> int:
+    from safetensors import safe_open  # not where the client alone is installed
+
+    with safe_open(file, "numpy") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
 def _kernels(settings: Settings) -> Iterator[Finding]:
