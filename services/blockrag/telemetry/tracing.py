@@ -132,7 +132,7 @@ def _line(span: ReadableSpan, service: str) -> bytes:
         service=service,
         start_unix_ns=span.start_time or 0,
         end_unix_ns=span.end_time or 0,
-        attributes={key: str(value) for key, value in (span.attributes or {}).items()},
+        attributes={key: _text(value) for key, value in (span.attributes or {}).items()},
         error=(span.status.description or "failed") if failed else "",
     )
     return json.dumps(asdict(stored), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -266,5 +266,11 @@ def _named(attributes: dict[str, Any]) -> dict[str, Any]:
     return {(key if "." in key else _OWN_PREFIX + key): _plain(value) for key, value in attributes.items()}
 
 
+def _text(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
     return value if isinstance(value, str | bool | int | float) else str(value)

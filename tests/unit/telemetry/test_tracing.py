@@ -45,7 +45,7 @@ def test_spans_of_one_request_form_a_tree(settings: Settings) -> None:
         assert child.request_id == "r1"
         assert child.tenant == "public"
         with span("plan", child) as inner:
-            inner.set(prompt_tokens=7, **{"gen_ai.usage.input_tokens": 7})
+            inner.set(prompt_tokens=7, **{"gen_ai.usage.input_tokens": 7, "gen_ai.response.finish_reasons": ["stop"]})
     shutdown_telemetry()
     spans = read_trace(trace_directory(settings), trace_id_of(client))
     by_name = {stored.name: stored for stored in spans}
@@ -59,6 +59,7 @@ def test_spans_of_one_request_form_a_tree(settings: Settings) -> None:
         "blockrag.top_k": "5",
     }
     assert by_name["plan"].attributes["gen_ai.usage.input_tokens"] == "7"
+    assert by_name["plan"].attributes["gen_ai.response.finish_reasons"] == "stop"
     assert by_name["plan"].start_unix_ns <= by_name["plan"].end_unix_ns
 
 
