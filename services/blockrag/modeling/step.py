@@ -62,11 +62,6 @@ class Step:
         self.most_tokens = max(1, min(most, _MOST_NUMBERS // self._kernel.most_inputs))
         """Of all sequences together; beyond, the whole weights are for it."""
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the packed weights."""
-        return self._kernel.nbytes
-
     def __call__(self, input_ids: Tensor, batch: RaggedBatch, trace: list[Tensor] | None) -> Tensor | None:
         """Logits of each segment's last token, float32 [segments, vocab]; None where the model must compute them.
 
@@ -104,20 +99,23 @@ def packed_weights(decoder: PackedDecoder) -> dict[str, Tensor]:
 def pack(model: PreTrainedModel, facts: ModelFacts, packed: Mapping[str, Tensor] | None = None) -> PackedDecoder:
     """The weights of ``model`` as a step reads them. Raises UnsuitableError for a model of another kind."""
     plain = PlainDecoder.of(model, facts)
-    take = _Packing(packed or {})
-    return PackedDecoder(
-        layers=tuple(_pack_layer(layer, f"layers.{number}", take) for number, layer in enumerate(plain.layers)),
-        norm=plain.norm,
-        head=take("head", len(plain.head), lambda: plain.head),
-        heads=plain.heads,
-        kv_heads=plain.kv_heads,
-        head_dim=plain.head_dim,
-        epsilon=plain.epsilon,
-        scaling=plain.scaling,
-    )
+
+    def take(name: str, rows: int, weight: Callable[[], Tensor]) -> PackedProduct:
+        there = (packed or {}).get(name)
+        if there is not None:
+            return PackedProduct(there, rows)
+        try:
+            return PackedProduct.pack(weight().detach())
+        except ValueError as error:
+            raise UnsuitableError(str(error)) from error
+
+    layers = tuple(_pack_layer(layer, f"layers.{number}", take) for number, layer in enumerate(plain.layers))
+    return PackedDecoder(plain, layers, take("head", len(plain.head), lambda: plain.head))
 
 
-def _pack_layer(layer: PlainLayer, name: str, take: _Packing) -> PackedLayer:
+def _pack_layer(
+    layer: PlainLayer, name: str, take: Callable[[str, int, Callable[[], Tensor]], PackedProduct]
+) -> PackedLayer:
     if len(layer.gate) % GROUP:
         raise UnsuitableError(f"{len(layer.gate)} numbers inside the MLP: no multiple of {GROUP}")
     return PackedLayer(
@@ -125,25 +123,5 @@ def _pack_layer(layer: PlainLayer, name: str, take: _Packing) -> PackedLayer:
         output=take(f"{name}.output", len(layer.output), lambda: layer.output),
         gate_up=take(f"{name}.gate_up", 2 * len(layer.gate), lambda: interleaved(layer.gate, layer.up)),
         down=take(f"{name}.down", len(layer.down), lambda: layer.down),
-        attention_norm=layer.attention_norm,
-        mlp_norm=layer.mlp_norm,
         bias=None if layer.biases is None else torch.cat(layer.biases).float(),
-        query_norm=layer.query_norm,
-        key_norm=layer.key_norm,
     )
-
-
-class _Packing:
-    """Products that are packed already, and the others packed now."""
-
-    def __init__(self, packed: Mapping[str, Tensor]) -> None:
-        self._packed = packed
-
-    def __call__(self, name: str, rows: int, weight: Callable[[], Tensor]) -> PackedProduct:
-        there = self._packed.get(name)
-        if there is not None:
-            return PackedProduct(there, rows)
-        try:
-            return PackedProduct.pack(weight().detach())
-        except ValueError as error:
-            raise UnsuitableError(str(error)) from error

@@ -1,20 +1,21 @@
 """A whole step of a Llama-like decoder in one compiled call, with weights of eight bits.
 
 The C code (step.c) believes what it is told, so what it would read or write is checked here. What it stands for is the
-model itself with ``PackedProduct.unpacked`` as its weights, which is its reference in the tests.
+model itself with the rounded weights, which is its reference in the tests.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blockrag.modeling.native.kernels import check_tensors
+from blockrag.modeling.plain_decoder import PlainDecoder, PlainLayer
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _LANES, _BLOCK, _LINE = 16, 32, 64
@@ -109,18 +110,6 @@ class PackedProduct:
         """Of the layer."""
         return GROUP * self.weights.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes."""
-        return self.weights.nbytes
-
-    def unpacked(self) -> Tensor:
-        """The weights that it stands for, float32 [rows, inputs]."""
-        groups = self.weights.shape[1]
-        scales = self.weights[:, :, 0].contiguous().view(torch.bfloat16).transpose(1, 2).reshape(-1, groups, 1)
-        lines = self.weights[:, :, 1:].reshape(-1, groups, GROUP // 2, 2, 2, _LANES).permute(0, 3, 5, 1, 2, 4)
-        return (lines.reshape(-1, groups, GROUP).float() * scales.float()).view(-1, self.inputs)[: self.rows]
-
     def _struct(self) -> _Product:
         return _Product(self.weights.data_ptr(), self.weights.shape[0], self.inputs)
 
@@ -132,7 +121,7 @@ def interleaved(gate: Tensor, up: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A decoder layer. Norms and bias are float32."""
+    """The products of a decoder layer."""
 
     attention: PackedProduct
     """Queries, keys and values, in this order."""
@@ -140,35 +129,18 @@ class PackedLayer:
     gate_up: PackedProduct
     """``interleaved``."""
     down: PackedProduct
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    bias: Tensor | None = None
-    """Of ``attention``."""
-    query_norm: Tensor | None = None
-    key_norm: Tensor | None = None
-    """Over each head, before it is rotated; [head_dim]."""
+    bias: Tensor | None
+    """Of ``attention``, float32."""
 
 
 @dataclass(frozen=True)
 class PackedDecoder:
     """All that a step reads but for slots and embeddings."""
 
+    plain: PlainDecoder
+    """Its norms and sizes."""
     layers: tuple[PackedLayer, ...]
-    norm: Tensor
     head: PackedProduct
-    heads: int
-    kv_heads: int
-    head_dim: int
-    epsilon: float
-    """Of every norm."""
-    scaling: float
-    """Of scores."""
-
-    @property
-    def products(self) -> tuple[PackedProduct, ...]:
-        """All of them."""
-        each = [(layer.attention, layer.output, layer.gate_up, layer.down) for layer in self.layers]
-        return (*(product for products in each for product in products), self.head)
 
 
 @dataclass(frozen=True)
@@ -191,28 +163,23 @@ class StepKernel:
         Raises ValueError, naming the part, for sizes and types that the function would read wrongly.
         """
         _check_decoder(decoder)
-        self._decoder, self._limit = decoder, limit
+        self._decoder, self._plain = decoder, (plain := decoder.plain)
         self._function = compiled.step
         self._function.restype = _INT
         self._function.argtypes = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT]
-        self.width = decoder.norm.shape[0]
-        layers = (_Layer * len(decoder.layers))(*(_layer_struct(layer) for layer in decoder.layers))
+        self.width = plain.norm.shape[0]
+        layers = (_Layer * len(decoder.layers))(*map(_layer_struct, decoder.layers, plain.layers))
         self._inner = decoder.layers[0].down.inputs
-        self.most_inputs = max(self._inner, self.width, decoder.heads * decoder.head_dim)
+        self.most_inputs = max(self._inner, self.width, plain.heads * plain.head_dim)
         """Of a product."""
         self._struct = _Decoder(
-            *(len(decoder.layers), self.width, decoder.heads, decoder.kv_heads, decoder.head_dim, self._inner),
-            *(decoder.epsilon, decoder.scaling, 1 / limit, limit),
+            *(len(decoder.layers), self.width, plain.heads, plain.kv_heads, plain.head_dim, self._inner),
+            *(plain.epsilon, plain.scaling, 1 / limit, limit),
             layers,
-            decoder.norm.data_ptr(),
+            plain.norm.data_ptr(),
             decoder.head._struct(),
         )
         self._kept: dict[str, Tensor] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the weights take."""
-        return sum(product.nbytes for product in self._decoder.products)
 
     def step(
         self, hidden: Tensor, phases: Tensor, segments: Sequence[StepSegment], trace: Tensor | None = None
@@ -224,11 +191,11 @@ class StepKernel:
         each layer. None where attention's sums of weights were not between
         1 / limit and limit: the model must compute this step. Raises ValueError for anything else.
         """
-        decoder = self._decoder
-        tokens, attended = len(hidden), decoder.heads * decoder.head_dim
+        decoder, plain = self._decoder, self._plain
+        tokens, attended = len(hidden), plain.heads * plain.head_dim
         check_tensors(
             hidden=(hidden, torch.float32, (tokens, self.width)),
-            phases=(phases, torch.complex64, (tokens, decoder.head_dim // 2)),
+            phases=(phases, torch.complex64, (tokens, plain.head_dim // 2)),
         )
         if trace is not None:
             check_tensors(trace=(trace, torch.float32, (len(decoder.layers), tokens, self.width)))
@@ -270,8 +237,8 @@ class StepKernel:
         return kept[: rows * width].view(rows, width)
 
     def _check_segment(self, segment: StepSegment) -> None:
-        decoder, slots = self._decoder, segment.slots
-        fixed = (2, len(decoder.layers), decoder.kv_heads, decoder.head_dim)
+        plain, slots = self._plain, segment.slots
+        fixed = (2, len(plain.layers), plain.kv_heads, plain.head_dim)
         if slots.dim() != 5 or (*slots.shape[:3], slots.shape[4]) != fixed:
             raise ValueError(f"slots: {tuple(slots.shape)} for {fixed}")
         check_tensors(slots=(slots, torch.bfloat16, slots.shape))
@@ -279,17 +246,18 @@ class StepKernel:
             raise ValueError(f"{segment.tokens} tokens behind {segment.before} of {slots.shape[3]} slots")
 
 
-def _layer_struct(layer: PackedLayer) -> _Layer:
-    optional = (layer.bias, layer.query_norm, layer.key_norm)
+def _layer_struct(layer: PackedLayer, plain: PlainLayer) -> _Layer:
+    optional = (layer.bias, plain.query_norm, plain.key_norm)
     return _Layer(
         *(product._struct() for product in (layer.attention, layer.output, layer.gate_up, layer.down)),
-        *(layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()),
+        *(plain.attention_norm.data_ptr(), plain.mlp_norm.data_ptr()),
         *(None if tensor is None else tensor.data_ptr() for tensor in optional),
     )
 
 
 def _check_decoder(decoder: PackedDecoder) -> None:
-    width, head_dim, heads, kv_heads = decoder.norm.shape[0], decoder.head_dim, decoder.heads, decoder.kv_heads
+    plain = decoder.plain
+    width, head_dim, heads, kv_heads = plain.norm.shape[0], plain.head_dim, plain.heads, plain.kv_heads
     if (
         not decoder.layers
         or head_dim % _BLOCK
@@ -303,7 +271,7 @@ def _check_decoder(decoder: PackedDecoder) -> None:
     if width % GROUP or inner % GROUP:
         raise ValueError(f"a width of {width} and {inner} inside the MLP: must be multiples of {GROUP}")
     rows = (heads + 2 * kv_heads) * head_dim
-    for layer in decoder.layers:
+    for layer, own in zip(decoder.layers, plain.layers, strict=True):
         wanted = {
             "attention": (rows, width),
             "output": (width, heads * head_dim),
@@ -312,14 +280,14 @@ def _check_decoder(decoder: PackedDecoder) -> None:
         }
         for name, shape in wanted.items():
             _check_product(name, getattr(layer, name), shape)
-        sizes = {"attention_norm": width, "mlp_norm": width, "bias": rows, "query_norm": head_dim, "key_norm": head_dim}
-        for field in fields(layer):
-            tensor = getattr(layer, field.name)
-            if field.name in sizes and tensor is not None:
-                check_tensors(**{field.name: (tensor, torch.float32, (sizes[field.name],))})
-        if (layer.query_norm is None) != (layer.key_norm is None):
+        sizes = {"attention_norm": width, "mlp_norm": width, "query_norm": head_dim, "key_norm": head_dim}
+        read = [("bias", layer.bias, rows), *((name, getattr(own, name), size) for name, size in sizes.items())]
+        for name, tensor, size in read:
+            if tensor is not None:
+                check_tensors(**{name: (tensor, torch.float32, (size,))})
+        if (own.query_norm is None) != (own.key_norm is None):
             raise ValueError("norms of queries or of keys alone")
-    check_tensors(norm=(decoder.norm, torch.float32, (width,)))
+    check_tensors(norm=(plain.norm, torch.float32, (width,)))
     _check_product("head", decoder.head, (decoder.head.rows, width))
 
 
