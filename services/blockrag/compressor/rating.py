@@ -30,7 +30,7 @@ class ChunkRater:
         """Load what a bundle that can compress chooses chunks with, on the CPU. Raises ``BundleError``."""
         if bundle.refrag is None:
             raise BundleError(f"{bundle.path}: the bundle has no chunk compression (refrag)")
-        policies = {name: ChunkPolicy.load(bundle.policy_file(name)) for name in bundle.refrag.policies}
+        policies = {name: ChunkPolicy.load(bundle.path / one.file) for name, one in bundle.refrag.policies.items()}
         return cls(ChunkCompressor.load(bundle), policies, TokenTraits.of(bundle.load_tokenizer()))
 
     def warm_up(self) -> None:

@@ -146,14 +146,6 @@ class Bundle:
         """The projector's weights, when ``refrag`` is there."""
         return self.path / PROJECTOR_FILE
 
-    def policy_file(self, name: str) -> Path:
-        """Weights of the policy ``name``. Raises BundleError when the bundle has no such policy."""
-        policies = self.refrag.policies if self.refrag is not None else {}
-        if name not in policies:
-            known = ", ".join(policies) or "none"
-            raise BundleError(f"{self.path}: no policy {name!r}; the bundle's policies: {known}")
-        return self.path / policies[name].file
-
     @property
     def fingerprint(self) -> str:
         """40 hex digits over everything that K and V of full blocks depend on: decoder, template, dtypes.

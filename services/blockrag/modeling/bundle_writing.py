@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from blockrag.errors import BundleError
 from blockrag.modeling.adapter import Adapter, TokenRows, write_adapter, write_token_rows
 from blockrag.modeling.adapter_record import ADAPTER_DIR, TOKEN_ROWS_FILE
@@ -17,7 +21,7 @@ from blockrag.modeling.bundle import FORMAT, Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template
 from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint
 from blockrag.modeling.files import read_json, replace_file, staged
-from blockrag.modeling.loading import read_tokenizer
+from blockrag.modeling.loading import no_progress_bar, read_tokenizer, stored_dtype
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.pear_record import PearRecord
 from blockrag.modeling.template import PromptTemplate
@@ -144,6 +148,30 @@ def copy_files(bundle: Bundle, target: Path, names: Iterable[str]) -> None:
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle.path / name, target / name)
+
+
+def save_weights(weights: Mapping[str, Tensor], checkpoint: Path, folder: Path, vocab_size: int | None = None) -> None:
+    """Write a whole state dict to ``folder`` as ``checkpoint``'s configuration has it, in the type that it names.
+
+    ``vocab_size``: of the weights, where it is another. Raises BundleError for weights that do not fit.
+    """
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config.vocab_size = vocab_size or config.vocab_size
+    dtype = stored_dtype(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        cast = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
+        unknown = model.load_state_dict(cast, assign=True, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise BundleError(f"the weights given for the decoder do not fit {checkpoint}: {error}") from error
+    model.tie_weights()
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unknown or absent:
+        wrong = ", ".join([*unknown, *absent][:8])
+        raise BundleError(f"the weights given for the decoder do not fit {checkpoint}: {wrong}")
+    with no_progress_bar():
+        model.save_pretrained(folder)
 
 
 def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:

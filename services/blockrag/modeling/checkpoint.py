@@ -123,7 +123,7 @@ def _check_weights(folder: Path) -> None:
             raise BundleError(f"{folder}: lacks weights in safetensors (*.safetensors)")
         raise BundleError(f"{folder}: has {', '.join(found[:_NAMED])}, but neither model.safetensors nor {_INDEX}")
     for name in shards:
-        types = {tensor: str(entry.get("dtype")) for tensor, entry in check_safetensors(folder / name).items()}
+        types = check_safetensors(folder / name)
         narrow = [tensor for tensor in sorted(types) if types[tensor].startswith(("F8", "F6", "F4", "I", "U"))]
         if narrow:
             raise BundleError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -108,23 +107,12 @@ def is_sha256(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
-def check_safetensors(path: Path) -> dict[str, Mapping[str, Any]]:
-    """The header says how long the file must be; see the safetensors format. Raises BundleError.
+def check_safetensors(path: Path) -> dict[str, str]:
+    """Check that a file is as long as its header says, which gives the type of each tensor. Raises BundleError."""
+    from safetensors import SafetensorError, safe_open  # a client, which checks no files, has none
 
-    Returns what it says of each tensor.
-    """
-    size = path.stat().st_size
     try:
-        with path.open("rb") as source:
-            (length,) = struct.unpack("<Q", source.read(8))
-            if length > size:
-                raise BundleError(f"{path}: truncated: {size} bytes, header of {length}")
-            header: dict[str, Mapping[str, Any]] = json.loads(source.read(length))
-        header.pop("__metadata__", None)
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BundleError(f"{path}: no safetensors header: {error}") from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise BundleError(f"{path}: truncated: {size} bytes where its header promises {expected}")
-    return header
+        with safe_open(path, framework="np") as source:
+            return {name: source.get_slice(name).get_dtype() for name in source.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path}: truncated or no safetensors file: {error}") from error

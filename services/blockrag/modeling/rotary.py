@@ -65,20 +65,16 @@ class Rotation:
         rotated = 2 * len(self.frequencies)
         if self.neighbours:
             return torch.arange(self.head_dim)
-        return torch.cat([pair_order(rotated), torch.arange(rotated, self.head_dim)])
-
-    def table(self, max_positions: int, device: torch.device) -> RotaryTable:
-        """The rotations by position."""
-        return RotaryTable(*self._padded(), max_positions, device)
+        return torch.cat([torch.arange(rotated).view(2, -1).T.reshape(-1), torch.arange(rotated, self.head_dim)])
 
     def phases(self, positions: Tensor) -> Tensor:
         """The rotations of some positions [n], complex64 [n, head_dim / 2]."""
-        return _phases(*self._padded(), positions)
-
-    def _padded(self) -> tuple[Tensor, Tensor]:
         still = self.head_dim // 2 - len(self.frequencies)
         frequencies = torch.tensor([*self.frequencies, *[0.0] * still], dtype=torch.float32)
-        return frequencies, torch.tensor([*[self.scaling] * len(self.frequencies), *[1.0] * still])
+        scaling = torch.tensor([*[self.scaling] * len(self.frequencies), *[1.0] * still])
+        # float32 angles, as transformers computes them: at far positions the rounding of the angle is then shared
+        angles = positions.float()[:, None] * frequencies[None, :]
+        return torch.polar(scaling.expand_as(angles).contiguous(), angles)
 
     def to_pairs(self, states: Tensor) -> Tensor:
         """[..., head_dim] in the model's order to complex64 [..., head_dim / 2]."""
@@ -88,34 +84,31 @@ class Rotation:
 
 
 class RotaryTable:
-    """``scaling * exp(i p w)`` for every position p and frequency w; complex64 [positions, head_dim / 2].
+    """``scaling * exp(i p w)`` for every position p and frequency w of a rotation; complex64 [positions, head_dim / 2].
 
-    ``scaling`` (one, or one for each frequency) is part of the table, so queries and keys both carry it, as in
-    transformers. Grows to the longest position asked for, up to ``max_positions``.
+    ``scaling`` is part of the table, so queries and keys both carry it, as in transformers. Grows to the longest
+    position asked for, up to ``max_positions``.
     """
 
-    def __init__(self, frequencies: Tensor, scaling: float | Tensor, max_positions: int, device: torch.device) -> None:
-        self.frequencies = frequencies.detach().to("cpu", torch.float32)
-        self.max_positions = max_positions
-        self.device = device
-        self._scaling = torch.as_tensor(scaling, dtype=torch.float32)
+    def __init__(self, rotation: Rotation, max_positions: int, device: torch.device) -> None:
+        self._rotation, self._max_positions, self._device = rotation, max_positions, device
         self._phases = self._build(min(1024, max_positions))
 
     def phases(self, length: int) -> Tensor:
         """Rotations of positions 0 … length - 1 (at least; callers slice)."""
         if length > self._phases.shape[0]:
-            self._phases = self._build(min(self.max_positions, max(length, 2 * self._phases.shape[0])))
+            self._phases = self._build(min(self._max_positions, max(length, 2 * self._phases.shape[0])))
         return self._phases
 
     def _build(self, length: int) -> Tensor:
-        return _phases(self.frequencies, self._scaling, torch.arange(length)).to(self.device)
+        return self._rotation.phases(torch.arange(length)).to(self._device)
 
 
 class LayerRotaries:
     """The rotation of every layer."""
 
     def __init__(self, rotations: Sequence[Rotation], max_positions: int, device: torch.device) -> None:
-        tables = {rotation: rotation.table(max_positions, device) for rotation in rotations}
+        tables = {rotation: RotaryTable(rotation, max_positions, device) for rotation in rotations}
         self.rotations = tuple(rotations)
         self.tables = tuple(tables[rotation] for rotation in rotations)
         """Of each layer; layers that rotate alike share one."""
@@ -136,12 +129,6 @@ class LayerRotaries:
                 parts = [whole[first:end] for first, end in spans]
                 found[table] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return tuple(found[table] for table in self.tables)
-
-
-def _phases(frequencies: Tensor, scaling: Tensor, positions: Tensor) -> Tensor:
-    # float32 angles, as transformers computes them: at far positions the rounding of the angle is then shared
-    angles = positions.float()[:, None] * frequencies[None, :]
-    return torch.polar(scaling.expand_as(angles).contiguous(), angles)
 
 
 def to_pairs(halves: Tensor) -> Tensor:
@@ -170,8 +157,3 @@ def rotate_into(out: Tensor, keys: Tensor, phases: Tensor) -> None:
 def as_pairs(keys: Tensor) -> Tensor:
     """float32 [..., head_dim] in pair order as complex64 [..., head_dim / 2]; a view."""
     return torch.view_as_complex(keys.view(*keys.shape[:-1], -1, 2))
-
-
-def pair_order(head_dim: int) -> Tensor:
-    """The pair order of whole heads by halves: index of the head dimension at each place."""
-    return torch.arange(head_dim).view(2, -1).T.reshape(-1)

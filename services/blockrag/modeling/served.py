@@ -54,10 +54,6 @@ _ROOM = 3
 """Free bytes for each byte of weights: the cache never takes the last of a disk."""
 _WEIGHTS, _TENSORS = "weights.bin", "tensors.json"
 _ALIGNMENT = 64
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in ("float32", "bfloat16", "float16", "int8", "uint8", "int32", "int64", "bool", "float64")
-}
 
 _logger = logging.getLogger(__name__)
 
@@ -241,7 +237,7 @@ def _owner(model: PreTrainedModel, name: str) -> tuple[nn.Module, str]:
 
 def _tensor(storage: torch.UntypedStorage, place: Sequence[object]) -> Tensor:
     name, shape, offset = place
-    dtype: torch.dtype = _DTYPES[str(name)]
+    dtype: torch.dtype = getattr(torch, str(name))
     sizes = [int(size) for size in shape]  # type: ignore[attr-defined]
     start = int(offset)  # type: ignore[call-overload]
     if start % dtype.itemsize or start + math.prod(sizes) * dtype.itemsize > storage.nbytes():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,10 @@ from transformers import PreTrainedModel
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.model import SlotModel, load_stock_model
 from blockrag.modeling.refrag.compression import ChunkCompressor
-from blockrag.modeling.refrag.mixture_gate import MixtureGate, final_pass
+from blockrag.modeling.refrag.mixture_gate import MixtureGate, ThroughStore, final_pass
 from blockrag.modeling.slots import SequenceState
 from blockrag.modeling.stock_passes import Check, Difference, Limits, block_mask, stock_mask, traced
 from blockrag.types import BlockKV
-
-ThroughStore = Callable[[BlockKV], BlockKV]
 
 LIMITS = {
     ("float32", "float32"): Limits(relative=1e-4, layers=1e-4, agreement=0.99, divergence=1e-6),

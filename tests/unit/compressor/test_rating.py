@@ -13,6 +13,7 @@ from blockrag.errors import DataError
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.refrag.policy import ChunkPolicy, make_policy_input
 from blockrag.modeling.refrag.policy_features import TokenTraits
+from blockrag.modeling.refrag.record import policy_file
 from tests.refrag_bundles import make_refrag_bundle
 
 
@@ -56,7 +57,7 @@ def test_ranks_are_those_of_training(bundle: Bundle, policy: str) -> None:
     )
     asked = rater.embed_question(question) if question else None
     found = rater.rate(policy, passages, embeddings, question, asked, retrieved)
-    expected = ChunkPolicy.load(bundle.policy_file(policy)).rate(seen)
+    expected = ChunkPolicy.load(bundle.path / policy_file(policy)).rate(seen)
     np.testing.assert_allclose(found, expected, atol=5e-5)
 
 

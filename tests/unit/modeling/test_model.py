@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from blockrag.errors import DataError, InvalidRequestError, PromptTooLongError
 from blockrag.modeling.model import SlotModel
-from blockrag.modeling.rotary import pair_order
+from blockrag.modeling.rotary import Rotation
 from blockrag.modeling.slots import SequenceState, SlotSlice, wide_slots
 from blockrag.modeling.stock_passes import additive_mask, block_mask
 from blockrag.types import BlockKV
@@ -200,7 +200,7 @@ def test_block_keys_are_the_projections_before_rotation() -> None:
     stock_logits(STOCK, [], tokens(10))
     handle.remove()
     (block,) = SLOTS.encode([tokens(10)], ["a"])
-    projected = kept[0][0].view(10, 2, 8).transpose(0, 1)[..., pair_order(8)]
+    projected = kept[0][0].view(10, 2, 8).transpose(0, 1)[..., Rotation(8, (1.0,) * 4).order]
     np.testing.assert_allclose(block.keys[0], projected.numpy(), atol=2e-5)
 
 

@@ -23,7 +23,7 @@ from blockrag.modeling.model import SlotModel
 from blockrag.modeling.native import build
 from blockrag.modeling.native import kernels as native
 from blockrag.modeling.native.kernels import Kernels
-from blockrag.modeling.rotary import RotaryTable, rotate_into
+from blockrag.modeling.rotary import Rotation, rotate_into
 from blockrag.modeling.slots import ResidentBlock, Slots, SlotSlice, quantised, widened
 from tests.models import FAMILIES, make_tiny_model
 from tests.unit.modeling.test_model import close, compose, stock_logits, tokens
@@ -220,8 +220,8 @@ def test_placing(compiled: Kernels, data: st.DataObject, width: int, spare: int,
         stop = data.draw(st.integers(start + 1, block.num_slots))
         chosen.append(block if data.draw(st.booleans()) else SlotSlice(block, start, stop))
     whole = sum(block.num_slots for block in chosen)
-    rotary = RotaryTable(10000.0 ** -(torch.arange(0, width, 2) / width), scaling, 512, torch.device("cpu"))
-    phases = rotary.phases(whole)[:whole]
+    frequencies = 10000.0 ** -(torch.arange(0, width, 2) / width)
+    phases = Rotation(width, tuple(frequencies.tolist()), scaling).phases(torch.arange(whole))
     out = torch.full((2, 3, 2, whole + spare, width), 9.0, dtype=torch.bfloat16)
     compiled.place([block.piece for block in chosen], phases, out)
     joined = torch.cat([wide(block) for block in chosen], dim=3)

@@ -16,7 +16,6 @@ import logging
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from blockrag.modeling.cache import cache_dir
+from blockrag.modeling.cache import cache_dir, is_ours
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "slots.c", _HERE / "step.c", _HERE / "between.c")
@@ -108,13 +107,8 @@ def check_library(path: Path) -> None:
     record = _record(path)
     try:
         for file in (path, record):
-            found = file.lstat()
-            if not stat.S_ISREG(found.st_mode):
-                raise UntrustedLibraryError(f"{file} is no plain file")
-            if found.st_uid not in (0, os.geteuid()):
-                raise UntrustedLibraryError(f"{file} belongs to the user {found.st_uid}")
-            if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise UntrustedLibraryError(f"{file} may be written by others, its mode is {found.st_mode & 0o777:o}")
+            if not is_ours(file):
+                raise UntrustedLibraryError(f"{file} is no plain file that only this user and root may write")
         if hashlib.sha256(path.read_bytes()).hexdigest() != record.read_text(encoding="ascii").strip():
             raise UntrustedLibraryError(f"{path} is not the one whose SHA-256 {record.name} holds")
     except (OSError, UnicodeDecodeError) as error:

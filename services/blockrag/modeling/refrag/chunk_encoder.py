@@ -10,7 +10,6 @@ Source: REFRAG (arXiv 2509.01092, section 2), which leaves the pooling unspecifi
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,15 +82,6 @@ class ChunkEncoder(nn.Module):
         """Longest chunk in the encoder's own tokens."""
         return self._chunk_tokens if self.pooling == "concat" else encoder_positions(self.encoder.config)
 
-    @property
-    def trainable(self) -> bool:
-        """Whether gradients reach the encoder's weights; may be set, but for the decoder's own layers."""
-        return any(parameter.requires_grad for parameter in self.encoder.parameters())
-
-    @trainable.setter
-    def trainable(self, wanted: bool) -> None:
-        self.encoder.requires_grad_(wanted and self.alignment != "decoder")
-
     def forward(self, chunks: Sequence[Sequence[int]]) -> Tensor:
         """Vectors of ``chunks`` (the decoder's token ids, at least one each), [len(chunks), width], differentiable.
 
@@ -125,14 +115,13 @@ class ChunkEncoder(nn.Module):
             return _mean(hidden, mask)
         return F.pad(hidden, (0, 0, 0, self._chunk_tokens - hidden.shape[1])).flatten(1)
 
-    def save(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write the encoder in ``dtype``, with "text" its tokenizer too, to the directory ``path``; nothing of the
-        decoder's own layers."""
+    def save(self, path: str | Path) -> None:
+        """Write the encoder, with "text" its tokenizer too, to the directory ``path``; nothing of the decoder's own
+        layers."""
         if self.alignment == "decoder":
             return
-        encoder = self.encoder if self.encoder.dtype == dtype else copy.deepcopy(self.encoder).to(dtype)
         with no_progress_bar():
-            encoder.save_pretrained(path)
+            self.encoder.save_pretrained(path)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(path)
 

@@ -45,10 +45,6 @@ class Projector(nn.Module):
     def encoder_width(self) -> int:
         return self.first.in_features
 
-    @property
-    def decoder_width(self) -> int:
-        return self.second.out_features
-
     def forward(self, embeddings: Tensor) -> Tensor:
         """Chunk embeddings [..., encoder_width] to input embeddings [..., decoder_width]."""
         projected: Tensor = self.second(nn.functional.gelu(self.first(embeddings)))

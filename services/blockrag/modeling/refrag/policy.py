@@ -168,14 +168,7 @@ class ChunkPolicy(nn.Module):
         """Logits of one prompt's chunks, [chunks]."""
         if not prompt.chunks:
             return np.zeros(0, dtype=np.float32)
-        alone = PolicyBatch(
-            prompt.embeddings[None],
-            prompt.features[None],
-            prompt.question[None],
-            (prompt.chunks,),
-            (len(prompt.question),),
-        )
-        logits: NDArray[np.float32] = self(alone)[0].cpu().numpy()
+        logits: NDArray[np.float32] = self(make_policy_batch([prompt]))[0].cpu().numpy()
         return logits
 
     def save(self, path: str | Path) -> None:

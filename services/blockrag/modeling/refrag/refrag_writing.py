@@ -7,17 +7,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockrag.errors import BundleError
 from blockrag.modeling.adapter import Adapter, write_adapter
 from blockrag.modeling.adapter_record import ADAPTER_DIR, ADAPTER_FILES, TOKEN_ROWS_FILE
 from blockrag.modeling.bundle import Bundle, load_bundle
-from blockrag.modeling.bundle_writing import copy_files, digests, new_folder, with_section, write_manifest
+from blockrag.modeling.bundle_writing import (
+    copy_files,
+    digests,
+    new_folder,
+    save_weights,
+    with_section,
+    write_manifest,
+)
 from blockrag.modeling.files import read_json
-from blockrag.modeling.loading import DTYPES, check_finite, no_progress_bar, stored_dtype
+from blockrag.modeling.loading import check_finite
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
 from blockrag.modeling.refrag.compression import Projector
 from blockrag.modeling.refrag.policy import ChunkPolicy
@@ -57,8 +62,6 @@ def write_refrag(
     chunk_tokens: int | None = None,
     training: Sequence[Mapping[str, Any]] | None = None,
     name: str = "",
-    version: str = "",
-    encoder_dtype: str = "float32",
 ) -> Bundle:
     """A copy of ``bundle`` at ``out`` with these parts; what is None is taken from ``bundle``.
 
@@ -67,15 +70,12 @@ def write_refrag(
     ``adapter`` takes the place of the adapter on the bundle's base; all else of the decoder stays as it is, byte for
     byte. With either the quality is emptied. ``policies`` replaces all: {} writes none,
     and None keeps those of ``bundle``, which must have been trained with the parts that are written. ``training`` has
-    the stages in order. ``encoder_dtype`` is the type that ``encoder`` is kept in, "float32" or "bfloat16"; it
-    computes in float32.
+    the stages in order.
 
     The directory appears whole or not at all. Raises BundleError when ``out`` exists, when parts do not fit each
     other, for NaN or infinity in any of them and for a bundle without chunk compression where a part is None.
     """
     k = bundle.chunk_tokens if chunk_tokens is None else chunk_tokens
-    if encoder_dtype not in DTYPES:
-        raise ValueError(f"encoder_dtype {encoder_dtype!r}: must be one of {', '.join(DTYPES)}")
     if k < 1:
         raise BundleError(f"chunk_tokens {k}: must be at least 1")
     before = bundle.refrag
@@ -84,7 +84,11 @@ def write_refrag(
     target = Path(out).expanduser()
     with new_folder(target) as staging:
         _write_decoder(bundle, staging, decoder, adapter)
-        _write_encoder(bundle, staging, encoder, DTYPES[encoder_dtype])
+        if encoder is not None:
+            encoder.save(staging / CHUNK_ENCODER_DIR)
+        else:
+            parts = [name for name in bundle.files if is_refrag_file(name)]
+            copy_files(bundle, staging, [name for name in parts if name != PROJECTOR_FILE])
         if projector is not None:
             projector.save(staging / PROJECTOR_FILE)
         else:
@@ -103,7 +107,6 @@ def write_refrag(
         manifest.update(
             chunk_tokens=k,
             name=name or bundle.name,
-            version=version or bundle.version,
             files=digests(staging, "decoder", ADAPTER_DIR, TOKEN_ROWS_FILE, CHUNK_ENCODER_DIR, PROJECTOR_FILE),
         )
         write_manifest(staging, manifest)
@@ -133,7 +136,6 @@ def write_refrag(
 def _write_decoder(
     bundle: Bundle, staging: Path, weights: Mapping[str, Tensor] | None, adapter: Adapter | None
 ) -> None:
-    names = [name for name in bundle.decoder_files if name.startswith("decoder/")]
     if adapter is not None:
         if bundle.base is None or weights is not None:
             raise BundleError(f"{bundle.path}: an adapter belongs on a base, and this one's weights are its own")
@@ -144,31 +146,10 @@ def _write_decoder(
         copy_files(bundle, staging, bundle.decoder_files)
         return
     check_finite(bundle.decoder_dir, weights.items())
-    config = AutoConfig.from_pretrained(bundle.decoder_dir, local_files_only=True)
-    dtype = stored_dtype(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    try:
-        cast = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
-        unknown = model.load_state_dict(cast, assign=True, strict=False).unexpected_keys
-    except RuntimeError as error:
-        raise BundleError(f"the weights given for the decoder do not fit {bundle.decoder_dir}: {error}") from error
-    model.tie_weights()
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if unknown or absent:
-        wrong = ", ".join([*unknown, *absent][:8])
-        raise BundleError(f"the weights given for the decoder do not fit {bundle.decoder_dir}: {wrong}")
-    with no_progress_bar():
-        model.save_pretrained(staging / "decoder")
+    save_weights(weights, bundle.decoder_dir, staging / "decoder")
     # everything else as it came, byte for byte: the tokenizer and the configuration
+    names = [name for name in bundle.decoder_files if name.startswith("decoder/")]
     copy_files(bundle, staging, [name for name in names if not name.endswith(_WEIGHTS)])
-
-
-def _write_encoder(bundle: Bundle, staging: Path, encoder: ChunkEncoder | None, dtype: torch.dtype) -> None:
-    if encoder is None:
-        copy_files(bundle, staging, [name for name in bundle.files if is_refrag_file(name) and name != PROJECTOR_FILE])
-        return
-    encoder.save(staging / CHUNK_ENCODER_DIR, dtype=dtype)
 
 
 def _write_policies(

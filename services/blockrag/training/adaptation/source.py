@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from blockrag.errors import BundleError, UnsupportedModelError
 from blockrag.modeling.adapter import Adapter, TokenRows, merge_adapter, put_token_rows, read_adapter
 from blockrag.modeling.base import Base, is_base, open_base
 from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
-from blockrag.modeling.bundle_writing import create_bundle
+from blockrag.modeling.bundle_writing import create_bundle, save_weights
 from blockrag.modeling.chat_template import default_template, read_template
 from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint, load_checkpoint, read_config
 from blockrag.modeling.files import hashed, read_json
@@ -226,7 +226,7 @@ def write_bundle(
         else:  # as it came, byte for byte
             copied += _TOKENIZER_FILES
         if adapter is None:
-            _write_weights(weights, source, staging)
+            save_weights(weights, source.checkpoint, staging, len(weights["model.embed_tokens.weight"]))
         else:
             rows = _token_rows(weights, tokenizer, source)
             cast = {name: (a.to(source.dtype), b.to(source.dtype)) for name, (a, b) in adapter.tensors.items()}
@@ -299,17 +299,6 @@ def model_card(config: BlockAdaptConfig, training: Mapping[str, Any], scores: Ma
             for when, found in scores.items()
         ]
     return "\n".join(lines) + "\n"
-
-
-def _write_weights(weights: Mapping[str, Tensor], source: Source, folder: Path) -> None:
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(source.checkpoint, local_files_only=True), dtype=source.dtype
-    )
-    rows = weights["model.embed_tokens.weight"].shape[0]
-    if rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    model.load_state_dict({name: tensor.to(source.dtype) for name, tensor in weights.items()})
-    model.save_pretrained(folder)
 
 
 @torch.no_grad()

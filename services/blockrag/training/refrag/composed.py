@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from blockrag.errors import UnsupportedModelError
 from blockrag.modeling.measuring import measure_rotations
+from blockrag.modeling.rotary import RotaryTable
 from blockrag.modeling.support import inspect_model, rotary_modules
 from blockrag.training.adaptation.batch import Branch
 from blockrag.training.refrag.composed_attention import COMPOSED_ATTENTION, BlockPass, FinalPass, UntouchedRotary
@@ -111,7 +112,7 @@ class ComposedDecoder(nn.Module):
         self.max_positions = facts.plain_positions
         self.width = int(model.get_input_embeddings().weight.shape[1])
         self._pass_tokens = pass_tokens
-        self._rotary = rotation.table(self.max_positions, model.device)
+        self._rotary = RotaryTable(rotation, self.max_positions, model.device)
         self._rotary.phases(self.max_positions)  # whole at once: threads share it
         for path in rotary_modules(model):
             model.set_submodule(path, UntouchedRotary())

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from blockrag.modeling.rotary import to_pairs
+
 COMPOSED_ATTENTION = "blockrag_composed"
 """Name in transformers' ``AttentionInterface``. No mask function has it, so transformers builds no mask."""
 
@@ -97,9 +99,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(states: Tensor, phases: Tensor) -> Tensor:
-    half = states.shape[-1] // 2
-    wide = states.float()
-    turned = torch.complex(wide[..., :half], wide[..., half:]) * phases
+    turned = to_pairs(states) * phases
     return torch.cat([turned.real, turned.imag], dim=-1).to(states.dtype)
 
 

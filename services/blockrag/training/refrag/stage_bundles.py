@@ -130,7 +130,7 @@ def load_reader(start: Start, config: RefragConfig) -> tuple[RefragReader, PreTr
     if encoder.alignment != "text" and start.chunk_tokens > encoder.max_chunk_tokens:
         raise SetupError(f"chunk_tokens {start.chunk_tokens}: the chunk encoder reads {encoder.max_chunk_tokens}")
     switch_off_dropout(encoder)  # a resumed run draws no other numbers
-    encoder.trainable = True
+    encoder.requires_grad_(encoder.alignment != "decoder")  # whose own layers stay as they are
     projector.requires_grad_(True)
     reader = RefragReader(decoder, encoder, projector, start.chunk_tokens)
     return reader.to(config.device).eval(), tokenizer
