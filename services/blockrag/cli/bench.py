@@ -148,9 +148,10 @@ def ttft(
 
     No retrieval, full attention, block attention cold and warm, everything compressed, and mixtures at rates 4, 8, 16.
     """
-    from blockrag.configured import configured_bundle
+    from blockrag.configured import configured_bundle, configured_device
     from blockrag.evaluation.plots import plot_rows
     from blockrag.evaluation.ttft_grpc import rate_notes
+    from blockrag.evaluation.ttft_model import measure_model_ttft
 
     with console.errors_to_exit():
         loaded = console.settings_from(settings)
@@ -167,7 +168,16 @@ def ttft(
             notes = rate_notes(chunk)
             if bundle.refrag is None or chunk != bundle.chunk_tokens:
                 notes.append(f"compressed blocks of {chunk} tokens a chunk are random: for timing only")
-            rows += _measure_model(loaded, sizes, repeats, chunk)
+            with counted("model alone") as tell:
+                rows += measure_model_ttft(
+                    bundle,
+                    loaded,
+                    contexts=sizes,
+                    repeats=repeats,
+                    chunk_tokens=chunk,
+                    device=configured_device(loaded),
+                    progress=tell,
+                )
         if grpc:
             samples = _measure_grpc(loaded, sizes, repeats)
             rows += _grpc_rows(samples)
@@ -219,22 +229,6 @@ def plan(
         for row in times:
             table.add_row(row.policy, f"{row.median_ms:.2f}", f"{row.p90_ms:.2f}", f"{row.policy_ms:.2f}")
         console.answer(as_json, {"rows": times, "rate": rate, "environment": environment()}, table)
-
-
-def _measure_model(settings: Settings, sizes: tuple[int, ...], repeats: int, chunk_tokens: int) -> list[ReportRow]:
-    from blockrag.configured import configured_bundle, configured_device
-    from blockrag.evaluation.ttft_model import measure_model_ttft
-
-    with counted("model alone") as tell:
-        return measure_model_ttft(
-            configured_bundle(settings),
-            settings,
-            contexts=sizes,
-            repeats=repeats,
-            chunk_tokens=chunk_tokens,
-            device=configured_device(settings),
-            progress=tell,
-        )
 
 
 def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> list[GrpcSample]:

@@ -53,14 +53,6 @@ def measured_settings(
     return loaded.model_copy(update={"bundle": loaded.bundle.model_copy(update=changed)})
 
 
-def print_report(report: Any, as_json: bool) -> None:
-    """Print a report of ``evaluation.experiment`` as JSON or as text."""
-    if as_json:
-        console.print_json(report)
-    else:
-        console.out.print(Markdown(report.to_markdown()))
-
-
 Options = TypeVar("Options")
 
 
@@ -141,7 +133,7 @@ def _measure(
         found = run(options, tell, lambda what: tell(what=what))
     if out is not None:
         write_results(out, files(found))
-    print_report(found.report, as_json)
+    console.answer(as_json, found.report, Markdown(found.report.to_markdown()))
 
 
 def _chosen_modes(text: str) -> tuple[Mode, ...]:
@@ -207,7 +199,7 @@ def retrieval(
             report = asyncio.run(evaluate_retrieval(options, lambda what, done, total: tell(done, total, what)))
         if out is not None:
             write_results(out, report.files("retrieval"))
-        print_report(report, as_json)
+        console.answer(as_json, report, Markdown(report.to_markdown()))
 
 
 app = typer.Typer(no_args_is_help=True, help="Evaluate the reader and the whole path.")
@@ -251,15 +243,12 @@ def almanac(
                 lambda mode, done: bar.update(tasks[mode], completed=done),
             )
         )
-    if as_json:
-        result = {"scores": scores, "top_k": top_k, "max_context_tokens": max_context_tokens}
-        console.print_json({**result, "environment": environment()})
-        return
+    asked = {"top_k": top_k, "max_context_tokens": max_context_tokens}
     table = Table("mode", f"recall@{scores.recall_at}", "exact match", "F1", "failed")
     for row in scores.modes:
         recall = "–" if row.recall is None else f"{row.recall:.1%}"
         table.add_row(row.mode, recall, f"{row.exact_match:.1%}", f"{row.f1:.1%}", str(row.failed))
-    console.out.print(table)
+    console.answer(as_json, {"scores": scores, **asked, "environment": environment()}, table)
 
 
 async def _ask_almanac(

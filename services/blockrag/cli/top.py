@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -118,10 +119,10 @@ def top(
 ) -> None:
     """Watch requests, times to first token, caches and queues."""
     url = metrics or _local_metrics(connection)
-    shown = Live(console=console.out, auto_refresh=False) if not as_json else None
-    if shown is not None:
-        shown.start()
-    try:
+    with (
+        nullcontext() if as_json else Live(console=console.out, auto_refresh=False) as shown,
+        suppress(KeyboardInterrupt),
+    ):
         before, when = Scrape.of(url), time.monotonic()
         count = 0
         while not readings or count < readings:
@@ -134,11 +135,6 @@ def top(
                 console.print_json_line(values)
             else:
                 shown.update(_screen(values), refresh=True)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        if shown is not None:
-            shown.stop()
 
 
 def summary(grown: Scrape, seconds: float, description: Description) -> dict[str, Any]:

@@ -90,9 +90,9 @@ def run_compression(
     data = kind = ""
     weights = "none"
     if options.data is not None:
-        drawn = draw_data(options, bundle, options.passages, 0, status, pairs=options.pairs)
-        data, digests, kind = drawn.name, dict(drawn.sha256), drawn.distractors
-        asked = drawn.draw.questions
+        source, kind, draw = draw_data(options, bundle, options.passages, 0, status, pairs=options.pairs)
+        data, digests = source.name, dict(source.sha256)
+        asked = draw.questions
         status("answering")
         cells = _cells(options, bundle, selectors, rates)
         with Reader(

@@ -290,7 +290,8 @@ class CompressionReport(AnswersReport):
                 f"{one.read:.1f}",
                 f"{100 * one.gold_read:.0f}",
                 *one.percents(),
-                *(percent(value) if value else "–" for value in (one.numeric, one.other)),
+                percent(one.numeric),
+                percent(one.other),
             ]
             for one in self.results.scores
         ]
@@ -304,13 +305,7 @@ class CompressionReport(AnswersReport):
 
     def _differences(self) -> list[str]:
         rows = [
-            [
-                _shown(one.rate),
-                one.first,
-                one.second,
-                *one.percents(sign=True),
-                percent(one.numeric, sign=True) if one.numeric else "–",
-            ]
+            [_shown(one.rate), one.first, one.second, *one.percents(sign=True), percent(one.numeric, sign=True)]
             for one in self.results.differences
         ]
         return section(
@@ -327,7 +322,7 @@ class CompressionReport(AnswersReport):
                 f"{one.slots:.0f}",
                 "–" if one.effective_rate is None else f"{one.effective_rate:.2f}",
                 f"{one.nats:.4f}",
-                percent(one.recovered) if one.recovered else "–",
+                percent(one.recovered),
             ]
             for one in self.results.text
         ]

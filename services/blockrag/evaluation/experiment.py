@@ -23,7 +23,7 @@ from blockrag import __version__
 from blockrag.errors import SetupError
 from blockrag.evaluation.drawing import Draw, DrawnQuestion, PieceMaker, draw_questions
 from blockrag.evaluation.experiment_options import Distractors, ExperimentOptions
-from blockrag.evaluation.question_data import load_questions
+from blockrag.evaluation.question_data import QuestionData, load_questions
 from blockrag.evaluation.question_pairs import in_pairs
 from blockrag.evaluation.scoring import Interval, bootstrap, bootstrap_difference, contains, exact_match, f1
 from blockrag.modeling.bundle import Bundle
@@ -173,8 +173,10 @@ def answer_lines(questions: Sequence[DrawnQuestion], columns: Mapping[str, Mappi
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def percent(value: Interval, *, sign: bool = False) -> str:
-    """A share with its interval in percent: ``55.0 (45.0 to 65.0)``; ``sign`` for differences."""
+def percent(value: Interval | None, *, sign: bool = False) -> str:
+    """A share with its interval in percent: ``55.0 (45.0 to 65.0)``; ``sign`` for differences, a dash for None."""
+    if value is None:
+        return "–"
     return format(value, "+.1%" if sign else ".1%").replace("%", "")
 
 
@@ -219,16 +221,6 @@ _CHUNK = 16
 
 
 @dataclass(frozen=True)
-class DrawnData:
-    """Questions of a file."""
-
-    name: str
-    sha256: Mapping[str, str]
-    distractors: Distractors
-    draw: Draw
-
-
-@dataclass(frozen=True)
 class AnswerScore:
     """Means over the questions."""
 
@@ -243,10 +235,10 @@ class AnswerScore:
 
 def draw_data(
     options: ExperimentOptions, bundle: Bundle, most: int, absent: int, status: Status, *, pairs: bool = False
-) -> DrawnData:
-    """The questions of a run with up to ``most`` passages each, ``absent`` of them without the gold one.
+) -> tuple[QuestionData, Distractors, Draw]:
+    """A run's file, its kind of distractors, and questions with up to ``most`` passages each.
 
-    ``pairs``: two questions asked as one.
+    ``absent`` of them are without the gold one. ``pairs``: two questions asked as one.
 
     Raises ``SetupError`` for bad data.
     """
@@ -268,7 +260,7 @@ def draw_data(
         distractors=kind,
         seed=options.seed,
     )
-    return DrawnData(data.name, dict(data.sha256), kind, draw)
+    return data, kind, draw
 
 
 def asked_facts(options: ExperimentOptions, bundle: Bundle, weights: str, started: float) -> dict[str, Any]:

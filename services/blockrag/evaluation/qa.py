@@ -49,8 +49,8 @@ def run_qa(options: QaOptions, progress: Progress = lambda *_: None, status: Sta
         bundle = next(iter(bundles.values()))
         weights = next(iter(systems.values())).model.weights
         most, absent = max((options.passages, *options.counts)), options.passages if options.absent else 0
-        drawn = draw_data(options, bundle, most, absent, status)
-        questions = drawn.draw.questions
+        data, distractors, draw = draw_data(options, bundle, most, absent, status)
+        questions = draw.questions
         status("answering")
         answers = evaluate_qa(questions, systems, options, progress)
         status("scoring")
@@ -59,12 +59,12 @@ def run_qa(options: QaOptions, progress: Progress = lambda *_: None, status: Sta
         }
         results = score_answers(questions, tuple(systems), options, answers, refused)
     report = QaReport(
-        data=drawn.name,
-        sha256=drawn.sha256,
+        data=data.name,
+        sha256=data.sha256,
         questions=len(questions),
-        without_gold=drawn.draw.without_gold,
+        without_gold=draw.without_gold,
         answer_in_gold=sum(question.holds_answer for question in questions),
-        distractors=drawn.distractors,
+        distractors=distractors,
         passage_tokens=bundle.passage_tokens,
         systems=tuple(
             SystemFacts(label, one.name, one.version, one.fingerprint, one.pear is not None)

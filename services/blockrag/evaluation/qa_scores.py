@@ -280,14 +280,7 @@ class QaReport(AnswersReport):
 
     def _refusals(self) -> list[str]:
         rows = [
-            [
-                one.system,
-                one.mode,
-                str(one.questions),
-                percent(one.precision) if one.precision else "–",
-                percent(one.recall),
-                percent(one.wrong),
-            ]
+            [one.system, one.mode, str(one.questions), *map(percent, (one.precision, one.recall, one.wrong))]
             for one in self.results.refusals
         ]
         return section(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from blockrag.budget import chunk_count, expand_at_rate
 from blockrag.decoder.block_loading import EncodingBlockSource
 from blockrag.decoder.engine import Engine
-from blockrag.decoder.sequence import Event, GenerationRequest, SamplingParams
+from blockrag.decoder.sequence import Event, GenerationRequest, SamplingParams, StageSeconds
 from blockrag.decoder.service import assemble
 from blockrag.evaluation.ttft_grpc import RATES, ReportRow, make_row, states_of
 from blockrag.modeling.bundle import Bundle
@@ -181,12 +181,7 @@ class _Case:
     def _answer(self, blocks: Sequence[Slots], tokens: Sequence[int]) -> None:
         """Have the decoder's engine generate the first token, in this thread."""
         request = GenerationRequest("bench", tuple(blocks), tuple(tokens), SamplingParams(max_tokens=1))
-        heard: list[Event] = []
-        self._bench.engine.submit(request, heard.append)
-        while self._bench.engine.step():
-            pass
-        if not heard or heard[-1].error is not None:
-            raise RuntimeError("the engine gave no token") from (heard[-1].error if heard else None)
+        answer_in_thread(self._bench.engine, [request])
 
     @torch.inference_mode()
     def _stock(self) -> None:
@@ -199,6 +194,22 @@ def engine_of(bundle: Bundle, model: SlotModel, settings: Settings, **decoder: i
     """The decoder's engine in this process, with the settings but for what ``decoder`` says."""
     changed = settings.model_copy(update={"decoder": settings.decoder.model_copy(update=decoder)})
     return assemble(bundle, model, EncodingBlockSource(model), changed).engine
+
+
+def answer_in_thread(engine: Engine, requests: Sequence[GenerationRequest]) -> list[StageSeconds]:
+    """Have the engine answer requests together, in the calling thread: how long the stages of each took."""
+    heard: list[list[Event]] = [[] for _ in requests]
+    for request, events in zip(requests, heard, strict=True):
+        engine.submit(request, events.append)
+    while engine.step():
+        pass
+    found = []
+    for events in heard:
+        last = events[-1] if events else Event()
+        if last.finish is None:
+            raise RuntimeError("the engine gave no answer") from last.error
+        found.append(last.finish.stages)
+    return found
 
 
 def encode_in_passes(model: SlotModel, blocks: Sequence[Sequence[int]], keys: Sequence[str]) -> list[BlockKV]:

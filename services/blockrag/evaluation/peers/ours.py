@@ -26,8 +26,8 @@ import transformers
 from transformers import DynamicCache
 
 from blockrag.configured import configured_bundle, configured_keys
-from blockrag.decoder.sequence import Event, GenerationRequest, SamplingParams, StageSeconds
-from blockrag.evaluation.ttft_model import encode_in_passes, engine_of
+from blockrag.decoder.sequence import GenerationRequest, SamplingParams
+from blockrag.evaluation.ttft_model import answer_in_thread, encode_in_passes, engine_of
 from blockrag.kv_cache.block_files import read_block, write_block
 from blockrag.modeling.checkpoint import load_stock_model
 from blockrag.modeling.model import SlotModel
@@ -80,18 +80,15 @@ class Blockrag:
         }
         if state in ("memory", "store", "disk"):
             self._prepare(blocks, state)
-        heard: list[list[Event]] = [[] for _ in prompts]
         start = time.perf_counter()
         found = load[state]()
         loaded = time.perf_counter() - start
-        for prompt, events in zip(prompts, heard, strict=True):
+        requests = []
+        for prompt in prompts:
             composed = () if state == "full" else tuple(found[block] for block in prompt.blocks)
             tokens = tuple(prompt.tokens) if state == "full" else prompt.question
-            sampling = SamplingParams(max_tokens=new_tokens)
-            self._engine.submit(GenerationRequest("bench", composed, tokens, sampling), events.append)
-        while self._engine.step():
-            pass
-        stages = list(map(_stages, heard))
+            requests.append(GenerationRequest("bench", composed, tokens, SamplingParams(max_tokens=new_tokens)))
+        stages = answer_in_thread(self._engine, requests)
         first = max(one.queue + one.compose + one.prefill for one in stages)
         # the last to begin decodes with all others beside it
         last = min(one.decode for one in stages)
@@ -153,13 +150,6 @@ class Transformers:
         output = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         chosen: torch.Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
         return chosen
-
-
-def _stages(events: Sequence[Event]) -> StageSeconds:
-    last = events[-1] if events else Event()
-    if last.finish is None:
-        raise RuntimeError("the engine gave no answer") from last.error
-    return last.finish.stages
 
 
 def settings_text(compute_dtype: str, weights: str) -> str:

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,6 @@ class PeerProcess:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> PeerProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End it."""
@@ -192,7 +186,7 @@ def measure_peers(
         for spec in peers:
             if spec.command:
                 try:
-                    processes[spec.label] = running.enter_context(PeerProcess(spec.command))
+                    processes[spec.label] = running.enter_context(closing(PeerProcess(spec.command)))
                     names[spec.label] = f"{spec.label}, {processes[spec.label].name}"
                 except PeerFailedError as error:
                     rows.append(PeerRow(spec.label, "", 0, 0, note=str(error)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,7 @@ def test_a_file_in_another_type(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_left_is_ended() -> None:
-    with PeerProcess([sys.executable, "-c", ANSWERS]) as peer:
+    with closing(PeerProcess([sys.executable, "-c", ANSWERS])) as peer:
         assert peer.memory_mb() > 0
         process = peer._process
     assert process.returncode is not None
