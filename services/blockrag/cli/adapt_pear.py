@@ -148,12 +148,10 @@ def as_dict(report: PearReport, config: PearConfig) -> dict[str, Any]:
         "settings": asdict(config),
         "detections": {
             condition: {
-                "delta_pi": detection.delta_pi.tolist(),
+                **detection.to_dict(),
                 "ranked": [
                     {"layer": layer, "head": head, "delta_pi": value} for layer, head, value in detection.ranked()
                 ],
-                "pi": list(detection.pi),
-                "accuracy": detection.accuracy,
             }
             for condition, detection in report.detections.items()
         },

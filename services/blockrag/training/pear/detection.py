@@ -22,7 +22,7 @@ Source: PEAR (arXiv 2409.19745), §3.1 and its code, which takes the mean over t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,15 @@ class Detection:
     """Clean π of each size; at 0 or below the model does not copy, and Δπ is taken relative to |π|."""
     accuracy: float
     """Share of prompts whose last token the clean run predicts."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"delta_pi": self.delta_pi.tolist(), "pi": list(self.pi), "accuracy": self.accuracy}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Detection:
+        """Of what ``to_dict`` gave."""
+        return cls(torch.tensor(values["delta_pi"], dtype=torch.float64), tuple(values["pi"]), values["accuracy"])
 
     def ranked(self) -> list[tuple[int, int, float]]:
         """(layer, head, Δπ), largest first."""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.pear_record import Mask
-
-if TYPE_CHECKING:
-    from blockrag.training.pear.passes import ProxyTask
 
 Mean = Literal["batch", "sequence"]
 LaterHeads = Literal["frozen", "live"]
@@ -74,9 +71,3 @@ class PearConfig:
         """The same for heads that are detected under a condition of ``CONDITIONS``."""
         mask, with_passages = CONDITIONS[condition]
         return replace(self, mask=mask, distractors=self.distractors if with_passages else 0)
-
-    def task(self, mask: Mask) -> ProxyTask:
-        """What is learned and scored under a mask."""
-        from blockrag.training.pear.passes import ProxyTask
-
-        return ProxyTask(self.learning.n, mask, self.distractors if mask == "block" else 0)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from blockrag.errors import InvalidRequestError
 from blockrag.modeling.files import replace_file
 from blockrag.modeling.pear import AttentionHeads, attention_heads, fold
-from blockrag.modeling.pear_record import MASKS, HeadCoefficient, PearRecord, ProxyScore
+from blockrag.modeling.pear_record import MASKS, HeadCoefficient, Mask, PearRecord, ProxyScore
 from blockrag.training.loop import Schedule, StepResult, train
 from blockrag.training.pear.detection import Detection, detect, rank_correlation
 from blockrag.training.pear.passes import ProxyTask, check_length, forward, prefill
@@ -60,7 +60,7 @@ def learn(
     """
     check_length(model, task.length)
     model.requires_grad_(False)
-    learner = _Learner(model, len(chosen), task, candidates, config, seed)
+    learner = _Learner(model, _Coefficients(len(chosen), model.device), task, candidates, config, seed)
     schedule = Schedule(config.steps, config.learning_rate, _WARMUP, checkpoint_steps=_KEPT, decay="linear")
     workers = Workers(model.device)
     with scaled(attention_heads(model), chosen, learner.model.tau), tempfile.TemporaryDirectory() as none:
@@ -74,34 +74,28 @@ class _Coefficients(nn.Module):
         self.tau = nn.Parameter(torch.ones(count, device=device))
 
 
+@dataclass
 class _Learner:
     """What ``train`` trains."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        count: int,
-        task: ProxyTask,
-        candidates: Tensor,
-        config: LearningConfig,
-        seed: int,
-    ) -> None:
-        self._reader = model
-        self._task = task
-        self._candidates = candidates
-        self._config = config
-        self._seed = seed
-        self.model = _Coefficients(count, model.device)
-        self.optimizers = [torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)]
+    reader: PreTrainedModel
+    model: _Coefficients
+    task: ProxyTask
+    candidates: Tensor
+    config: LearningConfig
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.optimizers = [torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate)]
 
     def draw(self, step: int, fraction: float) -> Tensor:
-        generator = torch.Generator().manual_seed(self._seed + _SEEDS * step)
-        return self._task.draw(self._config.batch, self._candidates, generator)
+        generator = torch.Generator().manual_seed(self.seed + _SEEDS * step)
+        return self.task.draw(self.config.batch, self.candidates, generator)
 
     def step(self, samples: Tensor, factor: float) -> StepResult:
         (optimizer,) = self.optimizers
-        optimizer.param_groups[0]["lr"] = self._config.learning_rate * factor
-        logits, targets = _second_copy(self._reader, self._task, samples.to(self._reader.device))
+        optimizer.param_groups[0]["lr"] = self.config.learning_rate * factor
+        logits, targets = _second_copy(self.reader, self.task, samples.to(self.reader.device))
         loss = F.cross_entropy(logits, targets)
         optimizer.zero_grad()
         loss.backward()
@@ -153,6 +147,11 @@ def _second_copy(model: PreTrainedModel, task: ProxyTask, tokens: Tensor) -> tup
     *passages, copy = task.blocks(tokens)
     logits = forward(model, copy[:, :-1], prefill(model, passages), task.length - task.n).logits
     return logits.float().flatten(0, 1), copy[:, 1:].flatten()
+
+
+def task_of(config: PearConfig, mask: Mask) -> ProxyTask:
+    """What is learned and scored under a mask."""
+    return ProxyTask(config.learning.n, mask, config.distractors if mask == "block" else 0)
 
 
 LEAST_CHANGE = 1e-5
@@ -216,7 +215,7 @@ def adapt(
     }
 
     def scores() -> dict[str, ProxyScore]:
-        return {mask: proxy_score(model, config.task(mask), candidates, config.seed + 2) for mask in MASKS}
+        return {mask: proxy_score(model, task_of(config, mask), candidates, config.seed + 2) for mask in MASKS}
 
     before = scores()
     watch.stop("score before")
@@ -226,7 +225,7 @@ def adapt(
         taus = learn(
             model,
             [(layer, head) for layer, head, _ in chosen],
-            config.task(config.mask),
+            task_of(config, config.mask),
             candidates,
             config.learning,
             config.seed + 1,
@@ -261,20 +260,12 @@ def _read_detections(run: RunFolder | None) -> dict[str, Detection]:
     if path is None or not path.exists():
         return {}
     stored = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        condition: Detection(
-            torch.tensor(found["delta_pi"], dtype=torch.float64), tuple(found["pi"]), found["accuracy"]
-        )
-        for condition, found in stored.items()
-    }
+    return {condition: Detection.from_dict(found) for condition, found in stored.items()}
 
 
 def _keep_detections(run: RunFolder | None, detections: Mapping[str, Detection]) -> None:
     if run is not None:
-        values = {
-            condition: {"delta_pi": found.delta_pi.tolist(), "pi": found.pi, "accuracy": found.accuracy}
-            for condition, found in detections.items()
-        }
+        values = {condition: found.to_dict() for condition, found in detections.items()}
         replace_file(run.path / _DETECTIONS, json.dumps(values) + "\n")
 
 

@@ -36,9 +36,10 @@ def fill_budget(passages: Sequence[Sequence[int]], k: int, rate: float, order: I
     return tuple(np.split(mask, ends[:-1]))
 
 
-def all_places(passages: Sequence[Sequence[int]], k: int) -> list[Place]:
-    """Every chunk, in the prompt's order."""
-    return [(number, chunk) for number, passage in enumerate(passages) for chunk in range(chunk_count(len(passage), k))]
+def all_places(passages: Sequence[Sequence[int]], k: int, order: Sequence[int] | None = None) -> list[Place]:
+    """Every chunk, passage by passage in ``order``; None: in the prompt's."""
+    numbers = range(len(passages)) if order is None else order
+    return [(number, chunk) for number in numbers for chunk in range(chunk_count(len(passages[number]), k))]
 
 
 def passage_ranking(passages: Sequence[Sequence[int]], question: Sequence[int]) -> list[int]:
@@ -66,11 +67,7 @@ def answer_places(passages: Sequence[Sequence[int]], branch: Branch, k: int) -> 
 
 def question_order(passages: Sequence[Sequence[int]], branch: Branch, k: int) -> list[Place]:
     """A simple choice that sees the question and not the answer: the best passages whole, one after another."""
-    return [
-        (number, chunk)
-        for number in passage_ranking(passages, branch.prompt)
-        for chunk in range(chunk_count(len(passages[number]), k))
-    ]
+    return all_places(passages, k, passage_ranking(passages, branch.prompt))
 
 
 def view_slots(

@@ -194,10 +194,11 @@ class ComposedDecoder(nn.Module):
     def _final_pass(self, bank: SlotBank, batch: _FinalBatch) -> Tensor:
         device = self.device
         picked = bank.slots.index_select(0, torch.from_numpy(batch.slots.reshape(-1)).to(device))
-        table = self._rotary.phases(int(max(batch.positions.max(), batch.slot_positions.max(initial=0))) + 1)
+        length = batch.slots.shape[1]
+        table = self._rotary.phases(max(length, int(batch.positions.max()) + 1))
         final_pass = FinalPass(
             picked.unflatten(0, batch.slots.shape).unbind(2),
-            slot_phases=table[torch.from_numpy(batch.slot_positions).to(device)],
+            slot_phases=table[:length],
             phases=table[torch.from_numpy(batch.positions).to(device)],
             visible=torch.from_numpy(batch.visible).to(device),
         )
@@ -243,9 +244,7 @@ class _FinalBatch:
     """Prompts as rows: P rows of F tokens over L slots."""
 
     slots: NDArray[np.int64]
-    """[P, L]; 0 where a row has fewer."""
-    slot_positions: NDArray[np.int64]
-    """[P, L]"""
+    """[P, L], of which slot i stands at position i; 0 where a row has fewer."""
     input_ids: NDArray[np.int64]
     """[P, F]; padding is 0."""
     positions: NDArray[np.int64]
@@ -265,7 +264,6 @@ class _FinalBatch:
         length = max(len(prompt.slots) for prompt in prompts)
         width = max(prompt.tokens for prompt in prompts)
         slots = np.zeros((rows, length), np.int64)
-        slot_positions = np.zeros((rows, length), np.int64)
         ids = np.zeros((rows, width), np.int64)
         positions = np.zeros((rows, width), np.int64)
         visible = np.zeros((rows, width, length + width), bool)
@@ -274,7 +272,6 @@ class _FinalBatch:
         for row, (prompt, first) in enumerate(zip(prompts, first_branches, strict=True)):
             used = len(prompt.slots)
             slots[row, :used] = prompt.slots
-            slot_positions[row, :used] = np.arange(used)
             at = 0
             for number, branch in enumerate(prompt.branches):
                 tokens = [*branch.prompt, *branch.answer]
@@ -289,7 +286,6 @@ class _FinalBatch:
                 at = end
         return cls(
             slots=slots,
-            slot_positions=slot_positions,
             input_ids=ids,
             positions=positions,
             visible=visible,

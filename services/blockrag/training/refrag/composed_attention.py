@@ -47,7 +47,7 @@ class FinalPass:
     """Attention of a pass over branches, which see their prompt's slots."""
 
     def __init__(self, slots: tuple[Tensor, ...], slot_phases: Tensor, phases: Tensor, visible: Tensor) -> None:
-        """``slots``: K of every layer, then V, each [P, L, kv_heads, head_dim]; ``slot_phases`` [P, L, head_dim / 2],
+        """``slots``: K of every layer, then V, each [P, L, kv_heads, head_dim]; ``slot_phases`` [L, head_dim / 2],
         ``phases`` [P, F, head_dim / 2], ``visible`` [P, F, L + F] bool."""
         self._slots = slots
         self._slot_phases = slot_phases
@@ -58,7 +58,7 @@ class FinalPass:
         cached_key = self._slots[layer].transpose(1, 2)
         cached_value = self._slots[len(self._slots) // 2 + layer].transpose(1, 2)
         phases = self._phases.unsqueeze(1)
-        rotated = _rotate(cached_key, self._slot_phases.unsqueeze(1)).to(key.dtype)
+        rotated = _rotate(cached_key, self._slot_phases).to(key.dtype)
         keys = torch.cat([rotated, _rotate(key, phases)], dim=2)
         values = torch.cat([cached_value.to(value.dtype), value], dim=2)
         return _attention(_rotate(query, phases), keys, values, self._visible, scaling)

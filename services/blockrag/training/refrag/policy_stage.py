@@ -30,6 +30,7 @@ from blockrag.errors import BundleError, SetupError
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.refrag.policy import (
     ChunkPolicy,
+    PolicyConfig,
     PolicyInput,
     draw,
     log_probabilities,
@@ -41,7 +42,7 @@ from blockrag.training.configuring import in_bfloat16
 from blockrag.training.loop import Schedule, StepResult, train
 from blockrag.training.refrag.policy_reader import CapturedContext, PolicyReader
 from blockrag.training.refrag.policy_samples import PolicyContext, PolicyData, answer_target, load_policy_data
-from blockrag.training.refrag.stage_config import PolicyTrainingConfig, PpoSettings
+from blockrag.training.refrag.stage_config import POLICY_HEAD, PolicyTrainingConfig, PpoSettings
 from blockrag.training.run import OnProgress, RunFolder, Scores
 from blockrag.training.workers import Workers, take_step
 
@@ -189,7 +190,7 @@ def train_policy(
     reader = PolicyReader.load(bundle, workers.device, bf16=in_bfloat16(config.precision, workers.device.type))
     data = load_policy_data(config, bundle)
     torch.manual_seed(config.seed)
-    policy = ChunkPolicy(config.sizes(reader.compressor.encoder_width)).to(workers.device)
+    policy = ChunkPolicy(sizes_of(config, reader.compressor.encoder_width)).to(workers.device)
     if config.start_from is not None:
         before = ChunkPolicy.load(config.start_from)
         if before.config != policy.config:
@@ -213,6 +214,12 @@ def train_policy(
             run.drop_checkpoints()
         workers.barrier()
     return config.out
+
+
+def sizes_of(config: PolicyTrainingConfig, encoder_width: int) -> PolicyConfig:
+    """Of the policy to train."""
+    width = config.policy_width
+    return PolicyConfig(encoder_width, config.query, width=width, heads=width // POLICY_HEAD, hidden=2 * width)
 
 
 @dataclass(frozen=True)

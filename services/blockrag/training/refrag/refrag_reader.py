@@ -136,12 +136,12 @@ class SampleScores(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """Slots of the blocks of samples, and the number of each block in the bank, by sample and passage."""
+    """Slots of the blocks of samples, and the numbers of each block's in the bank, by sample and passage."""
 
     bank: SlotBank
-    full: dict[tuple[int, int], int]
+    full: dict[tuple[int, int], NDArray[np.int64]]
     """Passage -1 is what opens the prompt."""
-    compressed: dict[tuple[int, int], int]
+    compressed: dict[tuple[int, int], NDArray[np.int64]]
 
 
 class RefragReader(nn.Module):
@@ -216,9 +216,10 @@ class RefragReader(nn.Module):
         banks = [self.decoder.encode(list(full.values()))]
         if compressed:
             banks.append(self.decoder.encode_embeddings(self._input_embeddings(list(compressed.values()))))
-        numbers = {place: number for number, place in enumerate(full)}
-        shifted = {place: number for number, place in enumerate(compressed, start=len(full))}
-        return _Blocks(SlotBank.join(banks), numbers, shifted)
+        bank = SlotBank.join(banks)
+        slots = [bank.block(number) for number in range(len(bank.spans))]
+        of_compressed = slots[len(full) :]
+        return _Blocks(bank, dict(zip(full, slots, strict=False)), dict(zip(compressed, of_compressed, strict=True)))
 
     def _prompts(
         self, samples: Sequence[RefragSample], blocks: _Blocks, *, teaching: bool = False
@@ -228,10 +229,10 @@ class RefragReader(nn.Module):
         for number, sample in enumerate(samples):
             if teaching and not _is_taught(sample):
                 continue
-            opening = [slots for slots in [_block(blocks.bank, blocks.full.get((number, -1)))] if slots is not None]
+            opening = [blocks.full[number, -1]] if (number, -1) in blocks.full else []
             places = [(number, passage) for passage in range(len(sample.passages))]
-            full = [_block(blocks.bank, blocks.full.get(place)) for place in places]
-            short = [_block(blocks.bank, blocks.compressed.get(place)) for place in places]
+            full = list(map(blocks.full.get, places))
+            short = list(map(blocks.compressed.get, places))
             for view in sample.views:
                 mask = view.mask
                 if teaching:
@@ -263,7 +264,3 @@ class RefragReader(nn.Module):
 
 def _is_taught(sample: RefragSample) -> bool:
     return sample.kind == "text" and not sample.whole
-
-
-def _block(bank: SlotBank, number: int | None) -> NDArray[np.int64] | None:
-    return None if number is None else bank.block(number)

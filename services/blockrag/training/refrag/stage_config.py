@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from blockrag.errors import SetupError
 from blockrag.modeling.files import DEFAULT_BUNDLE, file_sha256
@@ -152,10 +152,7 @@ class RefragConfig(StagedConfig):
         return int(found[1]) if found else 0
 
 
-if TYPE_CHECKING:
-    from blockrag.modeling.refrag.policy import PolicyConfig
-
-_HEAD = 32
+POLICY_HEAD = 32
 """Width of a policy's head."""
 
 
@@ -231,13 +228,18 @@ class PolicyTrainingConfig(StagedConfig):
     threads: int = 2
     """On a CPU: threads, each reading contexts of its own with one core."""
 
+    undecided: ClassVar[frozenset[str]] = frozenset(
+        {"out", "bundle", "text", "data", "name", "start_from", "eval_steps", "checkpoint_steps", "threads", "device"}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_least(1, "contexts", "max_passages", "eval_steps", "checkpoint_steps", "threads")
         self.require_positive("learning_rate")
         self.require_share("text_share")
         width = self.policy_width
-        self.require(width >= _HEAD and width % _HEAD == 0, "policy_width", f"must be a multiple of {_HEAD}")
+        right = width >= POLICY_HEAD and width % POLICY_HEAD == 0
+        self.require(right, "policy_width", f"must be a multiple of {POLICY_HEAD}")
         self.require(self.text_reward in ("label", "divergence"), "text_reward", "must be label or divergence")
         imitates = 0 <= self.chosen_imitation < 1 and self.imitation_contexts >= 1
         self.require(imitates, "imitation", "must be from 0 to below 1, with at least one context")
@@ -265,20 +267,8 @@ class PolicyTrainingConfig(StagedConfig):
             return self.imitation
         return 0.25 if self.query else 0.0
 
-    def sizes(self, encoder_width: int) -> PolicyConfig:
-        """Of the policy to train."""
-        from blockrag.modeling.refrag.policy import PolicyConfig
-
-        width = self.policy_width
-        return PolicyConfig(encoder_width, self.query, width=width, heads=width // _HEAD, hidden=2 * width)
-
     def recipe(self) -> dict[str, Any]:
         """The values that decide the result, beside bundle and data."""
-        names = (
-            *("policy", "minutes", "steps", "contexts", "max_passages", "learning_rate", "warmup_steps"),
-            *("dev_samples", "precision", "seed", "text_reward", "policy_width"),
-        )
-        chosen = {name: getattr(self, name) for name in names}
         start = file_sha256(self.start_from) if self.start_from is not None else ""
-        imitation = {"start": start, "imitation": self.chosen_imitation, "imitation_contexts": self.imitation_contexts}
-        return {**chosen, **imitation, "text_share": self.chosen_text_share, "ppo": asdict(self.ppo)}
+        chosen = {"imitation": self.chosen_imitation, "text_share": self.chosen_text_share, "ppo": asdict(self.ppo)}
+        return {**super().recipe(), **chosen, "start": start}

@@ -174,12 +174,7 @@ _REFUSALS = 0.1
 """Share of rows whose gold passages are left out."""
 
 
-@dataclass(frozen=True)
-class StagePlan:
-    """A stage's samples."""
-
-    maker: Reconstruction | NextPassage | Questions
-    probes: list[ProbeGroup]
+Maker = Reconstruction | NextPassage | Questions
 
 
 def files_of(config: RefragConfig) -> list[Path]:
@@ -187,8 +182,10 @@ def files_of(config: RefragConfig) -> list[Path]:
     return data_files(config.text) + data_files(config.data)
 
 
-def plan_stage(config: RefragConfig, start: Start, data: HeldOut, tokenizer: PreTrainedTokenizerFast) -> StagePlan:
-    """Samples and held-out samples of ``config.stage``."""
+def plan_stage(
+    config: RefragConfig, start: Start, data: HeldOut, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Maker, list[ProbeGroup]]:
+    """What makes the samples of ``config.stage``, and its held-out samples."""
     template, k = start.bundle.template, start.chunk_tokens
     instruction = tuple(template.instruction_ids(tokenizer))
 
@@ -201,7 +198,7 @@ def plan_stage(config: RefragConfig, start: Start, data: HeldOut, tokenizer: Pre
         learning = Reconstruction(passages(train), instruction, prompt, config, k)
         probes = reconstruction_probes(learning, passages(held), config.dev_samples)
         probes += kept_probes(learning, passages(held), tokenizer, config.dev_samples)
-        return StagePlan(learning, probes)
+        return learning, probes
     following = NextPassage(passages(train), instruction, config, k) if train else None
     probes = []
     if train:
@@ -209,7 +206,7 @@ def plan_stage(config: RefragConfig, start: Start, data: HeldOut, tokenizer: Pre
         probes = text_probes(measured, config.dev_samples, k)
     if config.stage != "tune":
         assert following is not None
-        return StagePlan(following, probes)
+        return following, probes
     if data.rows[1]:
         dev = row_source(data.rows[1], start.bundle, tokenizer, config.max_passages, _REFUSALS, f"{config.seed}/dev")
         contexts = [dev.sample(number) for number in range(len(data.rows[1]))]
@@ -217,7 +214,7 @@ def plan_stage(config: RefragConfig, start: Start, data: HeldOut, tokenizer: Pre
     source = row_source(data.rows[0], start.bundle, tokenizer, config.max_passages, _REFUSALS, config.seed)
     # rows differ in length, and the step alone must say which it takes: counted by the longest they may be
     per_step = max(1, config.tokens_per_step // (config.max_passages * start.bundle.passage_tokens))
-    return StagePlan(Questions(source, per_step, following, instruction, config, k), probes)
+    return Questions(source, per_step, following, instruction, config, k), probes
 
 
 def prepare(config: RefragConfig, workers: int = 1) -> Start:
@@ -282,17 +279,17 @@ class _Learner:
     def __init__(self, config: RefragConfig, start: Start, data: HeldOut, workers: Workers) -> None:
         self._config = config
         reader, tokenizer = load_reader(start, config)
-        self._plan = plan_stage(config, start, data, tokenizer)
+        self._maker, self._probes = plan_stage(config, start, data, tokenizer)
         self.trainer = RefragTrainer(reader, config, workers)
         self.model = self.trainer.reader
         self.optimizers = self.trainer.optimizers
         self.step = self.trainer.step
 
     def draw(self, step: int, fraction: float) -> list[RefragSample]:
-        return self._plan.maker.step(step, min(1.0, fraction), self._config.tokens_per_step)
+        return self._maker.step(step, min(1.0, fraction), self._config.tokens_per_step)
 
     def measure(self) -> Scores:
-        return measure(self._plan.probes, self.trainer.score) if self._config.dev_samples else {}
+        return measure(self._probes, self.trainer.score) if self._config.dev_samples else {}
 
     def average(self, other: Path | None) -> dict[str, Any]:
         """Average the decoder, where that was asked for: with what, and the scores after it."""

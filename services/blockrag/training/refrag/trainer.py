@@ -90,11 +90,7 @@ class RefragTrainer:
             found = list(self._pool.map(self._score, batches))
         else:
             found = [self._score(batch) for batch in batches]
-        return SampleScores(
-            losses=torch.cat([scores.losses for scores in found]).cpu(),
-            tokens=torch.cat([scores.tokens for scores in found]).cpu(),
-            right=torch.cat([scores.right for scores in found]).cpu(),
-        )
+        return SampleScores(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
 
     @torch.no_grad()
     def average(self, weights: Mapping[str, Tensor], share: float) -> None:

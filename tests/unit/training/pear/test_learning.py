@@ -14,7 +14,7 @@ from blockrag.modeling.pear import attention_heads, fold
 from blockrag.modeling.pear_record import HeadCoefficient, Mask, PearRecord
 from blockrag.training.pear.passes import ProxyTask, ordinary_tokens
 from blockrag.training.pear.pear_config import CONDITIONS, LearningConfig, PearConfig
-from blockrag.training.pear.procedure import PearReport, adapt, learn, proxy_score, scaled
+from blockrag.training.pear.procedure import PearReport, adapt, learn, proxy_score, scaled, task_of
 from blockrag.training.run import RunFolder, StepMetrics
 from blockrag.training.workers import Workers
 from tests.unit.training.pear.copying import INDUCTION, SUPPRESSOR, VOCAB, copying_model
@@ -44,7 +44,7 @@ Adapted = tuple[Mask, PreTrainedModel, PearReport, PearRecord]
 class TestPlantedSuppressor:
     def test_holds_the_model_back(self, adapted: Adapted) -> None:
         mask, _, report, _ = adapted
-        without = proxy_score(copying_model(), CONFIG.task(mask), CANDIDATES, seed=CONFIG.seed + 2)
+        without = proxy_score(copying_model(), task_of(CONFIG, mask), CANDIDATES, seed=CONFIG.seed + 2)
 
         assert without.accuracy > 0.9
         assert report.before[mask].accuracy < 0.7
@@ -73,7 +73,7 @@ class TestPlantedSuppressor:
 
         assert (record.mask, record.n, record.steps, record.batch, record.seed) == (mask, 12, 60, 10, 0)
         assert record.before == report.before
-        assert record.after[mask] == proxy_score(model, CONFIG.task(mask), CANDIDATES, seed=2)
+        assert record.after[mask] == proxy_score(model, task_of(CONFIG, mask), CANDIDATES, seed=2)
         assert PearRecord.from_dict(record.to_dict(), "here") == record
         assert set(report.seconds) == {
             *(f"detect, {name}" for name in CONDITIONS),
@@ -142,7 +142,7 @@ def test_scaling_in_front_of_the_projection_is_folding(kind: str) -> None:
 def test_the_same_seed_learns_the_same() -> None:
     model = copying_model(suppression=0.8)
     config = replace(CONFIG.learning, steps=3)
-    task = CONFIG.task("block")
+    task = task_of(CONFIG, "block")
     first, again, other = (learn(model, [SUPPRESSOR], task, CANDIDATES, config, seed) for seed in (1, 1, 2))
 
     assert first == again != other

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from blockrag.errors import SetupError
 from blockrag.modeling.bundle import load_bundle
 from blockrag.modeling.refrag.policy import ChunkPolicy
-from blockrag.training.refrag.policy_stage import train_policy
+from blockrag.training.refrag.policy_stage import sizes_of, train_policy
 from blockrag.training.refrag.stage_config import PolicyTrainingConfig, PpoSettings, RefragConfig
 from blockrag.training.refrag.stages import adapt_refrag
 from blockrag.training.run import StepMetrics
@@ -115,7 +115,7 @@ def test_a_policy_learns_the_same_from_two_workers(tmp_path: Path, config: Calla
     run_two(_POLICY_WORKER, tmp_path / "config", lambda: train_policy(one))
 
     single, shared = (load_file(path / "policy-blind.safetensors") for path in (one.out, two.out))
-    before = ChunkPolicy(one.sizes(32)).state_dict()
+    before = ChunkPolicy(sizes_of(one, 32)).state_dict()
     for name, tensor in single.items():
         # What is added to every logit changes no choice: its gradient is rounding, which Adam makes a step of.
         if name != "score.bias":
