@@ -8,8 +8,8 @@ the decoder composes it. Rows are padded on the left, so that answers end at the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,9 +34,16 @@ class Branch(NamedTuple):
 class Context:
     """Passages with one question behind them, or several."""
 
-    blocks: tuple[tuple[int, ...], ...]
-    """Ids of the instruction block and of each passage's block, in the prompt's order."""
+    instruction: tuple[int, ...]
+    """Ids of the instruction block; may be empty."""
+    passages: tuple[tuple[int, ...], ...]
+    """Ids of each passage's block, in the prompt's order."""
     branches: tuple[Branch, ...]
+
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Those of the passages, behind the instruction's where there is one."""
+        return (self.instruction, *self.passages) if self.instruction else self.passages
 
     @property
     def tokens(self) -> int:
@@ -71,9 +78,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
 
 def make_batch(samples: Sequence[Context], multiple: int = 1) -> Batch:

@@ -311,10 +311,7 @@ class ContextSource:
             if room < 0:
                 break
             branches.append(Branch(prompt, target))
-        if not branches:
-            return None
-        instruction = (self._instruction,) if self._instruction else ()
-        return Context((*instruction, *blocks), tuple(branches))
+        return Context(self._instruction, tuple(blocks), tuple(branches)) if branches else None
 
     @staticmethod
     def _answer(question: SourceQuestion, shown: Iterable[Piece]) -> str:

@@ -262,8 +262,7 @@ class SampleSource:
             return None
         placed = [*blocks, *fitting]
         random.shuffle(placed)
-        instruction = (self._instruction,) if self._instruction else ()
-        return Context((*instruction, *placed), (Branch(prompt, target),))
+        return Context(self._instruction, tuple(placed), (Branch(prompt, target),))
 
     def _distractors(self, row: Row, count: int, absent: bool, random: Random) -> list[tuple[int, ...]]:
         """Blocks of the row's own other passages, filled up with those of other rows."""

@@ -155,18 +155,13 @@ class TrainingAttention:
             raise SetupError(f"attention 'flex': torch has no backward pass of FlexAttention on {device.type}")
         self.flex = wanted == "flex" or (wanted == "auto" and device.type == "cuda")
         self._cpu = device.type == "cpu"
-
-    @property
-    def multiple(self) -> int:
+        self.multiple = FLEX_MULTIPLE if self.flex else 1
         """What rows are padded to a multiple of."""
-        return FLEX_MULTIPLE if self.flex else 1
 
     def install(self, model: PreTrainedModel) -> None:
         """Let ``model`` attend this way."""
-        if self.flex:
-            model.set_attn_implementation(FLEX_ATTENTION)
-        else:
-            model.set_attn_implementation(TRAINING_ATTENTION if self._cpu else "sdpa")
+        without = TRAINING_ATTENTION if self._cpu else "sdpa"
+        model.set_attn_implementation(FLEX_ATTENTION if self.flex else without)
 
     def mask(self, segments: Tensor, mask: Mask, dtype: torch.dtype) -> Tensor | BlockMask:
         """What the model takes as ``attention_mask`` for rows of ``segments`` [B, T] on the model's device.

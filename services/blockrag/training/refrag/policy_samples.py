@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +16,12 @@ from numpy.typing import NDArray
 from blockrag.budget import chunk_count
 from blockrag.modeling.bundle import Bundle, file_sha256
 from blockrag.modeling.refrag.policy_features import policy_ranks
-from blockrag.training.adaptation.batch import Branch
+from blockrag.training.adaptation.batch import Branch, Context
 from blockrag.training.adaptation.samples import Row, SampleSource, data_files
 from blockrag.training.refrag.chunk_masks import answer_places, passage_ranking
 from blockrag.training.refrag.stage_config import PolicyTrainingConfig
-from blockrag.training.refrag.stage_samples import row_source, split_instruction
+from blockrag.training.refrag.stage_samples import Kind, row_source
 from blockrag.training.refrag.texts import PassageSource, Text, read_held_out
-
-Kind = Literal["answers", "text"]
 
 _ANSWER_SHARE = 0.7
 _RANK_NOISE = 0.15
@@ -32,12 +29,9 @@ _RANK_NOISE = 0.15
 
 
 @dataclass(frozen=True)
-class PolicyContext:
+class PolicyContext(Context):
     """Passages, and what is asked of them."""
 
-    instruction: tuple[int, ...]
-    passages: tuple[tuple[int, ...], ...]
-    branches: tuple[Branch, ...]
     ranks: tuple[tuple[int, ...], ...]
     """For each branch, the place that retrieval gave each passage."""
     kind: Kind
@@ -109,14 +103,14 @@ class PolicySamples:
         """Sample ``number`` of the question rows; None where it has no passage."""
         assert self.rows is not None
         context = self.rows.sample(number)
-        instruction, passages = split_instruction(context, self.instruction)
+        passages = context.passages
         if not passages:
             return None
         ranks = tuple(
             policy_ranks(self.ranked, _ranks(passages, branch, random) if self.ranked else range(len(passages)))
             for branch in context.branches
         )
-        return PolicyContext(instruction, passages, context.branches, ranks, "answers")
+        return PolicyContext(context.instruction, passages, context.branches, ranks, "answers")
 
     def text(self, random: Random) -> PolicyContext:
         """Passages of one text, and the next one as the target."""

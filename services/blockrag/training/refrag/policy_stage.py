@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blockrag.errors import BundleError, SetupError
+from blockrag.errors import SetupError
 from blockrag.modeling.bundle import Bundle, load_bundle
 from blockrag.modeling.refrag.policy import (
     ChunkPolicy,
@@ -172,8 +172,7 @@ def prepare_policy(config: PolicyTrainingConfig, workers: int = 1) -> Bundle:
     if config.out.exists():
         raise SetupError(f"{config.out}: exists already")
     bundle = load_bundle(config.bundle, verify_files=False)
-    if bundle.refrag is None:
-        raise BundleError(f"{bundle.path}: the bundle has no chunk compression (refrag)")
+    bundle.compression()  # or it says that there is none
     return bundle
 
 
@@ -329,10 +328,9 @@ def _pool(config: PolicyTrainingConfig, workers: Workers) -> ThreadPoolExecutor:
 
 def _write(bundle: Bundle, config: PolicyTrainingConfig, policy: ChunkPolicy, facts: Mapping[str, Any]) -> None:
     """``bundle`` with the policy beside those it has."""
-    assert bundle.refrag is not None  # the reader was loaded from it
     kept = {
         name: PolicyPart(ChunkPolicy.load(bundle.path / record.file), record.facts, record.basis)
-        for name, record in bundle.refrag.policies.items()
+        for name, record in bundle.compression().policies.items()
     }
     trained = PolicyPart(policy, facts, bundle.policy_basis)
     write_refrag(bundle, config.out, policies={**kept, config.policy_name: trained})

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from blockrag.errors import SetupError
 from blockrag.modeling.adapter import Adapter, join_adapters, merge_adapter, read_adapter
 from blockrag.modeling.bundle import Bundle, load_bundle
-from blockrag.modeling.loading import stored_dtype
+from blockrag.modeling.loading import skeleton, stored_dtype
 from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.pear import before_folding
 from blockrag.modeling.refrag.chunk_encoder import ChunkEncoder
@@ -86,8 +86,7 @@ def open_start(config: RefragConfig) -> Start:
 def _check_same_shape(bundle: Bundle, other: Bundle) -> None:
     shapes = []
     for one in (bundle, other):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(one.decoder_dir, local_files_only=True))
+        model = skeleton(AutoConfig.from_pretrained(one.decoder_dir, local_files_only=True))
         shapes.append({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     if shapes[0] != shapes[1]:
         raise SetupError(f"average_with {other.path}: its decoder has other layers or sizes than that of {bundle.path}")
@@ -105,13 +104,10 @@ def load_reader(start: Start, config: RefragConfig) -> tuple[RefragReader, PreTr
     switch_off_dropout(model)
     model.requires_grad_(True)
     decoder = ComposedDecoder(model)
-    decoder_tokenizer = tokenizer if start.alignment == "text" else None
     if not start.fresh:
         encoder = ChunkEncoder.load(bundle)
-        projector = Projector.load(bundle.projector_file)
     elif start.alignment == "decoder":
         encoder = ChunkEncoder.of_decoder(bundle, config.own_layers, start.pooling, start.chunk_tokens)
-        projector = Projector(encoder.width, decoder.width)
     elif start.alignment == "tokens":
         embeddings = model.get_input_embeddings().weight.detach()
         width = min(decoder.width, _SMALL_WIDTH)
@@ -123,10 +119,9 @@ def load_reader(start: Start, config: RefragConfig) -> tuple[RefragReader, PreTr
             max_chunk=max(64, start.chunk_tokens),
             pooling=start.pooling,
         )
-        projector = Projector(encoder.width, decoder.width)
     else:
-        encoder = ChunkEncoder.from_pretrained(config.encoder, "text", start.pooling, decoder_tokenizer)
-        projector = Projector(encoder.width, decoder.width)
+        encoder = ChunkEncoder.from_pretrained(config.encoder, "text", start.pooling, tokenizer)
+    projector = Projector(encoder.width, decoder.width) if start.fresh else Projector.load(bundle.projector_file)
     if encoder.alignment != "text" and start.chunk_tokens > encoder.max_chunk_tokens:
         raise SetupError(f"chunk_tokens {start.chunk_tokens}: the chunk encoder reads {encoder.max_chunk_tokens}")
     switch_off_dropout(encoder)  # a resumed run draws no other numbers

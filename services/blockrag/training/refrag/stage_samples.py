@@ -161,7 +161,6 @@ class Questions:
     per_step: int
     """Samples of rows that a step takes; fixed, so that the step says which they are."""
     texts: NextPassage | None
-    instruction: tuple[int, ...]
     config: RefragConfig
     k: int
 
@@ -183,7 +182,7 @@ class Questions:
 
     def sample(self, context: Context, random: Random) -> RefragSample:
         """A context in compositions that are drawn for a few of its questions at a time."""
-        instruction, passages = split_instruction(context, self.instruction)
+        instruction, passages = context.instruction, context.passages
         if not passages or random.random() < self._full:
             view = View((), context.branches)
             return RefragSample(instruction, passages, (view,), "answers", whole=True)
@@ -214,13 +213,3 @@ def row_source(
         refusal_share=refusal_share,
     )
     return SampleSource(rows, tokenizer, bundle.template, limits, seed)
-
-
-def split_instruction(
-    context: Context, instruction: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """The instruction block and the passages of a context."""
-    blocks = context.blocks
-    if blocks and instruction and blocks[0] == tuple(instruction):
-        return blocks[0], blocks[1:]
-    return (), blocks

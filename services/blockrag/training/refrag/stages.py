@@ -38,7 +38,6 @@ from blockrag.training.refrag.stage_samples import (
     RefragSample,
     View,
     row_source,
-    split_instruction,
 )
 from blockrag.training.refrag.texts import HeldOut, PassageSource, Text, read_held_out
 from blockrag.training.refrag.trainer import RefragTrainer
@@ -112,15 +111,12 @@ def text_probes(maker: NextPassage, count: int, k: int) -> list[ProbeGroup]:
     ]
 
 
-def question_probes(
-    contexts: Iterable[Context], instruction: Sequence[int], k: int, name: str = "questions"
-) -> list[ProbeGroup]:
+def question_probes(contexts: Iterable[Context], k: int) -> list[ProbeGroup]:
     """Questions, one per context, uncompressed, compressed, and at rates with two choices of what to expand."""
     composed, whole = [], []
     labels: list[str] = []
     for context in contexts:
-        opening, passages = split_instruction(context, instruction)
-        branch = context.branches[0]
+        passages, branch = context.passages, context.branches[0]
         order = question_order(passages, branch, k)
         answer = answer_places(passages, branch, k)
         masks: dict[str, Mask] = {
@@ -132,13 +128,13 @@ def question_probes(
         masks["only the answer's chunks"] = fill_budget(passages, k, 1.0, answer)
         labels = list(masks)
         views = tuple(View(mask, (branch,)) for mask in masks.values())
-        composed.append(RefragSample(opening, passages, views, "answers"))
-        whole.append(RefragSample(opening, passages, (View((), (branch,)),), "answers", whole=True))
+        composed.append(RefragSample(context.instruction, passages, views, "answers"))
+        whole.append(replace(composed[-1], views=(View((), (branch,)),), whole=True))
     if not composed:
         return []
     return [
-        ProbeGroup(tuple(f"{name}, {label}" for label in labels), tuple(composed)),
-        ProbeGroup((f"{name}, full",), tuple(whole)),
+        ProbeGroup(tuple(f"rows, {label}" for label in labels), tuple(composed)),
+        ProbeGroup(("rows, full",), tuple(whole)),
     ]
 
 
@@ -210,11 +206,11 @@ def plan_stage(
     if data.rows[1]:
         dev = row_source(data.rows[1], start.bundle, tokenizer, config.max_passages, _REFUSALS, f"{config.seed}/dev")
         contexts = [dev.sample(number) for number in range(len(data.rows[1]))]
-        probes += question_probes(contexts, instruction, k, "rows")
+        probes += question_probes(contexts, k)
     source = row_source(data.rows[0], start.bundle, tokenizer, config.max_passages, _REFUSALS, config.seed)
     # rows differ in length, and the step alone must say which it takes: counted by the longest they may be
     per_step = max(1, config.tokens_per_step // (config.max_passages * start.bundle.passage_tokens))
-    return Questions(source, per_step, following, instruction, config, k), probes
+    return Questions(source, per_step, following, config, k), probes
 
 
 def prepare(config: RefragConfig, workers: int = 1) -> Start:

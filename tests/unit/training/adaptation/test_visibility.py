@@ -34,6 +34,7 @@ def random_samples(count: int, seed: int = 0, longest: int = 12) -> list[Context
 
     return [
         Context(
+            (),
             tuple(ids(random.randint(1, longest)) for _ in range(random.randint(1, 6))),
             (Branch(ids(random.randint(1, 9)), ids(random.randint(1, 5))),),
         )
@@ -46,7 +47,8 @@ def random_contexts(count: int, seed: int = 0) -> list[Context]:
     samples = random_samples(4 * count, seed)
     return [
         Context(
-            samples[4 * place].blocks,
+            (),
+            samples[4 * place].passages,
             tuple(other.branches[0] for other in samples[4 * place : 4 * place + random.randint(2, 4)]),
         )
         for place in range(count)
@@ -55,7 +57,7 @@ def random_contexts(count: int, seed: int = 0) -> list[Context]:
 
 def alone(context: Context) -> list[Context]:
     """Each question of a context as a sample of its own."""
-    return [Context(context.blocks, (branch,)) for branch in context.branches]
+    return [Context((), context.passages, (branch,)) for branch in context.branches]
 
 
 def lengths(sample: Context) -> tuple[list[int], int]:
