@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -168,7 +167,7 @@ def heat_map(report: PearReport) -> bytes:
     The scale is logarithmic outside its middle hundredth: heads that copy have changes a hundred times those that
     suppress.
     """
-    from blockrag.evaluation.plots import load_figure
+    from blockrag.evaluation.plots import as_png, load_figure
 
     figure_of = load_figure()
     from matplotlib.colors import SymLogNorm
@@ -188,10 +187,7 @@ def heat_map(report: PearReport) -> bytes:
             chosen = report.record.heads
             axes.scatter([item.head for item in chosen], [item.layer for item in chosen], c="black", marker=".", s=16)
     figure.colorbar(images[0], ax=figure.axes, label="Δπ (red: suppresses copying)")
-    figure.suptitle(f"rank correlation {report.correlations['full / block']:.2f}", fontsize=10)
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=130)
-    return target.getvalue()
+    return as_png(figure, f"rank correlation {report.correlations['full / block']:.2f}")
 
 
 def print_tables(report: PearReport, config: PearConfig) -> None:

@@ -7,7 +7,6 @@ zeros, is text.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -100,7 +99,7 @@ def ask(
     compression = Compression(_rate(rate), max_context_tokens_compressed, max_ttft_ms, policy)
     if compression != Compression():
         options["compression"] = compression
-    asyncio.run(_ask(connection.client(), question, options, trace, as_json))
+    connection.run(lambda client: _ask(client, question, options, trace, as_json))
 
 
 def _rate(given: str | None) -> float | Literal["auto"] | None:
@@ -115,28 +114,27 @@ def _rate(given: str | None) -> float | Literal["auto"] | None:
 async def _ask(
     client: BlockragClient, question: str, options: GenerateOptions, with_trace: bool, as_json: bool
 ) -> None:
-    async with client:
-        retrieved, completion = Retrieved(()), None
-        async for event in client.generate(question, **options):
-            if isinstance(event, Retrieved):
-                retrieved = event
-            elif isinstance(event, Completion):
-                completion = event
-            elif not as_json:
-                console.out.print(event, end="", highlight=False)
-        if completion is None:
-            raise UnavailableError("the answer ended without its completion; ask again")
-        spans = await client.trace(completion.trace_id) if with_trace else ()
-        if as_json:
-            answer = {"retrieved": retrieved, "completion": completion}
-            console.print_json({**answer, "trace": spans} if with_trace else answer)
-            return
-        console.out.print()
-        print_citations(completion)
-        for line in reading_lines(completion):
-            console.out.print(line)
-        if with_trace:
-            console.out.print(span_tree(spans))
+    retrieved, completion = Retrieved(()), None
+    async for event in client.generate(question, **options):
+        if isinstance(event, Retrieved):
+            retrieved = event
+        elif isinstance(event, Completion):
+            completion = event
+        elif not as_json:
+            console.out.print(event, end="", highlight=False)
+    if completion is None:
+        raise UnavailableError("the answer ended without its completion; ask again")
+    spans = await client.trace(completion.trace_id) if with_trace else ()
+    if as_json:
+        answer = {"retrieved": retrieved, "completion": completion}
+        console.print_json({**answer, "trace": spans} if with_trace else answer)
+        return
+    console.out.print()
+    print_citations(completion)
+    for line in reading_lines(completion):
+        console.out.print(line)
+    if with_trace:
+        console.out.print(span_tree(spans))
 
 
 def print_citations(completion: Completion) -> None:

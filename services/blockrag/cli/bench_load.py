@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,22 +77,19 @@ def load(
     parsed = parse_rates(rates, "--rates")
     if not parsed or not all(0 < rate < 1e6 for rate in parsed):
         raise InvalidRequestError("rates", f"{rates!r}: must be numbers above 0, separated by commas")
-
-    async def measure() -> list[LoadRow]:
-        with counted("questions") as tell:
-            async with config.connection.client() as client:
-                return await measure_load(
-                    client,
-                    scenario,
-                    given,
-                    parsed,
-                    ("block", "full") if full else ("block",),
-                    _times(bench),
-                    target_s=target_ms / 1000,
-                    on_progress=tell,
-                )
-
-    rows = asyncio.run(measure())
+    with counted("questions") as tell:
+        rows = config.connection.run(
+            lambda client: measure_load(
+                client,
+                scenario,
+                given,
+                parsed,
+                ("block", "full") if full else ("block",),
+                _times(bench),
+                target_s=target_ms / 1000,
+                on_progress=tell,
+            )
+        )
     if out is not None:
         result = {"scenario": asdict(scenario), "rows": [asdict(row) for row in rows]}
         write_results(out.parent, {out.name: as_bytes(result)})

@@ -124,6 +124,13 @@ def create(
         console.answer(as_json, {"path": bundle.path, "fingerprint": bundle.fingerprint}, line)
 
 
+_SHOWN = (
+    *("name", "version", "path", "fingerprint", "max_context_tokens", "passage_tokens", "chunk_tokens"),
+    *("base", "adapter", "token_rows", "template", "quality", "training", "pear", "refrag"),
+)
+"""Of a bundle, in this order."""
+
+
 @app.command(epilog="Example: blockrag bundle show --json")
 def show(path: BundleArgument = None, as_json: JsonOption = False) -> None:
     """Show a bundle's manifest, after checking every file against it."""
@@ -131,29 +138,11 @@ def show(path: BundleArgument = None, as_json: JsonOption = False) -> None:
 
     with console.errors_to_exit():
         bundle = load_bundle(path or DEFAULT_BUNDLE)
-        facts = {
-            "name": bundle.name,
-            "version": bundle.version,
-            "path": bundle.path,
-            "fingerprint": bundle.fingerprint,
-            "max_context_tokens": bundle.max_context_tokens,
-            "passage_tokens": bundle.passage_tokens,
-            "chunk_tokens": bundle.chunk_tokens,
-            "base": bundle.base.to_dict() if bundle.base is not None else None,
-            "adapter": bundle.adapter.to_dict() if bundle.adapter is not None else None,
-            "token_rows": dict(bundle.token_rows) if bundle.token_rows is not None else None,
-            "template": bundle.template.to_dict(),
-            "quality": dict(bundle.quality),
-            "training": dict(bundle.training),
-            "pear": bundle.pear.to_dict() if bundle.pear is not None else None,
-            "refrag": None,
-        }
+        found = {name: getattr(bundle, name) for name in _SHOWN}
+        facts = {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in found.items()}
         if bundle.refrag is not None:
-            facts["refrag"] = {
-                "fingerprint": bundle.compression_fingerprint,
-                "policy_basis": bundle.policy_basis,
-                **bundle.refrag.to_dict(),
-            }
+            fingerprints = {"fingerprint": bundle.compression_fingerprint, "policy_basis": bundle.policy_basis}
+            facts["refrag"] = {**fingerprints, **facts["refrag"]}
         table = Table.grid(padding=(0, 2))
         for key, value in facts.items():
             shown = json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, dict) else str(value or "none")

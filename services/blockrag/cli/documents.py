@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ def ingest(
     if not sources:
         raise InvalidRequestError("paths", f"no files ending in {', '.join(SUFFIXES)} found")
     options = IngestOptions(language=language, dry_run=dry_run)
-    failed = asyncio.run(_ingest(connection.client(), sources, collection, options, sync, as_json))
+    failed = connection.run(lambda client: _ingest(client, sources, collection, options, sync, as_json))
     if failed:
         raise typer.Exit(1)
 
@@ -131,41 +130,40 @@ async def _ingest(
 ) -> int:
     counts = {"created": 0, "replaced": 0, "unchanged": 0, "removed": 0, "failed": 0}
     passages = 0
-    async with client:
-        sync = await Sync.begin(client, collection) if syncing else None
-        with console.progress_bar() as bar:
-            task = bar.add_task("ingesting", total=len(sources))
-            for source in sources:
-                bar.update(task, description=console.printable(source.document_id))
-                try:
-                    stored = await source.send(client, collection, options)
-                except (BlockragError, OSError) as error:
-                    # One bad file must not keep the others out.
-                    counts["failed"] += 1
-                    if sync is not None:
-                        sync.keep_all_of(source.document_id)
-                    name, problem = console.printable(source.document_id), console.printable(str(error))
-                    line = Text.assemble(("failed", "red"), f" {name}: {problem}")
-                    bar.console.print(line, highlight=False, soft_wrap=True)
-                    if as_json:
-                        console.print_json_line({"document_id": name, "error": problem})
-                else:
-                    if sync is not None:
-                        sync.keep(stored)
-                    for document in stored:
-                        counts[document.outcome] += 1
-                        passages += document.passages
-                        if as_json:
-                            console.print_json_line(document)
-                bar.advance(task)
-        if sync is not None:
-            for gone in sync.gone() if options["dry_run"] else await sync.finish():
-                counts["removed"] += 1
+    sync = await Sync.begin(client, collection) if syncing else None
+    with console.progress_bar() as bar:
+        task = bar.add_task("ingesting", total=len(sources))
+        for source in sources:
+            bar.update(task, description=console.printable(source.document_id))
+            try:
+                stored = await source.send(client, collection, options)
+            except (BlockragError, OSError) as error:
+                # One bad file must not keep the others out.
+                counts["failed"] += 1
+                if sync is not None:
+                    sync.keep_all_of(source.document_id)
+                name, problem = console.printable(source.document_id), console.printable(str(error))
+                line = Text.assemble(("failed", "red"), f" {name}: {problem}")
+                bar.console.print(line, highlight=False, soft_wrap=True)
                 if as_json:
-                    fields = {"document_id": gone.document_id, "passages": gone.passages, "outcome": "removed"}
-                    console.print_json_line(fields)
-                else:
-                    console.err.print(Text.assemble(("removed", "yellow"), f" {gone.document_id}"), highlight=False)
+                    console.print_json_line({"document_id": name, "error": problem})
+            else:
+                if sync is not None:
+                    sync.keep(stored)
+                for document in stored:
+                    counts[document.outcome] += 1
+                    passages += document.passages
+                    if as_json:
+                        console.print_json_line(document)
+            bar.advance(task)
+    if sync is not None:
+        for gone in sync.gone() if options["dry_run"] else await sync.finish():
+            counts["removed"] += 1
+            if as_json:
+                fields = {"document_id": gone.document_id, "passages": gone.passages, "outcome": "removed"}
+                console.print_json_line(fields)
+            else:
+                console.err.print(Text.assemble(("removed", "yellow"), f" {gone.document_id}"), highlight=False)
     if not as_json:
         text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         note = "nothing was changed: " if options["dry_run"] else ""

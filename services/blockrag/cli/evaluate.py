@@ -17,13 +17,13 @@ from blockrag.cli.console import Connection, JsonOption, SettingsOption
 from blockrag.cli.measured import counted, environment, names, parse_numbers, parse_rates, write_results
 from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
+from blockrag.corpus.sample import Question, load_questions
 from blockrag.errors import SetupError
 from blockrag.evaluation.experiment_options import MODES, MOST_PASSAGES, CompressionOptions, Mode, QaOptions
 from blockrag.results import AttentionModeName, GenerateOptions, Passage
 from blockrag.settings import Settings
 
 if TYPE_CHECKING:
-    from blockrag.corpus.sample import Question
     from blockrag.evaluation.almanac import AlmanacScores
     from blockrag.evaluation.compression_run import CompressionRun
     from blockrag.evaluation.qa import QaRun
@@ -227,16 +227,14 @@ def almanac(
     as_json: JsonOption = False,
 ) -> None:
     """Ask the almanac's questions over gRPC, through retrieval, in every attention mode."""
-    from blockrag.corpus.sample import load_questions
-
     questions = load_questions()
     questions = questions[:limit] if limit else questions
     budget = GenerateOptions(max_context_tokens=max_context_tokens) if max_context_tokens else GenerateOptions()
     with console.progress_bar() as bar:
         tasks = {mode: bar.add_task(mode, total=len(questions)) for mode in ("block", "full", "none")}
-        scores = asyncio.run(
-            _ask_almanac(
-                connection.client(),
+        scores = connection.run(
+            lambda client: _ask_almanac(
+                client,
                 questions,
                 GenerateOptions(collection=collection, top_k=top_k, **budget),
                 concurrency,
@@ -260,11 +258,9 @@ async def _ask_almanac(
 ) -> AlmanacScores:
     from blockrag.evaluation.almanac import evaluate_almanac
 
-    async with client:
+    async def ask(question: str, mode: AttentionModeName) -> tuple[str, Sequence[Passage]]:
+        chosen: GenerateOptions = {**options, "attention_mode": mode}
+        answer = await client.ask(question, **chosen)
+        return answer.text, answer.passages
 
-        async def ask(question: str, mode: AttentionModeName) -> tuple[str, Sequence[Passage]]:
-            chosen: GenerateOptions = {**options, "attention_mode": mode}
-            answer = await client.ask(question, **chosen)
-            return answer.text, answer.passages
-
-        return await evaluate_almanac(questions, ask, concurrency=concurrency, progress=progress)
+    return await evaluate_almanac(questions, ask, concurrency=concurrency, progress=progress)

@@ -40,7 +40,7 @@ class Question:
 
 def load_articles() -> list[Article]:
     """Articles of the almanac, by id."""
-    lines = gzip.decompress(_data(ARTICLES).read_bytes()).decode().splitlines()
+    lines = gzip.decompress(articles_path().read_bytes()).decode().splitlines()
     return [Article(**json.loads(line)) for line in lines]
 
 

@@ -10,11 +10,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from blockrag.compressor.assembly import assemble, embedding_cache
 from blockrag.compressor.compression_request import RETRIEVAL
 from blockrag.decoder.block_loading import EncodingBlockSource
+from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.results import GivenPassage
@@ -22,9 +22,6 @@ from blockrag.settings import Settings
 from blockrag.simulation.scenario import percentile
 from blockrag.v1.common_pb2 import ATTENTION_MODE_BLOCK, Compression, Passage, RequestContext
 from blockrag.v1.compressor_pb2 import PlanRequest
-
-if TYPE_CHECKING:
-    from blockrag.modeling.bundle import Bundle
 
 OFF = "off"
 """Stands for a plan without compression."""
@@ -76,7 +73,18 @@ async def measure_plans(
             if repeat >= 0:
                 times[policy].append((took_ms, plan.policy_ms))
         on_progress(repeat + warmup + 1, repeats + warmup)
-    return [_summary(policy, len(passages), chunks, taken) for policy, taken in times.items()]
+    return [
+        PlanTime(
+            policy=policy,
+            passages=len(passages),
+            chunks=chunks,
+            median_ms=round(statistics.median(took_ms for took_ms, _ in taken), 3),
+            p90_ms=round(percentile([took_ms for took_ms, _ in taken], 0.9), 3),
+            policy_ms=round(statistics.median(policy_ms for _, policy_ms in taken), 3),
+            repeats=len(taken),
+        )
+        for policy, taken in times.items()
+    ]
 
 
 def _request(passages: Sequence[GivenPassage], policy: str, rate: float, question: str) -> PlanRequest:
@@ -90,17 +98,4 @@ def _request(passages: Sequence[GivenPassage], policy: str, rate: float, questio
         attention_mode=ATTENTION_MODE_BLOCK,
         max_tokens=_ANSWER_TOKENS,
         compression=Compression(rate=rate, policy=policy) if policy != OFF else None,
-    )
-
-
-def _summary(policy: str, passages: int, chunks: int, taken: Sequence[tuple[float, float]]) -> PlanTime:
-    whole = [took_ms for took_ms, _ in taken]
-    return PlanTime(
-        policy=policy,
-        passages=passages,
-        chunks=chunks,
-        median_ms=round(statistics.median(whole), 3),
-        p90_ms=round(percentile(whole, 0.9), 3),
-        policy_ms=round(statistics.median(policy_ms for _, policy_ms in taken), 3),
-        repeats=len(whole),
     )

@@ -7,15 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from blockrag.errors import SetupError
-from blockrag.evaluation.compression_scores import COMPRESSED, UNCOMPRESSED
+from blockrag.evaluation.compression_scores import COMPRESSED, UNCOMPRESSED, CompressionReport
 from blockrag.evaluation.peers.rounds import STATES, PeerRow
+from blockrag.evaluation.qa_scores import QaReport
 from blockrag.evaluation.ttft_grpc import LABELS, ReportRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from blockrag.evaluation.compression_scores import CompressionReport
-    from blockrag.evaluation.qa_scores import QaReport
 
 _PEER_STATES = dict(zip(STATES, ("o-", "s-", "^-", "v--", "x:", "D-", "o:"), strict=True))
 """Marker and line of each state; a peer is a colour."""
@@ -132,6 +130,11 @@ def _bounds(value: Any, scale: float) -> tuple[float, float, float]:
 def _png(figure: Figure, title: str = "") -> bytes:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
+    return as_png(figure, title)
+
+
+def as_png(figure: Figure, title: str) -> bytes:
+    """The figure's file, under a title."""
     if title:
         figure.suptitle(title, fontsize=10)
     target = io.BytesIO()

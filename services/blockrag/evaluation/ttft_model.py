@@ -9,7 +9,6 @@ import pickle
 import random
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -143,7 +142,7 @@ class _Case:
             "block_l1": lambda: self._answer(self._resident, self._bench.question),
             "compressed_copied": lambda: self._answer(self._place(self._short_stored), self._bench.question),
             "compressed_l1": lambda: self._answer(self._short, self._bench.question),
-            **{rate: partial(self._mixed, rate) for rate in self._masks},
+            **{rate: lambda: self._answer(self._mixture(method), self._bench.question) for rate in self._masks},
         }  # fmt: skip
         # the engine sets its own number for each step; all else has as many as it may have
         torch.set_num_threads(self._bench.threads)
@@ -171,9 +170,6 @@ class _Case:
         passages = zip(self._resident, self._short, self._masks[method], strict=True)
         chunk = self._bench.chunk_tokens
         return [piece for full, short, mask in passages for piece in compose_passage(full, short, mask, chunk)]
-
-    def _mixed(self, method: str) -> None:
-        self._answer(self._mixture(method), self._bench.question)
 
     def _place(self, blocks: Sequence[BlockKV]) -> list[ResidentBlock]:
         return [self._bench.model.to_resident(block) for block in blocks]

@@ -14,6 +14,7 @@ import itertools
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from blockrag.lru import Lru
 from blockrag.simulation.scenario import Caching, Scenario, StageTimes, percentile, prefill_seconds
@@ -100,8 +101,8 @@ class _Simulation:
         self._machines = [
             _Machine(
                 index,
-                Lru(scenario.held_blocks(l1_mb) * block, _bytes_of),
-                Lru(scenario.held_blocks(scenario.store_mb) * block, _bytes_of),
+                Lru(scenario.held_blocks(l1_mb) * block, itemgetter(0)),
+                Lru(scenario.held_blocks(scenario.store_mb) * block, itemgetter(0)),
                 Lru(scenario.held_blocks(scenario.disk_mb) * block, int),
             )
             for index in range(scenario.machines)
@@ -283,10 +284,6 @@ class _Simulation:
         machine.running = [each for each in machine.running if each.left > 0]
         machine.stepping = True
         self._push(done, machine, None)
-
-
-def _bytes_of(value: tuple[int, float]) -> int:
-    return value[0]
 
 
 MOST_MACHINES = 65_536

@@ -73,9 +73,9 @@ class Blockrag:
         blocks = list(dict.fromkeys(block for prompt in prompts for block in prompt.blocks))
         load: dict[str, Callable[[], dict[tuple[int, ...], ResidentBlock]]] = {
             "memory": lambda: self._resident,
-            "store": lambda: {block: self._place(pickle.loads(self._stored[block])) for block in blocks},
-            "disk": lambda: {block: self._place(self._read(block)) for block in blocks},
-            "cold": lambda: dict(zip(blocks, map(self._place, self._encode(blocks)), strict=True)),
+            "store": lambda: {block: self._model.to_resident(pickle.loads(self._stored[block])) for block in blocks},
+            "disk": lambda: {block: self._model.to_resident(self._read(block)) for block in blocks},
+            "cold": lambda: dict(zip(blocks, map(self._model.to_resident, self._encode(blocks)), strict=True)),
             "full": dict,
         }
         if state in ("memory", "store", "disk"):
@@ -101,7 +101,9 @@ class Blockrag:
             write_block(self._folder / encoded.key, encoded, _TENANT, FULL, 0.0)
         self._resident.clear()
         if state == "memory":
-            self._resident.update({block: self._place(pickle.loads(self._stored[block])) for block in blocks})
+            self._resident.update(
+                {block: self._model.to_resident(pickle.loads(self._stored[block])) for block in blocks}
+            )
 
     def _encode(self, blocks: Sequence[tuple[int, ...]]) -> list[BlockKV]:
         return encode_in_passes(self._model, blocks, [self._request(block).key for block in blocks])
@@ -115,9 +117,6 @@ class Blockrag:
     def _request(self, block: tuple[int, ...]) -> BlockRequest:
         ids = torch.tensor(block, dtype=torch.int32).numpy()
         return BlockRequest(self._keys.block_key(_TENANT, ids), ids, _TENANT)
-
-    def _place(self, block: BlockKV) -> ResidentBlock:
-        return self._model.to_resident(block)
 
 
 class Transformers:
