@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blockrag.errors import BundleError, DataError
+from blockrag.errors import DataError
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.refrag.compression import ChunkCompressor
 from blockrag.modeling.refrag.policy import ChunkPolicy, make_policy_input
@@ -28,9 +28,8 @@ class ChunkRater:
     @classmethod
     def load(cls, bundle: Bundle) -> Self:
         """Load what a bundle that can compress chooses chunks with, on the CPU. Raises ``BundleError``."""
-        if bundle.refrag is None:
-            raise BundleError(f"{bundle.path}: the bundle has no chunk compression (refrag)")
-        policies = {name: ChunkPolicy.load(bundle.path / one.file) for name, one in bundle.refrag.policies.items()}
+        recorded = bundle.compression().policies
+        policies = {name: ChunkPolicy.load(bundle.path / one.file) for name, one in recorded.items()}
         return cls(ChunkCompressor.load(bundle), policies, TokenTraits.of(bundle.load_tokenizer()))
 
     def warm_up(self) -> None:

@@ -189,13 +189,17 @@ class Bundle:
             content["pear"] = sorted((head.layer, head.head, float(head.tau)) for head in self.pear.heads)
         return content
 
-    def _compression_content(self) -> dict[str, Any]:
+    def compression(self) -> RefragRecord:
+        """``refrag``, for who needs it. Raises BundleError when the bundle has no chunk compression."""
         if self.refrag is None:
             raise BundleError(f"{self.path}: the bundle has no chunk compression (refrag)")
+        return self.refrag
+
+    def _compression_content(self) -> dict[str, Any]:
         return {
             "chunk_tokens": self.chunk_tokens,
-            "alignment": self.refrag.alignment,
-            "pooling": self.refrag.pooling,
+            "alignment": self.compression().alignment,
+            "pooling": self.compression().pooling,
             "parts": {name: self.files[name] for name in sorted(self.files) if is_refrag_file(name)},
         }
 

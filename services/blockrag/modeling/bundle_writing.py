@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from blockrag.errors import BundleError
 from blockrag.modeling.adapter import Adapter, TokenRows, write_adapter, write_token_rows
@@ -21,7 +20,7 @@ from blockrag.modeling.bundle import FORMAT, Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template
 from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint
 from blockrag.modeling.files import read_json, replace_file, staged
-from blockrag.modeling.loading import no_progress_bar, read_tokenizer, stored_dtype
+from blockrag.modeling.loading import no_progress_bar, read_tokenizer, skeleton, stored_dtype
 from blockrag.modeling.model import SlotModel
 from blockrag.modeling.pear_record import PearRecord
 from blockrag.modeling.template import PromptTemplate
@@ -158,8 +157,7 @@ def save_weights(weights: Mapping[str, Tensor], checkpoint: Path, folder: Path, 
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     config.vocab_size = vocab_size or config.vocab_size
     dtype = stored_dtype(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = skeleton(config, dtype=dtype)
     try:
         cast = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
         unknown = model.load_state_dict(cast, assign=True, strict=False).unexpected_keys

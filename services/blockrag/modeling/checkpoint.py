@@ -19,7 +19,7 @@ from blockrag.errors import BundleError
 from blockrag.modeling.adapter import merge_adapter, put_token_rows, read_adapter, read_token_rows
 from blockrag.modeling.bundle import Bundle
 from blockrag.modeling.files import check_safetensors, read_json
-from blockrag.modeling.loading import DTYPES, LOAD_ERRORS, check_finite, check_none, load_weights
+from blockrag.modeling.loading import DTYPES, LOAD_ERRORS, check_finite, check_none, load_weights, skeleton
 from blockrag.modeling.pear import fold
 from blockrag.modeling.support import ModelFacts, inspect_model
 
@@ -45,8 +45,7 @@ def inspect_checkpoint(folder: Path) -> ModelFacts:
     """What its configuration says of driving it. Raises BundleError, UnsupportedModelError as ``inspect_model``."""
     config = read_config(folder)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = skeleton(config)
     except LOAD_ERRORS as error:
         raise BundleError(f"{folder}: no causal language model in the Hugging Face format: {error}") from error
     return inspect_model(model)

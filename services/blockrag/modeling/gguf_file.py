@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -36,7 +35,7 @@ from transformers import (
 )
 
 from blockrag.errors import BundleError
-from blockrag.modeling.loading import check_finite
+from blockrag.modeling.loading import check_finite, skeleton
 
 ARCHITECTURES: Mapping[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 """By ``general.architecture``; llama.cpp writes Mistral models as "llama"."""
@@ -58,9 +57,6 @@ class GgufFile:
     config: PretrainedConfig
     tensors: Mapping[str, ReaderTensor]
     """By the name that transformers gives the parameter."""
-    dtype: torch.dtype
-    """What the weights are written in: bfloat16 for quantised ones, whose own error is far larger than what that
-    rounds off; float32 where the file holds float32 or float16."""
     splits: str
     """``tokenizer.ggml.pre``: how text is split before merges; empty for a SentencePiece vocabulary."""
     permuted: bool
@@ -93,7 +89,6 @@ def open_gguf(path: Path) -> GgufFile:
         path=path,
         config=config,
         tensors=_parameters(path, architecture, config, tensors),
-        dtype=config.dtype,
         splits=splits,
         permuted=architecture == "llama",
     )
@@ -108,7 +103,7 @@ def convert(file: GgufFile, folder: Path) -> None:
     the disk does not take it.
     """
     _tokenizer(file).save_pretrained(folder)
-    file.config.architectures = [type(_skeleton(file.config)).__name__]
+    file.config.architectures = [type(skeleton(file.config)).__name__]
     file.config.save_pretrained(folder)
     save_file(dict(_weights(file)), folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -234,14 +229,11 @@ def _set_token_ids(config: PretrainedConfig, reader: GGUFReader) -> None:
 
 
 def _dtype(tensors: Mapping[str, ReaderTensor]) -> torch.dtype:
+    """What the weights are written in: bfloat16 for quantised ones, whose own error is far larger than what that rounds
+    off; float32 where the file holds float32 or float16."""
     kinds = {tensor.tensor_type for tensor in tensors.values() if len(tensor.shape) > 1}
     exact = kinds <= {*_FLOATS} and kinds != {GGMLQuantizationType.BF16}
     return torch.float32 if exact else torch.bfloat16
-
-
-def _skeleton(config: PretrainedConfig) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _parameters(
@@ -250,7 +242,7 @@ def _parameters(
     number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(number, int(config.num_hidden_layers))
     found, missing = {}, []
-    for name, parameter in _skeleton(config).named_parameters():
+    for name, parameter in skeleton(config).named_parameters():
         module, _, kind = name.rpartition(".")
         stored = f"{names.get_name(module)}.{kind}"
         if stored not in tensors:
@@ -277,7 +269,7 @@ def _weights(file: GgufFile) -> Iterator[tuple[str, Tensor]]:
             heads = file.config.num_attention_heads if ".q_proj." in name else file.config.num_key_value_heads
             pairs = values.reshape(heads, -1, 2, *values.shape[1:])
             values = pairs.transpose(1, 2).reshape(values.shape)
-        yield name, values.to(file.dtype).contiguous()
+        yield name, values.to(file.config.dtype).contiguous()
 
 
 def _tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from blockrag.errors import BundleError
@@ -55,6 +55,13 @@ def load_weights(kind: Any, folder: Path, what: str, **options: Any) -> tuple[Pr
     finally:
         logging.set_verbosity(before)
     return model, info
+
+
+def skeleton(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """The causal language model that a configuration describes, without weights; ``options`` as of ``from_config``."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    return model
 
 
 def check_none(where: Path, names: Iterable[object], problem: str = "weights are missing") -> None:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -110,32 +109,25 @@ def _exact(module: nn.Module, config: Any) -> nn.Module:
     return fresh.to(next(module.buffers()).device)
 
 
-@contextmanager
-def _replaced(model: PreTrainedModel, modules: dict[str, nn.Module] | dict[str, IdentityRotary]) -> Iterator[None]:
+def _record(model: PreTrainedModel, modules: Mapping[str, nn.Module], positions: Sequence[int]) -> dict[int, _Call]:
+    """What each layer's attention is given with these rotary modules in place of the model's own."""
+    vocabulary = int(model.config.vocab_size)
+    ids = torch.tensor([[(7 * place + 3) % vocabulary for place in range(len(positions))]], device=model.device)
     before = {path: model.get_submodule(path) for path in modules}
     implementation = model.config._attn_implementation
     AttentionInterface.register(_RECORDING, _recording)
+    record: dict[int, _Call] = {}
+    told = _RECORD.set(record)
     try:
         for path, module in modules.items():
             model.set_submodule(path, module)
         model.set_attn_implementation(_RECORDING)
-        yield
+        places = torch.tensor([list(positions)], device=model.device)
+        model.model(input_ids=ids, position_ids=places, use_cache=False)
     finally:
         for path, module in before.items():
             model.set_submodule(path, module)
         model.set_attn_implementation(implementation)
-
-
-def _record(model: PreTrainedModel, modules: Any, positions: Sequence[int]) -> dict[int, _Call]:
-    vocabulary = int(model.config.vocab_size)
-    ids = torch.tensor([[(7 * place + 3) % vocabulary for place in range(len(positions))]], device=model.device)
-    record: dict[int, _Call] = {}
-    told = _RECORD.set(record)
-    try:
-        with _replaced(model, modules):
-            places = torch.tensor([list(positions)], device=model.device)
-            model.model(input_ids=ids, position_ids=places, use_cache=False)
-    finally:
         _RECORD.reset(told)
     return record
 

@@ -108,27 +108,23 @@ class LayerRotaries:
     """The rotation of every layer."""
 
     def __init__(self, rotations: Sequence[Rotation], max_positions: int, device: torch.device) -> None:
-        tables = {rotation: RotaryTable(rotation, max_positions, device) for rotation in rotations}
         self.rotations = tuple(rotations)
-        self.tables = tuple(tables[rotation] for rotation in rotations)
-        """Of each layer; layers that rotate alike share one."""
-        self.runs = tuple(
-            (run[0], run[-1] + 1, tables[rotation])
-            for rotation, numbers in groupby(range(len(rotations)), key=lambda number: rotations[number])
-            if (run := list(numbers))
-        )
-        """First layer, end and table of neighbouring layers that rotate alike."""
+        distinct = list(dict.fromkeys(rotations))
+        self._tables = [RotaryTable(rotation, max_positions, device) for rotation in distinct]
+        self._of_layer = [distinct.index(rotation) for rotation in rotations]
+        alike = [list(numbers) for _, numbers in groupby(range(len(rotations)), key=rotations.__getitem__)]
+        self.runs = tuple((run[0], run[-1] + 1) for run in alike)
+        """First layer and end of neighbouring layers that rotate alike."""
 
     def phases(self, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
         """For each layer the rotations of positions first … end - 1 of each span, complex64 [sum, head_dim / 2]."""
         longest = max(end for _, end in spans)
-        found: dict[RotaryTable, Tensor] = {}
-        for _, _, table in self.runs:
-            if table not in found:
-                whole = table.phases(longest)
-                parts = [whole[first:end] for first, end in spans]
-                found[table] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return tuple(found[table] for table in self.tables)
+        found = []
+        for table in self._tables:
+            whole = table.phases(longest)
+            parts = [whole[first:end] for first, end in spans]
+            found.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return tuple(found[number] for number in self._of_layer)
 
 
 def to_pairs(halves: Tensor) -> Tensor:

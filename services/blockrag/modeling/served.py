@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from blockrag.errors import UnsupportedModelError
 from blockrag.modeling.bundle import Bundle
@@ -39,6 +39,7 @@ from blockrag.modeling.cache import cache_dir, changed_file, is_ours, made, reme
 from blockrag.modeling.checkpoint import load_stock_model
 from blockrag.modeling.files import hashed
 from blockrag.modeling.linear_layers import GROUPS, give_freed_memory_back
+from blockrag.modeling.loading import skeleton
 from blockrag.modeling.measuring import own_logits, probe_of
 from blockrag.modeling.plain_decoder import UnsuitableError
 from blockrag.modeling.step import pack, packed_weights, stepped_dtypes
@@ -204,10 +205,7 @@ def _read(folder: Path) -> ServedModel:
         # a private mapping: whoever wrote to it would change a copy of the page
         storage = torch.from_file(str(folder / _WEIGHTS), shared=False, size=size, dtype=torch.uint8).untyped_storage()
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=config.dtype, trust_remote_code=False
-            )
+        model = skeleton(config, dtype=config.dtype)
         parameters = {
             name: nn.Parameter(_tensor(storage, place), requires_grad=False)
             for name, place in described["parameters"].items()

@@ -201,26 +201,18 @@ class SequenceState:
         self._arena = arena
         self.first_position = first_position
         """Position of the first slot; those after it follow."""
-        self._num_slots = sum(block.num_slots for block in blocks)
-        self._capacity = self._num_slots + capacity
-        self._buffer: Tensor | None = arena.take(self._capacity)
-        self._slots = arena.view(self._buffer, self._capacity)
-        self._place(blocks, rotary)
-
-    @property
-    def num_slots(self) -> int:
+        self.num_slots = sum(block.num_slots for block in blocks)
         """Slots in use."""
-        return self._num_slots
-
-    @property
-    def capacity(self) -> int:
+        self.capacity = self.num_slots + capacity
         """Slots that the sequence can hold in all: composed ones and those reserved."""
-        return self._capacity
+        self._buffer: Tensor | None = arena.take(self.capacity)
+        self._slots = arena.view(self._buffer, self.capacity)
+        self._place(blocks, rotary)
 
     @property
     def free_slots(self) -> int:
         """Tokens that may still be appended."""
-        return self._capacity - self._num_slots
+        return self.capacity - self.num_slots
 
     @property
     def slots(self) -> Tensor:
@@ -241,7 +233,7 @@ class SequenceState:
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` slots, already written, as used."""
-        self._num_slots += tokens
+        self.num_slots += tokens
 
     def release(self) -> None:
         """Give the memory back. Calling it again does nothing; using the sequence afterwards is an error."""
@@ -256,17 +248,17 @@ class SequenceState:
     def _place(self, blocks: Sequence[Slots], rotary: LayerRotaries) -> None:
         if not blocks:
             return
-        by_layer = rotary.phases([(self.first_position, self.first_position + self._num_slots)])
+        by_layer = rotary.phases([(self.first_position, self.first_position + self.num_slots)])
         compiled = kernels() if Kernels.take(self._slots) and len(rotary.runs) == 1 else None
         if compiled is not None:
             pieces = [block.piece for block in blocks]
             if all(slots.dtype in _PLACED and slots.is_contiguous() for slots, *_ in pieces):
                 compiled.place(pieces, by_layer[0], self._slots)
                 return
-        placed = self._slots[:, :, :, : self._num_slots]
+        placed = self._slots[:, :, :, : self.num_slots]
         torch.cat([wide_slots(block) for block in blocks], dim=3, out=placed)
         # as many layers at a time as the cores' shared cache holds
-        for first, end, _ in rotary.runs:
+        for first, end in rotary.runs:
             for keys in placed[0, first:end].split(max(1, _ROTATED_AT_ONCE // placed[0, 0].numel())):
                 rotate_into(keys, keys, by_layer[first])
 

@@ -69,8 +69,6 @@ def verify_bundle(
     *,
     through_store: ThroughStore | None = None,
     texts: Sequence[str] | None = None,
-    device: str = "cpu",
-    seed: int = 0,
 ) -> VerifyReport:
     """Compare a bundle's model over slots with the stock model on random and real text.
 
@@ -80,13 +78,13 @@ def verify_bundle(
     """
     if not isinstance(bundle, Bundle):
         bundle = load_bundle(bundle)
-    model = SlotModel.load(bundle, device=device)
+    model = SlotModel.load(bundle)
     limits = limits_of(bundle.compute_dtype, bundle.kv_dtype, model.weights)
-    gate = _Gate(stock=load_stock_model(bundle, device=device), model=model, limits=limits)
-    shuffler = random.Random(seed)
+    gate = _Gate(stock=load_stock_model(bundle), model=model, limits=limits)
+    shuffler = random.Random(0)
     mixtures = None
     if bundle.refrag is not None:
-        compressor = ChunkCompressor.load(bundle, device)
+        compressor = ChunkCompressor.load(bundle)
         mixtures = MixtureGate(gate.stock, gate.model, compressor, limits)
     checks = []
     for source, blocks, final in _prompts(bundle, gate.model, texts or SENTENCES, shuffler):

@@ -49,7 +49,7 @@ def test_float32_comes_back_as_it_was(family: str, options: dict[str, Any], tmp_
     model = tiny_gguf_model(family, **options)
     file = make_tiny_gguf(tmp_path / "tiny.gguf", model, kind=F32)
 
-    assert open_gguf(file).dtype == torch.float32
+    assert open_gguf(file).config.dtype == torch.float32
     assert torch.equal(logits(converted_model(file, tmp_path / "out")), logits(model))
 
 
@@ -61,7 +61,7 @@ def test_sixteen_bits_keep_their_values(kind: str, tmp_path: Path) -> None:
         parameter.data = parameter.data.to(dtype).float()
     file = make_tiny_gguf(tmp_path / "tiny.gguf", model, kind=GGMLQuantizationType[kind])
 
-    assert open_gguf(file).dtype == (torch.float32 if kind == "F16" else torch.bfloat16)
+    assert open_gguf(file).config.dtype == (torch.float32 if kind == "F16" else torch.bfloat16)
     assert torch.equal(logits(converted_model(file, tmp_path / "out")), logits(model))
 
 
@@ -75,7 +75,7 @@ def test_quantised_weights_are_what_transformers_makes_of_them(kind: str, tmp_pa
         theirs = AutoModelForCausalLM.from_pretrained(
             tmp_path, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-    assert ours.config.dtype == torch.float32 and open_gguf(file).dtype == torch.bfloat16
+    assert ours.config.dtype == torch.float32 and open_gguf(file).config.dtype == torch.bfloat16
     expected = theirs.state_dict()
     assert ours.state_dict().keys() == expected.keys()
     for name, tensor in ours.state_dict().items():

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockrag.modeling.native.kernels import check_slots, check_tensors
+from blockrag.modeling.native.kernels import check_heads, check_slots, check_tensors
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_LANES, _CHUNK = 16, 32
+_LANES = 16
 
 
 class _Attended(ctypes.Structure):
@@ -41,8 +41,7 @@ class BetweenKernel:
 
     def __init__(self, compiled: Any, heads: int, kv_heads: int, head_dim: int) -> None:
         """``compiled``: a library with the functions. Raises ValueError for heads that they do not take."""
-        if head_dim % _CHUNK or not 0 < head_dim <= 256 or kv_heads < 1 or heads < 1 or heads % kv_heads:
-            raise ValueError(f"{heads} heads of {head_dim}, {kv_heads} of keys")
+        check_heads(heads, kv_heads, head_dim)
         self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
         self._normalise, self._split = compiled.add_and_normalise, compiled.split_and_rotate
         self._attend, self._gate = compiled.attend_segments, compiled.gate

@@ -65,12 +65,6 @@ TARGETS = (
 """Fastest first."""
 
 
-def check_platform() -> None:
-    """Raise CannotBuildError where no processor could run the library."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise CannotBuildError(f"for x86-64 under Linux only, this is {platform.machine()} under {sys.platform}")
-
-
 def processor() -> Target:
     """The kind that this machine's is. Raises CannotBuildError where no library would run."""
     found = runnable()
@@ -81,7 +75,8 @@ def processor() -> Target:
 
 def runnable() -> tuple[Target, ...]:
     """Whose libraries would run here, fastest first. Raises CannotBuildError where no processor could run them."""
-    check_platform()
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise CannotBuildError(f"for x86-64 under Linux only, this is {platform.machine()} under {sys.platform}")
     return tuple(target for target in TARGETS if target.flags <= _flags(_CPUINFO))
 
 

@@ -156,6 +156,12 @@ def _check_attended(query: Tensor, keys: Tensor, values: Tensor, total: int, out
         raise ValueError(f"query: {heads} heads, for {kv_heads} of keys")
 
 
+def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
+    """Raise ValueError for heads that the compiled functions do not take."""
+    if head_dim not in _WIDTHS or kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} heads of {head_dim}, {kv_heads} of keys")
+
+
 def check_slots(keys: Tensor, values: Tensor, width: int) -> None:
     """Raise ValueError, naming the argument, for what are no keys and values of heads of ``width`` to attend to."""
     if keys.dim() != 3 or keys.shape[2] != width or not Kernels.take(keys):

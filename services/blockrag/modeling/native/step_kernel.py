@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockrag.modeling.native.kernels import check_tensors
+from blockrag.modeling.native.kernels import check_heads, check_tensors
 from blockrag.modeling.plain_decoder import PlainDecoder, PlainLayer
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -163,7 +163,8 @@ class StepKernel:
         Raises ValueError, naming the part, for sizes and types that the function would read wrongly.
         """
         _check_decoder(decoder)
-        self._decoder, self._plain = decoder, (plain := decoder.plain)
+        self._decoder = decoder
+        self._plain = plain = decoder.plain
         self._function = compiled.step
         self._function.restype = _INT
         self._function.argtypes = [_POINTER, _POINTER, _INT, _INT, _POINTER, _INT]
@@ -258,15 +259,9 @@ def _layer_struct(layer: PackedLayer, plain: PlainLayer) -> _Layer:
 def _check_decoder(decoder: PackedDecoder) -> None:
     plain = decoder.plain
     width, head_dim, heads, kv_heads = plain.norm.shape[0], plain.head_dim, plain.heads, plain.kv_heads
-    if (
-        not decoder.layers
-        or head_dim % _BLOCK
-        or not 0 < head_dim <= 256
-        or kv_heads < 1
-        or heads % kv_heads
-        or not heads
-    ):
-        raise ValueError(f"{len(decoder.layers)} layers of {heads} heads of {head_dim}, {kv_heads} of keys")
+    if not decoder.layers:
+        raise ValueError("no layers")
+    check_heads(heads, kv_heads, head_dim)
     inner = decoder.layers[0].down.inputs
     if width % GROUP or inner % GROUP:
         raise ValueError(f"a width of {width} and {inner} inside the MLP: must be multiples of {GROUP}")

@@ -73,11 +73,6 @@ class ChunkEncoder(nn.Module):
         self._decoder_tokenizer = decoder_tokenizer
 
     @property
-    def vocab_size(self) -> int:
-        """Token ids that the encoder has embeddings for; with "tokens", those of chunks must be below."""
-        return int(self.encoder.config.vocab_size)
-
-    @property
     def max_chunk_tokens(self) -> int:
         """Longest chunk in the encoder's own tokens."""
         return self._chunk_tokens if self.pooling == "concat" else encoder_positions(self.encoder.config)
@@ -155,9 +150,7 @@ class ChunkEncoder(nn.Module):
     @classmethod
     def load(cls, bundle: Bundle, *, device: str | torch.device = "cpu") -> ChunkEncoder:
         """The chunk encoder of a bundle that compresses chunks, as ``from_pretrained``."""
-        record = bundle.refrag
-        if record is None:
-            raise BundleError(f"{bundle.path}: the bundle has no chunk compression (refrag)")
+        record = bundle.compression()
         if record.alignment == "decoder":
             made = cls.of_decoder(bundle, record.encoder_layers, record.pooling, bundle.chunk_tokens)
             return made.eval().to(device)
@@ -222,8 +215,9 @@ class ChunkEncoder(nn.Module):
         for row, chunk in enumerate(chunks):
             inputs[row, : len(chunk)] = torch.as_tensor(chunk, dtype=torch.long)
             mask[row, : len(chunk)] = 1
-        if int(inputs.min()) < 0 or int(inputs.max()) >= self.vocab_size:
-            raise InvalidRequestError("token_ids", f"outside the chunk encoder's vocabulary of {self.vocab_size}")
+        known = int(self.encoder.config.vocab_size)
+        if int(inputs.min()) < 0 or int(inputs.max()) >= known:
+            raise InvalidRequestError("token_ids", f"outside the chunk encoder's vocabulary of {known}")
         return inputs, mask
 
     def _tokenize(self, chunks: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -41,10 +41,6 @@ class Projector(nn.Module):
         self.first = nn.Linear(encoder_width, hidden or decoder_width)
         self.second = nn.Linear(hidden or decoder_width, decoder_width)
 
-    @property
-    def encoder_width(self) -> int:
-        return self.first.in_features
-
     def forward(self, embeddings: Tensor) -> Tensor:
         """Chunk embeddings [..., encoder_width] to input embeddings [..., decoder_width]."""
         projected: Tensor = self.second(nn.functional.gelu(self.first(embeddings)))
@@ -125,7 +121,7 @@ class ChunkCompressor:
 
         Raises InvalidRequestError for embeddings of another width, without a chunk, or with NaN or infinity.
         """
-        width = self.projector.encoder_width
+        width = self.projector.first.in_features
         for found in embeddings:
             if found.ndim != 2 or found.shape[0] == 0 or found.shape[1] != width:
                 raise InvalidRequestError("embeddings", f"{list(found.shape)} where [chunks, {width}] is needed")

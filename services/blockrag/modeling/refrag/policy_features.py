@@ -144,7 +144,7 @@ def _overlaps(
     if not question.size:
         return [np.zeros(chunks)] * 7
     # few tokens stand in the question at all: only those are compared with each of its tokens
-    places = np.flatnonzero(_among(tokens, question))
+    places = np.flatnonzero(np.isin(tokens, question, kind="table"))
     found, column = np.divmod(np.flatnonzero(tokens[places, None] == question[None, :]), question.size)
     place = places[found]
     own_held = np.zeros((chunks, question.size), dtype=np.bool_)
@@ -174,13 +174,6 @@ def _overlaps(
         before,
         after,
     ]
-
-
-def _among(tokens: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of ``tokens`` are among ``wanted``; token ids are small numbers."""
-    marked = np.zeros(max(tokens.max(), wanted.max()) + 1, dtype=np.bool_)
-    marked[wanted] = True
-    return marked[tokens]
 
 
 def _pairs(

@@ -163,7 +163,7 @@ def test_projector_keeps_its_weights(tmp_path: Path) -> None:
     projector = Projector(16, 32, hidden=24)
     projector.save(tmp_path / "p.safetensors")
     loaded = Projector.load(tmp_path / "p.safetensors")
-    assert (loaded.encoder_width, loaded.second.out_features) == (16, 32)
+    assert (loaded.first.in_features, loaded.second.out_features) == (16, 32)
     vectors = torch.randn(3, 16)
     assert torch.equal(loaded(vectors), projector(vectors))
     assert loaded(vectors).shape == (3, 32)
