@@ -154,7 +154,7 @@ class CompressionScores:
 def score_questions(
     questions: Sequence[DrawnQuestion], answers: Mapping[Cell, Answers], seed: int
 ) -> tuple[tuple[CompressionScore, ...], tuple[CompressionDifference, ...]]:
-    """Scores and differences of what ``ask_questions`` returned; ``seed`` draws the bootstrap's resamples."""
+    """Scores and differences of what ``Asking.ask`` returned; ``seed`` draws the bootstrap's resamples."""
     values = {cell: answer_values(questions, found.outputs) for cell, found in answers.items()}
     numeric = np.array([is_numeric(question.source.answers) for question in questions])
     scores = tuple(

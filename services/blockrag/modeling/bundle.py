@@ -208,13 +208,13 @@ class Bundle:
         from blockrag.modeling.loading import read_tokenizer
 
         tokenizer = read_tokenizer(self.decoder_dir)
-        _check_tokenizer(tokenizer, self.template, self.vocab_size, self.decoder_dir)
+        check_tokenizer(tokenizer, self.template, self.vocab_size, self.decoder_dir)
         return tokenizer
 
     def load_fast_tokenizer(self) -> FastTokenizer:
         """The same tokens as from ``load_tokenizer``, without transformers; for a process that holds no model."""
         tokenizer = FastTokenizer.load(self.decoder_dir)
-        _check_tokenizer(tokenizer, self.template, self.vocab_size, self.decoder_dir)
+        check_tokenizer(tokenizer, self.template, self.vocab_size, self.decoder_dir)
         return tokenizer
 
 
@@ -360,9 +360,10 @@ def _read_base(
     return base, adapter, rows
 
 
-def _check_tokenizer(
+def check_tokenizer(
     tokenizer: PreTrainedTokenizerFast | FastTokenizer, template: PromptTemplate, vocab_size: int, where: Path
 ) -> None:
+    """Raises BundleError naming ``where`` for a tokenizer that does not fit the embedding's rows or the template."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= vocab_size:
         raise BundleError(f"{where}: wrong vocabulary: token id {highest}, {vocab_size} embeddings")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig
 
 from blockrag.errors import BundleError
 from blockrag.modeling.adapter import Adapter, TokenRows, write_adapter, write_token_rows
@@ -18,7 +17,7 @@ from blockrag.modeling.adapter_record import ADAPTER_DIR, TOKEN_ROWS_FILE
 from blockrag.modeling.base import Base, is_base, open_base
 from blockrag.modeling.bundle import FORMAT, Bundle, file_sha256, load_bundle
 from blockrag.modeling.chat_template import default_template
-from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint
+from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint, read_config
 from blockrag.modeling.files import read_json, replace_file, staged
 from blockrag.modeling.loading import no_progress_bar, read_tokenizer, skeleton, stored_dtype
 from blockrag.modeling.model import SlotModel
@@ -154,7 +153,7 @@ def save_weights(weights: Mapping[str, Tensor], checkpoint: Path, folder: Path, 
 
     ``vocab_size``: of the weights, where it is another. Raises BundleError for weights that do not fit.
     """
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = read_config(checkpoint)
     config.vocab_size = vocab_size or config.vocab_size
     dtype = stored_dtype(config)
     model = skeleton(config, dtype=dtype)

@@ -236,7 +236,7 @@ class SlotModel:
         """Encode blocks that are given as input embeddings [m, width], one slot each, in one ragged forward pass.
 
         ``token_ids[i]`` are the tokens that block i stands for, of any number. Compressed blocks come from projected
-        chunk embeddings; ``composing.mixed_inputs`` makes blocks of chunks and tokens. Raises InvalidRequestError for
+        chunk embeddings; ``compression.mixed_inputs`` makes blocks of chunks and tokens. Raises InvalidRequestError for
         an empty block, another width, NaN or infinity, PromptTooLongError as ``encode``.
         """
         if not len(inputs) == len(token_ids) == len(keys):

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from blockrag.errors import BundleError, UnsupportedModelError
 from blockrag.modeling.adapter import Adapter, TokenRows, merge_adapter, put_token_rows, read_adapter
 from blockrag.modeling.base import Base, is_base, open_base
-from blockrag.modeling.bundle import Bundle, file_sha256, load_bundle
+from blockrag.modeling.bundle import Bundle, check_tokenizer, file_sha256, load_bundle
 from blockrag.modeling.bundle_writing import create_bundle, save_weights
 from blockrag.modeling.chat_template import default_template, read_template
 from blockrag.modeling.checkpoint import check_checkpoint, inspect_checkpoint, load_checkpoint, read_config
@@ -142,11 +142,8 @@ def load_for_training(
     model.config.dtype = source.dtype
     tokenizer = read_tokenizer(source.checkpoint)
     ids = add_block_tokens(model, tokenizer, config.link_tokens, config.sink_tokens, config.seed)
-    end = source.template.end
-    ends = tokenizer(end, add_special_tokens=False)["input_ids"]
     # before hours are spent: what the finished bundle would be refused for
-    if len(ends) != 1 or ends[0] == tokenizer.unk_token_id:
-        raise BundleError(f"the template's end {end!r} is no single token of the checkpoint's tokenizer")
+    check_tokenizer(tokenizer, source.template, len(model.get_input_embeddings().weight), source.checkpoint)
     return model.requires_grad_(True), tokenizer, ids
 
 

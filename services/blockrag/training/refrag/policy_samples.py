@@ -47,19 +47,16 @@ def answer_target(context: PolicyContext, branch: Branch, chunk_tokens: int) -> 
     if not places:
         return None
     gold = places[0][0]
-    parts = []
-    for number, passage in enumerate(context.passages):
-        chunks = np.arange(chunk_count(len(passage), chunk_tokens))
-        part = np.zeros(len(chunks), dtype=np.float32)
-        if number == gold:
-            distance = np.abs(chunks[:, None] - np.array([chunk for _, chunk in places])).min(axis=1)
-            part = (1.0 / (1.0 + distance) ** 2).astype(np.float32)
-            held = distance == 0
-            part[held] = _ANSWER_SHARE / held.sum()
-            if not held.all():
-                part[~held] *= (1 - _ANSWER_SHARE) / part[~held].sum()
-        parts.append(part)
-    target = np.concatenate(parts)
+    counts = [chunk_count(len(passage), chunk_tokens) for passage in context.passages]
+    distance = np.abs(np.arange(counts[gold])[:, None] - np.array([chunk for _, chunk in places])).min(axis=1)
+    part = (1.0 / (1.0 + distance) ** 2).astype(np.float32)
+    held = distance == 0
+    part[held] = _ANSWER_SHARE / held.sum()
+    if not held.all():
+        part[~held] *= (1 - _ANSWER_SHARE) / part[~held].sum()
+    target = np.zeros(sum(counts), dtype=np.float32)
+    first = sum(counts[:gold])
+    target[first : first + len(part)] = part
     normalised: NDArray[np.float32] = target / target.sum()
     return normalised
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from blockrag.errors import SetupError
 from blockrag.modeling.adapter import Adapter, join_adapters, merge_adapter, read_adapter
 from blockrag.modeling.bundle import Bundle, load_bundle
+from blockrag.modeling.checkpoint import read_config
 from blockrag.modeling.loading import skeleton, stored_dtype
 from blockrag.modeling.model import load_stock_model
 from blockrag.modeling.pear import before_folding
@@ -86,7 +87,7 @@ def open_start(config: RefragConfig) -> Start:
 def _check_same_shape(bundle: Bundle, other: Bundle) -> None:
     shapes = []
     for one in (bundle, other):
-        model = skeleton(AutoConfig.from_pretrained(one.decoder_dir, local_files_only=True))
+        model = skeleton(read_config(one.decoder_dir))
         shapes.append({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     if shapes[0] != shapes[1]:
         raise SetupError(f"average_with {other.path}: its decoder has other layers or sizes than that of {bundle.path}")
@@ -176,8 +177,7 @@ def _with_adapter(start: Start, model: PreTrainedModel, learnt: Adapter) -> dict
     there = read_adapter(bundle.adapter_dir) if bundle.adapter is not None else None
     if bundle.pear is not None:
         learnt = replace(learnt, tensors=before_folding(model, bundle.pear.heads, learnt.tensors))
-    dtype = stored_dtype(AutoConfig.from_pretrained(bundle.decoder_dir, local_files_only=True))
-    dtype = there.dtype if there is not None else dtype
+    dtype = there.dtype if there is not None else stored_dtype(read_config(bundle.decoder_dir))
     narrow = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in learnt.tensors.items()}
     return {"adapter": join_adapters(there, replace(learnt, tensors=narrow))}
 

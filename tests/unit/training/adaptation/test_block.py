@@ -322,7 +322,7 @@ class TestRefusals:
     def test_a_template_whose_end_is_no_token(self, config: Make, tmp_path: Path) -> None:
         path = tmp_path / "template.json"
         path.write_text(json.dumps({**TEST_TEMPLATE.to_dict(), "end": "<|finis|>"}), encoding="utf-8")
-        with pytest.raises(BundleError, match=r"end '<\|finis\|>' is no single token"):
+        with pytest.raises(BundleError, match=r"template's '<\|finis\|>' is no single token"):
             adapt_block(config(template_file=path))
 
     def test_bad_data(self, config: Make, tmp_path: Path) -> None:
