@@ -90,16 +90,19 @@ def test_each_machine_answers_and_blocks_cross_the_wires(cluster: Machines) -> N
 
     async def ask(target: str) -> list[str]:
         async with BlockragClient(target) as client:
-            return [
-                (await client.ask(f"What is the capital of {name}?", collection=COLLECTION, max_tokens=6)).text
-                for name in FACTS
+            asked = [
+                client.ask(f"What is the capital of {name}?", collection=COLLECTION, max_tokens=6) for name in FACTS
             ]
+            return [answer.text for answer in await asyncio.gather(*asked)]
 
     async def everywhere() -> list[list[str]]:
         async with BlockragClient(cluster.head.target) as client:
             for name, fact in FACTS.items():
                 await client.ingest_text(name, fact * 80, title=name, collection=COLLECTION)
-        return [await ask(target) for target in [cluster.head.target, *(node.target for node in decoders)] * 2]
+        # All at once: a decoder whose machine holds the blocks is asked first, and others while it is busy.
+        return await asyncio.gather(
+            *(ask(target) for target in [cluster.head.target, *(node.target for node in decoders)])
+        )
 
     before = apart.received_bytes()
     answers = asyncio.run(everywhere())
