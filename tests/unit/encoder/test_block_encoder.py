@@ -79,5 +79,8 @@ async def test_what_cannot_be_encoded_is_refused(model: SlotModel, token_ids: li
     assert caught.value.field == "blocks[2].token_ids"
 
 
-async def test_a_block_as_long_as_the_model_is_accepted(model: SlotModel) -> None:
-    make_encoder(model).check(np.full(LONGEST, TINY_VOCAB - 1, dtype=np.int32))
+async def test_a_block_as_long_as_the_model_is_accepted_and_no_longer_one(model: SlotModel) -> None:
+    encoder, block = make_encoder(model), np.full(LONGEST + 1, TINY_VOCAB - 1, dtype=np.int32)
+    encoder.check(block[:LONGEST])
+    with pytest.raises(InvalidRequestError, match=f"{LONGEST + 1} tokens, where the model has {LONGEST} positions"):
+        encoder.check(block)

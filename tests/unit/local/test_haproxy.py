@@ -238,8 +238,11 @@ def test_no_replica_is_unavailable_and_says_nothing_of_places(folder: Path) -> N
         assert failed.value.details() == "no replica answered; send the request again"
 
 
-def test_closing_where_the_folder_was_removed_is_no_error(tmp_path: Path) -> None:
-    haproxy.close(tmp_path / "gone", 1.0)
+def test_closing_where_the_folder_was_removed_is_done_at_once_and_makes_none(tmp_path: Path) -> None:
+    started = time.monotonic()
+    haproxy.close(tmp_path / "gone", 5.0)
+    assert time.monotonic() - started < 1.0
+    assert not (tmp_path / "gone").exists()
 
 
 def test_closed_it_answers_what_was_begun_and_lets_clients_go(folder: Path) -> None:
