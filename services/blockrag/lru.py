@@ -14,7 +14,7 @@ class Lru(Generic[K, V]):
     """A mapping that forgets its least recently used values once they are larger together than ``limit``.
 
     ``size_of`` gives a value's size, in the limit's unit; without it each counts one. A value that alone exceeds the
-    limit is not kept. Not for several threads.
+    limit is not kept, and the others stay. Not for several threads.
     """
 
     def __init__(self, limit: int, size_of: Callable[[V], int] | None = None) -> None:
@@ -43,8 +43,11 @@ class Lru(Generic[K, V]):
     def put(self, key: K, value: V) -> None:
         """Keep a value, in place of the key's other one."""
         self.pop(key)
+        size = self._size_of(value)
+        if size > self._limit:  # the others would go for nothing
+            return
         self._values[key] = value
-        self.size += self._size_of(value)
+        self.size += size
         while self.size > self._limit:
             self.pop(next(iter(self._values)))
 
