@@ -18,6 +18,7 @@ from blockrag.keys import KeyMaker
 from blockrag.kv_cache.block_files import (
     folder_of,
     most_header_bytes,
+    move_file,
     purged_folder,
     read_block,
     remove_file,
@@ -197,7 +198,7 @@ class DiskTier(FileTier):
         """Gives to a document what belonged to none, and so to no purge."""
         path = self._path(entry)
         self.index.move(entry.key, folder)
-        self._later(_move, path, self._path(entry))
+        self._later(move_file, path, self._path(entry))
 
     def _expire(self) -> None:
         if self._ttl_s:
@@ -213,8 +214,3 @@ class DiskTier(FileTier):
 
 def _of_no_document(tenant: str) -> str:
     return folder_of(DocumentId(tenant, "", ""))
-
-
-def _move(path: Path, target: Path) -> None:
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.replace(target)
