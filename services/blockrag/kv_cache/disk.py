@@ -163,6 +163,7 @@ class DiskTier(FileTier):
     async def _write(self, pending: Pending, block: CachedBlock) -> bool:
         evicted = self.index.make_room(pending.nbytes, pending.tenant)
         if evicted is None:
+            self._queue.dropped += 1
             return False
         self._evictions += len(evicted)
         now = self._clock()
