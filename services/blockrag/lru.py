@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
+P = ParamSpec("P")
 
 
 class Lru(Generic[K, V]):
@@ -62,3 +63,18 @@ class Lru(Generic[K, V]):
         """Forget all."""
         self._values.clear()
         self.size = 0
+
+
+def remembering(make: Callable[P, V], limit: int, size_of: Callable[[V], int]) -> Callable[P, V]:
+    """``make``, with its latest values kept in an ``Lru`` by their arguments."""
+    known: Lru[tuple[object, ...], V] = Lru(limit, size_of)
+
+    def known_or_made(*arguments: P.args, **named: P.kwargs) -> V:
+        key = (*arguments, *named.items())
+        value = known.get(key)
+        if value is None:
+            value = make(*arguments, **named)
+            known.put(key, value)
+        return value
+
+    return known_or_made

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockrag.lru import Lru
+from blockrag.lru import Lru, remembering
 
 
 def test_the_least_recently_used_goes_first() -> None:
@@ -56,3 +56,17 @@ def test_sizes_are_kept_and_the_newest_stay(steps: list[tuple[str, int, int]]) -
             model.clear()
         assert kept.size == sum(map(len, model.values())) <= 10
         assert len(kept) == len(model)
+
+
+def test_a_function_s_values_are_remembered_by_its_arguments() -> None:
+    made: list[tuple[str, int]] = []
+
+    def repeated(text: str, times: int) -> str:
+        made.append((text, times))
+        return text * times
+
+    known = remembering(repeated, 5, len)
+    assert [known("a", 2), known("a", 2), known("b", 3), known("a", 2)] == ["aa", "aa", "bbb", "aa"]
+    assert known("c", 1) == "c"
+    assert known("b", 3) == "bbb"
+    assert made == [("a", 2), ("b", 3), ("c", 1), ("b", 3)]
