@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from blockrag.client import BlockragClient
 from blockrag.local import LocalSystem
 from blockrag.local.state import read_state
-from tests.system.faults import RAY, TARGETS, fault_settings, measure, processes
+from tests.system.faults import COLLECTION, RAY, TARGETS, fault_settings, measure, processes
 
 
 @pytest.mark.own_cluster
@@ -27,6 +31,20 @@ def test_clients_do_not_see_that_a_part_is_killed(small_bundle: Path, tmp_path: 
     assert by_target["haproxy"].away_s < 2
 
 
+def await_state(state_path: Path, detail: str) -> None:
+    """Until the system says that it does this; nothing: until it is ready."""
+    until = time.monotonic() + 120
+    while (state := read_state(state_path)) is None or state.detail != detail:
+        assert time.monotonic() < until, state
+        time.sleep(0.05)
+
+
+async def answers(system: LocalSystem) -> None:
+    async with BlockragClient(system.target, timeout_s=60, patience_s=60) as client:
+        found = await client.retrieve("capital of Peru", collection=COLLECTION, top_k=1)
+        assert [passage.title for passage in found] == ["Peru"]
+
+
 @pytest.mark.own_cluster
 @pytest.mark.timeout(900)
 def test_everything_starts_anew_where_ray_itself_is_killed(small_bundle: Path, tmp_path: Path) -> None:
@@ -40,5 +58,12 @@ def test_everything_starts_anew_where_ray_itself_is_killed(small_bundle: Path, t
         assert state is not None and before is not None
         assert (state.pid, state.phase) == (before.pid, "ready")
         assert all(processes(system, target) for target in (*TARGETS, *RAY))
+        # Once more, and again while it starts.
+        for detail in ("", "starting the applications"):
+            await_state(settings.state_path, detail)
+            os.kill(processes(system, "raylet")[0], signal.SIGKILL)
+        await_state(settings.state_path, "starting the applications")
+        await_state(settings.state_path, "")
+        asyncio.run(answers(system))
     assert [(each.kind, each.error, each.wrong) for each in outcome.requests if each.error or each.wrong] == []
     assert read_state(settings.state_path).phase == "stopped"  # type: ignore[union-attr]

@@ -25,6 +25,8 @@ from blockrag.errors import UnavailableError
 AGAIN = 75
 """The exit status of a child that wants another one in its place; EX_TEMPFAIL of sysexits.h."""
 _END_S = 10.0
+_STOP_S = 60.0
+"""What a child that is told to stop has for it; then it is killed."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -73,14 +75,17 @@ class Lives:
             os._exit(status)  # this process's cleaning up is not the child's
 
     def _wait(self, child: int, waking: int) -> int:
-        told = False
+        told_at = None
         ended = os.pidfd_open(child)
         try:
             while True:
-                if self._stop.is_set() and not told:
-                    told = True
+                if self._stop.is_set() and told_at is None:
+                    told_at = time.monotonic()
                     os.kill(child, signal.SIGTERM)
-                ready = select.select([ended, waking, *self._watched], [], [])[0]
+                left_s = None if told_at is None else max(told_at + _STOP_S - time.monotonic(), 0)
+                ready = select.select([ended, waking, *self._watched], [], [], left_s)[0]
+                if left_s == 0:
+                    os.kill(child, signal.SIGKILL)
                 if waking in ready:
                     os.read(waking, 64)
                 for descriptor in [each for each in self._watched if each in ready]:

@@ -27,6 +27,9 @@ from blockrag.local.state import SystemState, own_state, read_state, write_state
 from blockrag.local.system import System, stop_on_signals
 from blockrag.settings import Settings, load_settings
 
+_MOST_VAIN = 3
+"""Lives in a row that end before everything runs: the next one would too."""
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -70,23 +73,26 @@ def _prepare_origin() -> None:
 
 def _live(lives: Lives, settings: Settings, state: SystemState, origin: Origin | None, stop: threading.Event) -> int:
     """One life after another, until one ends by itself. Returns its status."""
+    vain = 0
     while True:
         status = lives.one()
         if status != AGAIN and status >= 0:
             return status
         last = read_state(settings.state_path)
         end_others(() if origin is None else (origin.pid,))
+        clear_scratch(settings)
         if stop.is_set():  # told to stop meanwhile
             write_state(settings.state_path, state.with_phase("stopped"))
             return 0
-        if status < 0:
-            detail = f"the process that holds Ray was ended by signal {-status}"
-            if last is None or last.phase != "ready":  # it would be again, for the same reason
-                write_state(settings.state_path, state.with_phase("failed", detail))
-                return 1
-            _LOGGER.info("%s: starting again", detail)
-            write_state(settings.state_path, state.with_phase("starting", f"{detail}: starting again"))
-        clear_scratch(settings)
+        ended = "Ray has ended" if status == AGAIN else f"the process that has Ray was ended by signal {-status}"
+        vain = 0 if last is not None and last.phase == "ready" else vain + 1
+        if vain == _MOST_VAIN:
+            detail = f"{ended} {vain} times before everything ran"
+            _LOGGER.error(detail)
+            write_state(settings.state_path, state.with_phase("failed", detail))
+            return 1
+        _LOGGER.warning("%s: starting again", ended)
+        write_state(settings.state_path, state.with_phase("starting", f"{ended}: starting again"))
 
 
 if __name__ == "__main__":

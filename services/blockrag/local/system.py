@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from contextlib import nullcontext
@@ -44,15 +45,16 @@ class System:
         self._copied = copied
 
     def run(self, stop: threading.Event) -> int:
-        """Until ``stop`` is set. Returns an exit status: ``AGAIN`` when a process has ended that Ray cannot be without;
-        what is left of it runs then."""
+        """Until ``stop`` is set. Returns an exit status. Ends the process, with ``AGAIN``, when one of Ray's has ended
+        that it cannot be without, at whatever is being done; what is left of Ray runs then."""
         import ray
         from ray import serve
 
-        status = 0
+        status, over = 0, threading.Event()
         try:
             self._report("starting Ray")
             ray_address = self._start_ray()
+            threading.Thread(target=_end_with_ray, args=(over,), daemon=True).start()
             # Ray put a handler of its own in the place of ours, which ends the process where it stands.
             stop_on_signals(stop)
             self._report("starting Serve")
@@ -63,19 +65,19 @@ class System:
                 started = replace(self._state, ray_address=ray_address, metrics_url=_metrics_url())
                 self._state = started.with_phase("ready")
                 write_state(self._settings.state_path, self._state)
-            while not stop.wait(_POLL_S):
-                if ended := _ended_of_ray():
-                    self._report(f"Ray's {ended[0]} has ended: starting again")
-                    return AGAIN
+            stop.wait()
             final = self._state.with_phase("stopped")
         except SystemExit:
             # Ray's handler, between its start and ours.
             final = self._state.with_phase("stopped")
         except Exception as error:
+            if ray.is_initialized():
+                _end_if_ray_has()  # which is the reason then
             _LOGGER.exception("start failed")
             final = self._state.with_phase("failed", detail=_first_line(error))
             status = 1
         # The next stop signal must not cut the shutdown short: it would leave Ray's processes behind.
+        over.set()
         close_doors(self._settings, _LAST_ANSWERS_S)
         if ray.is_initialized():
             try:
@@ -141,11 +143,20 @@ class System:
                 return
 
 
-def _ended_of_ray() -> list[str]:
-    """Those of Ray's vital processes that have ended."""
+def _end_with_ray(over: threading.Event) -> None:
+    """Until it is over. In a thread of its own: calls of Ray's do not return when its raylet is gone."""
+    while not over.wait(_POLL_S):
+        _end_if_ray_has()
+
+
+def _end_if_ray_has() -> None:
     from ray._private import worker
 
-    return [kind for kind, _ in worker._global_node.dead_processes() if kind in _VITAL]
+    ended = [kind for kind, _ in worker._global_node.dead_processes() if kind in _VITAL]
+    if ended:
+        _LOGGER.error("Ray's %s has ended", ended[0])
+        logging.shutdown()
+        os._exit(AGAIN)
 
 
 def _metrics_url() -> str:

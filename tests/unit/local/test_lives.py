@@ -17,8 +17,10 @@ from blockrag.local.lives import AGAIN, end_others
 _SERVICES = Path(__file__).parents[3] / "services"
 _PROGRAM = """
 import os, signal, subprocess, sys, threading
+from blockrag.local import lives as of_package
 from blockrag.local.lives import AGAIN, Lives, end_others
 
+of_package._STOP_S = 0.5
 spared = subprocess.Popen(["sleep", "100"])
 stop = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -119,6 +121,13 @@ def test_a_signal_reaches_the_life() -> None:
     begun(process)
     process.send_signal(signal.SIGTERM)
     assert finished(process)["statuses"][0][:2] == ["0", "stopped"]
+
+
+def test_a_life_that_does_not_stop_is_killed() -> None:
+    process = run("[stop.wait() for _ in iter(int, 1)]")
+    begun(process)
+    process.send_signal(signal.SIGTERM)
+    assert finished(process)["statuses"][0][:2] == [str(-signal.SIGKILL), "stopped"]
 
 
 def test_the_end_of_the_input_stops_it_where_that_is_asked_for() -> None:
