@@ -327,6 +327,14 @@ async def test_patience_ends(client: BlockragClient, server: tuple[Server, str])
     assert len(server[0].requests) > 2
 
 
+async def test_an_answer_to_a_question_that_was_sent_again_has_its_whole_time(
+    client: BlockragClient, server: tuple[Server, str]
+) -> None:
+    server[0].lost = [UnavailableError("a replica went away")]
+    assert (await client.ask("Where?", timeout_s=5)).text == "Oslo"
+    assert 4000 < server[0].requests[1].timeout_ms < 5000  # the client's patience is one second
+
+
 async def test_retrieve(client: BlockragClient, server: tuple[Server, str]) -> None:
     condition = Condition("year", "at_least", (1990,))
     (passage,) = await client.retrieve("q", top_k=3, filter=[condition])
