@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -327,12 +328,8 @@ def put_conversation(said: Sequence[Said], request: rag_pb2.GenerateRequest, par
     Raises ``InvalidRequestError`` naming ``param`` when nobody asks, or an answer has no question.
     """
     request.instructions = _BETWEEN.join(one.text for one in said if one.role in INSTRUCTING)
-    turns: list[Said] = []
-    for one in (one for one in said if one.role not in INSTRUCTING):
-        if turns and turns[-1].role == one.role:
-            turns[-1] = Said(one.role, turns[-1].text + _BETWEEN + one.text)
-        else:
-            turns.append(one)
+    sides = groupby((one for one in said if one.role not in INSTRUCTING), key=lambda one: one.role)
+    turns = [Said(role, _BETWEEN.join(one.text for one in together)) for role, together in sides]
     if not turns or turns[-1].role != "user":
         raise InvalidRequestError(param, "must end with a message of the user: that is the question")
     if turns[0].role != "user":

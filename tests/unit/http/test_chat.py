@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from blockrag.errors import DeadlineError, OverloadedError, PromptTooLongError, UnavailableError
-from blockrag.v1 import common_pb2
+from blockrag.http.shared_fields import Said, put_conversation
+from blockrag.v1 import common_pb2, rag_pb2
 
 from .standin import StandIn
 
@@ -134,6 +135,15 @@ async def test_the_conversation_stands_before_the_question(client: httpx.AsyncCl
     assert planned.question == "And Oslo?\n\nThe city."
     (searched,) = gateway.searcher.requests
     assert searched.query == planned.question, "what was said before is not searched for"
+
+
+def test_many_messages_of_one_side_are_put_together_in_linear_time() -> None:
+    """As many as a body holds; the gateway refuses what is too long, and nobody else waits for that."""
+    said, request = [Said("user", "a" * 28)] * 75_000, rag_pb2.GenerateRequest()
+    began = time.process_time()
+    put_conversation(said, request, "messages")
+    assert time.process_time() - began < 1
+    assert len(request.question) == 75_000 * 30 - 2
 
 
 @pytest.mark.parametrize(
