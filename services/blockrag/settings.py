@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from blockrag.errors import SettingsError
 from blockrag.languages import DEFAULT_LANGUAGE, Language
 from blockrag.modeling.cache import CACHE_VARIABLE
-from blockrag.tenants import Section, TenantSettings, problems_of, read_yaml
+from blockrag.tenants import Section, TenantList, problems_of, read_yaml
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
 API_KEY_VARIABLE = "BLOCKRAG_KEY"
@@ -113,7 +113,7 @@ class GatewaySettings(Section):
     those of requests that have earlier turns, or the first turn of what may become a conversation too."""
     max_warmings: PositiveInt = 4
     """Warmings under way per replica, of one tenant half as many."""
-    tenants: tuple[TenantSettings, ...] = ()
+    tenants: TenantList = ()
     """Empty, and no tenants_file: no authentication, everybody is tenant "public"."""
     tenants_file: str = ""
     """A YAML file with a list of more tenants, read again within seconds of a change: keys are replaced without a
