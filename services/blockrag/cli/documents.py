@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import stat
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,13 +113,35 @@ def find_sources(paths: list[Path]) -> Iterator[Source]:
 def _files(paths: list[Path]) -> Iterator[tuple[str, Path]]:
     for path in paths:
         if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_file() and file.suffix.lower() in SUFFIXES:
-                    yield file.relative_to(path).as_posix(), file
+            for file in sorted(_below(path)):
+                yield file.relative_to(path).as_posix(), file
         elif path.is_file():
             yield path.name, path
         else:
             raise InvalidRequestError("paths", f"{console.printable(str(path))} does not exist")
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """Files of known kinds. Raises ``InvalidRequestError`` for a directory that cannot be read: what it holds would
+    seem to be gone."""
+
+    def refuse(error: OSError) -> None:
+        name = console.printable(str(error.filename))
+        raise InvalidRequestError("paths", f"{name} cannot be read: {error.strerror}") from error
+
+    for folder, _, names in os.walk(directory, onerror=refuse):
+        for file in (Path(folder, name) for name in names):
+            if file.suffix.lower() in SUFFIXES and _is_file(file):
+                yield file
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:  # a link to what is gone
+        return False
+    except OSError:  # it is there: it fails alone, when it is sent
+        return True
 
 
 async def _ingest(
