@@ -220,10 +220,14 @@ class BlockragClient:
         return alike(DeletedDocument, response)
 
     async def delete_source(self, source: str, *, collection: str = "") -> DeletedSource:
-        """Removes all documents that came from a source; ``NotFoundError`` when there is none."""
+        """Removes all documents that came from a source; ``NotFoundError`` when there is none.
+
+        What an attempt whose answer was lost has removed is not counted.
+        """
         request = messages.made(corpus_pb2.DeleteSourceRequest, collection=collection, source=source)
-        with self._call("CorpusService/DeleteSource") as call:
-            response = await call(request)  # as long as it takes: there may be many
+        # As long as it takes: there may be many.
+        gone = corpus_pb2.DeleteSourceResponse()
+        response = await self._send("CorpusService/DeleteSource", request, gone, timeout_s=math.inf)
         return DeletedSource(tuple(response.document_ids), response.passages, response.purged_blocks)
 
     async def delete_collection(self, collection: str) -> DeletedCollection:
@@ -349,14 +353,14 @@ class BlockragClient:
                     raise broken[0] from None
                 raise
 
-    async def _send(self, method: str, request: Any, gone: Any = None) -> Any:
+    async def _send(self, method: str, request: Any, gone: Any = None, *, timeout_s: float | None = None) -> Any:
         """The answer to a call that may happen twice. ``gone``: to one that finds nothing, after an attempt whose
         answer was lost."""
-        patience = Patience(self._patience_s, self._timeout_s)
+        patience = Patience(self._patience_s, self._timeout_s if timeout_s is None else timeout_s)
         while True:
             try:
                 with self._call(method) as call:
-                    return await call(request, timeout=patience.left_s)
+                    return await call(request, timeout=patience.left_s if patience.left_s < math.inf else None)
             except UnavailableError as error:
                 await patience.pause(error)
             except NotFoundError:

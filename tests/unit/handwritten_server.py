@@ -144,6 +144,12 @@ class Server(
         await self._note(request, context)
         return corpus_pb2.DeleteCollectionResponse(documents=1, passages=3, purged_blocks=2)
 
+    async def DeleteSource(
+        self, request: corpus_pb2.DeleteSourceRequest, context: Any
+    ) -> corpus_pb2.DeleteSourceResponse:
+        await self._note(request, context)
+        return corpus_pb2.DeleteSourceResponse(document_ids=["r1", "r2"], passages=3, purged_blocks=2)
+
     async def ListDocuments(
         self, request: corpus_pb2.ListDocumentsRequest, context: Any
     ) -> corpus_pb2.ListDocumentsResponse:

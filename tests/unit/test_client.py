@@ -35,6 +35,7 @@ from blockrag.results import (
     Condition,
     DeletedCollection,
     DeletedDocument,
+    DeletedSource,
     GivenPassage,
     IngestedDocument,
     Retrieved,
@@ -272,6 +273,7 @@ async def test_what_went_away_is_asked_again(
         lambda: client.ingest_text("d0", "text"),
         lambda: client.ingest_file(file),
         lambda: client.delete_document("d0"),
+        lambda: client.delete_source("rows.jsonl"),
     )
     for call in calls:
         server[0].requests.clear()
@@ -293,6 +295,8 @@ async def test_a_status_that_grpc_lost_is_asked_again(client: BlockragClient, se
 async def test_a_deletion_whose_answer_was_lost_is_done(client: BlockragClient, server: tuple[Server, str]) -> None:
     server[0].lost = [UnavailableError("a replica went away"), NotFoundError("no document 'd0'")]
     assert await client.delete_document("d0") == DeletedDocument(0, 0)
+    server[0].lost = [UnavailableError("a replica went away"), NotFoundError("no document came from it")]
+    assert await client.delete_source("rows.jsonl") == DeletedSource((), 0, 0)
     server[0].lost = [NotFoundError("no document 'd0'")]
     with pytest.raises(NotFoundError):
         await client.delete_document("d0")
