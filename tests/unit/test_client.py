@@ -292,6 +292,16 @@ async def test_a_status_that_grpc_lost_is_asked_again(client: BlockragClient, se
     assert len(server[0].requests) == 3
 
 
+async def test_a_message_that_is_too_large_is_not_asked_to_come_back(
+    client: BlockragClient, server: tuple[Server, str]
+) -> None:
+    with pytest.raises(InvalidRequestError, match=r"request: .*message larger than max"):
+        await client.retrieve("x" * (65 * 2**20))
+    assert server[0].requests == []
+    refused = error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (9 vs. 8)")
+    assert type(refused) is BlockragError
+
+
 async def test_a_deletion_whose_answer_was_lost_is_done(client: BlockragClient, server: tuple[Server, str]) -> None:
     server[0].lost = [UnavailableError("a replica went away"), NotFoundError("no document 'd0'")]
     assert await client.delete_document("d0") == DeletedDocument(0, 0)
