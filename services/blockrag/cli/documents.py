@@ -19,7 +19,7 @@ from blockrag.cli import console
 from blockrag.cli.console import CollectionOption, Connection, JsonOption
 from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
-from blockrag.errors import BlockragError, InvalidRequestError
+from blockrag.errors import BlockragError, InvalidRequestError, NotFoundError
 from blockrag.languages import LANGUAGES
 from blockrag.results import Document, IngestedDocument, IngestOptions, WarmProgress
 from blockrag.syncing import Sync
@@ -240,21 +240,29 @@ def delete(
         if source:
             gone_with = await client.delete_source(source, collection=collection)
             return [{"source": source, **vars(gone_with)}]
-        return [
-            {"document_id": name, **vars(await client.delete_document(name, collection=collection))}
-            for name in document_ids or []
-        ]
+        found: list[dict[str, object]] = []
+        for name in document_ids or []:
+            try:
+                found.append({"document_id": name, **vars(await client.delete_document(name, collection=collection))})
+            except NotFoundError as error:  # the others are to go all the same
+                found.append({"document_id": name, "error": str(error)})
+        return found
 
     if [everything, bool(document_ids), bool(source)].count(True) != 1:
         raise InvalidRequestError("document_ids", "give documents, or --source, or --all")
     if everything and not yes:
         typer.confirm(f"Remove collection '{collection}' with everything in it?", abort=True)
     removed = connection.run(run)
-    lines = []
+    lines: list[str | Text] = []
     for item in removed:
         name = item.get("document_id") or item.get("source") or f"collection '{collection}'"
-        lines.append(f"removed {name}: {item['passages']} passages, {item['purged_blocks']} cached blocks")
+        if "error" in item:
+            lines.append(Text.assemble(("failed", "red"), f" {name}: {item['error']}"))
+        else:
+            lines.append(f"removed {name}: {item['passages']} passages, {item['purged_blocks']} cached blocks")
     console.answer(as_json, removed, *lines)
+    if any("error" in item for item in removed):
+        raise typer.Exit(1)
 
 
 @command_of(Connection, last=True)

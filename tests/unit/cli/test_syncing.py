@@ -137,6 +137,18 @@ def test_a_collection_is_made_equal_to_a_jsonl_file(gateway: tuple[Gateway, str]
     assert {name for _, name in gateway[0].cache.purged} == {"r2"}
 
 
+def test_one_document_that_is_not_there_keeps_no_other_from_going(gateway: tuple[Gateway, str], tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(f"This is {name}.")
+    blockrag(gateway, "ingest", tmp_path)
+    told = blockrag(gateway, "delete", "a.txt", "gone.txt", "b.txt", code=1)
+    assert "removed a.txt: 1 passages" in told.output and "removed b.txt" in told.output
+    assert "failed gone.txt: there is no document 'gone.txt'" in told.output
+    listed = json.loads(blockrag(gateway, "delete", "gone.txt", "c.txt", "--json", code=1).stdout)
+    assert [("error" in item, item["document_id"]) for item in listed] == [(True, "gone.txt"), (False, "c.txt")]
+    assert gateway[0].index.documents == {}
+
+
 def test_a_folder_that_cannot_be_read_has_nothing_removed(
     gateway: tuple[Gateway, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
