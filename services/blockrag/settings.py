@@ -26,6 +26,11 @@ API_KEY_VARIABLE = "BLOCKRAG_KEY"
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
+def host_and_port(host: str, port: int) -> str:
+    """As URLs and gRPC write it: an IPv6 address in brackets, or its last colon would not be the port's."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class BundleSettings(Section):
     """The model that reads and answers."""
 
@@ -71,6 +76,11 @@ class ClusterSettings(Section):
     copy_workers: bool = True
     """Make Ray's workers copies of one process that has imported everything, which starts them in a fraction of the
     time and lets them share its memory; false: each is an interpreter of its own."""
+
+    @property
+    def target(self) -> str:
+        """The gRPC ingress, as clients dial it."""
+        return host_and_port(self.host, self.grpc_port)
 
 
 PUBLIC_SECRET = "change-me-before-serving"

@@ -17,7 +17,7 @@ from blockrag.errors import EnvironmentSetupError, NotFoundError, UnavailableErr
 from blockrag.local.preflight import check_machine, serve_port_environment
 from blockrag.local.state import SystemState, read_state
 from blockrag.modeling.cache import CACHE_VARIABLE
-from blockrag.settings import ENVIRONMENT_PREFIX, Settings
+from blockrag.settings import ENVIRONMENT_PREFIX, Settings, host_and_port
 
 SERVICE_ENVIRONMENT = {
     # A leaked reference would keep its object for the life of the process: make it an exception.
@@ -62,8 +62,7 @@ class LocalSystem:
     @property
     def http_url(self) -> str:
         """Base URL for clients of OpenAI's API, by the settings."""
-        host = self.settings.cluster.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.cluster.http_port}/v1"
+        return f"http://{host_and_port(self.settings.cluster.host, self.settings.cluster.http_port)}/v1"
 
     @property
     def ray_address(self) -> str:

@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     if options.until_stdin_closes:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
-    state = own_state(f"{settings.cluster.host}:{settings.cluster.grpc_port}")
+    state = own_state(settings.cluster.target)
     try:
         return _Supervisor(settings, options.settings, state, origin).run(stop)
     except _RayEndedError:
