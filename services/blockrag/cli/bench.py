@@ -249,8 +249,9 @@ def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> l
                 )
 
     with tempfile.TemporaryDirectory(prefix="blockrag-bench-") as folder:
-        changes = {"gateway": {"max_top_k": 1000, **WITHOUT_KEYS}, "decoder": {"l1_mb": _L1_MB}}
-        with own_system(own_settings(settings, Path(folder), _BUDGET_MB, **changes)) as system:
+        limits = {**WITHOUT_KEYS, "max_top_k": 1000}
+        own = own_settings(settings, Path(folder), _BUDGET_MB, gateway=limits, decoder={"l1_mb": _L1_MB})
+        with own_system(own) as system:
             return asyncio.run(measure(system.target))
 
 

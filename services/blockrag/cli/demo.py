@@ -86,8 +86,14 @@ def demo(
             raise InvalidRequestError("question", "is asked about a document: name one with --document")
         # An index of its own, where the settings have a server: nothing is left there.
         index = {"threads": 2, "backend": "edge", "replicas": 1}
-        changes = {"decoder": {"l1_mb": _MEMORY_MB}, "retriever": index, "gateway": WITHOUT_KEYS}
-        loaded = own_settings(console.settings_from(settings), Path(state_dir), _BUDGET_MB, **changes)
+        loaded = own_settings(
+            console.settings_from(settings),
+            Path(state_dir),
+            _BUDGET_MB,
+            decoder={"l1_mb": _MEMORY_MB},
+            retriever=index,
+            gateway=WITHOUT_KEYS,
+        )
         started = time.perf_counter()
         with own_system(loaded) as system:
             console.err.print(f"the services are up at {system.target} ({time.perf_counter() - started:.0f} s)")

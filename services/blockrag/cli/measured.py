@@ -15,7 +15,7 @@ from blockrag.local import LocalSystem
 from blockrag.local.preflight import free_port
 from blockrag.settings import Settings
 
-WITHOUT_KEYS = {"tenants": (), "tenants_file": ""}
+WITHOUT_KEYS: Mapping[str, Any] = {"tenants": (), "tenants_file": ""}
 """Of ``gateway``, for a system that only the command itself asks."""
 
 
