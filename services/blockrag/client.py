@@ -265,11 +265,13 @@ class BlockragClient:
         It begins again, with what is warm already, when it was interrupted.
         """
         request = messages.made(corpus_pb2.WarmRequest, collection=collection, document_ids=document_ids, pin=pin)
-        patience = Patience(self._patience_s, math.inf)
+        patience, furthest = Patience(self._patience_s, math.inf), 0
         while True:
             try:
                 async with aclosing(self._stream("CorpusService/Warm", request)) as steps:
                     async for step in steps:
+                        if step.done > furthest:  # it got on: what goes away an hour later is waited for anew
+                            patience, furthest = Patience(self._patience_s, math.inf), step.done
                         yield alike(WarmProgress, step)
                 return
             except (UnavailableError, OverloadedError) as error:

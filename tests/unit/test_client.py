@@ -349,6 +349,18 @@ async def test_an_answer_to_a_question_that_was_sent_again_has_its_whole_time(
     assert 4000 < server[0].requests[1].timeout_ms < 5000  # the client's patience is one second
 
 
+async def test_a_warming_that_gets_on_is_begun_again_each_time(server: tuple[Server, str]) -> None:
+    server[0].warm_breaks, server[0].warm_pause_s = [4, 9, 9], 0.4
+    async with BlockragClient(server[1], KEY, patience_s=0.6) as client:
+        began = time.monotonic()
+        assert [step.done async for step in client.warm()] == [4, 4, 4, 9]
+        assert time.monotonic() - began > 0.6  # longer than the patience with one failure
+        server[0].warm_breaks = [9] * 20
+        with pytest.raises(UnavailableError):  # the beginning alone, again and again, is no progress
+            _ = [step async for step in client.warm()]
+    assert server[0].warm_breaks
+
+
 async def test_retrieve(client: BlockragClient, server: tuple[Server, str]) -> None:
     condition = Condition("year", "at_least", (1990,))
     (passage,) = await client.retrieve("q", top_k=3, filter=[condition])
