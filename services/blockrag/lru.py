@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
+P = ParamSpec("P")
 
 
 class Lru(Generic[K, V]):
     """A mapping that forgets its least recently used values once they are larger together than ``limit``.
 
     ``size_of`` gives a value's size, in the limit's unit; without it each counts one. A value that alone exceeds the
-    limit is not kept. Not for several threads.
+    limit is not kept, and the others stay. Not for several threads.
     """
 
     def __init__(self, limit: int, size_of: Callable[[V], int] | None = None) -> None:
@@ -43,8 +44,11 @@ class Lru(Generic[K, V]):
     def put(self, key: K, value: V) -> None:
         """Keep a value, in place of the key's other one."""
         self.pop(key)
+        size = self._size_of(value)
+        if size > self._limit:  # the others would go for nothing
+            return
         self._values[key] = value
-        self.size += self._size_of(value)
+        self.size += size
         while self.size > self._limit:
             self.pop(next(iter(self._values)))
 
@@ -59,3 +63,18 @@ class Lru(Generic[K, V]):
         """Forget all."""
         self._values.clear()
         self.size = 0
+
+
+def remembering(make: Callable[P, V], limit: int, size_of: Callable[[V], int]) -> Callable[P, V]:
+    """``make``, with its latest values kept in an ``Lru`` by their arguments."""
+    known: Lru[tuple[object, ...], V] = Lru(limit, size_of)
+
+    def known_or_made(*arguments: P.args, **named: P.kwargs) -> V:
+        key = (*arguments, *named.items())
+        value = known.get(key)
+        if value is None:
+            value = make(*arguments, **named)
+            known.put(key, value)
+        return value
+
+    return known_or_made

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from blockrag.budget import PrefillCost, Room, affordable_slots, chunk_lengths, 
 from blockrag.compressor.compression_request import RETRIEVAL, CompressionRequest
 from blockrag.compressor.plans import Candidates, Mixture, by_passage, mixture_by_size
 from blockrag.compressor.rating import ChunkRater
+from blockrag.compressor.tokenizing import USUAL_TOKENS, counted_tokens
 from blockrag.errors import DataError, InvalidRequestError
 from blockrag.keys import KeyMaker
 from blockrag.kv_cache.shard_messages import BlockSource
-from blockrag.lru import Lru
+from blockrag.lru import Lru, remembering
 from blockrag.recent import Recent
 from blockrag.types import BlockForm, BlockRequest, CachedBlock, ChunkEmbeddings
 from blockrag.v1 import compressor_pb2
@@ -123,7 +124,11 @@ class Mixer:
         self._times = Recent()
         """What the policy took, by the number of chunks."""
         self._form = BlockForm("chunks", chunk_tokens)
-        self._key = lru_cache(maxsize=_REMEMBERED_KEYS)(partial(keys.block_key, form=self._form))
+        self._key = remembering(
+            lambda tenant, ids: (keys.block_key(tenant, ids, self._form), len(ids)),
+            _REMEMBERED_KEYS * USUAL_TOKENS,
+            lambda made: counted_tokens(made[1]),
+        )
         self._questions: Lru[tuple[int, ...], asyncio.Future[Tensor]] = Lru(_REMEMBERED_QUESTIONS)
         self._executor = ThreadPoolExecutor(
             1, thread_name_prefix="compressor-policy", initializer=torch.set_num_threads, initargs=(threads,)
@@ -196,7 +201,7 @@ class Mixer:
     ) -> NDArray[np.float32]:
         blocks = [candidates.blocks[place] for place in kept]
         tenant = request.context.tenant
-        keys = [self._key(tenant, ids) for ids in blocks]
+        keys = [self._key(tenant, ids)[0] for ids in blocks]
 
         def wanted(place: int) -> BlockRequest:
             document_id = candidates.document_ids[kept[place]]

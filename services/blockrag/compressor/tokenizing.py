@@ -12,12 +12,20 @@ from functools import lru_cache
 from blockrag.budget import chunk_bounds
 from blockrag.compressor.sentences import Sentence, sentences_of
 from blockrag.decoder.detokenizer import Detokenizer
-from blockrag.lru import Lru
+from blockrag.lru import Lru, remembering
 from blockrag.modeling.template import BundleTokenizer, PromptTemplate
 from blockrag.v1.common_pb2 import CHUNK_FORM_COMPRESSED, CHUNK_FORM_EXPANDED, ChunkDecision
 from blockrag.v1.compressor_pb2 import PassagePlan
 
 _REMEMBERED_QUESTIONS = 256
+USUAL_TOKENS = 128
+"""Of a passage. A memory of so many passages is one of so many times these tokens: given passages may be a hundred
+times as long."""
+
+
+def counted_tokens(tokens: int) -> int:
+    """What a block of so many counts for in such a memory."""
+    return max(tokens, USUAL_TOKENS)
 
 
 class PassageTokenizer:
@@ -29,14 +37,16 @@ class PassageTokenizer:
     def __init__(self, tokenizer: BundleTokenizer, template: PromptTemplate, remembered: int = 65_536) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._known: Lru[tuple[str, str], tuple[int, ...]] = Lru(remembered)
+        self._known: Lru[tuple[str, str], tuple[int, ...]] = Lru(
+            remembered * USUAL_TOKENS, lambda ids: counted_tokens(len(ids))
+        )
         self.instruction_ids: tuple[int, ...] = tuple(template.instruction_ids(tokenizer))
-        remembering = lru_cache(maxsize=_REMEMBERED_QUESTIONS)
-        self.final_ids = remembering(lambda question: tuple(template.final_ids(tokenizer, question)))
+        of_questions = lru_cache(maxsize=_REMEMBERED_QUESTIONS)
+        self.final_ids = of_questions(lambda question: tuple(template.final_ids(tokenizer, question)))
         """Token ids of the final block of a question."""
-        self.turn_ids = remembering(lambda question, answer: tuple(template.turn_ids(tokenizer, question, answer)))
+        self.turn_ids = of_questions(lambda question, answer: tuple(template.turn_ids(tokenizer, question, answer)))
         """Token ids of the block of an earlier question and its answer."""
-        self.request_ids = remembering(lambda instructions: tuple(template.request_ids(tokenizer, instructions)))
+        self.request_ids = of_questions(lambda instructions: tuple(template.request_ids(tokenizer, instructions)))
         """Token ids of the block of what a caller asks of every answer."""
 
     def passage_ids(self, title: str, text: str) -> tuple[int, ...]:
@@ -68,9 +78,10 @@ class PassageDrafts:
     def __init__(self, new_detokenizer: Callable[[], Detokenizer], chunk_tokens: int, remembered: int = 8_192) -> None:
         self._new_detokenizer = new_detokenizer
         self._chunk_tokens = chunk_tokens
-        self._words: Lru[tuple[int, ...], PassagePlan] = Lru(remembered)
-        self.plain = lru_cache(maxsize=remembered)(self._plain)
-        self.sentences = lru_cache(maxsize=remembered)(self._sentences)
+        limit = remembered * USUAL_TOKENS
+        self._words: Lru[tuple[int, ...], PassagePlan] = Lru(limit, _plan_tokens)
+        self.plain = remembering(self._plain, limit, _plan_tokens)
+        self.sentences = remembering(self._sentences, limit, lambda found: counted_tokens(found[-1].end))
         """The sentences of a block: of token ids and the passage's text."""
 
     def worded(self, token_ids: tuple[int, ...]) -> PassagePlan:
@@ -110,3 +121,7 @@ class PassageDrafts:
             text = "".join(map(detokenizer.feed, token_ids[start:end]))
             plan.chunks.add(start_token=start, end_token=end, form=CHUNK_FORM_COMPRESSED, text=text)
         return plan
+
+
+def _plan_tokens(plan: PassagePlan) -> int:
+    return counted_tokens(len(plan.token_ids))

@@ -64,7 +64,9 @@ class Sampler:
     def draw(self, logits: torch.Tensor) -> int:
         """A token id from one row of logits, shape [vocab], by inversion of the cumulative distribution."""
         number = torch.rand((), generator=self._generator, dtype=torch.float64).item()
-        probabilities = torch.softmax(logits.double() / self._temperature, dim=-1)
+        wide = logits.double()
+        # from the largest down: a temperature near 0 would make infinities of them, whose softmax is no number
+        probabilities = torch.softmax((wide - wide.max()) / self._temperature, dim=-1)
         if self._top_p < 1.0:
             ordered, ids = probabilities.sort(descending=True, stable=True)
             cumulative = ordered.cumsum(dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from blockrag.aio import detached
+
+_logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,7 +28,7 @@ class _Waiting(Generic[Item, Result]):
 
 @dataclass
 class BatchStats:
-    """Since the start; batches that failed count too."""
+    """Since the start; batches that failed count too, and once."""
 
     items: int = 0
     size: int = 0
@@ -37,9 +40,9 @@ class Batcher(Generic[Item, Result]):
     """First come, first served, as many at a time as fit ``max_size``; an item larger than that is computed alone.
 
     ``compute`` gets the items of a batch and returns their results in order; it runs in the batcher's one thread, so
-    it need not be thread-safe and the event loop stays free. An error of ``compute`` goes to the items of that batch
-    only. A batch that is not full waits ``wait_s`` seconds from its first item's arrival, never while a batch is
-    computed.
+    it need not be thread-safe and the event loop stays free. Where it fails on a batch, each of the items is computed
+    alone, so that an error goes to what it is about. A batch that is not full waits ``wait_s`` seconds from its first
+    item's arrival, never while a batch is computed.
 
     All calls come from one event loop. What bounds the number of waiting items is the caller.
     """
@@ -77,7 +80,6 @@ class Batcher(Generic[Item, Result]):
 
     async def _work(self) -> None:
         """Runs while there is something to compute."""
-        loop = asyncio.get_running_loop()
         while self._queue:
             await self._fill(self._queue[0].arrival + self._wait_s)
             batch = self._take()
@@ -86,19 +88,30 @@ class Batcher(Generic[Item, Result]):
             self.stats.batches += 1
             self.stats.items += len(batch)
             self.stats.size += sum(waiting.size for waiting in batch)
-            try:
-                items = [waiting.item for waiting in batch]
-                results = await loop.run_in_executor(self._executor, self._compute, items)
-                if len(results) != len(batch):
-                    raise RuntimeError(f"{len(results)} results for {len(batch)} items")
-            except Exception as error:
+            await self._settle(batch)
+
+    async def _settle(self, batch: Sequence[_Waiting[Item, Result]]) -> None:
+        """Computes a batch and tells who waits; where that fails, each of its items alone."""
+        items = [waiting.item for waiting in batch]
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, items)
+        except Exception as error:
+            if len(batch) > 1:
+                _logger.warning("a batch of %d failed, computing each alone: %s", len(batch), error)
                 for waiting in batch:
                     if not waiting.future.done():
-                        waiting.future.set_exception(error)
+                        await self._settle([waiting])
+            elif not batch[0].future.done():
+                batch[0].future.set_exception(error)
+            return
+        wrong = RuntimeError(f"{len(results)} results for {len(batch)} items") if len(results) != len(batch) else None
+        for place, waiting in enumerate(batch):
+            if waiting.future.done():
+                continue
+            if wrong is None:
+                waiting.future.set_result(results[place])
             else:
-                for waiting, result in zip(batch, results, strict=True):
-                    if not waiting.future.done():
-                        waiting.future.set_result(result)
+                waiting.future.set_exception(wrong)
 
     async def _fill(self, until: float) -> None:
         """Waits until a batch is full or its time has come."""

@@ -21,7 +21,7 @@ import re
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +46,7 @@ _DTYPES = ("<u2", "<f4", "|i1")
 _FOLDER = re.compile(r"[0-9a-f]{16}")
 _KEY = re.compile(r"[0-9a-f]{40}")
 _MOST_HEADER_BYTES = 4 * 2**20
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,15 @@ def write_block(path: Path, block: CachedBlock, tenant: str, form: BlockForm, en
     """Writes a block; whole or not at all. Its bytes. Raises ``OSError``; then nothing is left."""
     parts = packed(block, tenant, form, encode_s)
     unfinished = path.with_name(path.name + UNFINISHED)
-    try:
+
+    def write() -> None:
         with _new_file(unfinished) as file:
             for part in parts:
                 file.write(part)
         unfinished.replace(path)
+
+    try:
+        _in_folder_of(path, write)
     except BaseException:
         with contextlib.suppress(OSError):
             unfinished.unlink()
@@ -191,6 +196,15 @@ def block_paths(root: Path) -> Iterator[Path]:
                     yield Path(entry.path)
 
 
+def move_file(path: Path, target: Path) -> None:
+    """Gives a block's file to another document. Raises ``OSError``; then it is removed, as no purge would find it."""
+    try:
+        _in_folder_of(target, lambda: path.replace(target))
+    except OSError:
+        remove_file(path)
+        raise
+
+
 def remove_file(path: Path) -> None:
     """Removes a block's file and the folders that this leaves empty. A file that is gone already is no error."""
     path.unlink(missing_ok=True)
@@ -207,7 +221,8 @@ def remove_folder(root: Path, folder: str) -> None:
     path = root / folder
     if not os.path.lexists(path):  # or nothing can be looked for there, and so nothing was ever written
         return
-    for attempts_left in (2, 1, 0):  # another shard may be writing into it; it will be told of the purge as well
+    # another shard may be writing into it; it will be told of the purge as well
+    for attempts_left in reversed(range(_TRIES)):
         try:
             shutil.rmtree(path)
             break
@@ -254,12 +269,20 @@ def _new_file(path: Path) -> Any:
         return os.open(name, flags | os.O_NOFOLLOW, 0o600)
 
     path.unlink(missing_ok=True)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return open(path, "xb", buffering=0, opener=opener)
-    except FileNotFoundError:  # another shard removed the folder in between, because it was empty
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return open(path, "xb", buffering=0, opener=opener)
+    return open(path, "xb", buffering=0, opener=opener)
+
+
+def _in_folder_of(path: Path, call: Callable[[], object]) -> None:
+    """Makes a file's folder, then calls; and again where another shard removes the folder meanwhile, because it is
+    empty or purged."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            call()
+            return
+        except (FileNotFoundError, FileExistsError):  # the latter too is what mkdir raises then
+            if not tries_left:
+                raise
 
 
 def _read(path: Path) -> bytes:

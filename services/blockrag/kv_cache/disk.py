@@ -18,6 +18,7 @@ from blockrag.keys import KeyMaker
 from blockrag.kv_cache.block_files import (
     folder_of,
     most_header_bytes,
+    move_file,
     purged_folder,
     read_block,
     remove_file,
@@ -162,6 +163,7 @@ class DiskTier(FileTier):
     async def _write(self, pending: Pending, block: CachedBlock) -> bool:
         evicted = self.index.make_room(pending.nbytes, pending.tenant)
         if evicted is None:
+            self._queue.dropped += 1
             return False
         self._evictions += len(evicted)
         now = self._clock()
@@ -197,7 +199,7 @@ class DiskTier(FileTier):
         """Gives to a document what belonged to none, and so to no purge."""
         path = self._path(entry)
         self.index.move(entry.key, folder)
-        self._later(_move, path, self._path(entry))
+        self._later(move_file, path, self._path(entry))
 
     def _expire(self) -> None:
         if self._ttl_s:
@@ -213,8 +215,3 @@ class DiskTier(FileTier):
 
 def _of_no_document(tenant: str) -> str:
     return folder_of(DocumentId(tenant, "", ""))
-
-
-def _move(path: Path, target: Path) -> None:
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.replace(target)

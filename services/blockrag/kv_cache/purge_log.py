@@ -48,7 +48,8 @@ class PurgeJournal:
 class Departed:
     """Keys that the store no longer holds but a reader's own copy may: a purge must reach those too.
 
-    Bounded: once the oldest had to be dropped, ``overflowed`` says that a purge can no longer name every key.
+    Bounded: once the oldest had to be dropped, ``overflowed`` says that a purge can no longer name every key. Readers
+    are told to forget everything then, and it can be cleared.
     """
 
     def __init__(self, *, capacity: int = 65_536) -> None:
@@ -76,6 +77,12 @@ class Departed:
         for key in keys:
             self._drop(key)
         return keys
+
+    def clear(self) -> None:
+        """Forgets all keys: no reader has a copy of any."""
+        self._documents.clear()
+        self._keys.clear()
+        self.overflowed = False
 
     @property
     def documents(self) -> Collection[DocumentId]:

@@ -140,7 +140,8 @@ class CacheShard:
         return sum(outcomes, WarmOutcome())
 
     async def _warm(self, request: BlockRequest, pin: bool) -> WarmOutcome:
-        waiting = _Encoding({document_of(request)})
+        document = document_of(request)
+        waiting = _Encoding({document}, {document} if pin else set())
         self._waiting.add(waiting)
         try:
             await self._warming.acquire()
@@ -149,6 +150,7 @@ class CacheShard:
         try:
             if not waiting.documents:  # purged meanwhile
                 return WarmOutcome()
+            pin = bool(waiting.pins)  # or pinned or unpinned
             if self._held(request, pin=pin) is not None:
                 return WarmOutcome(hits=1)
             joined = request.key in self._flights
@@ -170,7 +172,7 @@ class CacheShard:
 
     async def set_pins(self, documents: Sequence[DocumentId], pinned: bool) -> int:
         """Pins or unpins documents' blocks; how many changed."""
-        for encoding in self._encodings.values():
+        for encoding in (*self._encodings.values(), *self._waiting):
             for document in documents:
                 chosen = {each for each in encoding.documents if _covers(document, each)}
                 encoding.pins = encoding.pins | chosen if pinned else encoding.pins - chosen

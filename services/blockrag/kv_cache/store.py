@@ -195,6 +195,7 @@ class BlockStore:
         self.journal.append(sorted(told))
         if self._departed.overflowed:
             self.journal.reset_readers()
+            self._departed.clear()  # no reader has a copy left of what departed until now
         return forgotten
 
     def expire(self) -> None:

@@ -25,6 +25,8 @@ import sys
 import time
 from pathlib import Path
 
+WRAPPER = "haproxy"
+"""File of what Serve starts as HAProxy, in the folder of all that HAProxy writes."""
 _GUARD_FILE = "standby.pid"
 _FIRST_FILE = "first.pid"
 _CLOSED_FILE = "closed"
@@ -50,7 +52,7 @@ def write_script(path: Path, file: str, *words: object) -> Path:
 
 def write_wrapper(folder: Path, binary: str, owner: int) -> Path:
     """The executable that Serve starts as HAProxy. ``owner``: process without which no standby goes on."""
-    return write_script(folder / "haproxy", __file__, "start", binary, folder, owner)
+    return write_script(folder / WRAPPER, __file__, "start", binary, folder, owner)
 
 
 def write_node_wrapper(wrapper: Path) -> None:

@@ -57,6 +57,17 @@ def close_doors(settings: Settings, within_s: float) -> None:
     haproxy.close(_folders(settings)[0], within_s)
 
 
+def clear_scratch(settings: Settings) -> None:
+    """Ends the standby and removes HAProxy's files, but what starts it and the origin's socket, for the next system."""
+    files, _, sockets = _folders(settings)
+    haproxy.stop_standby(files)
+    for left in [*files.iterdir(), *sockets.iterdir()]:
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left not in (files / haproxy.WRAPPER, origin_address(settings)):
+            left.unlink()
+
+
 def remove_scratch(settings: Settings) -> None:
     """Ends the standby and removes the files, also those of a system that was killed."""
     folders = _folders(settings)

@@ -22,7 +22,8 @@ from blockrag.modeling.running_text import BundleTokenizer, field_ids, literal_i
 __all__ = ["BundleTokenizer", "PromptTemplate"]
 
 _FIELD = re.compile(r"\{(title|text|question)\}")
-_BEGIN = re.compile(r"^<(s|bos|\|begin\w*\|)>")
+# of Llama and Mistral, Gemma, Llama 3, Cohere, DeepSeek, GLM
+_BEGIN = re.compile(r"^(<(s|bos|\|begin\w*\||BOS_TOKEN|｜begin▁of▁sentence｜)>|\[gMASK\]<sop>)")
 INSTRUCTION = (
     "Answer the question with a few words from the passages below. If they do not hold the answer, reply: "
     "not in the passages.\n\n"

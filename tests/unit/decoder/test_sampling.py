@@ -29,6 +29,14 @@ def test_frequencies_follow_the_distribution() -> None:
         assert counts[token] / 4000 == pytest.approx(expected[token].item(), abs=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-310, 5e-324])
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_a_temperature_near_0_takes_the_likeliest(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([-3.0, 10.0, 2.0, -torch.inf])
+    sampler = _sampler(temperature=temperature, top_p=top_p)
+    assert {sampler.draw(logits) for _ in range(20)} == {1}
+
+
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p() -> None:
     logits = torch.log(torch.tensor([0.1, 0.5, 0.3, 0.1]))
     half, more = _sampler(temperature=1.0, top_p=0.4, seed=3), _sampler(temperature=1.0, top_p=0.7, seed=3)

@@ -84,12 +84,28 @@ async def test_what_arrives_during_a_computation_is_the_next_batch() -> None:
     assert computer.most_running == 1
 
 
-async def test_an_error_reaches_its_batch_only() -> None:
+async def test_an_error_reaches_its_item_only() -> None:
     computer = Computer()
     batcher = Batcher(computer, max_size=2, wait_s=0.005)
     outcomes = await asyncio.gather(*(batcher.submit(item, 1) for item in (1, -1, 3, 4)), return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [ValueError, ValueError, int, int]
+    assert [type(outcome) for outcome in outcomes] == [int, ValueError, int, int]
+    assert computer.batches == [[1, -1], [1], [-1], [3, 4]]
     assert await batcher.submit(5, 1) == 10
+    assert (batcher.stats.items, batcher.stats.batches) == (5, 3)
+
+
+async def test_who_left_before_a_batch_failed_is_not_computed_again() -> None:
+    computer = Computer()
+    computer.go.clear()
+    batcher = Batcher(computer, max_size=100, wait_s=0.005)
+    waiting = [asyncio.ensure_future(batcher.submit(item, 1)) for item in (1, 2, -1)]
+    await computer.until_entered()
+    waiting[1].cancel()
+    await settle()
+    computer.go.set()
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [int, asyncio.CancelledError, ValueError]
+    assert computer.batches == [[1, 2, -1], [1], [-1]]
 
 
 async def test_a_wrong_number_of_results_is_an_error() -> None:

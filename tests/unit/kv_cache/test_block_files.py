@@ -5,6 +5,7 @@ import random
 import stat
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from blockrag.kv_cache.block_files import (
     UNFINISHED,
     block_paths,
     folder_of,
+    move_file,
     purged_folder,
     read_block,
     read_header,
@@ -229,6 +231,40 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="irectory"):
         write_block(path, block_of(request), "t", FULL, 0.1)
     assert files(tmp_path) == [path / "in the way"]
+
+
+def purging(monkeypatch: pytest.MonkeyPatch, root: Path, times: int) -> None:
+    """Another shard removes all folders before a file gets its name, so many times."""
+    replace_file, left = Path.replace, [None] * times
+
+    def after_a_purge(path: Path, target: Path) -> Path:
+        if left:
+            left.pop()
+            remove_folder(root, target.relative_to(root).parts[0])
+        return replace_file(path, target)
+
+    monkeypatch.setattr(Path, "replace", after_a_purge)
+
+
+def test_a_folder_that_is_purged_by_another_shard_while_a_block_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purging(monkeypatch, tmp_path, 2)
+    path = written(tmp_path, wanted(3))
+    assert_same_block(read_block(path, wanted(3)), block_of(wanted(3)))
+    assert files(tmp_path) == [path]
+
+
+@pytest.mark.parametrize(("times", "moved"), [(0, True), (1, True), (99, False)])
+def test_a_file_is_at_its_new_place_or_nowhere(
+    times: int, moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "from", wanted(3))
+    target = tmp_path / "to" / folder_of(DocumentId("t", "c", "other")) / path.name
+    purging(monkeypatch, tmp_path, times)
+    with nullcontext() if moved else pytest.raises(FileNotFoundError):
+        move_file(path, target)
+    assert files(tmp_path) == ([target] if moved else [])
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:

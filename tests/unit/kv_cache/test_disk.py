@@ -297,6 +297,13 @@ async def test_a_budget_beyond_the_disk_is_cut_with_a_warning(tmp_path: Path) ->
     assert open_tier(tmp_path, 10).usage().warnings == []
 
 
+async def test_a_block_larger_than_what_its_tenant_may_have_is_counted_as_not_written(tmp_path: Path) -> None:
+    tier = open_tier(tmp_path, 10, tenant_share=0.05)
+    await keep(tier, wanted(1))
+    usage = tier.usage()
+    assert (usage.written, usage.dropped, usage.blocks, files(tmp_path)) == (0, 1, 0, [])
+
+
 async def test_a_smaller_budget_removes_what_was_used_longest_ago(tmp_path: Path) -> None:
     now = 1000.0
     tier = open_tier(tmp_path, clock=lambda: now)

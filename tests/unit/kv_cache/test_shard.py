@@ -315,3 +315,16 @@ async def test_what_was_purged_while_it_waited_to_be_warmed_is_not_encoded() -> 
     await first
     assert encoder.encoded == ["a", "c"]
     assert "b" not in shard.store and "c" in shard.store
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_pins_count_that_change_while_blocks_wait_to_be_warmed(pinned: bool) -> None:
+    encoder = Encoder()
+    encoder.go.clear()
+    shard = CacheShard(BlockStore(10 * SIZE), encoder, warm_concurrency=1)
+    warming = asyncio.create_task(shard.warm([request("a"), request("b"), request("c", "other")], not pinned))
+    await settle()
+    await shard.set_pins([DOCUMENT], pinned)
+    encoder.go.set()
+    await warming
+    assert (await shard.stats()).pinned_blocks == (2 if pinned else 1)

@@ -229,6 +229,21 @@ def test_readers_must_forget_everything_when_evicted_keys_are_no_longer_known() 
     assert store.journal.since(start).reset
 
 
+def test_what_readers_forgot_once_is_no_reason_to_forget_again() -> None:
+    store = BlockStore(20, departed=Departed(capacity=2))
+    for number in range(6):
+        put(store, f"k{number}")
+    store.purge(OTHER)
+    told = store.journal.since(0).cursor
+    put(store, "k6")
+    store.purge(OTHER)
+    assert not store.journal.since(told).reset
+    store.purge(DOCUMENT)
+    after = store.journal.since(told)
+    assert not after.reset
+    assert sorted(after.keys) == ["k4", "k5", "k6"]
+
+
 def test_a_lost_block_is_forgotten_unless_it_was_replaced() -> None:
     store = BlockStore(100)
     old = put(store, "a")

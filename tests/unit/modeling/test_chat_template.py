@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,19 @@ def test_a_conversation_reads_as_the_checkpoint_s_own(form: str) -> None:
 def test_templates_without_turns_put_question_after_answer() -> None:
     assert TEST_TEMPLATE.next_turn == ""
     assert default_template(make_tiny_tokenizer()).next_turn == ""
+
+
+@pytest.mark.parametrize(
+    "begin", ["<s>", "<bos>", "<|begin_of_text|>", "<BOS_TOKEN>", "<｜begin▁of▁sentence｜>", "[gMASK]<sop>"]
+)
+def test_a_sequence_begins_once_whatever_its_beginning_is_called(begin: str) -> None:
+    template = replace(
+        TEST_TEMPLATE,
+        instruction=f"{begin}<|user|>{INSTRUCTION}",
+        final="Question: {question}<|assistant|>",
+        end="<end>",
+    )
+    assert template.next_turn == "<|user|>"
 
 
 def test_what_was_said_before_is_data() -> None:
