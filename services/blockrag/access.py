@@ -25,7 +25,15 @@ from google.protobuf.message import Message
 from blockrag.errors import InvalidRequestError, SettingsError, UnauthenticatedError
 from blockrag.limits import LOOPBACK_NAMES
 from blockrag.settings import Settings
-from blockrag.tenants import HASHED_KEY, NO_LIMITS, TenantLimits, TenantSettings, read_tenants
+from blockrag.tenants import (
+    HASHED_KEY,
+    NO_LIMITS,
+    TenantLimits,
+    TenantSettings,
+    check_distinct,
+    key_digest,
+    read_tenants,
+)
 
 PUBLIC_TENANT = "public"
 _SCHEME = "bearer "
@@ -83,7 +91,7 @@ class _Known:
     @classmethod
     def of(cls, tenants: Sequence[TenantSettings]) -> _Known:
         callers = {tenant: Caller(tenant.name, tenant.operator) for tenant in tenants}
-        keys = tuple((_stored(key), caller) for tenant, caller in callers.items() for key in tenant.keys)
+        keys = tuple((key_digest(key), caller) for tenant, caller in callers.items() for key in tenant.keys)
         return cls(keys, {tenant.name: tenant.limits for tenant in tenants})
 
 
@@ -93,10 +101,11 @@ class Tenants:
     def __init__(self, tenants: Sequence[TenantSettings], file: Path | None = None) -> None:
         """``file`` has more of them and is read again when it changes; what cannot be read then leaves those known
         before. Raises SettingsError when it cannot be read now."""
+        self._named = tuple(tenants)
         self._fixed = _Known.of(tenants)
         self._file = file
         self._version = _file_version(file) if file is not None else None
-        self._of_file = _Known.of(read_tenants(file) if file is not None else ())
+        self._of_file = self._read(file) if file is not None else _Known.of(())
         self._look_again = time.monotonic() + _FILE_KEPT_S
 
     def __bool__(self) -> bool:
@@ -124,7 +133,7 @@ class Tenants:
         text = header.decode("utf-8", "replace") if isinstance(header, bytes) else header
         if not text.lower().startswith(_SCHEME):
             raise UnauthenticatedError("metadata 'authorization' must be 'Bearer <api key>'")
-        given = _digest(text[len(_SCHEME) :].strip())
+        given = hashlib.sha256(text[len(_SCHEME) :].strip().encode()).digest()
         found = None
         # Every key is compared, each in constant time: the time taken says nothing about any of them.
         for digest, caller in (*self._fixed.keys, *self._of_file.keys):
@@ -144,11 +153,19 @@ class Tenants:
             return
         self._version = version
         try:
-            self._of_file = _Known.of(read_tenants(self._file))
+            self._of_file = self._read(self._file)
         except SettingsError as error:
             _logger.error("the tenants known before stay: %s", error)
         else:
             _logger.info("%s was read again: %d keys", self._file, len(self._of_file.keys))
+
+    def _read(self, file: Path) -> _Known:
+        found = read_tenants(file)
+        try:
+            check_distinct((*self._named, *found))
+        except ValueError as error:
+            raise SettingsError(f"gateway.tenants_file {file}: {error}") from error
+        return _Known.of(found)
 
 
 _DESCRIBING = {
@@ -259,17 +276,9 @@ def hashed_key(key: str) -> str:
     return HASHED_KEY + hashlib.sha256(key.encode()).hexdigest()
 
 
-def _stored(key: str) -> bytes:
-    return bytes.fromhex(key.removeprefix(HASHED_KEY)) if key.startswith(HASHED_KEY) else _digest(key)
-
-
 def _file_version(path: Path) -> tuple[int, int, int] | None:
     try:
         found = path.stat()
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()

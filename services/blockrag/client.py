@@ -220,10 +220,14 @@ class BlockragClient:
         return alike(DeletedDocument, response)
 
     async def delete_source(self, source: str, *, collection: str = "") -> DeletedSource:
-        """Removes all documents that came from a source; ``NotFoundError`` when there is none."""
+        """Removes all documents that came from a source; ``NotFoundError`` when there is none.
+
+        What an attempt whose answer was lost has removed is not counted.
+        """
         request = messages.made(corpus_pb2.DeleteSourceRequest, collection=collection, source=source)
-        with self._call("CorpusService/DeleteSource") as call:
-            response = await call(request)  # as long as it takes: there may be many
+        # As long as it takes: there may be many.
+        gone = corpus_pb2.DeleteSourceResponse()
+        response = await self._send("CorpusService/DeleteSource", request, gone, timeout_s=math.inf)
         return DeletedSource(tuple(response.document_ids), response.passages, response.purged_blocks)
 
     async def delete_collection(self, collection: str) -> DeletedCollection:
@@ -261,11 +265,13 @@ class BlockragClient:
         It begins again, with what is warm already, when it was interrupted.
         """
         request = messages.made(corpus_pb2.WarmRequest, collection=collection, document_ids=document_ids, pin=pin)
-        patience = Patience(self._patience_s, math.inf)
+        patience, furthest = Patience(self._patience_s, math.inf), 0
         while True:
             try:
                 async with aclosing(self._stream("CorpusService/Warm", request)) as steps:
                     async for step in steps:
+                        if step.done > furthest:  # it got on: what goes away an hour later is waited for anew
+                            patience, furthest = Patience(self._patience_s, math.inf), step.done
                         yield alike(WarmProgress, step)
                 return
             except (UnavailableError, OverloadedError) as error:
@@ -349,14 +355,14 @@ class BlockragClient:
                     raise broken[0] from None
                 raise
 
-    async def _send(self, method: str, request: Any, gone: Any = None) -> Any:
+    async def _send(self, method: str, request: Any, gone: Any = None, *, timeout_s: float | None = None) -> Any:
         """The answer to a call that may happen twice. ``gone``: to one that finds nothing, after an attempt whose
         answer was lost."""
-        patience = Patience(self._patience_s, self._timeout_s)
+        patience = Patience(self._patience_s, self._timeout_s if timeout_s is None else timeout_s)
         while True:
             try:
                 with self._call(method) as call:
-                    return await call(request, timeout=patience.left_s)
+                    return await call(request, timeout=patience.left_s if patience.left_s < math.inf else None)
             except UnavailableError as error:
                 await patience.pause(error)
             except NotFoundError:

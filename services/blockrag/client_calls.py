@@ -59,7 +59,7 @@ class Patience:
     def __init__(self, patience_s: float, timeout_s: float) -> None:
         """``patience_s`` from the first failure, ``timeout_s`` from now."""
         self._patience_s = patience_s
-        self._until = time.monotonic() + timeout_s
+        self._until = self._last_try = time.monotonic() + timeout_s
         self._pause_s = _FIRST_PAUSE_S
         self.failed = False
 
@@ -74,12 +74,13 @@ class Patience:
         now = time.monotonic()
         if not self.failed:
             self.failed = True
-            self._until = min(self._until, now + self._patience_s)
+            # When it is sent, not how long its answer may take: that is what the caller said.
+            self._last_try = min(self._until, now + self._patience_s)
         # Not all together: those who lost the same replica would meet at the next one.
         pause_s = self._pause_s * random.uniform(0.5, 1.0)
         if isinstance(error, OverloadedError):
             pause_s += error.retry_after_ms / 1000
-        if now + pause_s >= self._until:
+        if now + pause_s >= self._last_try:
             raise error
         await asyncio.sleep(pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)

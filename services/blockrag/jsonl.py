@@ -19,7 +19,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     opened = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opened(path, "rt", encoding="utf-8") as lines:
+        with opened(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{path}:{number}", _object(f"{path}:{number}", line)
@@ -31,7 +31,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _object(place: str, line: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SetupError(f"{place}: no JSON: {error}") from error
     if not isinstance(values, dict):
         raise SetupError(f"{place}: must be a JSON object")

@@ -17,13 +17,18 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from blockrag.errors import SettingsError
 from blockrag.languages import DEFAULT_LANGUAGE, Language
 from blockrag.modeling.cache import CACHE_VARIABLE
-from blockrag.tenants import Section, TenantSettings, problems_of, read_yaml
+from blockrag.tenants import Section, TenantList, problems_of, read_yaml
 
 ENVIRONMENT_PREFIX = "BLOCKRAG_"
 API_KEY_VARIABLE = "BLOCKRAG_KEY"
 """The tenant's key on the command line; with BLOCKRAG_CACHE the only variables with the prefix that are no settings."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+def host_and_port(host: str, port: int) -> str:
+    """As URLs and gRPC write it: an IPv6 address in brackets, or its last colon would not be the port's."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class BundleSettings(Section):
@@ -72,6 +77,11 @@ class ClusterSettings(Section):
     """Make Ray's workers copies of one process that has imported everything, which starts them in a fraction of the
     time and lets them share its memory; false: each is an interpreter of its own."""
 
+    @property
+    def target(self) -> str:
+        """The gRPC ingress, as clients dial it."""
+        return host_and_port(self.host, self.grpc_port)
+
 
 PUBLIC_SECRET = "change-me-before-serving"
 """Default of ``kv_cache.secret``: no secret."""
@@ -113,7 +123,7 @@ class GatewaySettings(Section):
     those of requests that have earlier turns, or the first turn of what may become a conversation too."""
     max_warmings: PositiveInt = 4
     """Warmings under way per replica, of one tenant half as many."""
-    tenants: tuple[TenantSettings, ...] = ()
+    tenants: TenantList = ()
     """Empty, and no tenants_file: no authentication, everybody is tenant "public"."""
     tenants_file: str = ""
     """A YAML file with a list of more tenants, read again within seconds of a change: keys are replaced without a

@@ -36,6 +36,8 @@ _FIELD = re.compile(r"^([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): (.*)$", 
 _RETRY = re.compile(r"^(.*); retry in (\d+) ms$", re.DOTALL)
 # What clients of gRPC make of a proxy or a server that went away in the middle of a call.
 _GONE = re.compile(r"^(Received RST_STREAM|Received http2 header with status: 5|Stream removed|Socket closed)")
+# gRPC's own refusal, which a smaller message passes and a later one does not.
+_TOO_LARGE = re.compile(r"^(?:(CLIENT|SERVER): )?(Sent|Received) message larger than max")
 LOST_STATUS = (grpc.StatusCode.INTERNAL, "Internal error from Core")
 """What gRPC's asyncio client reads, once in a hundred times, from a call that ended while it was still being sent
 (grpc/grpc issue 36066); no server of ours says so."""
@@ -55,6 +57,9 @@ def error_of(code: grpc.StatusCode, details: str) -> BlockragError:
         found = _FIELD.match(details)
         return InvalidRequestError(found[1], found[2]) if found else PromptTooLongError(details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if (large := _TOO_LARGE.match(details)) is not None:
+            answer = large.groups() == ("CLIENT", "Received")
+            return BlockragError(f"the answer: {details}") if answer else InvalidRequestError("request", details)
         found = _RETRY.match(details)
         return OverloadedError(found[1], int(found[2])) if found else OverloadedError(details, RETRY_AFTER_MS)
     if code is grpc.StatusCode.NOT_FOUND:

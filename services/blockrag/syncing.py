@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from blockrag.characters import normalise
 from blockrag.client import BlockragClient
 from blockrag.errors import NotFoundError
 from blockrag.results import Document, IngestedDocument
@@ -44,7 +45,7 @@ class Sync:
 
     def keep_all_of(self, source: str) -> None:
         """The file ``source`` could not be stored: nothing that came from it is removed."""
-        self._failed.add(source)
+        self._failed.add(normalise(source))  # as it is stored: names of files may be decomposed
 
     def gone(self) -> list[Document]:
         """What is to be removed, by id."""

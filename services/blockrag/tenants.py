@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -38,7 +39,15 @@ def _checked_key(key: str) -> str:
         raise ValueError("a hashed key is sha256: and 64 hexadecimal digits, as `blockrag key` prints it")
     if len(key) < _SHORTEST_KEY:
         raise ValueError(f"a key has at least {_SHORTEST_KEY} characters")
+    if not (key.isascii() and key.isprintable()) or key != key.strip():
+        raise ValueError("a key is printable ASCII without white space around it: no header carries another")
     return key
+
+
+def key_digest(key: str) -> bytes:
+    """What a key is known by, given as it is or by its hash."""
+    given = key.startswith(HASHED_KEY)
+    return bytes.fromhex(key.removeprefix(HASHED_KEY)) if given else hashlib.sha256(key.encode()).digest()
 
 
 ApiKey = Annotated[str, AfterValidator(_checked_key)]
@@ -105,7 +114,19 @@ class TenantSettings(Section):
         return (*((self.api_key,) if self.api_key is not None else ()), *self.api_keys)
 
 
-_TENANT_LIST = TypeAdapter(tuple[TenantSettings, ...])
+def check_distinct(tenants: Sequence[TenantSettings]) -> Sequence[TenantSettings]:
+    """Raises ValueError where a key is two tenants': one of them would be shown what the other has."""
+    names: dict[bytes, str] = {}
+    for tenant in tenants:
+        for key in tenant.keys:
+            other = names.setdefault(key_digest(key), tenant.name)
+            if other != tenant.name:
+                raise ValueError(f"{other} and {tenant.name} have the same key")
+    return tenants
+
+
+TenantList = Annotated[tuple[TenantSettings, ...], AfterValidator(check_distinct)]
+_TENANT_LIST = TypeAdapter(TenantList)
 
 
 def read_tenants(path: Path) -> tuple[TenantSettings, ...]:

@@ -33,6 +33,9 @@ class Server(
         """Errors of the next calls; a text is NOT_FOUND with it, as Serve says it; a pair is the status itself."""
         self.break_after: list[str] = []
         """Where the next streams break: behind ``retrieved`` or ``text``."""
+        self.warm_breaks: list[int] = []
+        """Passages at which the next warmings break."""
+        self.warm_pause_s = 0.0
         self.uploads: list[Any] = []
         self.stopped = asyncio.Event()
         self.unhealthy = 0
@@ -144,6 +147,12 @@ class Server(
         await self._note(request, context)
         return corpus_pb2.DeleteCollectionResponse(documents=1, passages=3, purged_blocks=2)
 
+    async def DeleteSource(
+        self, request: corpus_pb2.DeleteSourceRequest, context: Any
+    ) -> corpus_pb2.DeleteSourceResponse:
+        await self._note(request, context)
+        return corpus_pb2.DeleteSourceResponse(document_ids=["r1", "r2"], passages=3, purged_blocks=2)
+
     async def ListDocuments(
         self, request: corpus_pb2.ListDocumentsRequest, context: Any
     ) -> corpus_pb2.ListDocumentsResponse:
@@ -168,7 +177,11 @@ class Server(
     async def Warm(self, request: corpus_pb2.WarmRequest, context: Any) -> AsyncIterator[corpus_pb2.WarmResponse]:
         await self._note(request, context)
         for done in (4, 9):
+            if self.warm_breaks and done >= self.warm_breaks[0]:
+                self.warm_breaks.pop(0)
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "a replica went away")
             yield corpus_pb2.WarmResponse(done=done, total=9, hits=1)
+            await asyncio.sleep(self.warm_pause_s)
 
     async def Describe(self, request: system_pb2.DescribeRequest, context: Any) -> system_pb2.DescribeResponse:
         await self._note(request, context)

@@ -180,11 +180,28 @@ def test_keys_are_several_and_may_be_given_by_their_hash() -> None:
         ({}, "api_key or api_keys must be set"),
         ({"api_key": "short"}, "at least 16 characters"),
         ({"api_keys": ("sha256:0123",)}, "64 hexadecimal digits"),
+        ({"api_key": "a-key-of-a-block-in-yaml\n"}, "white space around it"),
+        ({"api_key": "schlüssel-0123456789"}, "printable ASCII"),
     ],
 )
 def test_keys_that_are_none(values: dict[str, object], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         TenantSettings.model_validate({"name": "acme", **values})
+
+
+def test_a_key_is_one_tenant_s(tmp_path: Path) -> None:
+    """The later one of them would answer for the other."""
+    key = "umbrella-key-0123456789"
+    for same in (key, hashed_key(key)):
+        pair = (TenantSettings(name="acme", api_key=key), TenantSettings(name="umbrella", api_keys=(same,)))
+        with pytest.raises(ValueError, match="acme and umbrella have the same key") as refused:
+            GatewaySettings(tenants=pair)
+        assert key not in str(refused.value.errors(include_input=False))  # type: ignore[attr-defined]
+    file = tmp_path / "tenants.yaml"
+    file.write_text(f"- {{name: umbrella, api_key: {key}}}\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"tenants_file .*: acme and umbrella have the same key"):
+        Tenants(pair[:1], file)
+    GatewaySettings(tenants=(pair[0], TenantSettings(name="acme", api_key=key, operator=True)))  # nobody else's
 
 
 def test_a_file_of_tenants_is_read_again_when_it_changes(

@@ -35,6 +35,7 @@ from blockrag.results import (
     Condition,
     DeletedCollection,
     DeletedDocument,
+    DeletedSource,
     GivenPassage,
     IngestedDocument,
     Retrieved,
@@ -272,6 +273,7 @@ async def test_what_went_away_is_asked_again(
         lambda: client.ingest_text("d0", "text"),
         lambda: client.ingest_file(file),
         lambda: client.delete_document("d0"),
+        lambda: client.delete_source("rows.jsonl"),
     )
     for call in calls:
         server[0].requests.clear()
@@ -290,9 +292,21 @@ async def test_a_status_that_grpc_lost_is_asked_again(client: BlockragClient, se
     assert len(server[0].requests) == 3
 
 
+async def test_a_message_that_is_too_large_is_not_asked_to_come_back(
+    client: BlockragClient, server: tuple[Server, str]
+) -> None:
+    with pytest.raises(InvalidRequestError, match=r"request: .*message larger than max"):
+        await client.retrieve("x" * (65 * 2**20))
+    assert server[0].requests == []
+    refused = error_of(grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (9 vs. 8)")
+    assert type(refused) is BlockragError
+
+
 async def test_a_deletion_whose_answer_was_lost_is_done(client: BlockragClient, server: tuple[Server, str]) -> None:
     server[0].lost = [UnavailableError("a replica went away"), NotFoundError("no document 'd0'")]
     assert await client.delete_document("d0") == DeletedDocument(0, 0)
+    server[0].lost = [UnavailableError("a replica went away"), NotFoundError("no document came from it")]
+    assert await client.delete_source("rows.jsonl") == DeletedSource((), 0, 0)
     server[0].lost = [NotFoundError("no document 'd0'")]
     with pytest.raises(NotFoundError):
         await client.delete_document("d0")
@@ -325,6 +339,26 @@ async def test_patience_ends(client: BlockragClient, server: tuple[Server, str])
         await client.ask("Where?")
     assert time.monotonic() - began < 5
     assert len(server[0].requests) > 2
+
+
+async def test_an_answer_to_a_question_that_was_sent_again_has_its_whole_time(
+    client: BlockragClient, server: tuple[Server, str]
+) -> None:
+    server[0].lost = [UnavailableError("a replica went away")]
+    assert (await client.ask("Where?", timeout_s=5)).text == "Oslo"
+    assert 4000 < server[0].requests[1].timeout_ms < 5000  # the client's patience is one second
+
+
+async def test_a_warming_that_gets_on_is_begun_again_each_time(server: tuple[Server, str]) -> None:
+    server[0].warm_breaks, server[0].warm_pause_s = [4, 9, 9], 0.4
+    async with BlockragClient(server[1], KEY, patience_s=0.6) as client:
+        began = time.monotonic()
+        assert [step.done async for step in client.warm()] == [4, 4, 4, 9]
+        assert time.monotonic() - began > 0.6  # longer than the patience with one failure
+        server[0].warm_breaks = [9] * 20
+        with pytest.raises(UnavailableError):  # the beginning alone, again and again, is no progress
+            _ = [step async for step in client.warm()]
+    assert server[0].warm_breaks
 
 
 async def test_retrieve(client: BlockragClient, server: tuple[Server, str]) -> None:

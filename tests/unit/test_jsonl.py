@@ -16,6 +16,14 @@ def test_objects_come_with_their_place_and_empty_lines_are_passed_over(tmp_path:
     assert list(read_objects(path)) == [(f"{path}:2", {"a": 1}), (f"{path}:4", {"b": "ü"})]
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    """As Windows' programs write, and as ingestion reads them."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
+
+    assert list(read_objects(path)) == [(f"{path}:1", {"a": 1})]
+
+
 def test_compressed_files_are_read_alike(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n'))
@@ -24,7 +32,13 @@ def test_compressed_files_are_read_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "problem"), [("{broken", "no JSON"), ("[1]", "must be a JSON object"), ('"a"', "must be a JSON object")]
+    ("line", "problem"),
+    [
+        ("{broken", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ("[1]", "must be a JSON object"),
+        ('"a"', "must be a JSON object"),
+    ],
 )
 def test_what_is_no_object_is_named_by_file_and_line(tmp_path: Path, line: str, problem: str) -> None:
     path = tmp_path / "a.jsonl"

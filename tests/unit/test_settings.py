@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from blockrag.errors import SettingsError
-from blockrag.settings import Settings, load_settings
+from blockrag.settings import ClusterSettings, Settings, load_settings
 
 
 def test_defaults_need_no_file() -> None:
@@ -67,6 +67,12 @@ def test_bad_environment_is_refused(environment: dict[str, str]) -> None:
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="absent"):
         load_settings(tmp_path / "absent.yaml", {})
+
+
+@pytest.mark.parametrize(("host", "target"), [("::1", "[::1]:9000"), ("127.0.0.1", "127.0.0.1:9000")])
+def test_the_ingress_can_be_dialled_at_every_address_of_this_machine(host: str, target: str) -> None:
+    """gRPC takes ::1:9000 for an address without a port. This is what ``blockrag up`` tells later commands."""
+    assert Settings(cluster=ClusterSettings(host=host)).cluster.target == target
 
 
 def test_settings_cannot_be_changed() -> None:

@@ -17,6 +17,7 @@ from rich.text import Text
 from blockrag.cli import console
 from blockrag.cli.console import JsonOption, SettingsOption
 from blockrag.cli.measured import (
+    WITHOUT_KEYS,
     as_bytes,
     counted,
     environment,
@@ -248,8 +249,9 @@ def _measure_grpc(settings: Settings, sizes: tuple[int, ...], repeats: int) -> l
                 )
 
     with tempfile.TemporaryDirectory(prefix="blockrag-bench-") as folder:
-        changes = {"gateway": {"max_top_k": 1000}, "decoder": {"l1_mb": _L1_MB}}
-        with own_system(own_settings(settings, Path(folder), _BUDGET_MB, **changes)) as system:
+        limits = {**WITHOUT_KEYS, "max_top_k": 1000}
+        own = own_settings(settings, Path(folder), _BUDGET_MB, gateway=limits, decoder={"l1_mb": _L1_MB})
+        with own_system(own) as system:
             return asyncio.run(measure(system.target))
 
 

@@ -26,7 +26,7 @@ from blockrag.cli import console
 from blockrag.cli.ask import print_citations
 from blockrag.cli.console import JsonOption, SettingsOption
 from blockrag.cli.documents import describe_warming, show_warming
-from blockrag.cli.measured import environment, own_settings, own_system
+from blockrag.cli.measured import WITHOUT_KEYS, environment, own_settings, own_system
 from blockrag.client import BlockragClient
 from blockrag.corpus.sample import Question, articles_path, load_questions
 from blockrag.errors import InvalidRequestError
@@ -84,8 +84,16 @@ def demo(
     with console.errors_to_exit(), tempfile.TemporaryDirectory(prefix="blockrag-demo-") as state_dir:
         if question and document is None:
             raise InvalidRequestError("question", "is asked about a document: name one with --document")
-        changes = {"decoder": {"l1_mb": _MEMORY_MB}, "retriever": {"threads": 2}}
-        loaded = own_settings(console.settings_from(settings), Path(state_dir), _BUDGET_MB, **changes)
+        # An index of its own, where the settings have a server: nothing is left there.
+        index = {"threads": 2, "backend": "edge", "replicas": 1}
+        loaded = own_settings(
+            console.settings_from(settings),
+            Path(state_dir),
+            _BUDGET_MB,
+            decoder={"l1_mb": _MEMORY_MB},
+            retriever=index,
+            gateway=WITHOUT_KEYS,
+        )
         started = time.perf_counter()
         with own_system(loaded) as system:
             console.err.print(f"the services are up at {system.target} ({time.perf_counter() - started:.0f} s)")

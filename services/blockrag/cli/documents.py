@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import stat
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from blockrag.cli import console
 from blockrag.cli.console import CollectionOption, Connection, JsonOption
 from blockrag.cli.options import command_of
 from blockrag.client import BlockragClient
-from blockrag.errors import BlockragError, InvalidRequestError
+from blockrag.errors import BlockragError, InvalidRequestError, NotFoundError
 from blockrag.languages import LANGUAGES
 from blockrag.results import Document, IngestedDocument, IngestOptions, WarmProgress
 from blockrag.syncing import Sync
@@ -111,13 +113,35 @@ def find_sources(paths: list[Path]) -> Iterator[Source]:
 def _files(paths: list[Path]) -> Iterator[tuple[str, Path]]:
     for path in paths:
         if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_file() and file.suffix.lower() in SUFFIXES:
-                    yield file.relative_to(path).as_posix(), file
+            for file in sorted(_below(path)):
+                yield file.relative_to(path).as_posix(), file
         elif path.is_file():
             yield path.name, path
         else:
             raise InvalidRequestError("paths", f"{console.printable(str(path))} does not exist")
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """Files of known kinds. Raises ``InvalidRequestError`` for a directory that cannot be read: what it holds would
+    seem to be gone."""
+
+    def refuse(error: OSError) -> None:
+        name = console.printable(str(error.filename))
+        raise InvalidRequestError("paths", f"{name} cannot be read: {error.strerror}") from error
+
+    for folder, _, names in os.walk(directory, onerror=refuse):
+        for file in (Path(folder, name) for name in names):
+            if file.suffix.lower() in SUFFIXES and _is_file(file):
+                yield file
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:  # a link to what is gone
+        return False
+    except OSError:  # it is there: it fails alone, when it is sent
+        return True
 
 
 async def _ingest(
@@ -216,21 +240,29 @@ def delete(
         if source:
             gone_with = await client.delete_source(source, collection=collection)
             return [{"source": source, **vars(gone_with)}]
-        return [
-            {"document_id": name, **vars(await client.delete_document(name, collection=collection))}
-            for name in document_ids or []
-        ]
+        found: list[dict[str, object]] = []
+        for name in document_ids or []:
+            try:
+                found.append({"document_id": name, **vars(await client.delete_document(name, collection=collection))})
+            except NotFoundError as error:  # the others are to go all the same
+                found.append({"document_id": name, "error": str(error)})
+        return found
 
     if [everything, bool(document_ids), bool(source)].count(True) != 1:
         raise InvalidRequestError("document_ids", "give documents, or --source, or --all")
     if everything and not yes:
         typer.confirm(f"Remove collection '{collection}' with everything in it?", abort=True)
     removed = connection.run(run)
-    lines = []
+    lines: list[str | Text] = []
     for item in removed:
         name = item.get("document_id") or item.get("source") or f"collection '{collection}'"
-        lines.append(f"removed {name}: {item['passages']} passages, {item['purged_blocks']} cached blocks")
+        if "error" in item:
+            lines.append(Text.assemble(("failed", "red"), f" {name}: {item['error']}"))
+        else:
+            lines.append(f"removed {name}: {item['passages']} passages, {item['purged_blocks']} cached blocks")
     console.answer(as_json, removed, *lines)
+    if any("error" in item for item in removed):
+        raise typer.Exit(1)
 
 
 @command_of(Connection, last=True)

@@ -15,18 +15,32 @@ from blockrag.local import LocalSystem
 from blockrag.local.preflight import free_port
 from blockrag.settings import Settings
 
+WITHOUT_KEYS: Mapping[str, Any] = {"tenants": (), "tenants_file": ""}
+"""Of ``gateway``, for a system that only the command itself asks."""
+
 
 def own_settings(settings: Settings, state_dir: Path, budget_mb: int = 0, **sections: Mapping[str, Any]) -> Settings:
-    """The settings with a state directory and ports of their own, so that a system in use is left alone.
+    """The settings with ports of their own on this machine, and index and blocks below a state directory of their own,
+    so that a system in use, its index, its blocks and its volume are left alone.
 
     ``budget_mb``: of a cache in an object store that holds it; 0: as it is set. ``sections`` are further changes.
     """
-    cluster = {"state_dir": str(state_dir.resolve()), "grpc_port": free_port(), "http_port": free_port()}
-    changes: dict[str, Mapping[str, Any]] = {"cluster": cluster, **sections}
+    changes: dict[str, dict[str, Any]] = {
+        "cluster": {
+            "host": "127.0.0.1",
+            "state_dir": str(state_dir.resolve()),
+            "grpc_port": free_port(),
+            "http_port": free_port(),
+        },
+        "retriever": {"path": ""},
+        "kv_cache": {"disk_path": "", "volume": ""},
+    }
     if budget_mb:
-        store_mb = max(settings.cluster.object_store_mb, budget_mb * 3 // 2)
-        changes |= {"cluster": {**cluster, "object_store_mb": store_mb}, "kv_cache": {"budget_mb": budget_mb}}
-    update = {name: getattr(settings, name).model_copy(update=dict(values)) for name, values in changes.items()}
+        changes["cluster"]["object_store_mb"] = max(settings.cluster.object_store_mb, budget_mb * 3 // 2)
+        changes["kv_cache"]["budget_mb"] = budget_mb
+    for name, values in sections.items():
+        changes.setdefault(name, {}).update(values)
+    update = {name: getattr(settings, name).model_copy(update=values) for name, values in changes.items()}
     return settings.model_copy(update=update)
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from blockrag.http.door import Visit
-from blockrag.http.error_objects import error_detail
+from blockrag.http.error_objects import error_detail, named
 from blockrag.http.events import STREAMED, Answer, data, server_sent, usage_details
 from blockrag.http.shared_fields import (
     Answering,
@@ -90,10 +90,15 @@ class ChatRequest(Answering):
         message = generate_request(self)
         put_conversation([Said.of(one.role, one.content) for one in self.messages], message, "messages")
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        set_number(message, "max_tokens", most)
+        set_number(message, "max_tokens", most, self.params()["max_tokens"])
         set_number(message, "seed", self.seed)
         message.stop.extend([self.stop] if isinstance(self.stop, str) else self.stop or [])
         return message
+
+    def params(self) -> dict[str, str]:
+        own = dict.fromkeys(("question", "turns", "instructions"), "messages")
+        own["max_tokens"] = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {**super().params(), **own}
 
 
 def usage_of(usage: common_pb2.Usage) -> dict[str, Any]:
@@ -109,7 +114,8 @@ def usage_of(usage: common_pb2.Usage) -> dict[str, Any]:
 @router.post("/chat/completions", responses=STREAMED)
 async def create_chat_completion(body: ChatRequest, visit: Visit) -> Response:
     """Answers the last message of a conversation."""
-    answer = await Answer.begin(visit.gateway.generate(body.to_message(), visit.call))
+    with named(**body.params()):
+        answer = await Answer.begin(visit.gateway.generate(body.to_message(), visit.call))
     if body.stream:
         return server_sent(chunks(body, answer))
     return JSONResponse(await whole(body, answer))

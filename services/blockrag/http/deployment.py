@@ -10,7 +10,7 @@ from ray.serve import Application
 from blockrag.grpc_status import rpc
 from blockrag.http.app import build_app
 from blockrag.http.door import RemoteGateway
-from blockrag.settings import Settings, load_application_settings
+from blockrag.settings import Settings, host_and_port, load_application_settings
 from blockrag.telemetry import setup_telemetry
 
 _ALL_ADDRESSES = ("0.0.0.0", "::", "")
@@ -25,7 +25,7 @@ class Http:
         setup_telemetry("http", settings)
         cluster = settings.cluster
         host = "127.0.0.1" if cluster.host in _ALL_ADDRESSES else cluster.host
-        target = f"[{host}]:{cluster.grpc_port}" if ":" in host else f"{host}:{cluster.grpc_port}"
+        target = host_and_port(host, cluster.grpc_port)
         self._app = build_app(RemoteGateway(serve.get_app_handle, target, gateway), settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

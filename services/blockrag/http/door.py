@@ -54,8 +54,7 @@ class Guard:
         except UnauthenticatedError as error:
             await error_response(error)(scope, receive, send)
             return
-        is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
-        most = self._max_document_bytes + _FORM_BYTES if is_form else MAX_JSON_BYTES
+        most = self._max_document_bytes + _FORM_BYTES if is_form(request) else MAX_JSON_BYTES
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > most:
             await error_response(too_large(most))(scope, receive, send)
@@ -71,6 +70,11 @@ class Guard:
             return message
 
         await self._app(scope, bounded, send)
+
+
+def is_form(request: Request) -> bool:
+    """Whether its body is a form, however its type is written."""
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
 class Door:
@@ -172,7 +176,8 @@ class RemoteGateway(RemoteService):
             self._channel = open_channel(self._target, None)
         stub = corpus_pb2_grpc.CorpusServiceStub(self._channel)  # type: ignore[no-untyped-call]
         metadata = [("application", self.name)]
-        if authorization:
+        # No key has other characters: a system without keys takes whatever is sent, and gRPC does not.
+        if authorization and authorization.isascii() and authorization.isprintable():
             metadata.append(("authorization", authorization))
         with translated():
             return await stub.IngestDocument(requests(), metadata=metadata)  # type: ignore[no-any-return]

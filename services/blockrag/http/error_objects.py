@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -63,21 +64,22 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 """For the OpenAPI schema of every path."""
 
-# The gateway's fields, as requests over HTTP name them.
-_PARAMS = (
-    ("question", "messages"),
-    ("turns", "messages"),
-    ("instructions", "messages"),
-    ("compression", "blockrag"),
-    ("filter", "blockrag.filter"),
-    ("top_k", "blockrag.top_k"),
-    ("timeout_ms", "blockrag.timeout_ms"),
-    ("attention_mode", "blockrag.attention_mode"),
-    ("max_context_tokens", "blockrag.max_context_tokens"),
-    ("collection", "model"),
-    ("document_id", "file"),
-    ("content", "file"),
-)
+
+@contextmanager
+def named(**params: str) -> Iterator[None]:
+    """Where what the gateway refuses is a field, tells it by the name that the request has for it; ``params`` by the
+    gateway's names. What is not among them is told as it is."""
+    try:
+        yield
+    except Exception as error:
+        known = as_known_error(error)
+        if not isinstance(known, InvalidRequestError):
+            raise
+        for field, param in params.items():
+            if known.field == field or known.field.startswith((f"{field}.", f"{field}[")):
+                inner = known.field[len(field) :] if field == "compression" else ""
+                raise type(known)(param + inner, known.problem) from error
+        raise
 
 
 def error_detail(error: BaseException) -> tuple[int, ErrorDetail]:
@@ -87,8 +89,7 @@ def error_detail(error: BaseException) -> tuple[int, ErrorDetail]:
         status, kind, code = _kind(known)
         if not isinstance(known, InvalidRequestError):
             return status, ErrorDetail(message=str(known), type=kind, code=code)
-        param = _param(known.field)
-        return status, ErrorDetail(message=f"{param}: {known.problem}", type=kind, param=param, code=code)
+        return status, ErrorDetail(message=str(known), type=kind, param=known.field, code=code)
     error_id = secrets.token_hex(8)
     _LOGGER.error("internal error %s", error_id, exc_info=error)
     message = f"internal error; the server's log has more under id {error_id}"
@@ -142,7 +143,16 @@ def _response(status: int, detail: ErrorDetail, headers: dict[str, str] | None =
 
 def _validation_detail(problems: Sequence[Any]) -> ErrorDetail:
     first = problems[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    if first["type"] == "json_invalid":
+        where = "".join(f" at character {part}" for part in first["loc"][1:])
+        told = f"the body is no JSON{where}: {first.get('ctx', {}).get('error', first['msg'])}"
+        return ErrorDetail(message=told[:2000], type="invalid_request_error", code="invalid_value")
+    if isinstance(first.get("input"), bytes):
+        told = "the body was not read as JSON: send it with Content-Type: application/json"
+        return ErrorDetail(message=told, type="invalid_request_error", code="invalid_value")
+    place = [str(part) for part in first["loc"]]
+    if place and place[0] in ("body", "query", "path", "header"):  # where it was looked for; a field may be called so
+        del place[0]
     param = ".".join(place) or None
     if first["type"] == "extra_forbidden":
         return ErrorDetail(
@@ -154,11 +164,3 @@ def _validation_detail(problems: Sequence[Any]) -> ErrorDetail:
     code = "unsupported_value" if first["type"] == "unsupported" else "invalid_value"
     message = f"{param}: {first['msg']}" if param else str(first["msg"])
     return ErrorDetail(message=message[:2000], type="invalid_request_error", param=param, code=code)
-
-
-def _param(field: str) -> str:
-    """The name that a field of the gateway's has over HTTP."""
-    for name, param in _PARAMS:
-        if field == name or field.startswith((f"{name}.", f"{name}[")):
-            return param + field[len(name) :] if name == "compression" else param
-    return field

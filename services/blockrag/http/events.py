@@ -18,6 +18,8 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer; with stream as server-sent events.", "content": {"text/event-stream": {}}}
 }
 """For the OpenAPI schema of paths that may stream."""
+# Lines end with these for Python's splitlines, and so for clients that read events by httpx's lines.
+_LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _ENDED_EARLY = "the answer ended without its completion; ask again"
 
 
@@ -82,7 +84,10 @@ def server_sent(lines: AsyncIterator[str]) -> StreamingResponse:
 def data(message: dict[str, Any], event: str = "") -> str:
     """One event."""
     name = f"event: {event}\n" if event else ""
-    return f"{name}data: {json.dumps(message, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = json.dumps(message, ensure_ascii=False, separators=(",", ":"))
+    for end, escaped in _LINE_ENDS.items():
+        text = text.replace(end, escaped)
+    return f"{name}data: {text}\n\n"
 
 
 def usage_details(completion: rag_pb2.Completion, *, explain: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from blockrag.http.door import Visit
-from blockrag.http.error_objects import error_detail
+from blockrag.http.error_objects import error_detail, named
 from blockrag.http.events import STREAMED, Answer, cited_documents, data, file_id, server_sent, usage_details
 from blockrag.http.shared_fields import (
     Answering,
@@ -104,6 +104,11 @@ class ResponsesRequest(Answering):
         put_conversation(said, message, "input")
         set_number(message, "max_tokens", self.max_output_tokens, "max_output_tokens")
         return message
+
+    def params(self) -> dict[str, str]:
+        own = dict.fromkeys(("question", "turns"), "input")
+        own["instructions"] = "instructions" if self.instructions else "input"
+        return {**super().params(), **own, "max_tokens": "max_output_tokens"}
 
 
 class _Writer:
@@ -218,8 +223,9 @@ def attributes(metadata: Struct) -> dict[str, Any]:
 @router.post("/responses", responses=STREAMED)
 async def create_response(body: ResponsesRequest, visit: Visit) -> Response:
     """Answers with the documents that were read as citations."""
-    message = body.to_message()
-    answer = await Answer.begin(visit.gateway.generate(message, visit.call))
+    with named(**body.params()):
+        message = body.to_message()
+        answer = await Answer.begin(visit.gateway.generate(message, visit.call))
     if body.stream:
         return server_sent(events(body, message.question, answer))
     return JSONResponse(await whole(body, message.question, answer))

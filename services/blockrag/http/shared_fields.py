@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -210,6 +211,19 @@ class Answering(Body):
         """Whether the answer is to say what was read of each chunk."""
         return self.blockrag is not None and bool(self.blockrag.explain)
 
+    def params(self) -> dict[str, str]:
+        """What this request calls the gateway's fields (``error_objects.named``)."""
+        options, tool = self.blockrag or BlockragOptions(), self.tools[0] if self.tools else None
+        return {
+            "compression": "blockrag",
+            "filter": "tools.0.filters" if tool and options.filter is None else "blockrag.filter",
+            "top_k": "tools.0.max_num_results" if tool and options.top_k is None else "blockrag.top_k",
+            "timeout_ms": "blockrag.timeout_ms",
+            "attention_mode": "blockrag.attention_mode",
+            "max_context_tokens": "blockrag.max_context_tokens",
+            "collection": "model" if "/" in self.model else "tools.0.vector_store_ids",
+        }
+
 
 def collection_of(request: Answering) -> str:
     """The collection that a request answers from; empty: none. Raises what says that it cannot be."""
@@ -237,7 +251,8 @@ def generate_request(request: Answering) -> rag_pb2.GenerateRequest:
         raise InvalidRequestError("model", f"names no collection, which attention_mode {mode} answers from")
     message = rag_pb2.GenerateRequest(
         collection=collection,
-        filter=conditions(options.filter, "blockrag.filter") + conditions(tool.filters if tool else None, "tools"),
+        filter=conditions(options.filter, "blockrag.filter")
+        + conditions(tool.filters if tool else None, "tools.0.filters"),
         attention_mode=f"ATTENTION_MODE_{mode.upper()}",
     )
     set_number(message, "top_k", tool.max_num_results if options.top_k is None and tool else options.top_k)
@@ -276,8 +291,9 @@ def conditions(filter: Filter | None, param: str) -> list[MetadataCondition]:
 
 def _condition(comparison: Comparison, param: str) -> MetadataCondition:
     values: Sequence[Any] = comparison.value if isinstance(comparison.value, list) else [comparison.value]
-    if isinstance(comparison.value, list) != (comparison.type in ("in", "nin")):
-        raise InvalidRequestError(param, f"{comparison.type} takes {'a list' if len(values) == 1 else 'one value'}")
+    takes_list = comparison.type in ("in", "nin")
+    if isinstance(comparison.value, list) != takes_list:
+        raise InvalidRequestError(param, f"{comparison.type} takes {'a list' if takes_list else 'one value'}")
     condition = MetadataCondition(key=comparison.key, operator=_OPERATORS[comparison.type])
     for value in values:
         if isinstance(value, bool):
@@ -312,12 +328,8 @@ def put_conversation(said: Sequence[Said], request: rag_pb2.GenerateRequest, par
     Raises ``InvalidRequestError`` naming ``param`` when nobody asks, or an answer has no question.
     """
     request.instructions = _BETWEEN.join(one.text for one in said if one.role in INSTRUCTING)
-    turns: list[Said] = []
-    for one in (one for one in said if one.role not in INSTRUCTING):
-        if turns and turns[-1].role == one.role:
-            turns[-1] = Said(one.role, turns[-1].text + _BETWEEN + one.text)
-        else:
-            turns.append(one)
+    sides = groupby((one for one in said if one.role not in INSTRUCTING), key=lambda one: one.role)
+    turns = [Said(role, _BETWEEN.join(one.text for one in together)) for role, together in sides]
     if not turns or turns[-1].role != "user":
         raise InvalidRequestError(param, "must end with a message of the user: that is the question")
     if turns[0].role != "user":

@@ -19,7 +19,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from blockrag.errors import InvalidRequestError, NotFoundError
-from blockrag.http.door import RemoteGateway, Visit
+from blockrag.http.door import RemoteGateway, Visit, is_form
+from blockrag.http.error_objects import named
 from blockrag.http.events import file_id
 from blockrag.http.responses import attributes
 from blockrag.http.shared_fields import Body, Filter, RankingOptions, conditions, only, set_number
@@ -160,7 +161,8 @@ async def search(collection: str, body: SearchRequest, visit: Visit) -> dict[str
     query = body.query if isinstance(body.query, str) else body.query[0]
     message = rag_pb2.RetrieveRequest(query=query, collection=collection, filter=conditions(body.filters, "filters"))
     set_number(message, "top_k", body.max_num_results, "max_num_results")
-    found = await visit.gateway.retrieve(message, visit.call)
+    with named(top_k="max_num_results", filter="filters"):
+        found = await visit.gateway.retrieve(message, visit.call)
     return {
         "object": "vector_store.search_results.page",
         "search_query": [query],
@@ -230,7 +232,7 @@ async def delete_file(file_id: str, visit: Visit) -> dict[str, Any]:
 @router.post("/vector_stores/{collection}/files", openapi_extra=_FORM)
 async def create_store_file(collection: str, request: Request, visit: Visit) -> dict[str, Any]:
     """Stores a document in the collection. As JSON with a ``file_id``: says that the collection holds it."""
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if is_form(request):
         return stored_file_object(*await upload(visit.gateway, request, collection))
     try:
         body = AttachRequest.model_validate_json(await request.body())
@@ -310,7 +312,13 @@ async def upload(
             ParseDict(options.metadata, header.metadata)
         except (ParseError, OverflowError) as error:
             raise InvalidRequestError("blockrag.metadata", str(error)) from None
-        stored = await gateway.ingest(header, _pieces(file), request.headers.get("authorization", ""))
+        params = {name: f"blockrag.{name}" for name in UploadOptions.model_fields}
+        if collection:
+            del params["collection"]
+        if not options.document_id:
+            params["document_id"] = "file"
+        with named(content="file", **params):
+            stored = await gateway.ingest(header, _pieces(file), request.headers.get("authorization", ""))
     return header.collection, stored.documents[0]
 
 
@@ -334,7 +342,12 @@ def _upload_options(form: FormData) -> UploadOptions:
     values: dict[str, Any] = {}
     for name, value in form.multi_items():
         if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
-            values[name[len(_PREFIX) : -len(_SUFFIX)]] = value
+            field, inner, _ = name[len(_PREFIX) : -len(_SUFFIX)].partition("][")
+            if inner:  # as clients write an object within an object, of whose values all are text then
+                raise InvalidRequestError(
+                    f"blockrag.{field}", "holds an object: send all of blockrag as one text of JSON"
+                )
+            values[field] = value
         elif name not in known:
             raise InvalidRequestError(name[:100], "is not known here, and what is not known is not ignored")
     try:

@@ -12,7 +12,7 @@ from blockrag.characters import clean_line, clean_text, is_blank, normalise
 from blockrag.errors import InvalidRequestError
 from blockrag.identity import check_document_id
 from blockrag.ingest.media import no_text
-from blockrag.metadata import checked_metadata
+from blockrag.metadata import MAX_TITLE_CHARS, checked_metadata
 
 MAX_LINE_BYTES = 8 << 20
 """Longest line. Keeps memory bounded: a line is read as a whole."""
@@ -101,13 +101,17 @@ def _checked(number: int, value: dict[str, Any], defaults: Mapping[str, Any]) ->
         _refuse(number, '"id" must be a string')
     if not isinstance(title, str):
         _refuse(number, '"title" must be a string')
-    if not isinstance(text, str) or is_blank(text):
+    if not isinstance(text, str):
         _refuse(number, '"text" must be a string that is not empty')
     if not isinstance(metadata, dict):
         _refuse(number, '"metadata" must be an object')
     if any("\ud800" <= character <= "\udfff" for part in (document_id, title, text) for character in part):
         _refuse(number, "holds half of a surrogate pair")
-    document_id = normalise(document_id)
+    document_id, title, text = normalise(document_id), clean_line(title), clean_text(text)
+    if is_blank(text):  # what cleaning takes away is nothing to see either
+        _refuse(number, '"text" must be a string that is not empty')
+    if len(title) > MAX_TITLE_CHARS:
+        _refuse(number, f'"title" has {len(title)} characters; at most {MAX_TITLE_CHARS} are allowed')
     try:
         check_document_id(document_id)
     except InvalidRequestError as error:
@@ -116,7 +120,7 @@ def _checked(number: int, value: dict[str, Any], defaults: Mapping[str, Any]) ->
         metadata = checked_metadata({**defaults, **metadata})
     except InvalidRequestError as error:
         _refuse(number, f'"metadata": {error.problem}')
-    return JsonDocument(document_id, clean_line(title), clean_text(text), metadata)
+    return JsonDocument(document_id, title, text, metadata)
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -12,6 +12,8 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from blockrag.metadata import MAX_EXACT
+
 _FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\n(.*?)(?:^|\n)(\1|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
 _FRONT_MATTER_CHARS = 1 << 15
 _HEADINGS_CHARS = 1 << 14
@@ -88,7 +90,8 @@ def _json(value: Any) -> Any:
         return _json_fields(value)
     if isinstance(value, list | tuple | set):
         return [_json(item) for item in value]
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**53:
+    # What metadata refuses as a number; nobody would look for the reason in a page's head.
+    if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) < MAX_EXACT:
         return str(value)
     return value if isinstance(value, str | bool | int | float) or value is None else str(value)
 

@@ -158,8 +158,10 @@ class _Worker:
 
     async def ask(self, request: Mapping[str, Any], descriptors: tuple[int, int]) -> dict[str, Any] | None:
         """The answer; None when the process ended instead."""
+        data = json.dumps(request).encode() + b"\n"
         try:
-            socket.send_fds(self._connection, [json.dumps(request).encode()], list(descriptors))
+            sent = socket.send_fds(self._connection, [data], list(descriptors))
+            await asyncio.get_running_loop().sock_sendall(self._connection, data[sent:])
         except (BrokenPipeError, ConnectionResetError):
             return None
         return await self._read()

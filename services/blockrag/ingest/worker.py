@@ -32,7 +32,11 @@ def main(descriptor: int, timeout_s: float, memory_mb: int) -> None:
     with socket.socket(fileno=descriptor) as connection:
         connection.sendall(b"{}\n")
         while True:
+            # The descriptors come with the first bytes.
             data, descriptors, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 2)
+            while data and not data.endswith(b"\n"):  # the kernel cuts what is long
+                more = connection.recv(MAX_REQUEST_BYTES)
+                data = data + more if more else b""
             if not data:
                 return
             signal.alarm(int(timeout_s) + _GRACE_S)

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from blockrag.errors import BlockragError, EnvironmentSetupError
+from blockrag.access import Access
+from blockrag.errors import BlockragError, EnvironmentSetupError, SettingsError
 from blockrag.limits import MIB
-from blockrag.local.preflight import SHARED_MEMORY, check_exposure, check_memory, check_port
+from blockrag.local.preflight import SHARED_MEMORY, check_disk, check_exposure, check_memory, check_port
 from blockrag.local.state import read_state
 from blockrag.settings import PUBLIC_SECRET, Settings
 
@@ -124,8 +125,14 @@ def _start(settings: Settings) -> Iterator[Finding]:
             yield Finding(
                 "ray", "problem", "RAY_ADDRESS points to another Ray", "unset RAY_ADDRESS, or use serve deploy"
             )
-    count = len(settings.gateway.tenants)
-    access = f"{count} tenants with keys" if count else "without keys, for this machine only"
+    kept = f"kv_cache.disk_mb: {settings.kv_cache.disk_mb} MiB of blocks at most"
+    yield _looked("blocks on disk", kept, lambda: check_disk(settings))
+    try:
+        tenants = Access(settings)
+    except SettingsError as error:
+        yield Finding("access", "problem", str(error), "mend the file that gateway.tenants_file names")
+        return
+    access = f"{len(set(tenants.names()))} tenants with keys" if tenants else "without keys, for this machine only"
     yield _looked("access", access, lambda: check_exposure(settings))
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from blockrag.errors import EnvironmentSetupError, NotFoundError, UnavailableError
+from blockrag.errors import EnvironmentSetupError, NotFoundError, SettingsError, UnavailableError
 from blockrag.local.preflight import check_machine, serve_port_environment
 from blockrag.local.state import SystemState, read_state
 from blockrag.modeling.cache import CACHE_VARIABLE
-from blockrag.settings import ENVIRONMENT_PREFIX, Settings
+from blockrag.settings import ENVIRONMENT_PREFIX, Settings, host_and_port, load_settings
 
 SERVICE_ENVIRONMENT = {
     # A leaked reference would keep its object for the life of the process: make it an exception.
@@ -37,6 +37,7 @@ SERVICE_ENVIRONMENT = {
 }
 """Environment of every service's process, wherever it runs; the image sets the same."""
 
+_SETTINGS_FILE = "settings.yaml"
 _START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 120.0
 _POLL_S = 0.1
@@ -62,8 +63,7 @@ class LocalSystem:
     @property
     def http_url(self) -> str:
         """Base URL for clients of OpenAI's API, by the settings."""
-        host = self.settings.cluster.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.cluster.http_port}/v1"
+        return f"http://{host_and_port(self.settings.cluster.host, self.settings.cluster.http_port)}/v1"
 
     @property
     def ray_address(self) -> str:
@@ -88,7 +88,7 @@ class LocalSystem:
         check_machine(settings)
         state_path = settings.state_path
         (state_path / "logs").mkdir(parents=True, exist_ok=True)
-        settings_file = state_path / "settings.yaml"
+        settings_file = state_path / _SETTINGS_FILE
         # The file holds API keys and the cache's secret.
         settings_file.touch(mode=0o600)
         settings_file.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
@@ -115,11 +115,18 @@ class LocalSystem:
 
     @classmethod
     def attach(cls, settings: Settings) -> LocalSystem:
-        """The system that runs already. Raises ``NotFoundError`` when none does."""
+        """The system that runs already, with the settings that it was started with; ``settings`` say where it is.
+
+        Raises ``NotFoundError`` when none does.
+        """
         state = read_state(settings.state_path)
         if state is None or not state.alive:
             raise NotFoundError("nothing is running: start it with 'blockrag up'")
-        return cls(settings, state)
+        try:
+            running = load_settings(settings.state_path / _SETTINGS_FILE, {})
+        except SettingsError:  # another version's: it is to be found, and stopped, all the same
+            running = settings
+        return cls(running, state)
 
     def stop(self) -> None:
         """Stops the system; returns when its processes are gone."""

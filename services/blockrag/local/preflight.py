@@ -32,7 +32,7 @@ def check_machine(settings: Settings) -> None:
     _check_not_running(settings)
     check_exposure(settings)
     check_memory(settings)
-    _check_disk(settings)
+    check_disk(settings)
     cluster = settings.cluster
     check_port(cluster.host, cluster.grpc_port, "cluster.grpc_port")
     check_port(cluster.host, cluster.http_port, "cluster.http_port")
@@ -144,7 +144,8 @@ def check_memory(settings: Settings) -> None:
         )
 
 
-def _check_disk(settings: Settings) -> None:
+def check_disk(settings: Settings) -> None:
+    """Raises ``EnvironmentSetupError`` when the disk is smaller than what may be kept on it."""
     path = settings.disk_path
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     disk_mb = shutil.disk_usage(existing).total // 2**20

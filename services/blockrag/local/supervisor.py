@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         origin = made
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    state = own_state(f"{settings.cluster.host}:{settings.cluster.grpc_port}")
+    state = own_state(settings.cluster.target)
     system = System(settings, options.settings, state, copied=origin is not None)
     lives = Lives(lambda: system.run(stop), stop, while_input=options.until_stdin_closes)
     try:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from blockrag.cli.measured import own_settings, parse_numbers, parse_rates
+from blockrag.cli.measured import WITHOUT_KEYS, own_settings, parse_numbers, parse_rates
 from blockrag.errors import SetupError
-from blockrag.settings import ClusterSettings, KvCacheSettings, Settings
+from blockrag.local.preflight import check_exposure
+from blockrag.settings import ClusterSettings, GatewaySettings, KvCacheSettings, RetrieverSettings, Settings
+from blockrag.tenants import TenantSettings
 
 
 def test_numbers_are_distinct_and_ascending_and_rates_as_they_were_named() -> None:
@@ -30,6 +32,22 @@ def test_numbers_are_distinct_and_ascending_and_rates_as_they_were_named() -> No
 def test_other_lists_are_refused(text: str, problem: str) -> None:
     with pytest.raises(SetupError, match=problem):
         parse_numbers(text, "--at", most=10, least=4)
+
+
+def test_a_system_of_one_s_own_shares_nothing_with_the_one_in_use(tmp_path: Path) -> None:
+    given = Settings(
+        cluster=ClusterSettings(host="0.0.0.0"),
+        gateway=GatewaySettings(tenants=(TenantSettings(name="acme", api_key="acme-key-0123456789"),)),
+        retriever=RetrieverSettings(path="/srv/index"),
+        kv_cache=KvCacheSettings(secret="a secret of this test", disk_path="/srv/blocks", volume="file:///mnt/blocks"),
+    )
+
+    own = own_settings(given, tmp_path, 1000, retriever={"threads": 2}, gateway=WITHOUT_KEYS)
+
+    assert (own.retriever.path, own.retriever.threads) == ("", 2)
+    assert (own.disk_path, own.kv_cache.volume) == (tmp_path / "blocks", "")
+    assert not own.gateway.asks_for_keys  # nobody else can reach it, and the command has no key
+    check_exposure(own)
 
 
 def test_a_cache_of_a_system_of_one_s_own_fits_its_object_store(tmp_path: Path) -> None:

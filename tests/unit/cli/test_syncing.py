@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
+import os
 import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -17,13 +19,16 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from blockrag.cli.main import app
+from blockrag.client import BlockragClient
 from blockrag.errors import BlockragError
 from blockrag.gateway import validation
 from blockrag.gateway.corpus import Corpus
 from blockrag.gateway.leftovers import Leftovers
 from blockrag.ingest.splitting import PassageSplitter
 from blockrag.metadata import struct_of
+from blockrag.results import Document
 from blockrag.status import status_code
+from blockrag.syncing import Sync
 from blockrag.v1 import common_pb2, corpus_pb2_grpc, rag_pb2, rag_pb2_grpc
 from blockrag.v1.common_pb2 import RequestContext
 from tests.models import TEST_TEMPLATE, make_tiny_tokenizer
@@ -130,6 +135,47 @@ def test_a_collection_is_made_equal_to_a_jsonl_file(gateway: tuple[Gateway, str]
     assert outcomes(blockrag(gateway, "ingest", "--sync", rows, "--json")) == planned
     assert sorted(name for _, name in gateway[0].index.documents) == ["r1"]
     assert {name for _, name in gateway[0].cache.purged} == {"r2"}
+
+
+def test_one_document_that_is_not_there_keeps_no_other_from_going(gateway: tuple[Gateway, str], tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text(f"This is {name}.")
+    blockrag(gateway, "ingest", tmp_path)
+    told = blockrag(gateway, "delete", "a.txt", "gone.txt", "b.txt", code=1)
+    assert "removed a.txt: 1 passages" in told.output and "removed b.txt" in told.output
+    assert "failed gone.txt: there is no document 'gone.txt'" in told.output
+    listed = json.loads(blockrag(gateway, "delete", "gone.txt", "c.txt", "--json", code=1).stdout)
+    assert [("error" in item, item["document_id"]) for item in listed] == [(True, "gone.txt"), (False, "c.txt")]
+    assert gateway[0].index.documents == {}
+
+
+def test_a_folder_that_cannot_be_read_has_nothing_removed(
+    gateway: tuple[Gateway, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    for name in ("a.txt", "locked/b.txt"):
+        (tmp_path / name).write_text(f"This is {name}.")
+    blockrag(gateway, "ingest", "--sync", tmp_path)
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path) == str(locked):  # the tests may be root's, who may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    refused = blockrag(gateway, "ingest", "--sync", tmp_path, code=1)
+    assert f"paths: {locked} cannot be read: Permission denied" in refused.output
+    assert sorted(name for _, name in gateway[0].index.documents) == ["a.txt", "locked/b.txt"]
+
+
+async def test_a_file_that_failed_is_known_however_its_name_is_encoded() -> None:
+    """As on file systems that decompose names: é is two characters there."""
+    before = [Document("caf\u00e9.txt", "v", "", 1, {}, "caf\u00e9.txt")]
+    plan = Sync(BlockragClient("127.0.0.1:1"), "work", before)
+    plan.keep_all_of("cafe\u0301.txt")
+    assert plan.gone() == []
 
 
 def test_a_collection_is_made_equal_to_a_directory(gateway: tuple[Gateway, str], tmp_path: Path) -> None:

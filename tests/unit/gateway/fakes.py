@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from blockrag.compressor.compression_request import CompressionRequest
+from blockrag.errors import NotFoundError
 from blockrag.gateway.corpus import Prepare
 from blockrag.ingest.pipeline import PreparedDocument, SourceDocument
 from blockrag.ingest.splitting import PassageSplitter
@@ -206,7 +207,9 @@ class FakeIndex:
         self, request: retriever_pb2.RemoveDocumentRequest
     ) -> retriever_pb2.RemoveDocumentResponse:
         self._note("remove_document")
-        removed = self.documents.pop((request.collection, request.document_id))
+        removed = self.documents.pop((request.collection, request.document_id), None)
+        if removed is None:
+            raise NotFoundError(f"there is no document {request.document_id!r}")
         return retriever_pb2.RemoveDocumentResponse(passages=removed.passages)
 
     async def remove_collection(

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from blockrag.errors import DeadlineError, OverloadedError, PromptTooLongError, UnavailableError
-from blockrag.v1 import common_pb2
+from blockrag.http.shared_fields import Said, put_conversation
+from blockrag.v1 import common_pb2, rag_pb2
 
 from .standin import StandIn
 
@@ -136,6 +137,15 @@ async def test_the_conversation_stands_before_the_question(client: httpx.AsyncCl
     assert searched.query == planned.question, "what was said before is not searched for"
 
 
+def test_many_messages_of_one_side_are_put_together_in_linear_time() -> None:
+    """As many as a body holds; the gateway refuses what is too long, and nobody else waits for that."""
+    said, request = [Said("user", "a" * 28)] * 75_000, rag_pb2.GenerateRequest()
+    began = time.process_time()
+    put_conversation(said, request, "messages")
+    assert time.process_time() - began < 1
+    assert len(request.question) == 75_000 * 30 - 2
+
+
 @pytest.mark.parametrize(
     "roles", [["assistant"], ["user", "assistant"], ["system"], ["assistant", "user"]], ids=" ".join
 )
@@ -223,6 +233,8 @@ async def test_what_openai_has_no_field_for(client: httpx.AsyncClient, gateway: 
         ({"blockrag": {"filter": {"type": "eq", "key": "k", "value": ["a"]}}}, "blockrag.filter"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"temperature": 99}, "temperature"),
         ({"seed": -1}, "seed"),
         ({"stop": [""]}, "stop[0]"),
@@ -307,8 +319,36 @@ async def test_an_unforeseen_error_says_nothing_of_itself(
     assert "secret" in caplog.text
 
 
-async def test_bytes_that_are_no_json(client: httpx.AsyncClient) -> None:
-    headers = {"content-type": "application/json"}
-    response = await client.post("/v1/chat/completions", content=b"{", headers=headers)
+@pytest.mark.parametrize(
+    ("content", "kind", "told"),
+    [
+        (b"{", "application/json", "the body is no JSON at character 1: Expecting property name"),
+        (json.dumps(ASK).encode(), "application/x-www-form-urlencoded", "Content-Type: application/json"),
+    ],
+)
+async def test_bytes_that_are_no_json(client: httpx.AsyncClient, content: bytes, kind: str, told: str) -> None:
+    response = await client.post("/v1/chat/completions", content=content, headers={"content-type": kind})
     assert response.status_code == 400
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    error = response.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", None)
+    assert told in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "told"),
+    [("eq", ["a"], "eq takes one value"), ("lte", [], "lte takes one value"), ("in", "a", "in takes a list")],
+)
+async def test_what_a_comparison_takes(client: httpx.AsyncClient, kind: str, value: Any, told: str) -> None:
+    error = await refused(client, blockrag={"filter": {"type": kind, "key": "k", "value": value}})
+    assert error["message"] == f"blockrag.filter: {told}"
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_what_is_refused_is_named_where_it_was_said(client: httpx.AsyncClient, own: bool) -> None:
+    tool = {"type": "file_search", "vector_store_ids": ["notes"], "max_num_results": 101}
+    tool["filters"] = {"type": "in", "key": "k", "value": []}
+    options = {"top_k": 101, "filter": tool["filters"]} if own else {}
+    error = await refused(client, tools=[tool], blockrag=options)
+    assert error["param"] == ("blockrag.top_k" if own else "tools.0.max_num_results")
+    error = await refused(client, tools=[{**tool, "max_num_results": 1}], blockrag={**options, "top_k": 1})
+    assert error["param"] == ("blockrag.filter" if own else "tools.0.filters")

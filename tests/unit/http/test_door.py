@@ -131,10 +131,10 @@ async def test_no_question_waits_for_a_thread(client: httpx.AsyncClient) -> None
 async def test_a_form_is_one_however_its_type_is_written(client: httpx.AsyncClient) -> None:
     content = b"--b\r\nContent-Disposition: form-data; name=file; filename=a.txt\r\n\r\n"
     content += b"A word. " * (MAX_JSON_BYTES // 8) + b"\r\n--b--\r\n"
-    response = await client.post(
-        "/v1/files", content=content, headers={"content-type": "Multipart/Form-Data; boundary=b"}
-    )
-    assert response.status_code == 200, response.text
+    headers = {"content-type": "Multipart/Form-Data; boundary=b"}
+    for path in ("files", "vector_stores/notes/files"):
+        response = await client.post(f"/v1/{path}", content=content, headers=headers)
+        assert response.status_code == 200, response.text
 
 
 async def test_a_body_is_bounded(client: httpx.AsyncClient) -> None:

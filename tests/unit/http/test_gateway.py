@@ -113,3 +113,5 @@ async def test_an_upload_streams_with_the_client_s_own_key(port: tuple[Corpus, s
     with pytest.raises(InvalidRequestError, match="no text"):
         await gateway.ingest(corpus_pb2.DocumentHeader(document_id="bad"), pieces(), "")
     assert "authorization" not in corpus.metadata
+    await gateway.ingest(header, pieces(), "Bearer \xe9")  # without keys whatever is sent is let in
+    assert "authorization" not in corpus.metadata

@@ -10,7 +10,7 @@ import pytest
 
 from blockrag.errors import UnavailableError
 from blockrag.v1 import common_pb2
-from blockrag.v1.common_pb2 import FINISH_REASON_LENGTH
+from blockrag.v1.common_pb2 import FINISH_REASON_LENGTH, Passage
 
 from .standin import StandIn
 
@@ -90,6 +90,18 @@ async def test_a_stream_of_events(client: httpx.AsyncClient) -> None:
     assert "".join(event["delta"] for event in found if event["type"] == "response.output_text.delta") == "Oslo."
 
 
+async def test_an_event_is_one_line_for_every_client(client: httpx.AsyncClient, gateway: StandIn) -> None:
+    found_first = Passage.FromString(gateway.searcher.passages[0].SerializeToString())
+    found_first.metadata.update({"said": "a\x85b"})
+    gateway.searcher.passages = [found_first]
+    asked = {**ASK, "stream": True, "instructions": "a\u2028b\u2029c", "include": ["file_search_call.results"]}
+    async with client.stream("POST", "/v1/responses", json=asked) as response:
+        lines = [line async for line in response.aiter_lines()]
+    found = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert found[-1]["response"]["instructions"] == "a\u2028b\u2029c"
+    assert found[-1]["response"]["output"][0]["results"][0]["attributes"]["said"] == "a\x85b"
+
+
 async def test_an_answer_that_was_cut_is_incomplete(client: httpx.AsyncClient, gateway: StandIn) -> None:
     gateway.decoder.reason = FINISH_REASON_LENGTH
 
@@ -126,7 +138,16 @@ async def test_a_conversation(client: httpx.AsyncClient, gateway: StandIn) -> No
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"include": ["message.output_text.logprobs"]}, "include.0"),
         ({"max_output_tokens": -1}, "max_output_tokens"),
-        ({"input": ""}, "messages"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": ""}, "input"),
+        ({"input": "x" * 9000}, "input"),
+        ({"instructions": "\0"}, "instructions"),
+        ({"input": [{"role": "system", "content": "\0"}, {"role": "user", "content": "x"}]}, "input"),
+        ({"model": "blockrag/-"}, "model"),
+        (
+            {"model": "blockrag", "tools": [{"type": "file_search", "vector_store_ids": ["-"]}]},
+            "tools.0.vector_store_ids",
+        ),
         ({"input": [{"role": "assistant", "content": "x"}]}, "input"),
         ({"n": 1}, "n"),
     ],

@@ -99,9 +99,13 @@ async def test_attaching_says_what_is_there(client: httpx.AsyncClient) -> None:
         ({"file": ("a.txt", TEXT)}, {"blockrag": "[1]"}, "blockrag"),
         ({"file": ("a.txt", TEXT)}, {"blockrag[colection]": "x"}, "blockrag.colection"),
         ({"file": ("a.txt", TEXT)}, {"blockrag[metadata]": "7"}, "blockrag.metadata"),
-        ({"file": ("a.txt", TEXT)}, {"blockrag[language]": "klingon"}, "language"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag[metadata][year]": "7"}, "blockrag.metadata"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag": json.dumps({"metadata": {"x": 2**53}})}, "blockrag.metadata"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag[language]": "klingon"}, "blockrag.language"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag[document_id]": "a\tb"}, "blockrag.document_id"),
+        ({"file": ("a" * 513 + ".txt", TEXT)}, {}, "file"),
         ({"file": ("a.txt", TEXT)}, {"blockrag": '{"title": "\\ud800"}'}, "blockrag"),
-        ({"file": ("a.txt", TEXT)}, {"blockrag": '{"collection": "../x"}'}, "model"),
+        ({"file": ("a.txt", TEXT)}, {"blockrag": '{"collection": "../x"}'}, "blockrag.collection"),
         ({"file": ("a.txt", b"")}, {}, "file"),
         ({"file": ("a.bin", b"\x00\x01")}, {}, None),
     ],
@@ -146,8 +150,21 @@ async def test_a_search(client: httpx.AsyncClient, gateway: StandIn) -> None:
     assert isinstance(attributes["year"], int), "row C11, over HTTP"
     (searched,) = gateway.searcher.requests
     assert (searched.collection, searched.top_k, searched.filter[0].key) == ("notes", 2, "year")
-    for wrong in ({"rewrite_query": True}, {"max_num_results": 0}, {"query": ["a", "b"]}, {"query": ""}):
-        assert (await client.post("/v1/vector_stores/notes/search", json={**body, **wrong})).status_code == 400
+    for wrong in (
+        {"rewrite_query": True},
+        {"max_num_results": 0},
+        {"max_num_results": 101},
+        {"query": ["a", "b"]},
+        {"query": ""},
+        {"query": None},
+        {"filters": {"type": "in", "key": "year", "value": []}},
+    ):
+        refused = await client.post("/v1/vector_stores/notes/search", json={**body, **wrong})
+        (field,) = wrong
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"].startswith(field)
+    refused = await client.post("/v1/vector_stores/-/search", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "collection")
 
 
 async def test_models_are_the_tenant_s_collections(client: httpx.AsyncClient) -> None:

@@ -192,6 +192,8 @@ def test_front_matter_is_metadata() -> None:
         ("---\ntitle: 'A'\nzip: 01234\ndate: 2024-05-01\nat: 12:30\nok: yes\nn: 3\nf: 0.5\nb: true\ne:\n---\nx", "A",
          {"zip": "01234", "date": "2024-05-01", "at": "12:30", "ok": "yes", "n": 3, "f": 0.5, "b": True}, "x"),
         ('+++\ntitle = "T"\ndate = 2024-05-01\ntags = ["a"]\n+++\nx', "T", {"date": "2024-05-01", "tags": ["a"]}, "x"),
+        ("---\nid: 9007199254740992\n---\nx", "a", {"id": "9007199254740992"}, "x"),
+        ("+++\na = nan\nb = -inf\nc = 1e300\n+++\nx", "a", {"a": "nan", "b": "-inf", "c": "1e+300"}, "x"),
         ("---\r\ntitle: W\r\n---\r\nx", "W", {}, "x"),
         ("---\ntitle: T\nid: 12345678901234567\n...\nx", "T", {"id": "12345678901234567"}, "x"),
         ("---\n\nA rule, then text.\n\n---\n\nmore", "a", {}, "---\n\nA rule, then text.\n\n---\n\nmore"),

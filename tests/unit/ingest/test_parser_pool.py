@@ -95,6 +95,14 @@ def test_what_is_parsed_here_cannot_take_long(pattern: str, media_type: MediaTyp
     assert time.thread_time() - started < 2
 
 
+async def test_metadata_of_any_characters_reaches_the_process(pool: ParserPool) -> None:
+    """As JSON a control character takes six bytes, and the kernel cuts messages of more than about 36 KiB."""
+    source = SourceDocument("a.html", metadata={"a": "\x01" * 8100})
+    async with pool.prepare(io.BytesIO(b"<p>one</p>"), source, SPLITTER) as documents:
+        (document,) = documents
+    assert document.metadata == source.metadata
+
+
 async def test_errors_keep_their_field(pool: ParserPool) -> None:
     for data, document_id, field in (
         (b"\xff", "a.html", "content"),

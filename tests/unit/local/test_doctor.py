@@ -84,6 +84,24 @@ def test_an_open_door_without_keys(tmp_path: Path, small_bundle: Path) -> None:
     assert [of(examine(closed), subject).level for subject in ("access", "secret")] == ["ok", "ok"]
 
 
+def test_tenants_of_a_file_are_counted_and_must_be_readable(tmp_path: Path, small_bundle: Path) -> None:
+    """The gateway would not come up without the file."""
+    file = tmp_path / "tenants.yaml"
+    shared = KvCacheSettings(budget_mb=64, secret="0123456789abcdef")
+    asked = settings(tmp_path, small_bundle, gateway=GatewaySettings(tenants_file=str(file)), kv_cache=shared)
+    found = of(examine(asked), "access")
+    assert (found.level, "tenants.yaml" in found.text, "tenants_file" in found.way_out) == ("problem", True, True)
+    file.write_text("- {name: one, api_key: 0123456789abcdef0}\n- {name: two, api_key: fedcba98765432100}\n")
+    assert of(examine(asked), "access") == Finding("access", "ok", "2 tenants with keys")
+
+
+def test_more_blocks_than_the_disk_has(tmp_path: Path, small_bundle: Path) -> None:
+    """What ``blockrag up`` refuses."""
+    large = settings(tmp_path, small_bundle, kv_cache=KvCacheSettings(budget_mb=64, disk_mb=10**9))
+    found = of(examine(large), "blocks on disk")
+    assert (found.level, found.way_out) == ("problem", "lower it, or set kv_cache.disk_path to a larger disk")
+
+
 def volume(tmp_path: Path, bundle: Path, url: str) -> Finding:
     cache = KvCacheSettings(budget_mb=64, volume=url)
     return of(examine(settings(tmp_path, bundle, kv_cache=cache)), "volume")
