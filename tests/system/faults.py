@@ -186,7 +186,8 @@ class Fault:
     target: str
     pid: int
     away_s: float
-    """From the kill to the end of the last failed probe: how long a client that does not send again sees it."""
+    """From the kill to the end of the last failed probe, and until the system says that it is ready: how long a client
+    that does not send again sees it."""
     replaced_s: float
     """From the kill until as many processes of the kind run as before."""
 
@@ -226,7 +227,11 @@ async def kill(system: LocalSystem, target: str, draw: random.Random, settle_s: 
                 try:
                     await call()
                 except BlockragError:
-                    failing, last_failure = True, time.monotonic() - killed
+                    failing = True
+            state = read_state(system.settings.state_path)
+            failing |= state is None or state.phase != "ready"
+            if failing:
+                last_failure = time.monotonic() - killed
             now = processes(system, target)
             if not replaced and victim not in now and len(now) >= wanted:
                 replaced = time.monotonic() - killed

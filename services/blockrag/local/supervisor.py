@@ -27,7 +27,7 @@ from blockrag.local.state import SystemState, own_state, read_state, write_state
 from blockrag.local.system import System, stop_on_signals
 from blockrag.settings import Settings, load_settings
 
-_MOST_VAIN = 3
+_MOST_VAIN = 5
 """Lives in a row that end before everything runs: the next one would too."""
 
 _LOGGER = logging.getLogger(__name__)
