@@ -283,24 +283,26 @@ class RetrieverService:
         return show_own(status, caller)
 
     async def start(self) -> None:
-        """Opens the index ahead of the first question and sweeps it. A store that is down now may be up later.
+        """Opens the index ahead of the first question and begins to sweep it. A store that is down now may be up later.
 
         Raises ``SettingsError`` for an index that was made with another embedding model.
         """
         try:
-            await self._index.sweep()
+            await self._index.collections(None)
         except UnavailableError as error:
             _logger.warning("the vector index is not available yet: %s", error)
         self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
 
     async def _sweep(self) -> None:
-        """Each hour: what was staged for a day belongs to an upload that broke off."""
+        """Now and each hour: what was staged for a day belongs to an upload that broke off."""
         while True:
-            await asyncio.sleep(SWEEP_PERIOD_S)
             try:
                 await self._index.sweep()
+            except UnavailableError as error:
+                _logger.warning("the vector index is not available, it is swept later: %s", error)
             except Exception:
                 _logger.exception("sweeping the index failed; it is tried again")
+            await asyncio.sleep(SWEEP_PERIOD_S)
 
     async def _language(self, collection: CollectionId, wanted: str) -> str:
         """The language of passages on their way in."""
