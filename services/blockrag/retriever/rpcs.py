@@ -143,13 +143,14 @@ class RetrieverService:
         if not request.top_k:
             raise InvalidRequestError("top_k", "must be at least 1")
         async with self._turns.turn(collection.tenant):
-            found = await self._search(request, collection, conditions)
+            found, language = await self._search(request, collection, conditions)
         passages = [messages.passage_message(one.passage, one.score, one.also_in) for one in found]
-        return retriever_pb2.SearchResponse(passages=passages)
+        return retriever_pb2.SearchResponse(passages=passages, language=language)
 
     async def _search(
         self, request: retriever_pb2.SearchRequest, collection: CollectionId, conditions: tuple[Condition, ...]
-    ) -> list[FoundPassage]:
+    ) -> tuple[list[FoundPassage], str]:
+        """What is found, and the collection's language."""
         with span("embed", request.context):
             vector, language = await asyncio.gather(
                 _in(self._query_thread, self._embedder.embed_query, request.query), self._index.language(collection)
@@ -166,7 +167,7 @@ class RetrieverService:
         with span("search", request.context, collection=collection.name, top_k=request.top_k) as current:
             found = await self._index.search(collection, query)
             current.set(passages=len(found))
-        return found
+        return found, language
 
     @rpc
     async def AddPassages(self, request: retriever_pb2.AddPassagesRequest) -> retriever_pb2.AddPassagesResponse:
