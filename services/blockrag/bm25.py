@@ -90,9 +90,9 @@ def _vector(vector: qdrant.SparseVector) -> SparseVector:
 class Bm25Scorer:
     """Scores of given texts, as the engines make them; the IDF is computed over these texts."""
 
-    def __init__(self, texts: Sequence[tuple[str, str]]) -> None:
-        """``texts``: titles and texts."""
-        self._model = Bm25()
+    def __init__(self, texts: Sequence[tuple[str, str]], language: str = "") -> None:
+        """``texts``: titles and texts. ``language``: of their words; empty: the default's."""
+        self._model = bm25_of(language or DEFAULT_LANGUAGE)
         self._count = len(texts)
         self._postings: dict[int, list[tuple[int, float]]] = {}
         for number, (title, text) in enumerate(texts):

@@ -75,6 +75,17 @@ def test_a_repeated_word_weighs_more_but_less_than_twice() -> None:
     assert max(once) < max(twice) < 2 * max(once)
 
 
+def test_given_texts_are_scored_with_their_languages_stems_and_stop_words() -> None:
+    german = [("", "Die Prüfung der Geschäftsräume."), ("", "Die Kosten für die Miete."), ("", "Wir heizen.")]
+    question = "Wann sind die Prüfungen?"
+    assert Bm25Scorer(german, "german").scores(question).argmax() == 0
+    assert Bm25Scorer(german, "german").scores(question)[1:].tolist() == [0, 0], "die is a stop word"
+    assert Bm25Scorer(german).scores(question)[1] > Bm25Scorer(german, "german").scores(question)[1]
+    english = [("", "Ships were sailing."), ("", "The rain.")]
+    assert (Bm25Scorer(english).scores("sail") == Bm25Scorer(english, "english").scores("sail")).all()
+    assert Bm25Scorer(english, "none").scores("sail").tolist() == [0, 0]
+
+
 def test_scores_are_the_sums_of_what_words_add() -> None:
     scorer = Bm25Scorer([("Oslo", "A harbour of ships."), ("Doha", "A harbour."), ("Bergen", "Rain.")])
     by_word = scorer.by_word("Ships in which harbour?")

@@ -228,7 +228,7 @@ class Planner:
         if compression is None:
             decisions = expand_what_fits(sizes, left)
         elif compression.kind == "auto":
-            decisions = relevant_passages(sizes, _relevance(request.question, passages), left)
+            decisions = relevant_passages(sizes, _relevance(request, passages), left)
         elif self.ability.policies is not None:
             document_ids = [passage.document_id for passage in request.passages]
             places = range(len(blocks)) if timed is None else timed.places
@@ -252,7 +252,7 @@ class Planner:
             else:
                 wanted = wanted_tokens(sizes, compression.kind, compression.limit, left)
                 most = left if compression.kind == "rate" else wanted  # a rate says how small, not how small it must be
-                drafted = self._by_sentences(request.question, passages, blocks, wanted, most)
+                drafted = self._by_sentences(request, passages, blocks, wanted, most)
                 decisions = [PassageDecision(plan.in_prompt, plan.dropped_reason) for plan in drafted]
         response = compressor_pb2.PlanResponse(
             instruction_token_ids=self.tokenizer.instruction_ids,
@@ -281,7 +281,7 @@ class Planner:
 
     def _by_sentences(
         self,
-        question: str,
+        request: compressor_pb2.PlanRequest,
         passages: Sequence[common_pb2.Passage],
         blocks: Sequence[tuple[int, ...]],
         slots: int,
@@ -289,7 +289,8 @@ class Planner:
     ) -> list[compressor_pb2.PassagePlan]:
         """What is read of each passage in so many slots, sentence by sentence; a single one may take ``most``."""
         found = [self.drafts.sentences(ids, passage.text) for passage, ids in zip(passages, blocks, strict=True)]
-        taken = chosen(order_of(question, found, [passage.title for passage in passages]), found, slots, most)
+        order = order_of(request.question, found, [passage.title for passage in passages], request.language)
+        taken = chosen(order, found, slots, most)
         plans = []
         for ids, sentences, kept in zip(blocks, found, taken, strict=True):
             plan = compressor_pb2.PassagePlan(token_ids=ids, in_prompt=bool(kept))
@@ -339,8 +340,9 @@ def _describe(planned: compressor_pb2.PassagePlan, passage: common_pb2.Passage, 
             chunk.form = common_pb2.CHUNK_FORM_DROPPED
 
 
-def _relevance(question: str, passages: Sequence[common_pb2.Passage]) -> NDArray[np.float64]:
+def _relevance(request: compressor_pb2.PlanRequest, passages: Sequence[common_pb2.Passage]) -> NDArray[np.float64]:
     """What each passage shares of the question's words, [passages, words], by BM25 with the passages' own IDF."""
     from blockrag.bm25 import Bm25Scorer  # the gateway imports this module too, and ranks nothing
 
-    return Bm25Scorer([(passage.title, passage.text) for passage in passages]).by_word(question)
+    texts = [(passage.title, passage.text) for passage in passages]
+    return Bm25Scorer(texts, request.language).by_word(request.question)

@@ -56,15 +56,18 @@ def sentences_of(pieces: Sequence[str], text: str) -> tuple[Sentence, ...]:
     return tuple(Sentence(start, end, "".join(pieces[start:end])) for start, end in spans)
 
 
-def order_of(question: str, passages: Sequence[Sequence[Sentence]], titles: Sequence[str]) -> list[tuple[int, int]]:
+def order_of(
+    question: str, passages: Sequence[Sequence[Sentence]], titles: Sequence[str], language: str = ""
+) -> list[tuple[int, int]]:
     """All sentences but the heads, the best first: place of the passage, of the sentence in it.
 
-    ``passages``: of each, best first, what ``sentences_of`` gives.
+    ``passages``: of each, best first, what ``sentences_of`` gives. ``language``: see ``Bm25Scorer``.
     """
     from blockrag.bm25 import Bm25Scorer  # the gateway imports this module too, and ranks nothing
 
     places = [(place, number) for place, found in enumerate(passages) for number in range(1, len(found))]
-    scores = Bm25Scorer([(titles[place], passages[place][number].text) for place, number in places]).scores(question)
+    texts = [(titles[place], passages[place][number].text) for place, number in places]
+    scores = Bm25Scorer(texts, language).scores(question)
     by_words = np.empty(len(places))
     by_words[np.argsort(-scores, kind="stable")] = np.arange(len(places))
     by_place = np.array([place for place, _ in places], dtype=np.float64)

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from blockrag.bm25 import Bm25, SparseVector
+from blockrag.bm25 import SparseVector, bm25_of
 from blockrag.errors import SetupError
 from blockrag.evaluation.drawing import Piece, PieceMaker, holding_pieces
 from blockrag.evaluation.experiment import Report, describe_environment, percent, table
@@ -147,7 +147,7 @@ async def evaluate_retrieval(
     with tempfile.TemporaryDirectory(prefix="blockrag-retrieval-") as folder:
         index = EdgeIndex(Path(folder) / "index", embedder.info)
         try:
-            await _fill(index, pieces, embedder, progress)
+            await _fill(index, pieces, embedder, options.retriever.language, progress)
             rankings = await _search(index, chosen, embedder, options, progress)
         finally:
             await index.close()
@@ -186,9 +186,13 @@ async def evaluate_retrieval(
 
 
 async def _fill(
-    index: EdgeIndex, pieces: Sequence[Piece], embedder: Embedder, progress: Callable[[str, int, int], None]
+    index: EdgeIndex,
+    pieces: Sequence[Piece],
+    embedder: Embedder,
+    language: str,
+    progress: Callable[[str, int, int], None],
 ) -> None:
-    bm25 = Bm25()
+    bm25 = bm25_of(language)
     for start in range(0, len(pieces), _STAGED_AT_ONCE):
         progress("embedding passages", start, len(pieces))
         part = pieces[start : start + _STAGED_AT_ONCE]
@@ -196,7 +200,7 @@ async def _fill(
             Passage(passage_id(_COLLECTION, _DOCUMENT, "1", number), _DOCUMENT, "1", number, piece.title, piece.text)
             for number, piece in enumerate(part, start)
         ]
-        await index.stage(_COLLECTION, embedded(embedder, bm25, passages))
+        await index.stage(_COLLECTION, embedded(embedder, bm25, passages), language)
     await index.commit(_COLLECTION, Document(_DOCUMENT, "1", _DOCUMENT, len(pieces)))
 
 
@@ -208,7 +212,7 @@ async def _search(
     progress: Callable[[str, int, int], None],
 ) -> dict[Search, list[list[int]]]:
     """Numbers of the pieces found, best first, for every kind of search and question."""
-    bm25, no_words = Bm25(), SparseVector((), ())
+    bm25, no_words = bm25_of(options.retriever.language), SparseVector((), ())
     found: dict[Search, list[list[int]]] = {search: [] for search in SEARCHES}
     for done, question in enumerate(questions):
         progress("searching", done, len(questions))

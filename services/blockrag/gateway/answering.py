@@ -26,7 +26,7 @@ from blockrag.v1.common_pb2 import ATTENTION_MODE_NONE, BlockSlots, FinishReason
 from blockrag.v1.compressor_pb2 import PlanRequest, PlanResponse, PrepareQuestionRequest
 from blockrag.v1.decoder_pb2 import DecodeFinish, DecodeRequest, DecodeResponse
 from blockrag.v1.rag_pb2 import Citation, Completion, GenerateResponse, Retrieved, RetrieveResponse, TextChunk
-from blockrag.v1.retriever_pb2 import SearchRequest
+from blockrag.v1.retriever_pb2 import SearchRequest, SearchResponse
 
 STAGES = ("retrieve", "plan", "queue", "kv_fetch", "compose", "prefill", "decode", "total")
 """Every answer reports all of them, in this order; one that did not happen took 0 ms."""
@@ -95,6 +95,8 @@ class _Way:
     context: RequestContext
     timings: Timings
     deadline: Deadline
+    language: str = ""
+    """Of the passages that were retrieved; empty until they are."""
     plan: PlanResponse = field(default_factory=PlanResponse)
     """Empty until it is made."""
 
@@ -120,9 +122,9 @@ class Answering:
         """Searches without answering; ``current`` is the request's span."""
         context = current.child_context()
         timings = Timings(received=time.perf_counter())
-        passages = await self._search(search, context, timings, deadline)
+        found = await self._search(search, context, timings, deadline)
         stages = [stage for stage in timings.stages() if stage.stage in ("retrieve", "total")]
-        return RetrieveResponse(request_id=context.request_id, passages=passages, stages=stages)
+        return RetrieveResponse(request_id=context.request_id, passages=found.passages, stages=stages)
 
     async def answer(
         self, question: Question, current: Span, timings: Timings, deadline: Deadline
@@ -256,11 +258,13 @@ class Answering:
                 for index, given in enumerate(question.given)
             ]
         search = alike(SearchRequest, question, query=question.text)
-        return await self._search(search, way.context, way.timings, way.deadline)
+        found = await self._search(search, way.context, way.timings, way.deadline)
+        way.language = found.language
+        return found.passages
 
     async def _search(
         self, search: SearchRequest, context: RequestContext, timings: Timings, deadline: Deadline
-    ) -> Sequence[Passage]:
+    ) -> SearchResponse:
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": "retrieval",
             "gen_ai.data_source.id": search.collection,
@@ -271,7 +275,7 @@ class Answering:
             search.context.CopyFrom(current.child_context())
             found = await deadline.wait(self.searcher.search(search))
         timings.stage_ms["retrieve"] = (time.perf_counter() - started) * 1000
-        return found.passages
+        return found
 
     async def _plan(self, way: _Way, passages: Sequence[Passage]) -> PlanResponse:
         started, question = time.perf_counter(), way.question
@@ -285,6 +289,7 @@ class Answering:
                 max_tokens=question.sampling.max_tokens,
                 turns=question.turns,
                 instructions=question.instructions,
+                language=way.language,
             )
             if question.compression is not None:
                 request.compression.CopyFrom(question.compression.to_message())

@@ -58,7 +58,8 @@ class Warming:
         A warming ends where the budget is full of its own blocks: going on would put out what it began with.
 
         ``document_ids`` empty: the whole collection. ``NotFoundError`` for an unknown collection or document. The
-        block that all prompts share is warmed with the first batch and not counted.
+        block that all prompts share is warmed with the first batch, not counted and not pinned: every prompt uses it,
+        and pins are taken away by document.
         """
         documents = await self._documents(collection, document_ids, context)
         progress = corpus_pb2.WarmResponse(total=sum(document.passages for document in documents))
@@ -128,7 +129,7 @@ class Warming:
         ]
         if progress.done == 0:
             shared = [PromptBlock(token_ids=tokenized.instruction_token_ids)]
-            await self.cache.warm_blocks(kv_cache_pb2.WarmBlocksRequest(context=context, blocks=shared, pin=pin))
+            await self.cache.warm_blocks(kv_cache_pb2.WarmBlocksRequest(context=context, blocks=shared))
         warmed = await self.cache.warm_blocks(
             kv_cache_pb2.WarmBlocksRequest(context=context, blocks=blocks, pin=pin, forms=self.forms)
         )

@@ -80,6 +80,13 @@ def warm_response(by_form: Sequence[Sequence[BlockRequest]], outcome: WarmOutcom
     )
 
 
+def check_pinned(blocks: Iterable[common_pb2.PromptBlock]) -> None:
+    """Raises ``InvalidRequestError`` for a block whose pin nobody could take away, since pins are set by document."""
+    for place, block in enumerate(blocks):
+        if not block.collection:
+            raise InvalidRequestError(f"blocks[{place}].collection", "must not be empty where blocks are pinned")
+
+
 def document_ids(context: common_pb2.RequestContext, documents: Iterable[kv_cache_pb2.DocumentRef]) -> list[DocumentId]:
     """A tenant's documents; an empty ``document_id`` stands for a whole collection."""
     tenant = tenant_of(context)

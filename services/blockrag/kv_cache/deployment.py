@@ -17,6 +17,7 @@ from blockrag.grpc_status import rpc
 from blockrag.kv_cache.block_requests import (
     block_forms,
     block_requests,
+    check_pinned,
     document_ids,
     status_response,
     warm_response,
@@ -60,6 +61,8 @@ class KvCache:
     async def WarmBlocks(self, request: kv_cache_pb2.WarmBlocksRequest) -> kv_cache_pb2.WarmBlocksResponse:
         """Encodes blocks ahead of time, in every form asked for."""
         forms = block_forms(request.forms, self._chunk_tokens)
+        if request.pin:
+            check_pinned(request.blocks)
         with span("warm_blocks", request.context, blocks=len(request.blocks), forms=len(forms)) as current:
             by_form = [block_requests(self._keys, request.context, request.blocks, form) for form in forms]
             outcome = await self._shards.warm(list(itertools.chain.from_iterable(by_form)), request.pin)

@@ -93,6 +93,13 @@ CREATE TABLE IF NOT EXISTS documents (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS unsynced ON documents (collection) WHERE synced = 0;
 """
+_UNSETTLED = """
+BEGIN IMMEDIATE;
+CREATE TABLE unsettled (collection INTEGER PRIMARY KEY REFERENCES collections (number) ON DELETE CASCADE);
+INSERT INTO unsettled SELECT number FROM collections;
+COMMIT;
+"""
+"""At once, so that an index of before, in which any collection may be one, has all of them or no such table."""
 _FORMAT = "2"
 _COLUMNS = "document_id, version, title, passages, metadata, source, shown_by"
 
@@ -112,6 +119,10 @@ class Catalogue:
             self._database.execute(_PROPERTIES)
             self._check("format", _FORMAT, "its format is")
             self._database.executescript(_SCHEMA)
+            if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'unsettled'"):
+                self._database.executescript(_UNSETTLED)
+            self.unsettled = {int(number) for (number,) in self._rows("SELECT collection FROM unsettled")}
+            """Collections that may have staged passages or an interrupted commit, on disk before they do."""
             self._check("embedding", f"{embedding.fingerprint} {embedding.dimensions}", "its embedding model is")
 
     def close(self) -> None:
@@ -136,6 +147,20 @@ class Catalogue:
 
     def remove_collection(self, number: int) -> None:
         self._rows("DELETE FROM collections WHERE number = ?", number)
+        self.unsettled.discard(number)
+
+    def unsettle(self, number: int) -> None:
+        """Before passages are staged: a process that is killed, or a machine that stops, leaves them to a sweep."""
+        if number not in self.unsettled:
+            self._rows("PRAGMA synchronous = FULL")
+            self._rows("INSERT OR IGNORE INTO unsettled (collection) VALUES (?)", number)
+            self._rows("PRAGMA synchronous = NORMAL")
+            self.unsettled.add(number)
+
+    def settle(self, number: int) -> None:
+        """When nothing is staged and no commit interrupted, and that is on disk."""
+        self._rows("DELETE FROM unsettled WHERE collection = ?", number)
+        self.unsettled.discard(number)
 
     def collections(self) -> dict[CollectionId, int]:
         """All collections with their numbers, sorted."""
@@ -184,6 +209,10 @@ class Catalogue:
         """Documents whose passages may not be on disk yet."""
         query = f"SELECT {_COLUMNS} FROM documents WHERE collection = ? AND synced = 0"
         return [self._document(row) for row in self._rows(query, number)]
+
+    def unsynced_collections(self) -> set[int]:
+        """Collections that have such documents."""
+        return {int(number) for (number,) in self._rows("SELECT DISTINCT collection FROM documents WHERE synced = 0")}
 
     def mark_synced(self, number: int) -> None:
         self._rows("UPDATE documents SET synced = 1 WHERE collection = ? AND synced = 0", number)

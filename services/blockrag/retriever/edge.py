@@ -20,7 +20,7 @@ from blockrag.aio import forwarded
 from blockrag.errors import UnavailableError
 from blockrag.retriever.edge_store import EdgeStore
 from blockrag.retriever.edge_worker import HEADER_BYTES, Answer, Opening, frame
-from blockrag.retriever.vector_index import EmbeddingInfo, VectorIndex
+from blockrag.retriever.vector_index import STAGED_FOR_S, EmbeddingInfo, VectorIndex
 
 _logger = logging.getLogger(__name__)
 
@@ -56,7 +56,14 @@ class EdgeIndex(VectorIndex):
     counts = forwarded(VectorIndex.counts)
     disk_bytes = forwarded(VectorIndex.disk_bytes)
     collections = forwarded(VectorIndex.collections)
-    sweep = forwarded(VectorIndex.sweep)
+
+    async def sweep(self, older_than_s: float = STAGED_FOR_S) -> None:
+        """One collection after another, each in a call of its own: searches go between them."""
+        for number in await self.call("unsettled"):
+            try:
+                await self.call("sweep_one", number, older_than_s)
+            except UnavailableError as error:
+                _logger.warning("a collection could not be swept, it is tried again: %s", error)
 
     async def close(self) -> None:
         if self._worker is not None:
@@ -111,9 +118,10 @@ class _Worker:
     async def call(self, message: object) -> Any:
         if self.gone:
             raise _stopped()
+        sent = frame(message)  # first: what cannot be pickled must not wait for an answer
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        self._writer.write(frame(message))
+        self._writer.write(sent)
         answer = await future
         if answer.error is not None:
             raise answer.error

@@ -7,10 +7,9 @@ this runs in a process of its own, see ``edge_worker``.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from blockrag.results import PassageHolder
 from blockrag.retriever import payload as fields
 from blockrag.retriever.catalogue import Catalogue, check_room_for_changes, check_room_for_documents, locked
 from blockrag.retriever.edge_filters import equals, of_commit, of_version, since, sparse, visible
+from blockrag.retriever.edge_shards import Shards
 from blockrag.retriever.fusion import FOUND_FIELDS, HELD_FIELDS, Candidate, candidate_of, fuse_texts, holders_of
 from blockrag.retriever.vector_index import (
     COMMITS_WITHIN_S,
@@ -44,25 +44,14 @@ from blockrag.retriever.vector_index import (
 
 _logger = logging.getLogger(__name__)
 
-FLUSH_AFTER_S = 2.0
-"""Longest time that a change waits to be flushed. A flush costs 20 to 200 ms whatever its size."""
-OPTIMIZE_AFTER_POINTS = 4000
-"""Changed points after which segments are optimized: about a second of work each time."""
-_SEGMENT_KB = 8000
-_INDEXING_KB = 4000
 _SCROLL_LIMIT = 1000
 _BLOCK_BYTES = 512
 """Of ``stat``'s blocks, whatever the file system's are."""
 
 
-@dataclass
-class _Shard:
-    shard: qdrant.EdgeShard
-    changed_points: int = 0
-
-
 class EdgeStore:
-    """Collections under one directory, for one process at a time. Methods as in ``VectorIndex``."""
+    """Collections under one directory, for one process at a time. Methods as in ``VectorIndex``, but sweeping, in
+    steps."""
 
     def __init__(self, path: Path, embedding: EmbeddingInfo, lock_wait_s: float) -> None:
         """Raises ``UnavailableError`` when another process holds the directory for longer than ``lock_wait_s``."""
@@ -72,9 +61,12 @@ class EdgeStore:
         check_room_for_changes(path)
         self._lock = locked(path / "lock", lock_wait_s)
         self._catalogue = Catalogue(path / "catalogue.sqlite", embedding)
-        self._shards: dict[int, _Shard] = {}
-        self._unflushed: dict[int, float] = {}
-        self._remove_leftovers()
+        self._shards = Shards(path, embedding.dimensions, self._opened, self._flushed)
+        self._left = set(self._catalogue.unsettled)
+        """Collections in which a commit may have been interrupted."""
+        self._unverified = self._catalogue.unsynced_collections()
+        """Those that were not opened yet since a process ended that had not flushed all."""
+        self._shards.remove_others(set(self._catalogue.collections().values()))
 
     def stage(
         self, collection: CollectionId, passages: Sequence[EmbeddedPassage], language: str = DEFAULT_LANGUAGE
@@ -94,7 +86,8 @@ class EdgeStore:
             )
             for item in passages
         ]
-        self._update(number, qdrant.UpdateOperation.upsert_points(points), len(points))
+        self._catalogue.unsettle(number)
+        self._shards.update(number, qdrant.UpdateOperation.upsert_points(points), len(points))
 
     def language(self, collection: CollectionId) -> str:
         return self._catalogue.language(self._number(collection))
@@ -104,20 +97,25 @@ class EdgeStore:
         number = self._catalogue.collection_number(collection)
         if number is None:
             raise InvalidRequestError("passages", too_few_staged(0, document))
+        self._verify(number)
         current = self._catalogue.document(number, document.document_id)
         if current is not None and current.version == document.version:
             return ""
         shown = replace(document, commit=fields.new_commit())
-        self._mark(number, shown)
-        self._catalogue.put(number, shown)
-        settled = qdrant.UpdateOperation.delete_payload_by_filter(of_commit(shown.commit), [fields.SINCE])
-        self._update(number, settled, 0)
-        self._remove_older(number, document.document_id, current.commit if current else "")
+        try:
+            self._mark(number, shown)
+            self._catalogue.put(number, shown)
+            settled = qdrant.UpdateOperation.delete_payload_by_filter(of_commit(shown.commit), [fields.SINCE])
+            self._shards.update(number, settled, 0)
+            self._remove_older(number, document.document_id, current.commit if current else "")
+        except Exception:
+            self._left.add(number)
+            raise
         return current.version if current else ""
 
     def remove_document(self, collection: CollectionId, document_id: str) -> int:
         check_room_for_changes(self._path)
-        number = self._number(collection)
+        number = self._verified(collection)
         current = self._catalogue.document(number, document_id)
         self._catalogue.remove(number, document_id)
         # Nobody else is within a call: what is staged for it can go too.
@@ -125,18 +123,16 @@ class EdgeStore:
         points = self._count(number, of_document)
         if current is None and not points:
             raise NotFoundError(unknown_document(collection, document_id))
-        self._update(number, qdrant.UpdateOperation.delete_points_by_filter(of_document), points)
+        self._shards.update(number, qdrant.UpdateOperation.delete_points_by_filter(of_document), points)
         return current.passages if current else 0
 
     def remove_collection(self, collection: CollectionId) -> Counts:
         number = self._number(collection)
         counts = self._catalogue.counts(number)
         self._catalogue.remove_collection(number)
-        opened = self._shards.pop(number, None)
-        self._unflushed.pop(number, None)
-        if opened is not None:
-            opened.shard.close()
-        shutil.rmtree(self._directory(number), ignore_errors=True)
+        self._shards.remove(number)
+        self._left.discard(number)
+        self._unverified.discard(number)
         return counts
 
     def search(self, collection: CollectionId, query: SearchQuery) -> list[FoundPassage]:
@@ -153,9 +149,8 @@ class EdgeStore:
         best = fused[: query.limit]
         if not best:
             return []
-        records = self._shard(number).shard.retrieve(
-            [one.point for one, _ in best], with_payload=True, with_vector=False
-        )
+        shard = self._shards.get(number)
+        records = shard.retrieve([one.point for one, _ in best], with_payload=True, with_vector=False)
         payloads = {str(record.id): record.payload or {} for record in records}
         holders = self._holders(number, query, [one for one, _ in best])
         return [
@@ -164,13 +159,13 @@ class EdgeStore:
         ]
 
     def documents(self, collection: CollectionId, after: str, limit: int) -> list[Document]:
-        return self._catalogue.page(self._number(collection), after, limit)
+        return self._catalogue.page(self._verified(collection), after, limit)
 
     def find_documents(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Document]:
-        return self._catalogue.find(self._number(collection), document_ids)
+        return self._catalogue.find(self._verified(collection), document_ids)
 
     def passages(self, collection: CollectionId, document_ids: Sequence[str]) -> list[Passage]:
-        number = self._number(collection)
+        number = self._verified(collection)
         return [
             passage
             for document in self._catalogue.find(number, document_ids)
@@ -185,38 +180,40 @@ class EdgeStore:
 
     def disk_bytes(self, collection: CollectionId) -> int:
         # Blocks, not lengths: the engine's files are sparse.
-        files = (file.stat() for file in self._directory(self._number(collection)).rglob("*") if file.is_file())
+        directory = self._shards.directory(self._number(collection))
+        files = (file.stat() for file in directory.rglob("*") if file.is_file())
         return sum(file.st_blocks for file in files) * _BLOCK_BYTES
 
     def collections(self, tenant: str | None) -> list[CollectionId]:
         return [identity for identity in self._catalogue.collections() if tenant in (None, identity.tenant)]
 
-    def sweep(self, older_than_s: float = STAGED_FOR_S) -> None:
-        stale = qdrant.Filter(must=[equals(fields.STATE, fields.STAGED), since(time.time() - older_than_s)])
-        for number in self._catalogue.collections().values():
-            if points := self._count(number, stale):
-                _logger.info("sweeping %d passages that were never committed", points)
-                self._update(number, qdrant.UpdateOperation.delete_points_by_filter(stale), points)
-            self._finish_commits(number)
+    def unsettled(self) -> list[int]:
+        """Collections for ``sweep_one``, those first whose documents may be lost. Others need not be opened."""
+        return [*sorted(self._unverified), *sorted(self._catalogue.unsettled - self._unverified)]
 
-    def tidy(self, *, idle: bool) -> None:
-        """Flushes changes that waited long enough, or all when idle, and optimizes shards that changed much."""
-        now = time.monotonic()
-        for number, changed in list(self._unflushed.items()):
-            if idle or now - changed >= FLUSH_AFTER_S:
-                self._flush(number)
-        for shard in self._shards.values():
-            if shard.changed_points >= OPTIMIZE_AFTER_POINTS:
-                shard.changed_points = 0
-                shard.shard.optimize()
+    def sweep_one(self, number: int, older_than_s: float = STAGED_FOR_S) -> None:
+        """Sweeps one collection. Its shard is closed again unless it was open, so that those in use stay so."""
+        if number not in self._catalogue.unsettled | self._unverified:
+            return
+        was_open = number in self._shards
+        stale = qdrant.Filter(must=[equals(fields.STATE, fields.STAGED), since(time.time() - older_than_s)])
+        if points := self._count(number, stale):
+            _logger.info("sweeping %d passages that were never committed", points)
+            self._shards.update(number, qdrant.UpdateOperation.delete_points_by_filter(stale), points)
+        self._finish_commits(number)
+        self._left.discard(number)
+        self._shards.flush(number)
+        self._settle(number)
+        if not was_open:
+            self._shards.close(number)
+
+    def tidy(self, *, idle: bool) -> bool:
+        """See ``Shards.tidy``."""
+        return self._shards.tidy(idle=idle)
 
     def close(self) -> None:
         """Flushes everything and lets the directory go."""
-        for number in list(self._unflushed):
-            self._flush(number)
-        for shard in self._shards.values():
-            shard.shard.close()
-        self._shards.clear()
+        self._shards.close_all()
         self._catalogue.close()
         self._lock.close()
 
@@ -225,7 +222,7 @@ class EdgeStore:
         staged = qdrant.Filter(must=[*of_version(document), equals(fields.STATE, fields.STAGED)])
         points = fields.one_for_each_place(self._scroll(number, staged, [fields.ORDINAL]), document)
         marks = {fields.STATE: fields.VISIBLE, fields.COMMIT: document.commit, fields.SINCE: time.time()}
-        self._update(number, qdrant.UpdateOperation.set_payload(list(points), marks), 0)
+        self._shards.update(number, qdrant.UpdateOperation.set_payload(list(points), marks), 0)
 
     def _remove_older(self, number: int, document_id: str, replaced: str) -> None:
         # What is being staged right now stays.
@@ -233,7 +230,7 @@ class EdgeStore:
         stale = qdrant.Filter(must=[*long_ago, equals(fields.STATE, fields.STAGED)])
         for condition in (of_commit(replaced), stale) if replaced else (stale,):
             if points := self._count(number, condition):
-                self._update(number, qdrant.UpdateOperation.delete_points_by_filter(condition), points)
+                self._shards.update(number, qdrant.UpdateOperation.delete_points_by_filter(condition), points)
 
     def _finish_commits(self, number: int) -> None:
         """Removes or settles what a process left that was killed within a commit; nobody else is within one."""
@@ -245,7 +242,7 @@ class EdgeStore:
                 done = qdrant.UpdateOperation.delete_payload_by_filter(of_commit(commit), [fields.SINCE])
             else:
                 done = qdrant.UpdateOperation.delete_points_by_filter(of_commit(commit))
-            self._update(number, done, 0)
+            self._shards.update(number, done, 0)
 
     def _candidates(self, number: int, query: SearchQuery, candidates: int) -> list[list[Candidate]]:
         condition = visible(query.conditions)
@@ -254,7 +251,7 @@ class EdgeStore:
             queries.append(qdrant.Query.Nearest(query.dense.tolist(), fields.DENSE))
         if query.sparse.indices:
             queries.append(qdrant.Query.Nearest(sparse(query.sparse), fields.BM25))
-        shard = self._shard(number).shard
+        shard = self._shards.get(number)
         return [
             [
                 candidate_of(str(point.id), point.payload or {}, point.score)
@@ -288,7 +285,7 @@ class EdgeStore:
         found: list[tuple[str, dict[str, Any]]] = []
         offset: Any = None
         while True:
-            records, offset = self._shard(number).shard.scroll(
+            records, offset = self._shards.get(number).scroll(
                 qdrant.ScrollRequest(offset=offset, limit=_SCROLL_LIMIT, filter=condition, with_payload=wanted)
             )
             found += [(str(record.id), record.payload or {}) for record in records]
@@ -302,46 +299,22 @@ class EdgeStore:
         return number
 
     def _count(self, number: int, condition: qdrant.Filter) -> int:
-        return self._shard(number).shard.count(qdrant.CountRequest(exact=True, filter=condition))
+        return self._shards.get(number).count(qdrant.CountRequest(exact=True, filter=condition))
 
-    def _update(self, number: int, operation: qdrant.UpdateOperation, points: int) -> None:
-        check_room_for_changes(self._path)
-        opened = self._shard(number)
-        opened.shard.update(operation)
-        opened.changed_points += points
-        self._unflushed.setdefault(number, time.monotonic())
-
-    def _flush(self, number: int) -> None:
-        self._shards[number].shard.flush()
-        self._catalogue.mark_synced(number)
-        self._unflushed.pop(number, None)
-
-    def _shard(self, number: int) -> _Shard:
-        opened = self._shards.get(number)
-        if opened is None:
-            opened = self._shards[number] = _Shard(self._open(number))
-            self._verify(number)
-        return opened
-
-    def _open(self, number: int) -> qdrant.EdgeShard:
-        check_room_for_changes(self._path)
-        directory = self._directory(number)
-        if (directory / "edge_config.json").exists():
-            shard = qdrant.EdgeShard.load(str(directory))
-        else:
-            # Missing, or the process was killed while it was made.
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir()
-            shard = qdrant.EdgeShard.create(str(directory), _shard_config(self._embedding.dimensions))
-        indexed = shard.info().payload_schema
-        for field in fields.KEYWORD_FIELDS:
-            if field not in indexed:
-                shard.update(qdrant.UpdateOperation.create_field_index(field, qdrant.PayloadSchemaType.Keyword))
-        return shard
+    def _verified(self, collection: CollectionId) -> int:
+        """The collection's number, for what tells of its documents or changes them."""
+        number = self._number(collection)
+        self._verify(number)
+        return number
 
     def _verify(self, number: int) -> None:
+        if number in self._unverified:
+            self._shards.get(number)
+
+    def _opened(self, number: int) -> bool:
         """After a power failure, documents whose passages did not reach the disk are forgotten."""
-        for document in self._catalogue.unsynced(number):
+        documents = self._catalogue.unsynced(number)
+        for document in documents:
             if (kept := self._count(number, of_commit(document.commit))) < document.passages:
                 _logger.warning(
                     "forgetting document %r, of which %d of %d passages reached the disk",
@@ -350,24 +323,17 @@ class EdgeStore:
                     document.passages,
                 )
                 self._catalogue.remove(number, document.document_id)
-        self._unflushed.setdefault(number, time.monotonic())
+        unflushed = bool(documents) or number in self._left
+        self._unverified.discard(number)
+        return unflushed
 
-    def _directory(self, number: int) -> Path:
-        return self._path / f"shard-{number}"
+    def _flushed(self, number: int) -> None:
+        self._catalogue.mark_synced(number)
+        self._settle(number)
 
-    def _remove_leftovers(self) -> None:
-        kept = {self._directory(number) for number in self._catalogue.collections().values()}
-        for directory in self._path.glob("shard-*"):
-            if directory not in kept:
-                shutil.rmtree(directory, ignore_errors=True)
-
-
-def _shard_config(dimensions: int) -> qdrant.EdgeConfig:
-    return qdrant.EdgeConfig(
-        vectors={fields.DENSE: qdrant.EdgeVectorParams(size=dimensions, distance=qdrant.Distance.Cosine)},
-        sparse_vectors={fields.BM25: qdrant.EdgeSparseVectorParams(modifier=qdrant.Modifier.Idf)},
-        # Small segments: the graph of one is built in about a second, during which no search is answered.
-        optimizers=qdrant.EdgeOptimizersConfig(
-            default_segment_number=1, max_segment_size=_SEGMENT_KB, indexing_threshold=_INDEXING_KB
-        ),
-    )
+    def _settle(self, number: int) -> None:
+        """Where all is on disk: a collection with nothing for a sweep to find need not be opened by one."""
+        if number in self._catalogue.unsettled and number not in self._left:
+            staged = qdrant.Filter(must=[equals(fields.STATE, fields.STAGED)])
+            if not self._count(number, staged):
+                self._catalogue.settle(number)

@@ -58,18 +58,20 @@ def serve(connection: socket.socket) -> None:
         return
     connection.sendall(frame(Answer()))
     try:
-        while _answer_next(connection, store):
-            pass
+        wait_s: float | None = _IDLE_S
+        while wait_s is not None:
+            wait_s = _answer_next(connection, store, wait_s)
     finally:
         store.close()
 
 
-def _answer_next(connection: socket.socket, store: EdgeStore) -> bool:
-    ready = select.select([connection], [], [], _IDLE_S)[0]
+def _answer_next(connection: socket.socket, store: EdgeStore, wait_s: float) -> float | None:
+    """How long to wait for the next call; None: there is none."""
+    ready = select.select([connection], [], [], wait_s)[0]
     if ready:
         call = _receive(connection)
         if call is None:
-            return False
+            return None
         try:
             answer = Answer(call(store))
         except Exception as error:
@@ -77,12 +79,12 @@ def _answer_next(connection: socket.socket, store: EdgeStore) -> bool:
         try:
             connection.sendall(frame(answer))
         except OSError:
-            return False
+            return None
     try:
-        store.tidy(idle=not ready)
+        return 0.0 if store.tidy(idle=not ready) else _IDLE_S
     except Exception:
         _logger.exception("the vector index could not be flushed or optimized")
-    return True
+        return _IDLE_S
 
 
 def _receive(connection: socket.socket) -> Any:

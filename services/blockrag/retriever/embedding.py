@@ -46,6 +46,10 @@ class EmbeddingFiles:
     pooling: str
     """mean or cls."""
     normalize: bool
+    lower_case: bool
+    """Texts are in lower case before they are tokenized."""
+    prompts_count: bool
+    """Tokens of the prompts count in the mean."""
     max_tokens: int
     query_prompt: str
     passage_prompt: str
@@ -86,11 +90,14 @@ class Embedder:
             ).eval()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise _refused(f"{files.path} cannot be loaded: {str(error)[:300]}") from error
+        if files.lower_case:
+            _lower_case_first(self._tokenizer)
         limit = self._tokenizer.model_max_length or files.max_tokens
         self.max_tokens = min(files.max_tokens, limit, *_table_rows(self._model))
         """Longest text in tokens: what the directory says, at most what the model has positions for."""
         self._tokenizing = threading.Lock()
         self._remembered: Lru[str, NDArray[np.float32]] = Lru(_REMEMBERED_QUERIES)
+        self._query_skips, self._passage_skips = map(self._skipped, (files.query_prompt, files.passage_prompt))
         self.embed_query(_WARM_UP)
 
     @property
@@ -104,7 +111,8 @@ class Embedder:
             known = self._remembered.get(text)
             if known is not None:
                 return known
-        vector: NDArray[np.float32] = self._embed(self._token_ids([self.files.query_prompt + text]))[0]
+        token_ids = self._token_ids([self.files.query_prompt + text])
+        vector: NDArray[np.float32] = self._embed(token_ids, self._query_skips)[0]
         with self._tokenizing:
             self._remembered.put(text, vector)
         return vector
@@ -121,7 +129,7 @@ class Embedder:
             while end < len(order) and (end + 1 - start) * len(token_ids[order[end]]) <= _BATCH_TOKENS:
                 end += 1
             part = order[start:end]
-            vectors[part] = self._embed([token_ids[index] for index in part])
+            vectors[part] = self._embed([token_ids[index] for index in part], self._passage_skips)
             start = end
         return vectors
 
@@ -131,7 +139,18 @@ class Embedder:
             encoded = self._tokenizer(texts, truncation=True, max_length=self.max_tokens, padding=False, verbose=False)
         return list(encoded["input_ids"])
 
-    def _embed(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def _skipped(self, prompt: str) -> int:
+        """Of a text with this prompt, how many tokens at its beginning are left out of the mean.
+
+        As sentence-transformers counts them: those of the prompt as a text of its own, but for the end's.
+        """
+        if self.files.prompts_count or not prompt:
+            return 0
+        (ids,) = self._token_ids([prompt])
+        return len(ids) - sum(last in self._tokenizer.all_special_ids for last in ids[-1:])
+
+    def _embed(self, token_ids: Sequence[Sequence[int]], skipped: int) -> NDArray[np.float32]:
+        """Vectors of texts; ``skipped`` first tokens of each are left out of the mean."""
         import torch
 
         longest = max(len(ids) for ids in token_ids)
@@ -147,7 +166,8 @@ class Embedder:
             if self.files.pooling == "cls":
                 pooled = hidden[:, 0]
             else:
-                pooled = (hidden * mask[:, :, None]).sum(dim=1) / lengths[:, None]
+                counted = mask & (torch.arange(longest) >= skipped)
+                pooled = (hidden * counted[:, :, None]).sum(dim=1) / counted.sum(dim=1).clamp(min=1)[:, None]
             if self.files.normalize:
                 pooled = torch.nn.functional.normalize(pooled, dim=-1)
             vectors: NDArray[np.float32] = pooled.numpy()
@@ -161,6 +181,17 @@ def embedded(embedder: Embedder, bm25: Bm25, passages: Sequence[Passage]) -> lis
         EmbeddedPassage(passage, vector, bm25.embed_passage(passage.title, passage.text))
         for passage, vector in zip(passages, dense, strict=True)
     ]
+
+
+def _lower_case_first(tokenizer: Any) -> None:
+    """Puts texts into lower case before all else, as sentence-transformers does; special tokens stay what they are."""
+    from tokenizers import normalizers
+
+    if not tokenizer.is_fast:
+        raise _refused("do_lower_case is supported for tokenizers of the tokenizers library only")
+    backend = tokenizer.backend_tokenizer
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
 
 
 def _table_rows(model: nn.Module) -> list[int]:
@@ -187,15 +218,26 @@ def _read(path: Path, name: str) -> EmbeddingFiles:
     sentence = _json(transformer / "sentence_bert_config.json", optional=True)
     prompts = _json(path / "config_sentence_transformers.json", optional=True).get("prompts") or {}
     max_positions = config.get("max_position_embeddings") or _DEFAULT_TOKENS
-    described = [modules, config, sentence, prompts, _contents(transformer)]
+    pooled = _json(pooling / "config.json")
+    how = _pooling(pooled, pooling)
+    query_prompt, passage_prompt = prompts.get("query", ""), prompts.get("document", prompts.get("passage", ""))
+    lower_case = bool(sentence.get("do_lower_case"))
+    prompts_count = pooled.get("include_prompt", True) is not False or not (query_prompt or passage_prompt)
+    if how == "cls" and not prompts_count:
+        raise _refused(f"{pooling} pools by cls with include_prompt false; that is supported for mean")
+    described: list[Any] = [modules, config, sentence, prompts, _contents(transformer)]
+    # Both were ignored once: an index of then has other vectors, and one without them the same.
+    described += [option for option, meant in (("lower case", lower_case), ("no prompt", not prompts_count)) if meant]
     return EmbeddingFiles(
         name=name,
         path=transformer,
-        pooling=_pooling(_json(pooling / "config.json"), pooling),
+        pooling=how,
         normalize="Normalize" in kinds,
+        lower_case=lower_case,
+        prompts_count=prompts_count,
         max_tokens=int(sentence.get("max_seq_length") or max_positions),
-        query_prompt=prompts.get("query", ""),
-        passage_prompt=prompts.get("document", prompts.get("passage", "")),
+        query_prompt=query_prompt,
+        passage_prompt=passage_prompt,
         dimensions=int(config["hidden_size"]),
         fingerprint=f"{name}-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}",
     )

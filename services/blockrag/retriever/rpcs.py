@@ -143,13 +143,14 @@ class RetrieverService:
         if not request.top_k:
             raise InvalidRequestError("top_k", "must be at least 1")
         async with self._turns.turn(collection.tenant):
-            found = await self._search(request, collection, conditions)
+            found, language = await self._search(request, collection, conditions)
         passages = [messages.passage_message(one.passage, one.score, one.also_in) for one in found]
-        return retriever_pb2.SearchResponse(passages=passages)
+        return retriever_pb2.SearchResponse(passages=passages, language=language)
 
     async def _search(
         self, request: retriever_pb2.SearchRequest, collection: CollectionId, conditions: tuple[Condition, ...]
-    ) -> list[FoundPassage]:
+    ) -> tuple[list[FoundPassage], str]:
+        """What is found, and the collection's language."""
         with span("embed", request.context):
             vector, language = await asyncio.gather(
                 _in(self._query_thread, self._embedder.embed_query, request.query), self._index.language(collection)
@@ -166,7 +167,7 @@ class RetrieverService:
         with span("search", request.context, collection=collection.name, top_k=request.top_k) as current:
             found = await self._index.search(collection, query)
             current.set(passages=len(found))
-        return found
+        return found, language
 
     @rpc
     async def AddPassages(self, request: retriever_pb2.AddPassagesRequest) -> retriever_pb2.AddPassagesResponse:
@@ -283,24 +284,26 @@ class RetrieverService:
         return show_own(status, caller)
 
     async def start(self) -> None:
-        """Opens the index ahead of the first question and sweeps it. A store that is down now may be up later.
+        """Opens the index ahead of the first question and begins to sweep it. A store that is down now may be up later.
 
         Raises ``SettingsError`` for an index that was made with another embedding model.
         """
         try:
-            await self._index.sweep()
+            await self._index.collections(None)
         except UnavailableError as error:
             _logger.warning("the vector index is not available yet: %s", error)
         self._sweeping = asyncio.get_running_loop().create_task(self._sweep())
 
     async def _sweep(self) -> None:
-        """Each hour: what was staged for a day belongs to an upload that broke off."""
+        """Now and each hour: what was staged for a day belongs to an upload that broke off."""
         while True:
-            await asyncio.sleep(SWEEP_PERIOD_S)
             try:
                 await self._index.sweep()
+            except UnavailableError as error:
+                _logger.warning("the vector index is not available, it is swept later: %s", error)
             except Exception:
                 _logger.exception("sweeping the index failed; it is tried again")
+            await asyncio.sleep(SWEEP_PERIOD_S)
 
     async def _language(self, collection: CollectionId, wanted: str) -> str:
         """The language of passages on their way in."""

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from blockrag.v1 import common_pb2 as blockrag_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62lockrag/v1/compressor.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\"\xf9\x02\n\x0bPlanRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x10\n\x08question\x18\x02 \x01(\t\x12&\n\x08passages\x18\x03 \x03(\x0b\x32\x14.blockrag.v1.Passage\x12\x32\n\x0e\x61ttention_mode\x18\x04 \x01(\x0e\x32\x1a.blockrag.v1.AttentionMode\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12-\n\x0b\x63ompression\x18\x07 \x01(\x0b\x32\x18.blockrag.v1.Compression\x12\x10\n\x08spent_ms\x18\x08 \x01(\x01\x12\x11\n\tmargin_ms\x18\x0c \x01(\x01\x12\x12\n\ncollection\x18\t \x01(\t\x12 \n\x05turns\x18\n \x03(\x0b\x32\x11.blockrag.v1.Turn\x12\x14\n\x0cinstructions\x18\x0b \x01(\t\"\xa0\x01\n\x0bPassagePlan\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x06\x63hunks\x18\x04 \x03(\x0b\x32\x1a.blockrag.v1.ChunkDecision\x12\x11\n\tin_prompt\x18\x05 \x01(\x08\x12\x16\n\x0e\x64ropped_reason\x18\x06 \x01(\t\"\xf0\x01\n\x0cPlanResponse\x12\x1d\n\x15instruction_token_ids\x18\x01 \x03(\r\x12*\n\x08passages\x18\x02 \x03(\x0b\x32\x18.blockrag.v1.PassagePlan\x12\x17\n\x0f\x66inal_token_ids\x18\x03 \x03(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x14\n\x0c\x63hunk_tokens\x18\x05 \x01(\r\x12\x11\n\tpolicy_ms\x18\x06 \x01(\x01\x12\'\n\x05turns\x18\x07 \x03(\x0b\x32\x18.blockrag.v1.PromptBlock\x12\x13\n\x0b\x65xpected_ms\x18\x08 \x01(\x01\"X\n\x16PrepareQuestionRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x10\n\x08question\x18\x02 \x01(\t\"\x19\n\x17PrepareQuestionResponse\"o\n\x17TokenizePassagesRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12&\n\x08passages\x18\x02 \x03(\x0b\x32\x14.blockrag.v1.Passage\"N\n\x10TokenizedPassage\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"j\n\x18TokenizePassagesResponse\x12\x1d\n\x15instruction_token_ids\x18\x01 \x03(\r\x12/\n\x08passages\x18\x02 \x03(\x0b\x32\x1d.blockrag.v1.TokenizedPassage2\x8f\x02\n\x11\x43ompressorService\x12;\n\x04Plan\x12\x18.blockrag.v1.PlanRequest\x1a\x19.blockrag.v1.PlanResponse\x12\\\n\x0fPrepareQuestion\x12#.blockrag.v1.PrepareQuestionRequest\x1a$.blockrag.v1.PrepareQuestionResponse\x12_\n\x10TokenizePassages\x12$.blockrag.v1.TokenizePassagesRequest\x1a%.blockrag.v1.TokenizePassagesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62lockrag/v1/compressor.proto\x12\x0b\x62lockrag.v1\x1a\x18\x62lockrag/v1/common.proto\"\x8b\x03\n\x0bPlanRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x10\n\x08question\x18\x02 \x01(\t\x12&\n\x08passages\x18\x03 \x03(\x0b\x32\x14.blockrag.v1.Passage\x12\x32\n\x0e\x61ttention_mode\x18\x04 \x01(\x0e\x32\x1a.blockrag.v1.AttentionMode\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12-\n\x0b\x63ompression\x18\x07 \x01(\x0b\x32\x18.blockrag.v1.Compression\x12\x10\n\x08spent_ms\x18\x08 \x01(\x01\x12\x11\n\tmargin_ms\x18\x0c \x01(\x01\x12\x12\n\ncollection\x18\t \x01(\t\x12 \n\x05turns\x18\n \x03(\x0b\x32\x11.blockrag.v1.Turn\x12\x14\n\x0cinstructions\x18\x0b \x01(\t\x12\x10\n\x08language\x18\r \x01(\t\"\xa0\x01\n\x0bPassagePlan\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x06\x63hunks\x18\x04 \x03(\x0b\x32\x1a.blockrag.v1.ChunkDecision\x12\x11\n\tin_prompt\x18\x05 \x01(\x08\x12\x16\n\x0e\x64ropped_reason\x18\x06 \x01(\t\"\xf0\x01\n\x0cPlanResponse\x12\x1d\n\x15instruction_token_ids\x18\x01 \x03(\r\x12*\n\x08passages\x18\x02 \x03(\x0b\x32\x18.blockrag.v1.PassagePlan\x12\x17\n\x0f\x66inal_token_ids\x18\x03 \x03(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x14\n\x0c\x63hunk_tokens\x18\x05 \x01(\r\x12\x11\n\tpolicy_ms\x18\x06 \x01(\x01\x12\'\n\x05turns\x18\x07 \x03(\x0b\x32\x18.blockrag.v1.PromptBlock\x12\x13\n\x0b\x65xpected_ms\x18\x08 \x01(\x01\"X\n\x16PrepareQuestionRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12\x10\n\x08question\x18\x02 \x01(\t\"\x19\n\x17PrepareQuestionResponse\"o\n\x17TokenizePassagesRequest\x12,\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1b.blockrag.v1.RequestContext\x12&\n\x08passages\x18\x02 \x03(\x0b\x32\x14.blockrag.v1.Passage\"N\n\x10TokenizedPassage\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"j\n\x18TokenizePassagesResponse\x12\x1d\n\x15instruction_token_ids\x18\x01 \x03(\r\x12/\n\x08passages\x18\x02 \x03(\x0b\x32\x1d.blockrag.v1.TokenizedPassage2\x8f\x02\n\x11\x43ompressorService\x12;\n\x04Plan\x12\x18.blockrag.v1.PlanRequest\x1a\x19.blockrag.v1.PlanResponse\x12\\\n\x0fPrepareQuestion\x12#.blockrag.v1.PrepareQuestionRequest\x1a$.blockrag.v1.PrepareQuestionResponse\x12_\n\x10TokenizePassages\x12$.blockrag.v1.TokenizePassagesRequest\x1a%.blockrag.v1.TokenizePassagesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blockrag.v1.compressor_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PLANREQUEST']._serialized_start=72
-  _globals['_PLANREQUEST']._serialized_end=449
-  _globals['_PASSAGEPLAN']._serialized_start=452
-  _globals['_PASSAGEPLAN']._serialized_end=612
-  _globals['_PLANRESPONSE']._serialized_start=615
-  _globals['_PLANRESPONSE']._serialized_end=855
-  _globals['_PREPAREQUESTIONREQUEST']._serialized_start=857
-  _globals['_PREPAREQUESTIONREQUEST']._serialized_end=945
-  _globals['_PREPAREQUESTIONRESPONSE']._serialized_start=947
-  _globals['_PREPAREQUESTIONRESPONSE']._serialized_end=972
-  _globals['_TOKENIZEPASSAGESREQUEST']._serialized_start=974
-  _globals['_TOKENIZEPASSAGESREQUEST']._serialized_end=1085
-  _globals['_TOKENIZEDPASSAGE']._serialized_start=1087
-  _globals['_TOKENIZEDPASSAGE']._serialized_end=1165
-  _globals['_TOKENIZEPASSAGESRESPONSE']._serialized_start=1167
-  _globals['_TOKENIZEPASSAGESRESPONSE']._serialized_end=1273
-  _globals['_COMPRESSORSERVICE']._serialized_start=1276
-  _globals['_COMPRESSORSERVICE']._serialized_end=1547
+  _globals['_PLANREQUEST']._serialized_end=467
+  _globals['_PASSAGEPLAN']._serialized_start=470
+  _globals['_PASSAGEPLAN']._serialized_end=630
+  _globals['_PLANRESPONSE']._serialized_start=633
+  _globals['_PLANRESPONSE']._serialized_end=873
+  _globals['_PREPAREQUESTIONREQUEST']._serialized_start=875
+  _globals['_PREPAREQUESTIONREQUEST']._serialized_end=963
+  _globals['_PREPAREQUESTIONRESPONSE']._serialized_start=965
+  _globals['_PREPAREQUESTIONRESPONSE']._serialized_end=990
+  _globals['_TOKENIZEPASSAGESREQUEST']._serialized_start=992
+  _globals['_TOKENIZEPASSAGESREQUEST']._serialized_end=1103
+  _globals['_TOKENIZEDPASSAGE']._serialized_start=1105
+  _globals['_TOKENIZEDPASSAGE']._serialized_end=1183
+  _globals['_TOKENIZEPASSAGESRESPONSE']._serialized_start=1185
+  _globals['_TOKENIZEPASSAGESRESPONSE']._serialized_end=1291
+  _globals['_COMPRESSORSERVICE']._serialized_start=1294
+  _globals['_COMPRESSORSERVICE']._serialized_end=1565
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PlanRequest(_message.Message):
-    __slots__ = ("context", "question", "passages", "attention_mode", "max_context_tokens", "max_tokens", "compression", "spent_ms", "margin_ms", "collection", "turns", "instructions")
+    __slots__ = ("context", "question", "passages", "attention_mode", "max_context_tokens", "max_tokens", "compression", "spent_ms", "margin_ms", "collection", "turns", "instructions", "language")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     QUESTION_FIELD_NUMBER: _ClassVar[int]
     PASSAGES_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class PlanRequest(_message.Message):
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
+    LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     context: _common_pb2.RequestContext
     question: str
     passages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Passage]
@@ -33,7 +34,8 @@ class PlanRequest(_message.Message):
     collection: str
     turns: _containers.RepeatedCompositeFieldContainer[_common_pb2.Turn]
     instructions: str
-    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., question: _Optional[str] = ..., passages: _Optional[_Iterable[_Union[_common_pb2.Passage, _Mapping]]] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., max_context_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., compression: _Optional[_Union[_common_pb2.Compression, _Mapping]] = ..., spent_ms: _Optional[float] = ..., margin_ms: _Optional[float] = ..., collection: _Optional[str] = ..., turns: _Optional[_Iterable[_Union[_common_pb2.Turn, _Mapping]]] = ..., instructions: _Optional[str] = ...) -> None: ...
+    language: str
+    def __init__(self, context: _Optional[_Union[_common_pb2.RequestContext, _Mapping]] = ..., question: _Optional[str] = ..., passages: _Optional[_Iterable[_Union[_common_pb2.Passage, _Mapping]]] = ..., attention_mode: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., max_context_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., compression: _Optional[_Union[_common_pb2.Compression, _Mapping]] = ..., spent_ms: _Optional[float] = ..., margin_ms: _Optional[float] = ..., collection: _Optional[str] = ..., turns: _Optional[_Iterable[_Union[_common_pb2.Turn, _Mapping]]] = ..., instructions: _Optional[str] = ..., language: _Optional[str] = ...) -> None: ...
 
 class PassagePlan(_message.Message):
     __slots__ = ("passage_id", "document_id", "token_ids", "chunks", "in_prompt", "dropped_reason")

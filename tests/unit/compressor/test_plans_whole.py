@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from blockrag.compressor.compression_request import read_compression, sizes_decide
@@ -77,12 +79,12 @@ SEVERAL = (
 )
 
 
-def about(question: str, compression: Compression) -> PlanRequest:
+def about(question: str, compression: Compression, passages: Sequence[tuple[str, str]] = SEVERAL) -> PlanRequest:
     asked = request(compression)
     asked.question = question
     asked.ClearField("passages")
     asked.passages.extend(
-        Passage(passage_id=title, document_id=title, title=title, text=text) for title, text in SEVERAL
+        Passage(passage_id=title, document_id=title, title=title, text=text) for title, text in passages
     )
     return asked
 
@@ -105,6 +107,28 @@ async def test_a_question_reads_what_it_seems_to_need(plain: Bundle, bundle: Bun
     assert await read("Why?") == ["Norway", "Fiji"]  # no word says which
     # Norway shares more of it; Fiji alone has the sugar
     assert await read("Where do trolls live in the north of Norway, and where does sugar grow?") == ["Norway", "Fiji"]
+
+
+GERMAN = (
+    ("Miete", "Die Miete wird monatlich bezahlt. Die Heizung ist in der Miete."),
+    ("Hof", "Der Hof ist groß. Die Kinder spielen dort."),
+    ("Kündigung", "Eine Kündigung wird geschrieben. Sie wird unterschrieben. Frist: drei Monate."),
+)
+
+
+@pytest.mark.parametrize(("language", "read"), [("german", ["Miete", "Kündigung"]), ("", ["Miete", "Hof"])])
+async def test_words_are_those_of_the_collections_language(plain: Bundle, language: str, read: list[str]) -> None:
+    """Inflected words share a stem, and die is no word that says what is asked for, in German only."""
+    planner = make_planner(plain, None)
+    asked = about("Wie lang sind die Fristen der Kündigungen?", Compression(auto=True), GERMAN)
+    asked.language = language
+    plan = await planner.plan(asked)
+    assert [passage.document_id for passage in plan.passages if passage.in_prompt] == read
+
+    asked.compression.CopyFrom(Compression(max_context_tokens=60, policy="sentences"))
+    plan = await planner.plan(asked)
+    texts = [chunk.text for one in plan.passages for chunk in one.chunks if chunk.form == CHUNK_FORM_EXPANDED]
+    assert ("Frist: drei Monate." in texts) == (language == "german"), texts
 
 
 async def test_sentences_are_taken_out_of_cached_blocks_if_asked(plain: Bundle) -> None:

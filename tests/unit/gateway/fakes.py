@@ -47,11 +47,12 @@ class FakeSearcher:
     passages: Sequence[Passage] = ()
     delay: Callable[[], Awaitable[None]] = nothing
     requests: list[retriever_pb2.SearchRequest] = field(default_factory=list)
+    language: str = "english"
 
     async def search(self, request: retriever_pb2.SearchRequest) -> retriever_pb2.SearchResponse:
         self.requests.append(request)
         await self.delay()
-        return retriever_pb2.SearchResponse(passages=self.passages[: request.top_k])
+        return retriever_pb2.SearchResponse(passages=self.passages[: request.top_k], language=self.language)
 
 
 @dataclass

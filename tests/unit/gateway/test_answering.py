@@ -110,6 +110,15 @@ async def test_given_passages_are_not_retrieved() -> None:
     assert [citation.place for citation in events[-1].completion.citations] == [1, 2], "in the request's order"
 
 
+async def test_a_plan_knows_the_language_of_the_collection_not_of_given_passages() -> None:
+    planner = FakePlanner()
+    asking = answering(FakeSearcher(PASSAGES, language="german"), planner)
+    await collect(asking, collection="almanac")
+    await collect(asking, passages=[GivenPassage(text="one two")])
+    await collect(asking, attention_mode=ATTENTION_MODE_NONE)
+    assert [request.language for request in planner.requests] == ["german", "", ""]
+
+
 async def test_mode_none_uses_no_passages() -> None:
     searcher, decoder = FakeSearcher(PASSAGES), FakeDecoder()
     events = await collect(answering(searcher, decoder=decoder), attention_mode=ATTENTION_MODE_NONE)

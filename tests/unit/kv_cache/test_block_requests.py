@@ -8,6 +8,7 @@ from blockrag.kv_cache.block_requests import (
     block_form,
     block_forms,
     block_requests,
+    check_pinned,
     document_ids,
     status_response,
     warm_response,
@@ -47,6 +48,13 @@ def test_blocks_become_requests_with_the_tenants_keys() -> None:
 def test_impossible_blocks_are_named(token_ids: list[int]) -> None:
     with pytest.raises(InvalidRequestError, match=r"blocks\[1\]\.token_ids"):
         block_requests(KEYS, CONTEXT, [PromptBlock(token_ids=[1]), PromptBlock(token_ids=token_ids)])
+
+
+def test_what_cannot_be_unpinned_is_not_pinned() -> None:
+    pinned = [PromptBlock(token_ids=[1], collection="c"), PromptBlock(token_ids=[2], collection="c", document_id="d")]
+    check_pinned(pinned)
+    with pytest.raises(InvalidRequestError, match=r"blocks\[2\]\.collection"):
+        check_pinned([*pinned, PromptBlock(token_ids=[3])])
 
 
 def test_a_call_without_a_tenant_is_refused() -> None:

@@ -269,13 +269,21 @@ class _Either:
         return getattr(next(self._next), name)
 
 
+class _Swept(EdgeStore):
+    """Sweeps as the index does that calls it, in one step."""
+
+    def sweep(self, older_than_s: float) -> None:
+        for number in self.unsettled():
+            self.sweep_one(number, older_than_s)
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(CALLERS, st.randoms(use_true_random=False))
 def test_the_embedded_index_used_by_many(callers: list[list[tuple[str, str, str]]], random: Any) -> None:
     """Rows A1, A1b and A6, where each call is one step."""
 
     async def run(directory: str) -> None:
-        store = EdgeStore(Path(directory), EMBEDDING, 1)
+        store = _Swept(Path(directory), EMBEDDING, 1)
         turns = Turns(lambda waiting: random.randrange(waiting))
         try:
             await assert_holds(turns.through(store, sync=True), callers, turns)

@@ -113,8 +113,68 @@ def test_prompts_are_put_in_front(model_directory: Path) -> None:
     assert prompted.info.fingerprint != plain.info.fingerprint
 
 
+@pytest.mark.parametrize("lower_case", [False, True])
+@pytest.mark.parametrize("include_prompt", [False, True])
+@pytest.mark.parametrize("prompts", [{}, {"query": "Find this: ", "document": "[SEP] Title | "}])
+def test_options_mean_what_they_mean_to_sentence_transformers(
+    model_directory: Path, lower_case: bool, include_prompt: bool, prompts: dict[str, str]
+) -> None:
+    """Its own vectors of the same directory, with a tokenizer that would keep capitals."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    keep_capitals(model_directory)
+    set_options(model_directory, lower_case, include_prompt, prompts)
+    embedder = Embedder(find_embedding(str(model_directory)))
+    theirs = sentence_transformers.SentenceTransformer(str(model_directory), device="cpu")
+
+    texts = ["hello WORLD", "The Rhine is a RIVER [SEP] in Europe. ÅÄÖ", "", "Word " * 100]
+    assert np.allclose(embedder.embed_passages(texts), theirs.encode_document(texts), atol=1e-5)
+    for text in texts:
+        assert np.allclose(embedder.embed_query(text), theirs.encode_query(text), atol=1e-5)
+
+
+def test_options_change_vectors_and_so_the_fingerprint(model_directory: Path) -> None:
+    keep_capitals(model_directory)
+    found = {}
+    for options in ((False, True), (True, True), (False, False), (True, False)):
+        set_options(model_directory, *options, {"document": "A Title: "})
+        embedder = Embedder(find_embedding(str(model_directory)))
+        found[embedder.info.fingerprint] = embedder.embed_passages(["Hello World"])[0]
+    vectors = np.stack(list(found.values()))
+    assert len(vectors) == 4
+    assert np.abs(vectors[:, None] - vectors[None]).max(axis=2)[~np.eye(4, dtype=bool)].min() > 1e-3
+
+
+def test_without_a_prompt_to_leave_out_nothing_changes(model_directory: Path) -> None:
+    set_options(model_directory, False, True, {})
+    before = find_embedding(str(model_directory)).fingerprint
+    set_options(model_directory, False, False, {})
+    assert find_embedding(str(model_directory)).fingerprint == before
+
+
+def keep_capitals(directory: Path) -> None:
+    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = None
+    write(directory / "tokenizer.json", tokenizer)
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    # A class of the model's own would make the normalizer anew.
+    write(directory / "tokenizer_config.json", {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def set_options(directory: Path, lower_case: bool, include_prompt: bool, prompts: dict[str, str]) -> None:
+    write(directory / "sentence_bert_config.json", {"max_seq_length": 64, "do_lower_case": lower_case})
+    pooling = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    write(directory / "1_Pooling/config.json", {**pooling, "include_prompt": include_prompt})
+    write(directory / "config_sentence_transformers.json", {"prompts": prompts})
+
+
 def remove_weights(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
+
+
+def leave_the_prompt_out_of_cls(directory: Path) -> None:
+    pooling = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "include_prompt": False}
+    write(directory / "1_Pooling/config.json", pooling)
+    write(directory / "config_sentence_transformers.json", {"prompts": {"query": "query: "}})
 
 
 def add_dense(directory: Path) -> None:
@@ -135,6 +195,7 @@ def add_dense(directory: Path) -> None:
         (lambda directory: write(directory / "1_Pooling/config.json", {}), "pools by nothing"),
         (lambda directory: shutil.rmtree(directory / "1_Pooling"), "1_Pooling"),
         (add_dense, "Dense"),
+        (leave_the_prompt_out_of_cls, "include_prompt"),
         (remove_weights, "cannot be loaded"),
     ],
 )

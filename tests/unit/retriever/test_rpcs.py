@@ -109,6 +109,15 @@ async def test_large_top_k_gives_what_there_is(service: RetrieverService) -> Non
     assert len((await service.Search(search("capital", top_k=10_000))).passages) == 5
 
 
+async def test_a_search_tells_the_collections_language(service: RetrieverService) -> None:
+    sent = [common_pb2.Passage(document_id="a", document_version="v1", ordinal=0, text="Die Prüfung der Räume.")]
+    adding = pb.AddPassagesRequest(context=context(), collection="deutsch", passages=sent, language="german")
+    await service.AddPassages(adding)
+    assert (await service.Search(search("Prüfungen", collection="deutsch"))).language == "german"
+    assert (await service.Search(search("capital"))).language == "english"
+    await service.RemoveCollection(pb.RemoveCollectionRequest(context=context(), collection="deutsch"))
+
+
 async def test_filters_restrict_the_search(service: RetrieverService) -> None:
     condition = common_pb2.MetadataCondition(key="year", operator=common_pb2.CONDITION_OPERATOR_AT_LEAST)
     condition.values.add(number_value=1900)
