@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import atheris
 
@@ -99,14 +101,23 @@ def prompts() -> Callable[[bytes], None]:
 
 
 def main() -> None:
-    """Ends the process, as libFuzzer does."""
+    """In a child, since libFuzzer ends its process, and what it was given to begin with is to go."""
     parser = argparse.ArgumentParser()
     parser.add_argument("target", choices=("parsers", "prompts"))
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--found", default=".", help="folder for what it found")
     options = parser.parse_args()
-    corpus = Path(tempfile.mkdtemp(prefix="blockrag-fuzz-"))
+    with tempfile.TemporaryDirectory(prefix="blockrag-fuzz-") as folder:
+        child = os.fork()
+        if not child:
+            fuzz(options, Path(folder))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.exit(status if status >= 0 else 1)
+
+
+def fuzz(options: argparse.Namespace, corpus: Path) -> NoReturn:
+    """``corpus``: a folder for the inputs to begin with, and for those that it keeps."""
     for number, seed in enumerate(_SEEDS if options.target == "parsers" else ()):
         for kind in range(len(_TYPES)):
             (corpus / f"{number}-{kind}").write_bytes(bytes([kind]) + seed)
@@ -125,6 +136,7 @@ def main() -> None:
     arguments = [sys.argv[0], *(f"-{name}={value}" for name, value in flags.items()), str(corpus)]
     atheris.Setup(arguments, read_file if options.target == "parsers" else prompts())
     atheris.Fuzz()
+    sys.exit(0)
 
 
 if __name__ == "__main__":
