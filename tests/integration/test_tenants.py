@@ -10,8 +10,7 @@ import pytest
 
 from blockrag.client import BlockragClient
 from blockrag.settings import GatewaySettings
-from blockrag.tenants import TenantSettings
-from blockrag.tenants import TenantLimits
+from blockrag.tenants import TenantLimits, TenantSettings
 from blockrag.v1 import rag_pb2, rag_pb2_grpc, system_pb2, system_pb2_grpc
 from tests.integration.conftest import Cluster
 
