@@ -37,7 +37,7 @@ def test_ray_tells_where_objects_are_and_replicas_hand_them_over() -> None:
 
 
 def test_ray_says_which_of_its_processes_have_ended() -> None:
-    """``local/system.py``."""
+    """``local/ray_life.py``."""
     from ray._private import ray_constants, worker
     from ray._private.node import Node
 

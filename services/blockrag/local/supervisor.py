@@ -1,8 +1,8 @@
 """The process that owns the system on this machine.
 
-Run by ``LocalSystem.start``. It stays until SIGTERM or SIGINT. Ray and the applications are a child's (``system.py``),
-which shuts them down; where Ray's GCS or raylet ends, or the child, everything but the origin is ended and another
-child starts it anew. HAProxy's files are of that time: all of them go when it ends.
+Run by ``LocalSystem.start``. It stays until SIGTERM or SIGINT. Ray and the applications are a child's
+(``ray_life.py``), which shuts them down; where Ray's GCS or raylet ends, or the child, everything but the origin is
+ended and another child starts it anew. HAProxy's files are of that time: all of them go when it ends.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 from blockrag.local.copies import Job, Origin, start_origin, work
 from blockrag.local.inert import LIGHT, WHOLE, check_inert, import_inert
 from blockrag.local.lives import AGAIN, Lives, end_others
+from blockrag.local.ray_life import System, stop_on_signals
 from blockrag.local.scratch import (
     clear_scratch,
     haproxy_environment,
@@ -24,7 +25,6 @@ from blockrag.local.scratch import (
     remove_scratch,
 )
 from blockrag.local.state import SystemState, own_state, read_state, write_state
-from blockrag.local.system import System, stop_on_signals
 from blockrag.settings import Settings, load_settings
 
 _MOST_VAIN = 5
